@@ -1,0 +1,442 @@
+"""The typed, frozen sections of a run: what a YAML file may say, and what every value means.
+
+Each section answers one question, so that a constructor takes the few options that it needs:
+
+    run  model  data  loss  optimizer  engine  train  checkpoint          the training run
+    kfac = curvature (what is measured) + inversion (what is solved)
+         + distribution (who does it) + update (what is done with the result)
+
+Everything here is a plain value: nothing imports torch, so that a configuration can be checked in milliseconds.
+Values out of range and unknown keys are refused here; `kfac_dist.config.load` turns a refusal into a message that
+names the file, the line, the value found and the values allowed.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys and silent type coercion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+
+# ---------------------------------------------------------------------------------------------- schedules
+
+
+class ScheduleKind(StrEnum):
+    """How a scheduled value moves from its start to its end once the warm-up is over."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+    EXPONENTIAL = "exponential"
+
+
+class Schedule(Section):
+    """A scalar as a function of the optimizer step.
+
+    A bare number in YAML means a constant. With `steps` unset the schedule spans the whole run.
+    """
+
+    value: Positive
+    kind: ScheduleKind = ScheduleKind.CONSTANT
+    final: NonNegative | None = None
+    steps: Count | None = None
+    warmup_steps: CountOrZero = 0
+    warmup_from: NonNegative = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_is_constant(cls, data: Any) -> Any:
+        return {"value": data} if isinstance(data, int | float) and not isinstance(data, bool) else data
+
+    @model_validator(mode="after")
+    def _final_fits_kind(self) -> Self:
+        if self.kind is ScheduleKind.CONSTANT and self.final is not None:
+            raise ValueError("final has no effect on a constant schedule: set kind to linear, cosine or exponential")
+        if self.kind is not ScheduleKind.CONSTANT and self.final is None:
+            raise ValueError(f"a {self.kind} schedule needs final, the value at its end")
+        if self.kind is ScheduleKind.EXPONENTIAL and self.final == 0:
+            raise ValueError("an exponential schedule never reaches 0: give final a positive value")
+        return self
+
+
+# --------------------------------------------------------------------------------------------------- kfac
+
+
+class Fisher(StrEnum):
+    """Whose gradients make the output factor G."""
+
+    EMPIRICAL = "empirical"
+    MC = "mc"
+    TYPE2 = "type2"
+    INPUT_ONLY = "input_only"
+
+
+class Sharing(StrEnum):
+    """How positions that share one weight (tokens, pixels) enter the factors (Eschenhagen et al. 2023)."""
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+
+
+class LossTerms(StrEnum):
+    """What the mean in the loss runs over: samples (one label each), or tokens (every position has a label)."""
+
+    SAMPLE = "sample"
+    TOKEN = "token"
+
+
+class Likelihood(StrEnum):
+    """The predictive distribution whose negative log-likelihood the loss is; needed by `mc` and `type2`."""
+
+    CATEGORICAL = "categorical"
+    BERNOULLI = "bernoulli"
+    GAUSSIAN = "gaussian"
+
+
+class DType(StrEnum):
+    """Floating-point formats that factors may be stored or sent in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class CurvatureConfig(Section):
+    """What is measured: which layers, whose gradients, how often, in which precision.
+
+    Attributes:
+        fisher: Whose gradients make G. `mc` and `type2` are the true Fisher and need `likelihood`.
+        likelihood: Predictive distribution of the model; the training loop sets it from the loss.
+        loss_terms: What the mean in the loss runs over.
+        sharing: Weight-sharing setting of every block that `sharing_overrides` does not match.
+        sharing_overrides: Pattern (`fnmatch`, on module names) to setting; the first match wins.
+        include: Patterns of module names that get K-FAC blocks.
+        exclude: Patterns of module names that keep the plain gradient; wins over `include`.
+        decay: β of the running average, applied once every `factor_every` steps.
+        factor_every: Steps between measurements.
+        sample_fraction: Share of rows (samples, or tokens) that enter the factors.
+        factor_dtype: Precision in which the running averages are kept.
+        seed: Seed of the labels that `mc` draws.
+    """
+
+    fisher: Fisher = Fisher.EMPIRICAL
+    likelihood: Likelihood | None = None
+    loss_terms: LossTerms = LossTerms.SAMPLE
+    sharing: Sharing = Sharing.EXPAND
+    sharing_overrides: dict[str, Sharing] = Field(default_factory=dict)
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    factor_every: Count = 10
+    sample_fraction: Fraction = 1.0
+    factor_dtype: DType = DType.FLOAT32
+    seed: CountOrZero = 0
+
+
+class Solver(StrEnum):
+    """How a damped factor is inverted."""
+
+    CHOLESKY = "cholesky"
+    EIGEN = "eigen"
+    NEWTON_SCHULZ = "newton_schulz"
+
+
+class InversionConfig(Section):
+    """What is solved: the method, its damping, and when.
+
+    Attributes:
+        solver: `cholesky` and `newton_schulz` damp the factors (factored Tikhonov); `eigen` damps exactly.
+        damping: λ; a number or a schedule over steps.
+        inverse_every: Steps between refreshes of one block's inverses (T_inv); a multiple of `factor_every`.
+        stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once.
+        inverse_lag: Steps between the refresh of an inverse and its first use, so that sharing overlaps training.
+        max_factor_dim: Factors larger than this are cut into near-equal diagonal blocks (Block K-FAC).
+    """
+
+    solver: Solver = Solver.CHOLESKY
+    damping: Schedule = Schedule(value=0.003)
+    inverse_every: Count = 100
+    stagger: Count = 1
+    inverse_lag: CountOrZero = 0
+    max_factor_dim: Annotated[int, Field(ge=2)] | None = None
+
+
+class AssignmentStrategy(StrEnum):
+    """Which rank inverts what."""
+
+    ROUND_ROBIN = "round_robin"
+    BALANCED = "balanced"
+
+
+class CostModel(StrEnum):
+    """What the balanced assignment believes an inversion costs: n³, or seconds measured at start-up."""
+
+    CUBIC = "cubic"
+    MEASURED = "measured"
+
+
+class Placement(StrEnum):
+    """Who holds inverses and preconditions (COMM-OPT, MEM-OPT, and the grid between them)."""
+
+    AUTO = "auto"
+    REPLICATED = "replicated"
+    OWNER = "owner"
+    HYBRID = "hybrid"
+    NODE = "node"
+
+
+class Reduction(StrEnum):
+    """How local statistics become global."""
+
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+
+
+class ReduceEvery(StrEnum):
+    """When local statistics become global: the numbers are the same."""
+
+    REFRESH = "refresh"
+    STEP = "step"
+
+
+class DistributionConfig(Section):
+    """Who does it, and what crosses the network.
+
+    Attributes:
+        assignment: Which rank inverts which unit.
+        cost_model: Cost that `balanced` equalises.
+        placement: Who holds inverses and preconditions; `auto` is `replicated` under DDP, `owner` when sharded.
+        grad_worker_fraction: `hybrid` only: share of the ranks that precondition one block; times W it is a whole
+            number that divides W.
+        reduction: `all_reduce` gives every rank every factor, `reduce_scatter` only those that it inverts.
+        reduce_every: `refresh` reduces when an inverse needs it, `step` at every measurement.
+        communication_dtype: Precision of factors on the wire.
+        pack_triangles: Send only one triangle of symmetric matrices: half the bytes for two copies; pays on slow links.
+        buckets: Number of collectives that one reduction is cut into, so that it overlaps with backward.
+        overlap: Start reducing during backward; off reduces in `step()`.
+        timeout_seconds: How long a collective of K-FAC may wait before it fails on every rank.
+    """
+
+    assignment: AssignmentStrategy = AssignmentStrategy.ROUND_ROBIN
+    cost_model: CostModel = CostModel.CUBIC
+    placement: Placement = Placement.AUTO
+    grad_worker_fraction: Fraction | None = None
+    reduction: Reduction = Reduction.ALL_REDUCE
+    reduce_every: ReduceEvery = ReduceEvery.REFRESH
+    communication_dtype: DType = DType.FLOAT32
+    pack_triangles: bool = False
+    buckets: Count = 4
+    overlap: bool = True
+    timeout_seconds: Positive = 600.0
+
+    @model_validator(mode="after")
+    def _fraction_belongs_to_hybrid(self) -> Self:
+        hybrid = self.placement is Placement.HYBRID
+        if hybrid and self.grad_worker_fraction is None:
+            raise ValueError("placement hybrid needs grad_worker_fraction, the share of ranks that precondition a block")
+        if not hybrid and self.grad_worker_fraction is not None:
+            raise ValueError(f"grad_worker_fraction needs placement hybrid; with {self.placement} leave it out")
+        if self.assignment is AssignmentStrategy.ROUND_ROBIN and self.cost_model is CostModel.MEASURED:
+            raise ValueError("cost_model measured has no effect on round_robin: set assignment to balanced")
+        return self
+
+
+class UpdateConfig(Section):
+    """What is done with the preconditioned gradient Δ.
+
+    Attributes:
+        kl_clip: κ of the trust region: Δ is scaled by min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩))); null switches it off.
+        kl_clip_lr: The lr of that formula. `current` is the optimizer's lr of this step: while the clip is active the
+            step's length is then set by κ alone. A number fixes it, so that an lr schedule keeps its effect.
+        l2: Coefficient of a weight decay that is part of the loss: l2·θ joins the gradient before preconditioning and
+            l2 joins the damping. (An optimizer's own weight_decay stays outside of K-FAC, as in AdamW.)
+    """
+
+    kl_clip: Positive | None = 0.001
+    kl_clip_lr: Literal["current"] | Positive = "current"
+    l2: NonNegative = 0.0
+
+
+class KFACConfig(Section):
+    """Everything that `KFAC` needs besides the model."""
+
+    enabled: bool = True
+    curvature: CurvatureConfig = Field(default_factory=CurvatureConfig)
+    inversion: InversionConfig = Field(default_factory=InversionConfig)
+    distribution: DistributionConfig = Field(default_factory=DistributionConfig)
+    update: UpdateConfig = Field(default_factory=UpdateConfig)
+
+    @model_validator(mode="after")
+    def _intervals_fit(self) -> Self:
+        statistics, refresh = self.curvature.factor_every, self.inversion.inverse_every
+        if refresh % statistics:
+            raise ValueError(
+                f"inversion.inverse_every ({refresh}) must be a multiple of curvature.factor_every ({statistics}), "
+                "so that a refresh has fresh statistics"
+            )
+        if self.inversion.stagger > refresh // statistics:
+            raise ValueError(
+                f"inversion.stagger ({self.inversion.stagger}) may be at most inverse_every / factor_every "
+                f"({refresh // statistics}): every slot refreshes at a step that measures"
+            )
+        if self.inversion.inverse_lag >= refresh // self.inversion.stagger:
+            raise ValueError(
+                f"inversion.inverse_lag ({self.inversion.inverse_lag}) must be shorter than the time between two "
+                f"refreshes ({refresh // self.inversion.stagger} steps)"
+            )
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------- run
+
+
+class Target(Section):
+    """A shipped name, or `package.module:callable`, with its keyword arguments."""
+
+    name: Annotated[str, Field(min_length=1)]
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _string_is_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+
+class RunConfig(Section):
+    """Name, seed and place of a run; its files go to `directory/name`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    directory: str = "runs"
+    seed: CountOrZero = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_seconds: Positive = 600.0
+
+
+class LossName(StrEnum):
+    """Losses of the shipped runs, as negative log-likelihoods averaged over their terms."""
+
+    CROSS_ENTROPY = "cross_entropy"
+    TOKEN_CROSS_ENTROPY = "token_cross_entropy"
+    SIGMOID_CROSS_ENTROPY = "sigmoid_cross_entropy"
+    MSE = "mse"
+
+
+class LossConfig(Section):
+    """The loss; K-FAC takes its likelihood and its terms from here."""
+
+    name: LossName
+    ignore_index: int = -100
+
+
+class OptimizerName(StrEnum):
+    """First-order optimizers that may take the step."""
+
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
+class OptimizerConfig(Section):
+    """The first-order optimizer that takes the (preconditioned) step."""
+
+    name: OptimizerName = OptimizerName.SGD
+    lr: Schedule
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.0
+
+    @field_validator("nesterov")
+    @classmethod
+    def _nesterov_needs_momentum(cls, nesterov: bool, info: Any) -> bool:
+        if nesterov and not info.data.get("momentum", 0):
+            raise ValueError("nesterov needs momentum > 0")
+        return nesterov
+
+
+class EngineName(StrEnum):
+    """How the model's parameters are distributed."""
+
+    DDP = "ddp"
+
+
+class EngineConfig(Section):
+    """How the model's parameters are distributed, and what DDP is told."""
+
+    name: EngineName = EngineName.DDP
+    bucket_cap_mb: Positive = 25.0
+    find_unused_parameters: bool = False
+    sync_batchnorm: bool = False
+
+
+class TrainConfig(Section):
+    """Length, batches and evaluation of the run.
+
+    Attributes:
+        batch_size: Samples of one optimizer step over all ranks and micro-batches, so that W does not change the run.
+        accumulate: Micro-batches of one step.
+        steps: Optimizer steps; give this or `epochs`.
+        epochs: Passes over the data.
+        evaluate_every: Steps between evaluations; 0 evaluates at the end only.
+        log_every: Steps between lines of metrics.
+        clip_grad_norm: Norm to which the gradient that the optimizer sees is clipped.
+    """
+
+    batch_size: Count
+    accumulate: Count = 1
+    steps: Count | None = None
+    epochs: Count | None = None
+    evaluate_every: CountOrZero = 0
+    log_every: Count = 10
+    clip_grad_norm: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give steps or epochs, one of the two")
+        if self.batch_size < self.accumulate:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be at least accumulate ({self.accumulate}): "
+                "each micro-batch needs a sample"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save, how many to keep, and what to start from.
+
+    Attributes:
+        every: Steps between checkpoints; 0 saves at the end only.
+        keep: Newest checkpoints that stay on disk.
+        resume: `auto` takes the newest good checkpoint of this run, `never` starts afresh, else a checkpoint's path.
+    """
+
+    every: CountOrZero = 0
+    keep: Count = 2
+    resume: str = "never"
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    model: Target
+    data: Target
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    kfac: KFACConfig = Field(default_factory=KFACConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    train: TrainConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    compare: dict[str, OptimizerConfig] = Field(default_factory=dict)

@@ -1,0 +1,34 @@
+"""Errors that a user can act on: each says which key, layer or rank is wrong and what to do instead.
+
+The command line prints them without a traceback and exits with code 2; in a library they are ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+
+class KFACError(Exception):
+    """Base of every error that the user, not a bug, causes."""
+
+
+class ConfigError(KFACError):
+    """A configuration that can't run: names the file, the line or path, the value found and the values allowed."""
+
+
+class ModelError(KFACError):
+    """A model that K-FAC can't serve as asked: names the layer."""
+
+
+class DataError(KFACError):
+    """Data that can't be trained on: names the data set and what is wrong with it."""
+
+
+class CheckpointError(KFACError):
+    """A checkpoint that can't be read, written or applied: names the file or the block."""
+
+
+class CollectiveError(KFACError):
+    """A collective that failed or timed out: names the operation, what it carried and the rank that waited."""
+
+
+class PlanMismatchError(KFACError):
+    """Ranks that disagree about the work: names the first block that differs, on every rank."""
