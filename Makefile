@@ -1,0 +1,51 @@
+# make train | test | lint | setup | clean | help
+#
+# PYTHON makes the virtual environment, PIP_ARGS goes to pip, ARGS to `kfac-dist train`, PYTEST_ARGS to pytest.
+PYTHON ?= python3
+PIP_ARGS ?=
+CONFIG ?= configs/digits_autoencoder.yaml
+NPROC ?= 2
+ARGS ?=
+PYTEST_ARGS ?=
+
+# One thread a rank: ranks on one machine share its cores, and two pools of threads would fight over them.
+export OMP_NUM_THREADS ?= 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format clean
+
+help: ## Show what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install everything that training and testing need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+	  echo "kfac_dist needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." \
+	    "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,dev,mlxtend]'
+	@touch $@
+
+train: setup ## Train CONFIG with distributed K-FAC on NPROC ranks
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m kfac_dist train $(CONFIG) $(ARGS)
+
+test: setup ## Run the tests; fail below 90 % coverage of the package
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: setup ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup ## Apply the style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## Remove caches and build products; keep .venv and runs/
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* coverage.xml
+	find kfac_dist tests -name __pycache__ -type d -prune -exec rm -rf {} +
