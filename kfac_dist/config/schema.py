@@ -16,13 +16,17 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+# Strict: neither "5" nor true is a number, whatever Python thinks; a whole number is still a fine float.
+Fraction = Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+CountOrZero = Annotated[int, Field(ge=0, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Pattern = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -66,9 +70,13 @@ class Schedule(Section):
         if self.kind is ScheduleKind.CONSTANT and self.final is not None:
             raise ValueError("final has no effect on a constant schedule: set kind to linear, cosine or exponential")
         if self.kind is not ScheduleKind.CONSTANT and self.final is None:
-            raise ValueError(f"a {self.kind} schedule needs final, the value at its end")
+            raise ValueError(f"kind {self.kind} needs final, the value at the schedule's end")
         if self.kind is ScheduleKind.EXPONENTIAL and self.final == 0:
-            raise ValueError("an exponential schedule never reaches 0: give final a positive value")
+            raise ValueError("final is 0, which an exponential schedule never reaches: give it a positive value")
+        if self.kind is ScheduleKind.CONSTANT and self.steps is not None:
+            raise ValueError("steps has no effect on a constant schedule: set kind to linear, cosine or exponential")
+        if self.warmup_from and not self.warmup_steps:
+            raise ValueError("warmup_from has no effect without a warm-up: set warmup_steps")
         return self
 
 
@@ -136,9 +144,9 @@ class CurvatureConfig(Section):
     loss_terms: LossTerms = LossTerms.SAMPLE
     sharing: Sharing = Sharing.EXPAND
     sharing_overrides: dict[str, Sharing] = Field(default_factory=dict)
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    include: tuple[Pattern, ...] = ("*",)
+    exclude: tuple[Pattern, ...] = ()
+    decay: BelowOne = 0.95
     factor_every: Count = 10
     sample_fraction: Fraction = 1.0
     factor_dtype: DType = DType.FLOAT32
@@ -170,7 +178,7 @@ class InversionConfig(Section):
     inverse_every: Count = 100
     stagger: Count = 1
     inverse_lag: CountOrZero = 0
-    max_factor_dim: Annotated[int, Field(ge=2)] | None = None
+    max_factor_dim: Annotated[int, Field(ge=2, strict=True)] | None = None
 
 
 class AssignmentStrategy(StrEnum):
@@ -236,16 +244,18 @@ class DistributionConfig(Section):
     reduction: Reduction = Reduction.ALL_REDUCE
     reduce_every: ReduceEvery = ReduceEvery.REFRESH
     communication_dtype: DType = DType.FLOAT32
-    pack_triangles: bool = False
+    pack_triangles: Flag = False
     buckets: Count = 4
-    overlap: bool = True
+    overlap: Flag = True
     timeout_seconds: Positive = 600.0
 
     @model_validator(mode="after")
     def _fraction_belongs_to_hybrid(self) -> Self:
         hybrid = self.placement is Placement.HYBRID
         if hybrid and self.grad_worker_fraction is None:
-            raise ValueError("placement hybrid needs grad_worker_fraction, the share of ranks that precondition a block")
+            raise ValueError(
+                "placement hybrid needs grad_worker_fraction, the share of ranks that precondition a block"
+            )
         if not hybrid and self.grad_worker_fraction is not None:
             raise ValueError(f"grad_worker_fraction needs placement hybrid; with {self.placement} leave it out")
         if self.assignment is AssignmentStrategy.ROUND_ROBIN and self.cost_model is CostModel.MEASURED:
@@ -268,11 +278,17 @@ class UpdateConfig(Section):
     kl_clip_lr: Literal["current"] | Positive = "current"
     l2: NonNegative = 0.0
 
+    @model_validator(mode="after")
+    def _lr_belongs_to_clip(self) -> Self:
+        if self.kl_clip is None and self.kl_clip_lr != "current":
+            raise ValueError("kl_clip_lr has no effect while kl_clip is null: leave it out, or give kl_clip a value")
+        return self
+
 
 class KFACConfig(Section):
     """Everything that `KFAC` needs besides the model."""
 
-    enabled: bool = True
+    enabled: Flag = True
     curvature: CurvatureConfig = Field(default_factory=CurvatureConfig)
     inversion: InversionConfig = Field(default_factory=InversionConfig)
     distribution: DistributionConfig = Field(default_factory=DistributionConfig)
@@ -332,12 +348,34 @@ class LossName(StrEnum):
     SIGMOID_CROSS_ENTROPY = "sigmoid_cross_entropy"
     MSE = "mse"
 
+    @property
+    def likelihood(self) -> Likelihood:
+        """The predictive distribution whose negative log-likelihood this loss is."""
+        match self:
+            case LossName.CROSS_ENTROPY | LossName.TOKEN_CROSS_ENTROPY:
+                return Likelihood.CATEGORICAL
+            case LossName.SIGMOID_CROSS_ENTROPY:
+                return Likelihood.BERNOULLI
+            case LossName.MSE:
+                return Likelihood.GAUSSIAN
+
+    @property
+    def loss_terms(self) -> LossTerms:
+        """What this loss is a mean over."""
+        return LossTerms.TOKEN if self is LossName.TOKEN_CROSS_ENTROPY else LossTerms.SAMPLE
+
 
 class LossConfig(Section):
     """The loss; K-FAC takes its likelihood and its terms from here."""
 
     name: LossName
-    ignore_index: int = -100
+    ignore_index: Annotated[int, Field(strict=True)] = -100
+
+    @model_validator(mode="after")
+    def _index_belongs_to_labels(self) -> Self:
+        if self.ignore_index != -100 and self.name.likelihood is not Likelihood.CATEGORICAL:
+            raise ValueError(f"ignore_index has no effect on {self.name}, which has no class labels: leave it out")
+        return self
 
 
 class OptimizerName(StrEnum):
@@ -352,17 +390,21 @@ class OptimizerConfig(Section):
 
     name: OptimizerName = OptimizerName.SGD
     lr: Schedule
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    momentum: BelowOne = 0.9
+    nesterov: Flag = False
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
 
-    @field_validator("nesterov")
-    @classmethod
-    def _nesterov_needs_momentum(cls, nesterov: bool, info: Any) -> bool:
-        if nesterov and not info.data.get("momentum", 0):
+    @model_validator(mode="after")
+    def _options_belong_to_optimizer(self) -> Self:
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        foreign = ("momentum", "nesterov") if self.name is OptimizerName.ADAMW else ("betas",)
+        for option in foreign:
+            if getattr(self, option) != defaults[option]:
+                raise ValueError(f"{option} has no effect on {self.name}: leave it out")
+        if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum > 0")
-        return nesterov
+        return self
 
 
 class EngineName(StrEnum):
@@ -376,8 +418,8 @@ class EngineConfig(Section):
 
     name: EngineName = EngineName.DDP
     bucket_cap_mb: Positive = 25.0
-    find_unused_parameters: bool = False
-    sync_batchnorm: bool = False
+    find_unused_parameters: Flag = False
+    sync_batchnorm: Flag = False
 
 
 class TrainConfig(Section):
@@ -404,7 +446,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give steps or epochs, one of the two")
+            raise ValueError("give steps or epochs, one of the two (null takes one back that an included file gives)")
         if self.batch_size < self.accumulate:
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be at least accumulate ({self.accumulate}): "
@@ -440,3 +482,18 @@ class Config(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     compare: dict[str, OptimizerConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _curvature_fits_loss(self) -> Self:
+        loss, curvature = self.loss.name, self.kfac.curvature
+        if curvature.likelihood not in (None, loss.likelihood):
+            raise ValueError(
+                f"kfac.curvature.likelihood ({curvature.likelihood}) contradicts loss.name ({loss}), whose likelihood "
+                f"is {loss.likelihood}: leave it out, it follows from the loss"
+            )
+        if "loss_terms" in curvature.model_fields_set and curvature.loss_terms is not loss.loss_terms:
+            raise ValueError(
+                f"kfac.curvature.loss_terms ({curvature.loss_terms}) contradicts loss.name ({loss}), a mean over "
+                f"{loss.loss_terms}s: leave it out, it follows from the loss"
+            )
+        return self
