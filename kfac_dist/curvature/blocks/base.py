@@ -1,0 +1,239 @@
+"""What a block is: one layer's share of the Fisher, and how its tensors map to the one layout.
+
+A layer type joins by one small class that says how its input and its output gradient become rows, and how its
+parameters fill the gradient matrix; everything else (sharing, sampling, scales, counts) is common to all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config.schema import LossTerms, Sharing
+from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
+
+
+@dataclass
+class Use:
+    """One call of a layer in a forward pass: its input, and its output gradient once backward has brought it.
+
+    Attributes:
+        inputs: The layer's input as it was passed, detached.
+        grad: Gradient of the loss with respect to the layer's output; None until it arrives.
+        edge: The output's place in the autograd graph, for backward passes of K-FAC's own.
+    """
+
+    inputs: Tensor
+    grad: Tensor | None = None
+    edge: torch.autograd.graph.GradientEdge | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a block has to know about the micro-batch beyond its own tensors.
+
+    Attributes:
+        loss_terms: What the mean in the loss runs over.
+        batch_size: B, samples that the model was called with; None if the model itself was not called.
+        first_sample: Index of the first of them in the optimizer step's global batch.
+        divisor: Number d by which the sum of the per-term losses was divided, so that ĝ = d·∂L/∂s; None infers n. A
+            tensor when only the device knows it (valid tokens, an AMP loss scale).
+        terms: Loss terms of this micro-batch on this rank; None infers them from shapes.
+        stride: One row in `stride` enters the factors.
+        phase: Which one; rotates from measurement to measurement.
+    """
+
+    loss_terms: LossTerms = LossTerms.SAMPLE
+    batch_size: int | None = None
+    first_sample: int = 0
+    divisor: float | Tensor | None = None
+    terms: float | Tensor | None = None
+    stride: int = 1
+    phase: int = 0
+
+    def first_row(self, rows_per_sample: int) -> int:
+        """Return the first local row to keep; a function of global row numbers, so that W doesn't matter."""
+        return (self.phase - self.first_sample * rows_per_sample) % self.stride
+
+
+class StatisticsSink(Protocol):
+    """Where a block's measurements go; implemented by `statistics.RunningAverages`."""
+
+    def add_rows(self, block: str, side: Side, rows: Tensor, *, scale: float, ones: bool) -> None:
+        """Add `scale · [rows, 1]ᵀ[rows, 1]` for rows `[batch, M, d]`."""
+
+    def add_values(self, block: str, side: Side, values: Tensor) -> None:
+        """Add `[batch, n]` to a diagonal factor, or `[batch, n, n]` to a dense one."""
+
+    def add_count(self, block: str, side: Side, count: float | Tensor) -> None:
+        """Add to the weight that the factor's sum will be divided by."""
+
+
+class Block(ABC):
+    """One layer's share of the Fisher.
+
+    Attributes:
+        name: The module's name in the model.
+        module: The layer.
+        parameters: Full parameter names and parameters, in the order in which the gradient matrix takes them.
+        factors: The factors that are measured, by side.
+        matrix_shape: `(batch, d_out, d_in(+1))` of the gradient matrix.
+        sharing: How positions that share the weight enter.
+    """
+
+    def __init__(self, name: str, module: nn.Module, sharing: Sharing) -> None:
+        self.name = name
+        self.module = module
+        self.sharing = sharing
+        self.parameters = {
+            f"{name}.{key}" if name else key: parameter
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad
+        }
+
+    factors: tuple[FactorSpec, ...]
+    matrix_shape: tuple[int, int, int]
+
+    @abstractmethod
+    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Pair views of parameter-shaped tensors with the views of the matrix `matrix_shape` that hold the same values."""
+
+    @abstractmethod
+    def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
+        """Add the statistics of all uses of the layer in one forward pass to the sink.
+
+        Args:
+            uses: The calls of the layer whose output gradients arrived.
+            batch: Sizes, scales and sampling of the micro-batch.
+            sink: Receives sums and counts.
+            sides: The factors to measure now; a Fisher of K-FAC's own measures them in separate passes.
+        """
+
+    def describe(self) -> str:
+        """Return the block's kind and shapes, the part of the plan that every rank has to agree on."""
+        factors = " ".join(
+            f"{f.side}:{f.kind}{f'{f.batch}×' if f.batch > 1 else ''}{f.dim}" for f in self.factors
+        )
+        return f"{type(self).__name__} {'×'.join(map(str, self.matrix_shape))} {factors} {self.sharing}"
+
+
+class KroneckerBlock(Block):
+    """A block whose Fisher is approximated by A ⊗ G (Martens & Grosse 2015; Grosse & Martens 2016).
+
+    Subclasses say how tensors become rows `[batch, B, T, d]`.
+    """
+
+    has_bias: bool
+
+    @abstractmethod
+    def input_rows(self, inputs: Tensor, batch_size: int | None) -> Tensor:
+        """Return activations `[batch, B, T, d_in]`, without the homogeneous coordinate."""
+
+    @abstractmethod
+    def output_rows(self, grad: Tensor, batch_size: int | None) -> Tensor:
+        """Return output gradients `[batch, B, T, d_out]`."""
+
+    def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
+        """Add A from inputs and G from output gradients; see `Block.measure`."""
+        if Side.A in sides:
+            self._measure_inputs([use.inputs for use in uses], batch, sink)
+        if Side.G in sides:
+            self._measure_outputs([use.grad for use in uses if use.grad is not None], batch, sink)
+
+    def _measure_inputs(self, inputs: Sequence[Tensor], batch: MicroBatch, sink: StatisticsSink) -> None:
+        rows = [self.input_rows(tensor, batch.batch_size) for tensor in inputs]
+        for part in _shared(rows, self.sharing, mean=True):
+            kept = _sample(part, batch)
+            sink.add_rows(self.name, Side.A, kept, scale=1.0, ones=self.has_bias)
+            sink.add_count(self.name, Side.A, float(kept.shape[1]))
+
+    def _measure_outputs(self, grads: Sequence[Tensor], batch: MicroBatch, sink: StatisticsSink) -> None:
+        rows = [self.output_rows(tensor, batch.batch_size) for tensor in grads]
+        terms = loss_terms(rows[0], batch)
+        total = kept_total = 0
+        for part in _shared(rows, self.sharing, mean=False):
+            kept = _sample(part, batch)
+            scaled, factor = unscale(kept, terms if batch.divisor is None else batch.divisor)
+            sink.add_rows(self.name, Side.G, scaled, scale=factor**2, ones=False)
+            total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
+        # The sum above has kept/total of its rows: its count shrinks alike, so that sampling leaves the scale alone.
+        sink.add_count(self.name, Side.G, terms * (kept_total / max(total, 1)))
+
+
+def loss_terms(rows: Tensor, batch: MicroBatch) -> float | Tensor:
+    """Return n of one micro-batch for rows `[batch, B, T, d]`: samples, or tokens for token losses."""
+    if batch.loss_terms is LossTerms.SAMPLE:
+        return float(rows.shape[1])
+    return float(rows.shape[1] * rows.shape[2]) if batch.terms is None else batch.terms
+
+
+def unscale(grad: Tensor, divisor: float | Tensor) -> tuple[Tensor, float]:
+    """Return rows and a host factor whose product is ĝ = divisor·∂L/∂s.
+
+    A host number costs nothing: its square scales the Gram matrix. A device number, and any half-precision gradient,
+    is multiplied in fp32 before anything is squared.
+    """
+    if isinstance(divisor, Tensor):
+        return grad.float() * divisor, 1.0
+    return grad, divisor
+
+
+def batch_first(tensor: Tensor, batch_size: int | None, feature_dims: int = 1) -> Tensor:
+    """Return `[N..., d]` as `[B, T, d]`, finding the samples' dimension by the model's batch size.
+
+    Layers see [B, d], [B, T, d], [T, B, d] or rows already folded to [B·T, d].
+    """
+    if tensor.ndim == feature_dims:
+        tensor = tensor.unsqueeze(0)
+    lead = tensor.shape[: tensor.ndim - feature_dims]
+    features = tensor.shape[tensor.ndim - feature_dims :]
+    rows = lead.numel()
+    if batch_size is None or lead[0] == batch_size or rows % batch_size:
+        return tensor.reshape(lead[0], rows // max(lead[0], 1), *features)
+    if len(lead) > 1 and lead[1] == batch_size:
+        return tensor.transpose(0, 1).reshape(batch_size, rows // batch_size, *features)
+    return tensor.reshape(batch_size, rows // batch_size, *features)
+
+
+def _shared(rows: Sequence[Tensor], sharing: Sharing, *, mean: bool) -> list[Tensor]:
+    """Bring uses `[batch, B, T, d]` to rows `[batch, M, d]` by the weight-sharing setting.
+
+    Expand keeps every position; reduce sums a sample's positions over all uses (means, for activations). Uses that saw
+    different numbers of samples can't be one sample's positions: each is then reduced by itself.
+    """
+    if sharing is Sharing.EXPAND:
+        return [use.flatten(1, 2) for use in rows]
+    if len({use.shape[1] for use in rows}) > 1:
+        return [use.mean(dim=2) if mean else use.sum(dim=2) for use in rows]
+    if len(rows) == 1 and rows[0].shape[2] == 1:
+        return [rows[0].squeeze(2)]
+    total = torch.stack([use.sum(dim=2, dtype=torch.float32) for use in rows]).sum(0)
+    return [total / sum(use.shape[2] for use in rows) if mean else total]
+
+
+def _sample(rows: Tensor, batch: MicroBatch) -> Tensor:
+    """Keep every `stride`-th row of `[batch, M, d]`: a view, no copy."""
+    if batch.stride == 1:
+        return rows
+    per_sample = rows.shape[1] // batch.batch_size if batch.batch_size and rows.shape[1] >= batch.batch_size else 1
+    return rows[:, batch.first_row(per_sample) :: batch.stride]
+
+
+def weight_and_bias_views(tensors: Sequence[Tensor], matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pair `[d_out, ...]` weight and `[d_out]` bias tensors with the columns of `[batch, d_out/batch, d_in(+1)]`."""
+    batch, d_out, _ = matrix.shape
+    weight = tensors[0].view(batch, d_out, -1)
+    pairs = [(weight, matrix[:, :, : weight.shape[2]])]
+    if len(tensors) > 1:
+        pairs.append((tensors[1].view(batch, d_out), matrix[:, :, -1]))
+    return pairs
+
+
+def dense(side: Side, dim: int, batch: int = 1) -> FactorSpec:
+    """Return the spec of a dense factor."""
+    return FactorSpec(side, dim, batch, FactorKind.DENSE)

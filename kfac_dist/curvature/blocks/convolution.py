@@ -1,0 +1,89 @@
+"""`nn.Conv1d/2d/3d`: rows are the input patches under the kernel (KFC, Grosse & Martens 2016), a group at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_dist.config.schema import Sharing
+from kfac_dist.curvature.blocks.base import KroneckerBlock, dense, weight_and_bias_views
+from kfac_dist.curvature.factors import Side
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class ConvolutionBlock(KroneckerBlock):
+    """A: [c_in/groups · kernel (+1)]², G: [c_out/groups]², one pair for each group.
+
+    The Kronecker product equals KFC's Ω ⊗ Γ: A averages over samples and output positions, G sums over positions.
+    """
+
+    def __init__(self, name: str, module: Convolution, sharing: Sharing) -> None:
+        super().__init__(name, module, sharing)
+        self.has_bias = len(self.parameters) > 1
+        self.groups = module.groups
+        width = module.in_channels // self.groups * math.prod(module.kernel_size) + self.has_bias
+        outputs = module.out_channels // self.groups
+        self.factors = (dense(Side.A, width, self.groups), dense(Side.G, outputs, self.groups))
+        self.matrix_shape = (self.groups, outputs, width)
+        self._spatial = len(module.kernel_size)
+
+    def input_rows(self, inputs: Tensor, batch_size: int | None) -> Tensor:
+        """Return the patches `[groups, B, T, c_in/groups · kernel]` for T output positions."""
+        module = cast(Convolution, self.module)
+        if inputs.ndim == self._spatial + 1:
+            inputs = inputs.unsqueeze(0)
+        patches = unfold(pad(inputs, module), module.kernel_size, module.stride, module.dilation)
+        samples, channels = inputs.shape[:2]
+        grouped = patches.unflatten(1, (self.groups, channels // self.groups))
+        # [B, groups, c, *out, *kernel] → [groups, B, *out, c, *kernel]
+        spatial, kernel = range(3, 3 + self._spatial), range(3 + self._spatial, 3 + 2 * self._spatial)
+        rows = grouped.permute(1, 0, *spatial, 2, *kernel)
+        return rows.reshape(self.groups, samples, -1, channels // self.groups * math.prod(module.kernel_size))
+
+    def output_rows(self, grad: Tensor, batch_size: int | None) -> Tensor:
+        """Return `[groups, B, T, c_out/groups]`."""
+        if grad.ndim == self._spatial + 1:
+            grad = grad.unsqueeze(0)
+        return grad.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
+
+    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.matrix_views`."""
+        return weight_and_bias_views(tensors, matrix)
+
+
+def pad(inputs: Tensor, module: Convolution) -> Tensor:
+    """Pad `[B, C, *spatial]` as the convolution does: numbers, 'same' or 'valid', in its padding mode."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    if module.padding == "valid":
+        return inputs
+    if module.padding == "same":
+        # An odd total puts the larger half behind, as the convolution itself does.
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [(int(p), int(p)) for p in module.padding]
+    if not any(before or after for before, after in sides):
+        return inputs
+    # F.pad names the last dimension first.
+    return F.pad(inputs, [width for pair in reversed(sides) for width in pair], mode=mode)
+
+
+def unfold(inputs: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Return the strided view `[B, C, *out, *kernel]` of every patch of `[B, C, *spatial]`; nothing is copied."""
+    spatial = inputs.shape[2:]
+    steps = inputs.stride()[2:]
+    out = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(spatial, kernel, stride, dilation, strict=True)]
+    return inputs.as_strided(
+        (*inputs.shape[:2], *out, *kernel),
+        (
+            *inputs.stride()[:2],
+            *(step * s for step, s in zip(steps, stride, strict=True)),
+            *(step * d for step, d in zip(steps, dilation, strict=True)),
+        ),
+        inputs.storage_offset(),
+    )

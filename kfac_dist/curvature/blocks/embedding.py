@@ -1,0 +1,72 @@
+"""`nn.Embedding`: a linear layer on one-hot rows, so that A is the diagonal of token frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config.schema import Sharing
+from kfac_dist.curvature.blocks.base import (
+    Block,
+    MicroBatch,
+    StatisticsSink,
+    Use,
+    batch_first,
+    dense,
+    loss_terms,
+    unscale,
+)
+from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
+
+
+class EmbeddingBlock(Block):
+    """A: diagonal of length `num_embeddings`, G: [embedding_dim]².
+
+    Always in the expand setting: one-hot rows are orthogonal, a sample's mean of them is not, so that only expand has a
+    diagonal A. The padding token has no gradient and therefore no frequency.
+    """
+
+    def __init__(self, name: str, module: nn.Embedding, sharing: Sharing) -> None:
+        super().__init__(name, module, Sharing.EXPAND)
+        self.factors = (
+            FactorSpec(Side.A, module.num_embeddings, kind=FactorKind.DIAGONAL),
+            dense(Side.G, module.embedding_dim),
+        )
+        self.matrix_shape = (1, module.embedding_dim, module.num_embeddings)
+
+    def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
+        """Add token frequencies and output gradients; see `Block.measure`."""
+        module = cast(nn.Embedding, self.module)
+        terms: float | Tensor = 0.0
+        kept = total = 0
+        for use in uses:
+            tokens = batch_first(use.inputs.unsqueeze(-1), batch.batch_size)
+            rows = slice(batch.first_row(tokens.shape[1]), None, batch.stride)
+            if Side.A in sides:
+                drawn = tokens.flatten()[rows]
+                sink.add_values(self.name, Side.A, _frequencies(drawn, module))
+                sink.add_count(self.name, Side.A, float(drawn.shape[0]))
+            if Side.G in sides and use.grad is not None:
+                grads = batch_first(use.grad, batch.batch_size)
+                terms = loss_terms(grads.unsqueeze(0), batch)
+                sampled = grads.flatten(0, 1)[rows]
+                scaled, factor = unscale(sampled, terms if batch.divisor is None else batch.divisor)
+                sink.add_rows(self.name, Side.G, scaled.unsqueeze(0), scale=factor**2, ones=False)
+                kept, total = kept + sampled.shape[0], total + grads.shape[0] * grads.shape[1]
+        if Side.G in sides and total:
+            sink.add_count(self.name, Side.G, terms * (kept / total))
+
+    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.matrix_views`: the table is stored input first."""
+        return [(tensors[0].mT, matrix[0])]
+
+
+def _frequencies(tokens: Tensor, module: nn.Embedding) -> Tensor:
+    counts = torch.zeros(1, module.num_embeddings, device=tokens.device)
+    counts[0].index_add_(0, tokens, torch.ones_like(tokens, dtype=counts.dtype))
+    if module.padding_idx is not None:
+        counts[:, module.padding_idx] = 0
+    return counts

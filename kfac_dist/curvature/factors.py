@@ -1,0 +1,100 @@
+"""Factors and the units that they are cut into: names and shapes only.
+
+A block has one or two *factors* (A and G of a Kronecker product, or one unit-wise F). A factor larger than
+`max_factor_dim` is cut into near-equal diagonal blocks, and each of those is a *unit*: the smallest piece of work that is
+measured, reduced, inverted and shared on its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FactorKind(StrEnum):
+    """How a factor is stored."""
+
+    DENSE = "dense"
+    DIAGONAL = "diagonal"
+
+
+class Side(StrEnum):
+    """Which factor of a block: input side, output side, or the whole (unit-wise) block."""
+
+    A = "A"
+    G = "G"
+    F = "F"
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """Shape of one factor: `batch` independent matrices (or diagonals) of size `dim`."""
+
+    side: Side
+    dim: int
+    batch: int = 1
+    kind: FactorKind = FactorKind.DENSE
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows and columns `[start, stop)` of one factor of one block.
+
+    Attributes:
+        block: Name of the block.
+        side: Which of the block's factors.
+        index: Position among the diagonal blocks of that factor.
+        start: First row of the factor that belongs to this unit.
+        stop: Row after the last.
+        batch: Independent matrices (groups, normalised units).
+        kind: Dense or diagonal.
+    """
+
+    block: str
+    side: Side
+    index: int
+    start: int
+    stop: int
+    batch: int
+    kind: FactorKind
+
+    @property
+    def name(self) -> str:
+        """Name that is unique in a model, e.g. `encoder.0/A/0`."""
+        return f"{self.block}/{self.side}/{self.index}"
+
+    @property
+    def dim(self) -> int:
+        """Size n of each matrix."""
+        return self.stop - self.start
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored statistics: `[batch, n, n]`, or `[batch, n]` for a diagonal."""
+        return (self.batch, self.dim, self.dim) if self.kind is FactorKind.DENSE else (self.batch, self.dim)
+
+    @property
+    def numel(self) -> int:
+        """Number of stored values."""
+        return self.batch * self.dim * (self.dim if self.kind is FactorKind.DENSE else 1)
+
+    @property
+    def cost(self) -> float:
+        """Inversion cost: n³ for each dense matrix, n for a diagonal."""
+        return float(self.batch * (self.dim**3 if self.kind is FactorKind.DENSE else self.dim))
+
+
+def cut(dim: int, max_dim: int | None) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of the near-equal diagonal blocks, none larger than `max_dim`, that `dim` is cut into."""
+    pieces = 1 if max_dim is None else -(-dim // max_dim)
+    edges = [dim * i // pieces for i in range(pieces + 1)]
+    return tuple(zip(edges[:-1], edges[1:], strict=True))
+
+
+def units_of(block: str, factors: tuple[FactorSpec, ...], max_dim: int | None) -> tuple[Unit, ...]:
+    """Return the units of a block, in the order of its factors; diagonals are never cut."""
+    return tuple(
+        Unit(block, factor.side, index, start, stop, factor.batch, factor.kind)
+        for factor in factors
+        for index, (start, stop) in enumerate(cut(factor.dim, None if factor.kind is FactorKind.DIAGONAL else max_dim))
+    )

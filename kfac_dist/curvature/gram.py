@@ -1,0 +1,81 @@
+"""Gram matrices, accumulated in place and only where a symmetric matrix needs them.
+
+Convention for every stored factor: the *upper block-triangle* is valid, what lies below the diagonal blocks is zero or
+stale. Every operation on factors between measuring and inverting is linear and elementwise, so nobody has to know;
+`complete` mirrors the upper half once, when a factor is about to be inverted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Below this size the saved flops are smaller than the cost of the extra calls.
+_SPLIT_FROM = 256
+_PANELS = 4
+
+
+def _panels(n: int) -> Iterator[tuple[int, int]]:
+    count = _PANELS if n >= _SPLIT_FROM else 1
+    edges = [n * i // count for i in range(count + 1)]
+    return zip(edges[:-1], edges[1:], strict=True)
+
+
+def accumulate_gram(out: Tensor, rows: Tensor, *, alpha: float, beta: float, ones: bool = False) -> None:
+    """Set `out ← beta·out + alpha·[rows, 1]ᵀ[rows, 1]` in place, upper block-triangle only.
+
+    Args:
+        out: `[batch, n, n]`, fp32; a strided view is fine as long as its last dimension is contiguous.
+        rows: `[batch, M, d]` with d = n, or n − 1 when `ones` is set.
+        alpha: Scale of the new term.
+        beta: Scale of what is there; 0 ignores it, even when it is not finite.
+        ones: Whether rows carry an implicit last column of ones (the homogeneous coordinate of a bias). It is never
+            materialised: its row of the Gram matrix is a column sum.
+    """
+    width = rows.shape[-1]
+    rows = rows.to(out.dtype)
+    for start, stop in _panels(width):
+        panel = out[:, start:stop, start:width]
+        left, right = rows[..., start:stop].mT, rows[..., start:]
+        if out.shape[0] == 1:
+            panel[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
+        else:
+            panel.baddbmm_(left, right, beta=beta, alpha=alpha)
+    if ones:
+        border = out[:, :, width]
+        if beta == 0:
+            border.zero_()
+        else:
+            border.mul_(beta)
+        border[:, :width].add_(rows.sum(dim=1), alpha=alpha)
+        border[:, width].add_(alpha * rows.shape[1])
+
+
+def complete(matrix: Tensor) -> Tensor:
+    """Mirror the upper triangle of `[..., n, n]` into the lower one, in place, and return the matrix."""
+    n = matrix.shape[-1]
+    for start, stop in _panels(n):
+        matrix[..., stop:, start:stop] = matrix[..., start:stop, stop:].mT
+        diagonal = matrix[..., start:stop, start:stop]
+        upper = diagonal.triu()
+        diagonal.copy_(upper + upper.triu(1).mT)
+    return matrix
+
+
+def traces(matrix: Tensor) -> Tensor:
+    """Return the sum of all diagonals of `[batch, n, n]`, a 0-dim tensor.
+
+    A Gram matrix is finite exactly when its diagonal is: |S_ij| ≤ sqrt(S_ii S_jj). So this cheap number also answers
+    whether anything non-finite entered.
+    """
+    return matrix.diagonal(dim1=-2, dim2=-1).sum()
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Return the complete Gram matrix `[batch, d, d]` of `[batch, M, d]` rows."""
+    batch, _, width = rows.shape
+    out = rows.new_zeros(batch, width, width, dtype=torch.float32)
+    accumulate_gram(out, rows, alpha=1.0, beta=0.0)
+    return complete(out)
