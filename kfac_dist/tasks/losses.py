@@ -1,0 +1,148 @@
+"""Losses of the shipped runs: negative log-likelihoods, averaged over their terms.
+
+A loss gives the *sum* over the terms of a micro-batch and, apart from it, the number of terms, because the two meet
+only when the whole step is known: the mean runs over all ranks and micro-batches. Inside one sample the sum runs over
+its features, so that a loss is `−log p(target | output)` up to a constant, as the Fisher matrix requires
+(`kfac_dist.config.schema.Likelihood` names p).
+
+Shapes: outputs `[batch, ..., classes]` with targets `[batch, ...]` for classes; equal shapes `[batch, ...]` else.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kfac_dist.config.schema import Likelihood, LossConfig, LossName, LossTerms
+from kfac_dist.errors import DataError
+
+
+class Loss(ABC):
+    """A negative log-likelihood, summed over terms, with the figure by which people judge its task.
+
+    Attributes:
+        likelihood: Predictive distribution whose negative log-likelihood this is.
+        terms: What the mean runs over.
+        metric: Name of the task's figure: `metric_sum` over the number of terms.
+    """
+
+    likelihood: ClassVar[Likelihood]
+    terms: ClassVar[LossTerms] = LossTerms.SAMPLE
+    metric: ClassVar[str]
+
+    @abstractmethod
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of the terms, a scalar."""
+
+    @abstractmethod
+    def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum over terms of the task's figure, a scalar."""
+
+    def count(self, targets: Tensor) -> int | Tensor:
+        """Return the number of terms: an integer where the shape tells it, else a scalar on the targets' device."""
+        return targets.shape[0]
+
+
+class CrossEntropy(Loss):
+    """Softmax cross-entropy with one label a sample."""
+
+    likelihood = Likelihood.CATEGORICAL
+    metric = "accuracy"
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `−Σ log softmax(outputs)[target]`."""
+        return functional.cross_entropy(outputs, targets, reduction="sum")
+
+    def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the number of samples whose largest logit is the label's."""
+        return (outputs.argmax(dim=-1) == targets).sum()
+
+
+class TokenCrossEntropy(Loss):
+    """Softmax cross-entropy with a label at every position; positions labelled `ignore_index` are not terms."""
+
+    likelihood = Likelihood.CATEGORICAL
+    terms = LossTerms.TOKEN
+    metric = "bits per token"
+
+    def __init__(self, ignore_index: int) -> None:
+        self.ignore_index = ignore_index
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `−Σ log softmax(outputs)[target]` over the valid positions."""
+        return functional.cross_entropy(
+            outputs.flatten(0, -2), targets.flatten(), ignore_index=self.ignore_index, reduction="sum"
+        )
+
+    def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss in bits."""
+        return self.total(outputs, targets) / math.log(2)
+
+    def count(self, targets: Tensor) -> Tensor:
+        """Return the number of valid positions, on the device."""
+        return (targets != self.ignore_index).sum()
+
+
+class SigmoidCrossEntropy(Loss):
+    """Binary cross-entropy on logits, summed over a sample's pixels."""
+
+    likelihood = Likelihood.BERNOULLI
+    metric = "squared reconstruction error"
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `−Σ [x log σ(s) + (1 − x) log(1 − σ(s))]`.
+
+        Raises:
+            DataError: The shapes differ.
+        """
+        if outputs.shape != targets.shape:
+            raise DataError(
+                f"loss sigmoid_cross_entropy: the model's outputs have shape {tuple(outputs.shape)}, "
+                f"the targets {tuple(targets.shape)}; an autoencoder's data needs `target: input`"
+            )
+        return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
+
+    def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `Σ (x − σ(s))²`, the error that Hinton & Salakhutdinov (2006) report."""
+        return (targets - torch.sigmoid(outputs)).square().sum()
+
+
+class SquaredError(Loss):
+    """Half the squared error, summed over a sample's features: a Gaussian of unit variance."""
+
+    likelihood = Likelihood.GAUSSIAN
+    metric = "squared error"
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `½ Σ (outputs − targets)²`.
+
+        Raises:
+            DataError: The shapes differ (the difference of broadcast tensors would be no error of anything).
+        """
+        if outputs.shape != targets.shape:
+            raise DataError(
+                f"loss mse: the model's outputs have shape {tuple(outputs.shape)}, the targets {tuple(targets.shape)}"
+            )
+        return functional.mse_loss(outputs, targets, reduction="sum") / 2
+
+    def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `Σ (outputs − targets)²`."""
+        return (outputs - targets).square().sum()
+
+
+def build_loss(config: LossConfig) -> Loss:
+    """Return the loss that a configuration names."""
+    match config.name:
+        case LossName.CROSS_ENTROPY:
+            return CrossEntropy()
+        case LossName.TOKEN_CROSS_ENTROPY:
+            return TokenCrossEntropy(config.ignore_index)
+        case LossName.SIGMOID_CROSS_ENTROPY:
+            return SigmoidCrossEntropy()
+        case LossName.MSE:
+            return SquaredError()
