@@ -75,6 +75,8 @@ class Schedule(Section):
             raise ValueError("final is 0, which an exponential schedule never reaches: give it a positive value")
         if self.kind is ScheduleKind.CONSTANT and self.steps is not None:
             raise ValueError("steps has no effect on a constant schedule: set kind to linear, cosine or exponential")
+        if self.steps is not None and self.steps <= self.warmup_steps:
+            raise ValueError(f"steps ({self.steps}) must exceed warmup_steps ({self.warmup_steps}), which it includes")
         if self.warmup_from and not self.warmup_steps:
             raise ValueError("warmup_from has no effect without a warm-up: set warmup_steps")
         return self

@@ -1,0 +1,9 @@
+"""What a run may say (`schema`), and how a YAML file, its includes and the command line become that (`load`).
+
+document    YAML text → plain values that know their line; includes and overrides merge
+fields      what the schema allows at a path, in words
+explain     a refused value → one line that a user can act on
+load        file + overrides → Config → YAML again
+targets     `model` and `data`: a shipped name or `package.module:callable`
+schedules   the value of a scheduled quantity at a step
+"""

@@ -1,0 +1,268 @@
+"""YAML text as plain values that know where they were written.
+
+    text ─ compose ─ nodes ─ Document(values, places) ─ merge: includes, then the file, then overrides ─ validation
+
+Scalars follow YAML 1.2, whose rules have no surprises: `1e-3` is a number, `no` and `012` are text, booleans are
+`true` and `false`. A key given twice, which YAML readers resolve silently, is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from kfac_dist.config.fields import Path, expand_shorthand
+from kfac_dist.errors import ConfigError
+
+_TAG = "tag:yaml.org,2002:"
+_MERGE_KEY = _TAG + "merge"
+_RESOLVERS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:(?:\.[0-9]+|(?:0|[1-9][0-9_]*)\.[0-9_]*)(?:[eE][-+]?[0-9]+)?"
+        r"|(?:0|[1-9][0-9_]*)[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader's grammar with YAML 1.2's scalars."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  pyyaml's own mutable class attribute
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes every text that readers of YAML 1.1 or 1.2 would take for something else."""
+
+
+for _name, _pattern, _first in _RESOLVERS:
+    _regexp = re.compile(f"(?:{_pattern})$")
+    _Loader.add_implicit_resolver(_TAG + _name, _regexp, _first)
+    Dumper.add_implicit_resolver(_TAG + _name, _regexp, _first)
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a value was written: a line of a file, or an argument on the command line (line 0)."""
+
+    source: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}" if self.line else self.source
+
+
+@dataclass(frozen=True)
+class Document:
+    """Values of a configuration, and the place of each of their paths."""
+
+    values: dict[str, Any]
+    places: dict[Path, Place] = field(default_factory=dict)
+
+    def place(self, path: Path) -> Place:
+        """Where the value at a path, or else the nearest thing around it, was written."""
+        while path not in self.places and path:
+            path = path[:-1]
+        return self.places[path]
+
+    def merged_with(self, top: Document) -> Document:
+        """Lay another document over this one: mappings merge key by key, everything else is replaced."""
+        places = dict(self.places)
+        values = _merge(self.values, top.values, (), places, top.places)
+        return Document(values, places)
+
+
+def parse(text: str, source: str) -> Document:
+    """Read the text of one YAML file whose top level is a mapping.
+
+    Raises:
+        ConfigError: Bad YAML, a repeated or non-text key, a tag, an empty text, another top level than a mapping.
+    """
+    reader = _Reader(source)
+    values = reader.read(text)
+    if values is None:
+        reader.problems.append(f"{source}: the file is empty; a run needs the sections run, model, data, loss, …")
+    elif not isinstance(values, dict):
+        reader.problems.append(f"{source}: the top level is {show(values)}, expected a mapping of sections")
+    if reader.problems:
+        raise ConfigError("\n".join(reader.problems))
+    return Document(values, reader.places)
+
+
+def parse_override(argument: str) -> Document:
+    """Read one `section.key=value` of the command line; the value is YAML.
+
+    Raises:
+        ConfigError: No `=`, an empty part in the dotted key, or a value that isn't YAML.
+    """
+    key, equals, text = argument.partition("=")
+    path = tuple(key.split("."))
+    if not equals or not all(path) or key != key.strip():
+        raise ConfigError(f"command line: found {argument!r}, expected key=value such as train.steps=100")
+    return override(path, text, f"command line ({argument})")
+
+
+def override(path: tuple[str, ...], text: str, source: str) -> Document:
+    """Make a document of one value, given as YAML text, at a path.
+
+    Raises:
+        ConfigError: The text isn't YAML.
+    """
+    reader = _Reader(source, numbered=False)
+    values = reader.read(text, path)
+    if reader.problems:
+        raise ConfigError("\n".join(reader.problems))
+    for depth in range(len(path)):
+        reader.places[path[:depth]] = Place(source)
+    for key in reversed(path):
+        values = {key: values}
+    return Document(values, reader.places)
+
+
+def show(value: Any) -> str:
+    """Write a value as a message quotes it: as YAML spells it, and short."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case str() if len(value) > 60:
+            return repr(value[:57] + "...")
+        case Mapping():
+            return "a mapping"
+        case list() | tuple():
+            text = "[" + ", ".join(map(show, value)) + "]"
+            return text if len(text) <= 60 else f"a list of {len(value)}"
+    return repr(value)
+
+
+class _Reader:
+    """Turns nodes into values, noting places and gathering what is wrong on the way."""
+
+    def __init__(self, source: str, *, numbered: bool = True) -> None:
+        self.source = source
+        self.numbered = numbered
+        self.places: dict[Path, Place] = {}
+        self.problems: list[str] = []
+        self._open: list[yaml.Node] = []
+
+    def read(self, text: str, path: Path = ()) -> Any:
+        try:
+            node = yaml.compose(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            self.problems.append(self._bad_yaml(error))
+            return {}
+        if node is None:
+            self.places[path] = Place(self.source)
+            return None
+        return self._value(node, path)
+
+    def _place(self, node: yaml.Node) -> Place:
+        return Place(self.source, node.start_mark.line + 1 if self.numbered else 0)
+
+    def _value(self, node: yaml.Node, path: Path) -> Any:
+        if any(node is parent for parent in self._open):
+            self.problems.append(f"{self._place(node)}: this alias refers to the value that it is part of")
+            return None
+        # The line of a key's value is that of the key: `_mapping` has noted it already.
+        self.places.setdefault(path, self._place(node))
+        self._open.append(node)
+        try:
+            match node:
+                case yaml.MappingNode(tag="tag:yaml.org,2002:map"):
+                    return self._mapping(node, path)
+                case yaml.SequenceNode(tag="tag:yaml.org,2002:seq"):
+                    return [self._value(item, (*path, index)) for index, item in enumerate(node.value)]
+                case yaml.ScalarNode():
+                    return self._scalar(node)
+            return self._unsupported(node)
+        finally:
+            self._open.pop()
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        inherited: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE_KEY:
+                for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                    values = self._value(source, path)
+                    if isinstance(values, dict):
+                        inherited = values | inherited
+                    else:
+                        self.problems.append(f"{self._place(source)}: << merges mappings, found {show(values)}")
+                continue
+            key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str):
+                found = getattr(key_node, "value", None) if isinstance(key_node, yaml.ScalarNode) else "a collection"
+                self.problems.append(f"{self._place(key_node)}: keys are text, found {found}: quote it")
+                continue
+            below = (*path, key)
+            if key in own:
+                first = self.places[below]
+                self.problems.append(
+                    f"{self._place(key_node)}: {dotted(below)}: given twice, first in line {first.line or 1}: keep one"
+                )
+            self.places[below] = self._place(key_node)
+            own[key] = self._value(value_node, below)
+        return inherited | own
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        text = str(node.value)
+        try:
+            match node.tag.removeprefix(_TAG):
+                case "str":
+                    return text
+                case "null":
+                    return None
+                case "bool":
+                    return {"true": True, "false": False}[text.lower()]
+                case "int":
+                    return int(text.replace("_", ""))
+                case "float":
+                    return float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text.lower().replace("_", "")))
+        except (KeyError, ValueError):
+            self.problems.append(f"{self._place(node)}: {text!r} is not what its tag {node.tag} says")
+            return None
+        return self._unsupported(node)
+
+    def _unsupported(self, node: yaml.Node) -> None:
+        tag = node.tag.replace(_TAG, "!!")
+        self.problems.append(f"{self._place(node)}: the YAML tag {tag} is not supported: write plain values")
+
+    def _bad_yaml(self, error: yaml.YAMLError) -> str:
+        mark = getattr(error, "problem_mark", None)
+        place = Place(self.source, mark.line + 1) if mark is not None and self.numbered else Place(self.source)
+        problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+        if r"'\t'" in problem:
+            problem = "found a tab: indent with spaces"
+        return f"{place}: not valid YAML: {problem}"
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """Write a path as the command line spells it."""
+    return ".".join(map(str, path))
+
+
+def _merge(base: Any, top: Any, path: Path, places: dict[Path, Place], top_places: dict[Path, Place]) -> Any:
+    if isinstance(top, dict) and not isinstance(base, dict):
+        base = expand_shorthand(path, base)
+    if isinstance(top, dict) and isinstance(base, dict):
+        merged = dict(base)
+        for key, value in top.items():
+            below = (*path, key)
+            merged[key] = _merge(base.get(key), value, below, places, top_places)
+        places.setdefault(path, top_places.get(path, Place("command line")))
+        return merged
+    for old in [old for old in places if old[: len(path)] == path]:
+        del places[old]
+    places.update({new: place for new, place in top_places.items() if new[: len(path)] == path})
+    return top
