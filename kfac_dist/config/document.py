@@ -108,6 +108,8 @@ def parse_override(argument: str) -> Document:
     path = tuple(key.split("."))
     if not equals or not all(path) or key != key.strip():
         raise ConfigError(f"command line: found {argument!r}, expected key=value such as train.steps=100")
+    if path[0] == "include":
+        raise ConfigError(f"command line: found {argument!r}; an include belongs in a file, by itself if need be")
     return override(path, text, f"command line ({argument})")
 
 
@@ -126,6 +128,13 @@ def override(path: tuple[str, ...], text: str, source: str) -> Document:
     for key in reversed(path):
         values = {key: values}
     return Document(values, reader.places)
+
+
+def plain_value(text: str) -> Any:
+    """What a text would be, had it been written without quotes; the text itself if that isn't YAML."""
+    reader = _Reader("")
+    value = reader.read(text)
+    return text if reader.problems else value
 
 
 def show(value: Any) -> str:

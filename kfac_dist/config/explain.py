@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from kfac_dist.config.document import Document, Place, dotted, show
+from kfac_dist.config.document import Document, Place, dotted, plain_value, show
 from kfac_dist.config.fields import Allowed, Path, all_paths, allowed_at
 from kfac_dist.errors import ConfigError
 
@@ -42,6 +42,9 @@ def _explain(detail: ErrorDetails, document: Document) -> tuple[Path, str]:
     if detail["type"] == "value_error":
         message = detail["msg"].removeprefix("Value error, ")
         path = _blamed(message, path, document)
+        word = message.split(maxsplit=1)[0]
+        if dotted(path).endswith(word):
+            return path, dotted(path) + message.removeprefix(word)
         return path, f"{dotted(path)}: {message}" if path else message
     allowed = allowed_at(path)
     expected = "" if allowed is None else f"expected {allowed}"
@@ -89,6 +92,6 @@ def _meant_key(path: Path) -> str:
 def _meant_value(found: object, allowed: Allowed | None) -> str:
     if allowed is None or not isinstance(found, str):
         return ""
-    if allowed.is_number() and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", found.lower()):
+    if allowed.takes_number() and isinstance(plain_value(found), int | float):
         return ": leave out the quotes"
     return did_you_mean(found, allowed.choices)

@@ -45,9 +45,9 @@ class Allowed:
                 found += [str(value) for value in get_args(option.annotation)]
         return found
 
-    def is_number(self) -> bool:
+    def takes_number(self) -> bool:
         """Whether a number may stand here."""
-        return any(option.annotation in (int, float) for option in self._options())
+        return self.section is Schedule or any(option.annotation in (int, float) for option in self._options())
 
     def below(self, key: str | int) -> Allowed | None:
         """What is allowed one step further down; None where nothing is."""
