@@ -1,0 +1,372 @@
+"""The one interface through which ranks talk: asynchronous collectives on flat tensors, counted and with a deadline.
+
+    Communicator                 what callers may rely on; an MPI one can stand in
+    ├── SoloCommunicator         one rank: everything completes at once
+    └── TorchCommunicator        a torch.distributed process group that belongs to K-FAC alone
+
+Every operation is started by every rank of the communicator in the same order, also when its tensor is empty: a rank
+that skips a collective because it has nothing to send hangs the others.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kfac_dist.distributed import cost
+from kfac_dist.errors import CollectiveError
+
+
+class Work(Protocol):
+    """A collective in flight."""
+
+    def wait(self) -> None:
+        """Returns once the result may be used (on a GPU: by the current stream).
+
+        Raises:
+            CollectiveError: The collective failed, or a rank did not join it in time.
+        """
+
+
+class Traffic:
+    """What this rank has sent, by label: numbers of collectives, and bytes by the formulas of `cost`.
+
+    A label names what travels ("factors", "inverses", "gradients"). One counter serves a communicator and all that are
+    split from it. Collectives among one rank are not counted: nothing travels.
+    """
+
+    def __init__(self) -> None:
+        self.calls: defaultdict[str, int] = defaultdict(int)
+        self.bytes_sent: defaultdict[str, int] = defaultdict(int)
+
+    @property
+    def total_calls(self) -> int:
+        """Collectives that this rank took part in."""
+        return sum(self.calls.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that this rank sent."""
+        return sum(self.bytes_sent.values())
+
+    def count(self, label: str, nbytes: int) -> None:
+        """Adds one collective that sends `nbytes` from this rank."""
+        self.calls[label] += 1
+        self.bytes_sent[label] += nbytes
+
+    def snapshot(self) -> dict[str, tuple[int, int]]:
+        """Label to (collectives, bytes sent) so far."""
+        return {label: (self.calls[label], self.bytes_sent[label]) for label in sorted(self.calls)}
+
+    def reset(self) -> None:
+        """Starts counting afresh."""
+        self.calls.clear()
+        self.bytes_sent.clear()
+
+
+class Communicator(ABC):
+    """A fixed set of ranks that compute together.
+
+    Attributes:
+        rank: This process's rank within the communicator.
+        size: Number of ranks.
+        device: Where small tensors that carry decisions must live to be sent.
+        traffic: What this rank has sent; shared with the communicators split from this one.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    traffic: Traffic
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:
+        """Sums a contiguous `tensor` over the ranks, in place, the same bits on each."""
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:
+        """Overwrites a contiguous `tensor` with that of `root`, a rank of this communicator."""
+
+    @abstractmethod
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+        *,
+        label: str,
+    ) -> Work:
+        """Sends the r-th part of the 1-D `input` to rank r, and receives rank r's part for this rank into `output`.
+
+        Parts may be empty. `output_splits` and `input_splits` hold their elements, by rank.
+        """
+
+    @abstractmethod
+    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:
+        """The picklable `value` of every rank, by rank; for start-up and errors, not for the training step."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+
+    @abstractmethod
+    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:
+        """The communicator of the group that holds this rank; ranks keep their order in `groups`.
+
+        Collective: every rank passes the same partition of this communicator's ranks.
+
+        Raises:
+            ValueError: `groups` is no partition of this communicator's ranks.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what the communicator holds, and what was split from it; collective, and harmless when repeated."""
+
+
+class _Done:
+    """Work that was complete when it was started."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+class SoloCommunicator(Communicator):
+    """One rank: what it would receive is what it has."""
+
+    def __init__(self, traffic: Traffic | None = None, device: torch.device | None = None) -> None:
+        self.rank = 0
+        self.size = 1
+        self.device = device or torch.device("cpu")
+        self.traffic = traffic or Traffic()
+
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:  # noqa: D102
+        return _Done()
+
+    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:  # noqa: D102
+        return _Done()
+
+    def all_to_all(  # noqa: D102
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+        *,
+        label: str,
+    ) -> Work:
+        output.copy_(input)
+        return _Done()
+
+    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:  # noqa: D102
+        return [value]
+
+    def barrier(self) -> None:  # noqa: D102
+        return
+
+    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:  # noqa: D102
+        _group_of(groups, 0, 1)
+        return SoloCommunicator(self.traffic, self.device)
+
+    def close(self) -> None:  # noqa: D102
+        return
+
+
+class TorchCommunicator(Communicator):
+    """A process group of torch.distributed, used by nobody else.
+
+    K-FAC never shares a group with DDP: the order of collectives within a group must be the same on every rank, and
+    DDP starts its own from hooks whose timing K-FAC doesn't control.
+
+    Over gloo, a rank that stays away makes `wait` raise once the timeout has passed. Over NCCL `wait` only orders the
+    current stream, and it is NCCL's watchdog that ends the process at the same timeout, naming the collective.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float, traffic: Traffic | None = None) -> None:
+        self._group = group
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._ranks = dist.get_process_group_ranks(group)
+        self._children: list[Communicator] = []
+        self._one_rank_groups: list[dist.ProcessGroup] = []
+        self._open = True
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        nccl = "nccl" in str(dist.get_backend(group))
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        self.traffic = traffic or Traffic()
+
+    @classmethod
+    def create(cls, parent: dist.ProcessGroup | None, timeout_seconds: float) -> TorchCommunicator:
+        """A communicator over the ranks of `parent` (default: the world) with a new process group of its own.
+
+        Collective over `parent`.
+        """
+        ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
+        group = _new_group([list(range(len(ranks)))], ranks, timedelta(seconds=timeout_seconds))
+        return cls(group, timeout_seconds)
+
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:  # noqa: D102
+        return self._start(
+            lambda: dist.all_reduce(tensor, group=self._group, async_op=True),
+            f"all_reduce of {label}",
+            label,
+            tensor.nbytes,
+            cost.all_reduce_bytes(tensor.nbytes, self.size),
+        )
+
+    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:  # noqa: D102
+        return self._start(
+            lambda: dist.broadcast(tensor, src=self._ranks[root], group=self._group, async_op=True),
+            f"broadcast of {label} from rank {root}",
+            label,
+            tensor.nbytes,
+            cost.broadcast_bytes(tensor.nbytes, self.size) if self.rank == root else 0,
+        )
+
+    def all_to_all(  # noqa: D102
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+        *,
+        label: str,
+    ) -> Work:
+        sent = (sum(input_splits) - input_splits[self.rank]) * input.element_size()
+        return self._start(
+            lambda: dist.all_to_all_single(
+                output, input, list(output_splits), list(input_splits), group=self._group, async_op=True
+            ),
+            f"all_to_all of {label}",
+            label,
+            input.nbytes,
+            sent,
+        )
+
+    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:  # noqa: D102
+        values: list[Any] = [None] * self.size
+        nbytes = len(pickle.dumps(value))
+
+        def gather() -> None:
+            dist.all_gather_object(values, value, group=self._group)
+
+        # Every rank's bytes have to reach the other N-1.
+        self._start(gather, f"gather of {label}", label, nbytes, nbytes * (self.size - 1)).wait()
+        return values
+
+    def barrier(self) -> None:  # noqa: D102
+        # A sum, read on the host: on NCCL only that holds the host back, not its barrier's wait.
+        flag = torch.zeros(1, device=self.device)
+        self.all_reduce(flag, label="barrier").wait()
+        flag.item()
+
+    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:  # noqa: D102
+        group = _group_of(groups, self.rank, self.size)
+        process_group = _new_group(groups, self._ranks, self._timeout)
+        child: Communicator
+        if len(group) == 1:
+            child = SoloCommunicator(self.traffic, self.device)
+            self._one_rank_groups.append(process_group)
+        else:
+            child = TorchCommunicator(process_group, self._timeout.total_seconds(), self.traffic)
+        self._children.append(child)
+        return child
+
+    def close(self) -> None:  # noqa: D102
+        for child in self._children:
+            child.close()
+        # The world may have been torn down before its communicators, at the end of a run.
+        if self._open and dist.is_initialized():
+            for group in (*self._one_rank_groups, self._group):
+                dist.destroy_process_group(group)
+        self._children.clear()
+        self._one_rank_groups.clear()
+        self._open = False
+
+    def _start(
+        self, launch: Callable[[], dist.Work | None], operation: str, label: str, nbytes: int, sent: int
+    ) -> Work:
+        self.traffic.count(label, sent)
+        pending = _PendingWork(f"{operation} ({nbytes} bytes)", self.rank, self.size)
+        pending.start(launch)
+        return pending
+
+
+class _PendingWork:
+    """A collective of torch.distributed whose failure says who waited for what, and how long."""
+
+    def __init__(self, description: str, rank: int, size: int) -> None:
+        self._description = description
+        self._rank = rank
+        self._size = size
+        self._work: dist.Work | None = None
+        self._started = time.monotonic()
+
+    def start(self, launch: Callable[[], dist.Work | None]) -> None:
+        """Starts the collective; one that blocks until it is done returns no work."""
+        try:
+            self._work = launch()
+        except RuntimeError as error:
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Waits, once; later calls return at once."""
+        work, self._work = self._work, None
+        if work is None:
+            return
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: RuntimeError) -> CollectiveError:
+        seconds = time.monotonic() - self._started
+        return CollectiveError(
+            f"rank {self._rank} of {self._size}: {self._description} failed after {seconds:.1f} s: "
+            f"another rank has stopped, is late, or runs another collective ({error})"
+        )
+
+
+def build_communicator(timeout_seconds: float, group: dist.ProcessGroup | None = None) -> Communicator:
+    """K-FAC's communicator over `group` (default: the world); a solo one without torch.distributed or with one rank.
+
+    Collective over `group`.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return SoloCommunicator()
+    return TorchCommunicator.create(group, timeout_seconds)
+
+
+def _group_of(groups: Sequence[Sequence[int]], rank: int, size: int) -> Sequence[int]:
+    if sorted(member for group in groups for member in group) != list(range(size)):
+        raise ValueError(f"groups {groups} are no partition of ranks 0 to {size - 1}")
+    return next(group for group in groups if rank in group)
+
+
+def _new_group(groups: Sequence[Sequence[int]], ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+    """This process's new process group out of `groups`, a partition of `ranks` given by positions in it."""
+    own = dist.get_rank()
+    global_groups = [[ranks[member] for member in group] for group in groups]
+    mine = next(group for group in global_groups if own in group)
+    created: dist.ProcessGroup
+    if len(ranks) == dist.get_world_size():
+        # Every rank creates every group: torch then names groups by a counter that all ranks share and never reuse.
+        for group in global_groups:
+            process_group = dist.new_group(group, timeout=timeout)
+            if group is mine:
+                created = process_group
+    else:
+        # Ranks outside of a sub-group of the world don't come here. torch then names a group by its ranks and by how
+        # many groups the process knows: every rank gets one, also of one rank, so that these numbers stay equal.
+        created = dist.new_group(mine, timeout=timeout, use_local_synchronization=True)
+    return created

@@ -1,0 +1,223 @@
+"""Real processes for tests of distributed code: `run_ranks(3, function, *args)` gives the results by rank.
+
+Importing torch costs a process more than a second, so the processes are kept: the first call that needs four ranks
+starts four, every later call gives them a function to run in a fresh gloo world that meets in a file. A process that
+fails, hangs or dies is replaced before the next call.
+
+    test process                               worker processes (spawned, one thread each)
+    run_ranks(W, fn, *args)  ── task, pipe ──▶  rank r: init gloo (file://) → fn(*args) → destroy
+                             ◀── result ──────  pickled result, or the traceback
+
+`fn` is a module-level function of a test file; its arguments and its result are pickled. What the workers run counts
+for coverage (`concurrency = multiprocessing`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+GROUP_TIMEOUT_SECONDS = 30.0
+# How long the other ranks may still take once one has failed: they usually hang in a collective without it.
+GRACE_SECONDS = 3.0
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not finish in time; the message holds the tracebacks, the first failure first."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one rank is to run; `call` is the pickled (function, arguments)."""
+
+    rank: int
+    world_size: int
+    rendezvous: str
+    process_group: bool
+    call: bytes
+    path: list[str]
+
+
+@dataclass(frozen=True)
+class _Result:
+    value: bytes
+
+
+@dataclass(frozen=True)
+class _Failure:
+    moment: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+
+    def stop(self, *, kill: bool) -> None:
+        if kill:
+            self.process.kill()
+        self.pipe.close()  # an idle worker leaves when its pipe ends
+        self.process.join()
+
+
+_idle: list[_Worker] = []
+
+
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60.0,
+    process_group: bool = True,
+) -> list[Any]:
+    """Runs `function(*args)` on `world_size` ranks and returns what each returned, by rank.
+
+    Args:
+        world_size: Number of ranks.
+        function: Module-level function; finds its rank through torch.distributed.
+        *args: Picklable arguments, the same for every rank.
+        timeout: Seconds after which ranks that haven't finished are killed.
+        process_group: False leaves torch.distributed uninitialised; then RANK and WORLD_SIZE tell the rank.
+
+    Raises:
+        RankError: A rank raised, died, or was killed at the timeout.
+    """
+    call = pickle.dumps((function, args))
+    workers = _take_workers(world_size)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
+        rendezvous = os.path.join(directory, "rendezvous")
+        for rank, worker in enumerate(workers):
+            worker.pipe.send(_Task(rank, world_size, rendezvous, process_group, call, list(sys.path)))
+        results, failures = _collect(workers, timeout)
+    for rank, worker in enumerate(workers):
+        if rank in results:
+            _idle.append(worker)
+        else:
+            worker.stop(kill=True)
+    if failures:
+        raise RankError("\n".join(failures))
+    return [results[rank] for rank in range(world_size)]
+
+
+def _collect(workers: list[_Worker], timeout: float) -> tuple[dict[int, Any], list[str]]:
+    """Results by rank, and failures in the order in which they came; after the first the others get a short grace."""
+    deadline = time.monotonic() + timeout
+    results: dict[int, Any] = {}
+    failures: list[tuple[float, str]] = []
+    pending = {worker.pipe: rank for rank, worker in enumerate(workers)}
+    while pending:
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            waiting = sorted(pending.values())
+            reason = "after another failed" if failures else f"in {timeout:g} s"
+            failures.append((deadline, f"ranks {waiting} did not finish {reason} and were killed"))
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = pending.pop(pipe)
+            try:
+                outcome: _Result | _Failure = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                workers[rank].process.join()
+                code = workers[rank].process.exitcode
+                outcome = _Failure(time.monotonic(), f"the process died (exit code {code})")
+            match outcome:
+                case _Result(value):
+                    results[rank] = pickle.loads(value)
+                case _Failure(moment, reason):
+                    if not failures:
+                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    failures.append((moment, f"rank {rank} of {len(workers)} failed: {reason}"))
+    return results, [text for _, text in sorted(failures)]
+
+
+def _take_workers(number: int) -> list[_Worker]:
+    started = [_start_worker() for _ in range(number - len(_idle))]
+    for worker in started:
+        worker.pipe.recv()  # torch is imported: from here on a task's seconds are its own
+    _idle.extend(started)
+    return [_idle.pop() for _ in range(number)]
+
+
+def _start_worker() -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    # One thread each, also in libraries that read it at import: ranks share the few cores of a test machine.
+    previous = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+    finally:
+        if previous is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = previous
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _serve(pipe: Connection) -> None:
+    """Runs tasks until the test process goes away."""
+    import torch
+
+    torch.set_num_threads(1)
+    environment = dict(os.environ)
+    pipe.send("ready")
+    while True:
+        try:
+            task: _Task = pipe.recv()
+        except EOFError:
+            return
+        outcome = _run(task)
+        os.environ.clear()
+        os.environ.update(environment)
+        pipe.send(outcome)
+
+
+def _run(task: _Task) -> _Result | _Failure:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(task.rank), WORLD_SIZE=str(task.world_size))
+    sys.path[:] = task.path
+    torch.manual_seed(0)
+    try:
+        function, args = pickle.loads(task.call)
+        if task.process_group:
+            timeout = timedelta(seconds=GROUP_TIMEOUT_SECONDS)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{task.rendezvous}",
+                rank=task.rank,
+                world_size=task.world_size,
+                timeout=timeout,
+            )
+        # Plain bytes: torch's own pickling would share memory with a process that may be gone by then.
+        return _Result(pickle.dumps(function(*args)))
+    except BaseException:
+        return _Failure(time.monotonic(), traceback.format_exc())
+    finally:
+        # Only now: the end of this rank's connections makes the others fail, and the first failure is the one to see.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@atexit.register
+def _stop_workers() -> None:
+    # By the end of their pipes, not by a signal: they leave the ordinary way and write their coverage.
+    while _idle:
+        _idle.pop().stop(kill=False)
