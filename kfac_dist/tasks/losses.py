@@ -3,7 +3,7 @@
 A loss gives the *sum* over the terms of a micro-batch and, apart from it, the number of terms, because the two meet
 only when the whole step is known: the mean runs over all ranks and micro-batches. Inside one sample the sum runs over
 its features, so that a loss is `−log p(target | output)` up to a constant, as the Fisher matrix requires
-(`kfac_dist.config.schema.Likelihood` names p).
+(`kfac_dist.config.schema.LossName` knows p).
 
 Shapes: outputs `[batch, ..., classes]` with targets `[batch, ...]` for classes; equal shapes `[batch, ...]` else.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kfac_dist.config.schema import Likelihood, LossConfig, LossName, LossTerms
+from kfac_dist.config.schema import LossConfig, LossName
 from kfac_dist.errors import DataError
 
 
@@ -26,13 +26,9 @@ class Loss(ABC):
     """A negative log-likelihood, summed over terms, with the figure by which people judge its task.
 
     Attributes:
-        likelihood: Predictive distribution whose negative log-likelihood this is.
-        terms: What the mean runs over.
         metric: Name of the task's figure: `metric_sum` over the number of terms.
     """
 
-    likelihood: ClassVar[Likelihood]
-    terms: ClassVar[LossTerms] = LossTerms.SAMPLE
     metric: ClassVar[str]
 
     @abstractmethod
@@ -51,7 +47,6 @@ class Loss(ABC):
 class CrossEntropy(Loss):
     """Softmax cross-entropy with one label a sample."""
 
-    likelihood = Likelihood.CATEGORICAL
     metric = "accuracy"
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -66,8 +61,6 @@ class CrossEntropy(Loss):
 class TokenCrossEntropy(Loss):
     """Softmax cross-entropy with a label at every position; positions labelled `ignore_index` are not terms."""
 
-    likelihood = Likelihood.CATEGORICAL
-    terms = LossTerms.TOKEN
     metric = "bits per token"
 
     def __init__(self, ignore_index: int) -> None:
@@ -91,7 +84,6 @@ class TokenCrossEntropy(Loss):
 class SigmoidCrossEntropy(Loss):
     """Binary cross-entropy on logits, summed over a sample's pixels."""
 
-    likelihood = Likelihood.BERNOULLI
     metric = "squared reconstruction error"
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -115,7 +107,6 @@ class SigmoidCrossEntropy(Loss):
 class SquaredError(Loss):
     """Half the squared error, summed over a sample's features: a Gaussian of unit variance."""
 
-    likelihood = Likelihood.GAUSSIAN
     metric = "squared error"
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:

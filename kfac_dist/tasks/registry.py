@@ -1,0 +1,57 @@
+"""The models and data that ship with the package, by the names that a configuration uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from kfac_dist.config.schema import Target
+from kfac_dist.config.targets import build_target
+from kfac_dist.errors import DataError, ModelError
+from kfac_dist.tasks import data
+from kfac_dist.tasks.autoencoder import autoencoder
+from kfac_dist.tasks.byte_gpt import byte_gpt
+from kfac_dist.tasks.resnet import resnet20
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "autoencoder": autoencoder,
+    "byte_gpt": byte_gpt,
+    "resnet20": resnet20,
+}
+
+DATA: dict[str, Callable[..., data.DataSplits]] = {
+    "byte_text": data.byte_text,
+    "digits": data.digits,
+    "digits_image": data.digits_image,
+    "mnist5k": data.mnist5k,
+}
+
+
+def build_model(target: Target) -> nn.Module:
+    """Build the model that a configuration names.
+
+    Raises:
+        ConfigError: There is no such model, or it refuses its arguments.
+        ModelError: What was built is no `torch.nn.Module`.
+    """
+    model = build_target(target, MODELS, "model")
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model.name: {target.name} returned {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def build_data(target: Target) -> data.DataSplits:
+    """Build the data that a configuration names.
+
+    Raises:
+        ConfigError: There is no such data, or it refuses its arguments.
+        DataError: What was built is no `DataSplits`, or a package that it needs is missing.
+    """
+    splits = build_target(target, DATA, "data")
+    if not isinstance(splits, data.DataSplits):
+        raise DataError(
+            f"data.name: {target.name} returned {type(splits).__name__}, expected kfac_dist.tasks.DataSplits(train, test)"
+        )
+    return splits
