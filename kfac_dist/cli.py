@@ -1,0 +1,131 @@
+"""The command line: `kfac-dist train|plan|version`. Each command reads its arguments and hands over.
+
+Every rank of a launcher runs this file by itself. A mistake of the user's ends it with code 2 and one line a mistake,
+without a traceback; Ctrl-C with code 130; a bug keeps its traceback and code 1. What needs torch is imported inside
+the commands, so that `--help` and a refused configuration take no time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kfac_dist.config.document import override
+from kfac_dist.config.load import load_config, resolve
+from kfac_dist.config.schema import Config
+from kfac_dist.errors import ConfigError, KFACError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+GRACE_SECONDS = 1.0
+
+app = typer.Typer(
+    name="kfac-dist",
+    help="Train PyTorch models with distributed K-FAC.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/*.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's: kfac.inversion.damping=0.01"),
+]
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    app(prog_name="kfac-dist")
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also train the optimizers under `compare`.")] = False,
+    resume: Annotated[
+        str | None, typer.Option(help="auto: newest good checkpoint of this run; never; or a checkpoint's path.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; its files go to runs/NAME.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the result only.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check the configuration, and train nothing.")] = False,
+) -> None:
+    """Train a model. Start it under torchrun (see `make train`) to train on several ranks."""
+    with _exit_codes():
+        resolved = _load(config, overrides, {"checkpoint.resume": resume, "run.name": name})
+        if check:
+            _check_targets(resolved)
+            if not quiet:
+                print(f"{config}: fine")
+            return
+        from kfac_dist.training.run import train as run
+
+        run(resolved, compare=compare, quiet=quiet)
+
+
+@app.command("version")
+def show_version() -> None:
+    """Print the versions that a bug report needs."""
+    for package in ("kfac_dist", "torch", "numpy", "deepspeed", "mpi4py"):
+        try:
+            print(f"{package:10} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package:10} not installed")
+    print(f"{'python':10} {sys.version.split()[0]}")
+
+
+def _load(path: Path, overrides: list[str] | None, options: dict[str, str | None]) -> Config:
+    """Read the configuration; a command's own options win over everything else."""
+    top = [
+        override(tuple(key.split(".")), json.dumps(value), f"command line (--{key.rpartition('.')[2]})")
+        for key, value in options.items()
+        if value is not None
+    ]
+    return resolve(load_config(path, overrides or (), top=top))
+
+
+def _check_targets(config: Config) -> None:
+    from kfac_dist.config.targets import load_target
+    from kfac_dist.tasks import DATA, MODELS
+
+    load_target(config.model, MODELS, "model")
+    load_target(config.data, DATA, "data")
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except KFACError as error:
+        _report(error)
+        raise typer.Exit(USER_ERROR) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _report(error: KFACError) -> None:
+    """Print an error: once a host where its ranks must have the same one, else on each rank with its number."""
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    same_everywhere = isinstance(error, ConfigError)
+    if not (distributed and same_everywhere and os.environ.get("LOCAL_RANK", "0") != "0"):
+        label = f"error [rank {os.environ['RANK']}]" if distributed and not same_everywhere else "error"
+        # One write, so that ranks that share a terminal don't cut each other's lines.
+        sys.stderr.write("".join(f"{label}: {line}\n" for line in str(error).splitlines()))
+        sys.stderr.flush()
+    if distributed:
+        # A launcher ends all ranks once one has exited: each gets time to say why, and to exit with its own code.
+        # Ignored rather than handled, because Python drops its handlers before a process is really over.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(GRACE_SECONDS)
