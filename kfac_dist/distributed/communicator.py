@@ -121,7 +121,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def split(self, groups: Sequence[Sequence[int]]) -> Communicator:
-        """The communicator of the group that holds this rank; ranks keep their order in `groups`.
+        """The communicator of the group that holds this rank; its ranks stand in the order that they have here.
 
         Collective: every rank passes the same partition of this communicator's ranks.
 
@@ -192,13 +192,19 @@ class TorchCommunicator(Communicator):
     current stream, and it is NCCL's watchdog that ends the process at the same timeout, naming the collective.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float, traffic: Traffic | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout_seconds: float,
+        traffic: Traffic | None = None,
+        *,
+        destroy: bool = True,
+    ) -> None:
         self._group = group
+        self._destroy = destroy
         self._timeout = timedelta(seconds=timeout_seconds)
         self._ranks = dist.get_process_group_ranks(group)
-        self._children: list[Communicator] = []
-        self._one_rank_groups: list[dist.ProcessGroup] = []
-        self._open = True
+        self._children: list[TorchCommunicator] = []
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         nccl = "nccl" in str(dist.get_backend(group))
@@ -212,8 +218,9 @@ class TorchCommunicator(Communicator):
         Collective over `parent`.
         """
         ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
-        group = _new_group([list(range(len(ranks)))], ranks, timedelta(seconds=timeout_seconds))
-        return cls(group, timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds)
+        group = _new_group([range(len(ranks))], ranks, timeout)
+        return cls(group, timeout_seconds, destroy=_is_world(ranks))
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Work:  # noqa: D102
         return self._start(
@@ -242,6 +249,12 @@ class TorchCommunicator(Communicator):
         *,
         label: str,
     ) -> Work:
+        if (sum(output_splits), sum(input_splits)) != (output.numel(), input.numel()):
+            # Checked here: gloo takes wrong splits in silence.
+            raise ValueError(
+                f"all_to_all of {label}: splits {list(output_splits)} and {list(input_splits)} don't add up to the "
+                f"{output.numel()} elements of the output and the {input.numel()} of the input"
+            )
         sent = (sum(input_splits) - input_splits[self.rank]) * input.element_size()
         return self._start(
             lambda: dist.all_to_all_single(
@@ -272,26 +285,23 @@ class TorchCommunicator(Communicator):
 
     def split(self, groups: Sequence[Sequence[int]]) -> Communicator:  # noqa: D102
         group = _group_of(groups, self.rank, self.size)
-        process_group = _new_group(groups, self._ranks, self._timeout)
-        child: Communicator
-        if len(group) == 1:
-            child = SoloCommunicator(self.traffic, self.device)
-            self._one_rank_groups.append(process_group)
-        else:
-            child = TorchCommunicator(process_group, self._timeout.total_seconds(), self.traffic)
+        child = TorchCommunicator(
+            _new_group(groups, self._ranks, self._timeout),
+            self._timeout.total_seconds(),
+            self.traffic,
+            destroy=_is_world(self._ranks),
+        )
         self._children.append(child)
-        return child
+        return SoloCommunicator(self.traffic, self.device) if len(group) == 1 else child
 
     def close(self) -> None:  # noqa: D102
         for child in self._children:
             child.close()
-        # The world may have been torn down before its communicators, at the end of a run.
-        if self._open and dist.is_initialized():
-            for group in (*self._one_rank_groups, self._group):
-                dist.destroy_process_group(group)
         self._children.clear()
-        self._one_rank_groups.clear()
-        self._open = False
+        # The world may have been torn down before its communicators, at the end of a run.
+        if self._destroy and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._destroy = False
 
     def _start(
         self, launch: Callable[[], dist.Work | None], operation: str, label: str, nbytes: int, sent: int
@@ -353,20 +363,28 @@ def _group_of(groups: Sequence[Sequence[int]], rank: int, size: int) -> Sequence
     return next(group for group in groups if rank in group)
 
 
+def _is_world(ranks: Sequence[int]) -> bool:
+    return len(ranks) == dist.get_world_size()
+
+
 def _new_group(groups: Sequence[Sequence[int]], ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """This process's new process group out of `groups`, a partition of `ranks` given by positions in it."""
+    """This process's new process group out of `groups`, a partition of `ranks` given by positions in it.
+
+    When `ranks` are the world, every rank creates every group, and torch names them by a counter that all ranks share
+    and that never goes back. Ranks outside of a sub-group of the world don't come here; torch then names a group by
+    its ranks and by the number of groups that the process holds. Hence every rank gets a group, also of one rank, so
+    that these numbers stay equal; and hence such a group is left to the end of the world: once destroyed, its name,
+    and the dead addresses that the store holds under it, would go to the next group.
+    """
     own = dist.get_rank()
-    global_groups = [[ranks[member] for member in group] for group in groups]
+    global_groups = [sorted(ranks[member] for member in group) for group in groups]
     mine = next(group for group in global_groups if own in group)
     created: dist.ProcessGroup
-    if len(ranks) == dist.get_world_size():
-        # Every rank creates every group: torch then names groups by a counter that all ranks share and never reuse.
+    if _is_world(ranks):
         for group in global_groups:
             process_group = dist.new_group(group, timeout=timeout)
             if group is mine:
                 created = process_group
     else:
-        # Ranks outside of a sub-group of the world don't come here. torch then names a group by its ranks and by how
-        # many groups the process knows: every rank gets one, also of one rank, so that these numbers stay equal.
         created = dist.new_group(mine, timeout=timeout, use_local_synchronization=True)
     return created
