@@ -37,7 +37,11 @@ train: setup ## Train CONFIG with distributed K-FAC on NPROC ranks
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m kfac_dist train $(CONFIG) $(ARGS)
 
 test: setup ## Run the tests; fail below 90 % coverage of the package
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	@$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	@# Only now have the processes that the tests started written what they ran.
+	@$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: setup ## Check style, formatting and types
 	$(BIN)/ruff check
