@@ -31,8 +31,9 @@ def config_error(error: ValidationError, document: Document) -> ConfigError:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Name the closest known name as `"; did you mean 'x'?"`, or return nothing."""
-    close = difflib.get_close_matches(name.lower(), list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    spelled = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1)
+    return f"; did you mean '{spelled[close[0]]}'?" if close else ""
 
 
 def _explain(detail: ErrorDetails, document: Document) -> tuple[Path, str]:

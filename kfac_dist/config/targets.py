@@ -73,12 +73,12 @@ def _imported(name: str, kind: Kind) -> Callable[..., Any]:
     except Exception as error:  # the user's own code: whatever it raises, the run can't start, and this says where
         raise ConfigError(f"{where}, but importing {module_name} raises {type(error).__name__}: {error}") from error
     found: Any = module
+    owner = module_name
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [known for known in vars(found) if not known.startswith("_")] if hasattr(found, "__dict__") else []
-            owner = module_name if found is module else f"{module_name}:{attribute}"
+            public = [known for known in dir(found) if not known.startswith("_")]
             raise ConfigError(f"{where}, but {owner} has no {part!r}{did_you_mean(part, public)}")
-        found = getattr(found, part)
+        found, owner = getattr(found, part), f"{owner}.{part}"
     if not callable(found):
         raise ConfigError(f"{where}, which is {type(found).__name__}, not something to call")
     return found  # type: ignore[no-any-return]

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfac_dist.config.schema import Target
+from kfac_dist.config.targets import build_target, load_target
+from kfac_dist.errors import ConfigError
+
+
+def digits(size: int, *, noise: float = 0.0) -> tuple[int, float]:
+    if size < 0:
+        raise ValueError(f"size {size} is negative")
+    return size, noise
+
+
+SHIPPED: dict[str, Callable[..., Any]] = {"digits": digits, "anything": dict}
+
+USER_MODULE = """\
+import math
+
+class Net:
+    def __init__(self, width, depth=2): self.width, self.depth = width, depth
+    @classmethod
+    def small(cls): return cls(1)
+
+def free(**options): return options
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with modules of a user's own, forgotten afterwards."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "net.py").write_text(USER_MODULE)
+    (tmp_path / "mine" / "needs.py").write_text("import a_package_that_nobody_has\n")
+    (tmp_path / "mine" / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "mine" / "typo.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    for name in [name for name in sys.modules if name == "mine" or name.startswith("mine.")]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+def test_a_shipped_name_is_called_with_its_arguments() -> None:
+    assert load_target(Target(name="digits", args={"size": 3}), SHIPPED, "data") is digits
+    assert build_target(Target(name="digits", args={"size": 3, "noise": 0.5}), SHIPPED, "data") == (3, 0.5)
+
+
+def test_a_users_own_is_found_from_the_working_directory(workplace: Path) -> None:
+    net = build_target(Target(name="mine.net:Net", args={"width": 4}), SHIPPED, "model")
+
+    assert (net.width, net.depth) == (4, 2)
+    assert build_target(Target(name="mine.net:Net.small"), SHIPPED, "model").width == 1
+    assert build_target(Target(name="mine.net:free", args={"x": 1}), SHIPPED, "model") == {"x": 1}
+
+
+def test_a_callable_without_a_signature_is_taken_at_its_word() -> None:
+    assert build_target(Target(name="anything", args={"a": 1}), SHIPPED, "data") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        (
+            "digit",
+            {},
+            r"data.name: found 'digit'; did you mean 'digits'\?; expected one of anything, digits, or your own",
+        ),
+        ("zzz", {}, r"data.name: found 'zzz'; expected one of anything, digits"),
+        ("digits", {"size": 1, "nois": 2}, r"data.args.nois: digits takes no such argument; did you mean 'noise'\?"),
+        ("digits", {"noise": 2}, r"data.args.size: missing; digits needs it"),
+        ("digits", {"size": -1}, r"data.args: digits refuses them: size -1 is negative"),
+        ("mine.net:Nett", {}, r"but mine.net has no 'Nett'; did you mean 'Net'\?"),
+        ("mine.net:Net.tall", {}, r"but mine.net.Net has no 'tall'"),
+        ("mine.net:constant", {}, r"which is int, not something to call"),
+        ("mine.net:Net", {"widht": 1}, r"did you mean 'width'\?; it takes width, depth\ndata.args.width: missing"),
+        ("mine.nett:Net", {}, r"there is no module 'mine.nett': modules are looked up in"),
+        ("yours.net:Net", {}, r"there is no module 'yours'"),
+        ("mine.needs:f", {}, r"importing mine.needs fails: No module named 'a_package_that_nobody_has'"),
+        ("mine.broken:f", {}, r"importing mine.broken raises ZeroDivisionError"),
+        ("mine.typo:f", {}, r"importing mine.typo raises SyntaxError"),
+        ("mine/net.py:Net", {}, r"expected package.module:callable"),
+        ("mine.net:", {}, r"expected package.module:callable"),
+        (":Net", {}, r"expected package.module:callable"),
+    ],
+)
+@pytest.mark.usefixtures("workplace")
+def test_what_cannot_be_built_is_named(name: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_target(Target(name=name, args=args), SHIPPED, "data")
