@@ -1,11 +1,7 @@
-"""The value of a scheduled quantity (learning rate, damping) at a step: a pure function, so that resuming needs no state.
+"""The value of a scheduled quantity (learning rate, damping) at a step: a pure function, so resuming needs no state.
 
-      value            ________
-                     /          \\
-                   /              \\     linear, cosine or exponential, down or up
-      final      /                  \\_________
-    warmup_from
-                0   warmup_steps    steps (or the end of the run)
+warmup_from ── linear ──▶ value ── constant, linear, cosine or exponential ──▶ final ── and stays
+     0               warmup_steps                                 steps (or the end of the run)
 """
 
 from __future__ import annotations

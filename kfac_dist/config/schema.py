@@ -435,6 +435,7 @@ class TrainConfig(Section):
         evaluate_every: Steps between evaluations; 0 evaluates at the end only.
         log_every: Steps between lines of metrics.
         clip_grad_norm: Norm to which the gradient that the optimizer sees is clipped.
+        loader_workers: Processes a rank that load data which is not held in memory; 0 loads between steps.
     """
 
     batch_size: Count
@@ -444,6 +445,7 @@ class TrainConfig(Section):
     evaluate_every: CountOrZero = 0
     log_every: Count = 10
     clip_grad_norm: Positive | None = None
+    loader_workers: CountOrZero = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -75,9 +75,7 @@ class ByteGPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
-def byte_gpt(
-    layers: int = 4, width: int = 128, heads: int = 4, context: int = 128, vocabulary: int = 256
-) -> ByteGPT:
+def byte_gpt(layers: int = 4, width: int = 128, heads: int = 4, context: int = 128, vocabulary: int = 256) -> ByteGPT:
     """Build the model.
 
     Args:

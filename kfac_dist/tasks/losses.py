@@ -27,9 +27,11 @@ class Loss(ABC):
 
     Attributes:
         metric: Name of the task's figure: `metric_sum` over the number of terms.
+        counts_on_device: Whether only the targets' values tell the number of terms, so that ranks must add them up.
     """
 
     metric: ClassVar[str]
+    counts_on_device: ClassVar[bool] = False
 
     @abstractmethod
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -39,9 +41,9 @@ class Loss(ABC):
     def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum over terms of the task's figure, a scalar."""
 
-    def count(self, targets: Tensor) -> int | Tensor:
-        """Return the number of terms: an integer where the shape tells it, else a scalar on the targets' device."""
-        return targets.shape[0]
+    def count(self, targets: Tensor) -> Tensor:
+        """Return the number of terms, a scalar on the targets' device."""
+        return torch.full((), targets.shape[0], device=targets.device)
 
 
 class CrossEntropy(Loss):
@@ -62,6 +64,7 @@ class TokenCrossEntropy(Loss):
     """Softmax cross-entropy with a label at every position; positions labelled `ignore_index` are not terms."""
 
     metric = "bits per token"
+    counts_on_device = True
 
     def __init__(self, ignore_index: int) -> None:
         self.ignore_index = ignore_index
@@ -84,7 +87,7 @@ class TokenCrossEntropy(Loss):
 class SigmoidCrossEntropy(Loss):
     """Binary cross-entropy on logits, summed over a sample's pixels."""
 
-    metric = "squared reconstruction error"
+    metric = "squared error"
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return `−Σ [x log σ(s) + (1 − x) log(1 − σ(s))]`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -52,6 +51,7 @@ def build_data(target: Target) -> data.DataSplits:
     splits = build_target(target, DATA, "data")
     if not isinstance(splits, data.DataSplits):
         raise DataError(
-            f"data.name: {target.name} returned {type(splits).__name__}, expected kfac_dist.tasks.DataSplits(train, test)"
+            f"data.name: {target.name} returned {type(splits).__name__}, "
+            "expected kfac_dist.tasks.DataSplits(train, test)"
         )
     return splits

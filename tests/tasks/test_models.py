@@ -53,7 +53,9 @@ def test_bad_autoencoders_are_refused(args: dict[str, object], message: str) -> 
 
 def test_resnet20_has_twenty_layers_and_the_published_size() -> None:
     model = resnet20()
-    weights = [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "shortcut" not in name]
+    weights = [
+        m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "shortcut" not in name
+    ]
     assert len(weights) == 20
     size = sum(parameter.numel() for name, parameter in model.named_parameters() if "shortcut" not in name)
     assert size == 269_722  # 0.27 M in He et al. 2016, table 6

@@ -1,0 +1,41 @@
+"""A failure on one rank becomes a failure on all, before anyone waits for a rank that has left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.errors import CollectiveError, KFACError
+
+
+@contextmanager
+def agreed(communicator: Communicator, error_type: type[KFACError] = KFACError, what: str = "") -> Iterator[None]:
+    """Run a block on every rank and let none go on unless it succeeded on all.
+
+    Args:
+        communicator: The ranks; every one of them enters the block.
+        error_type: What an exception of the block that isn't a `KFACError` becomes.
+        what: What failed then, such as "can't write runs/a".
+
+    Raises:
+        KFACError: The block failed on a rank: on that rank its own error, on the others one that names the rank.
+    """
+    failure: KFACError | None = None
+    try:
+        yield
+    except CollectiveError:
+        raise  # the ranks have lost each other: there is nothing left to agree on
+    except KFACError as error:
+        failure = error
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        failure = error_type(f"{what}: {reason}" if what else f"{type(error).__name__}: {reason}")
+        failure.__cause__ = error
+    failures = communicator.gather_objects((type(failure), str(failure)) if failure else None, label="agreement")
+    if failure:
+        raise failure
+    for rank, other in enumerate(failures):
+        if other is not None:
+            kind, message = other
+            raise kind(f"rank {rank}: {message}")

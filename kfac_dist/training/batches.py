@@ -1,0 +1,179 @@
+"""Brings the samples that the sampler planned to the device: cut out of memory, or through a `DataLoader`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from kfac_dist.errors import DataError
+from kfac_dist.training.sampler import Position, Sampler, micro_batches, split
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one forward pass on this rank.
+
+    Attributes:
+        first_sample: Index of the first of them in the step's global batch.
+        inputs: What the model takes, `[samples, ...]`, on the device.
+        targets: What the loss takes, `[samples, ...]`, on the device.
+    """
+
+    first_sample: int
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's part of one optimizer step.
+
+    Attributes:
+        samples: Samples of the step over all ranks.
+        micro_batches: This rank's part.
+        after: Where the data continues after this step.
+    """
+
+    samples: int
+    micro_batches: list[MicroBatch]
+    after: Position
+
+
+class Source(Protocol):
+    """A dataset on its way to the device."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def fetch(self, plan: Sequence[Tensor], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `(inputs, targets)` on the device for each tensor of sample indices in the plan."""
+
+
+class InMemorySource:
+    """Two tensors that live on the device: a batch is one indexed read of each."""
+
+    def __init__(self, dataset: TensorDataset, device: torch.device) -> None:
+        self.inputs, self.targets = (tensor.to(device) for tensor in dataset.tensors)
+        self.device = device
+
+    def __len__(self) -> int:
+        return self.inputs.shape[0]
+
+    def fetch(self, plan: Sequence[Tensor], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each batch of the plan."""
+        for indices in plan:
+            on_device = indices.to(self.device, non_blocking=True)
+            yield self.inputs.index_select(0, on_device), self.targets.index_select(0, on_device)
+
+
+class LoadedSource:
+    """Any other map-style dataset of `(input, target)` pairs, through a `DataLoader` with the default collation."""
+
+    def __init__(self, dataset: Dataset[Any], device: torch.device, workers: int) -> None:
+        self.dataset = dataset
+        self.device = device
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # checked by `source_of`
+
+    def fetch(self, plan: Sequence[Tensor], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each batch of the plan.
+
+        Raises:
+            DataError: Items are not pairs of what becomes a tensor.
+        """
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[indices.tolist() for indices in plan],
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            # Its own generator: the loader's base seed must not advance the run's random state.
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for item in loader:
+            if not (isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(x, Tensor) for x in item)):
+                raise DataError(
+                    f"{type(self.dataset).__name__}: an item must be a pair (input, target), each a tensor, an array "
+                    f"or a number; batches of it came out as {_describe(item)}"
+                )
+            inputs, targets = item
+            yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+
+def source_of(dataset: Dataset[Any], device: torch.device, workers: int) -> Source:
+    """Choose how a dataset gets to the device.
+
+    Raises:
+        DataError: The dataset can't be indexed by sample.
+    """
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        return InMemorySource(dataset, device)
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(
+            f"{type(dataset).__name__} has no length or can't be indexed: train and test must be map-style datasets "
+            "(torch.utils.data.Dataset with __len__ and __getitem__)"
+        )
+    return LoadedSource(dataset, device, workers)
+
+
+class Stream:
+    """This rank's part of the steps of a run, one after the other, without end.
+
+    Args:
+        source: The training data.
+        sampler: Which samples a step uses.
+        rank: This rank.
+        world_size: Number of ranks.
+        accumulate: Micro-batches of a step.
+    """
+
+    def __init__(self, source: Source, sampler: Sampler, *, rank: int, world_size: int, accumulate: int) -> None:
+        self.source = source
+        self.sampler = sampler
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulate = accumulate
+
+    def steps(self, start: Position) -> Iterator[StepBatch]:
+        """Yield the steps from a position on."""
+        position = start
+        while True:
+            for step in self._epoch(position):
+                position = step.after
+                yield step
+
+    def _epoch(self, start: Position) -> Iterator[StepBatch]:
+        batches = list(self.sampler.epoch(start))
+        parts = [micro_batches(len(batch.indices), self.rank, self.world_size, self.accumulate) for batch in batches]
+        plan = [
+            batch.indices[part.start : part.stop]
+            for batch, ranges in zip(batches, parts, strict=True)
+            for part in ranges
+        ]
+        fetched = self.source.fetch(plan, seed=self.sampler.seed + start.epoch)
+        for batch, ranges in zip(batches, parts, strict=True):
+            tensors = islice(fetched, len(ranges))
+            micro = [MicroBatch(part.start, *pair) for part, pair in zip(ranges, tensors, strict=True)]
+            yield StepBatch(len(batch.indices), micro, self.sampler.after(batch))
+
+
+def evaluation_batches(
+    source: Source, samples: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's part of the first `samples` samples, in order, in batches of at most `batch_size`."""
+    mine = split(samples, world_size)[rank]
+    indices = torch.arange(mine.start, mine.stop)
+    return source.fetch(indices.split(batch_size) if len(indices) else [], seed=0)
+
+
+def _describe(item: object) -> str:
+    if isinstance(item, list | tuple):
+        return f"{type(item).__name__} of ({', '.join(type(part).__name__ for part in item)})"
+    return type(item).__name__

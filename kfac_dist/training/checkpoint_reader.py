@@ -1,0 +1,112 @@
+"""Reads DCP checkpoints without trusting them: no pickle of theirs can run code, and misfits are named first.
+
+DCP unpickles its table of contents with plain `pickle` and non-tensor values with `weights_only=False`; here the former
+may name only the types that DCP writes, and the latter are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from kfac_dist.errors import CheckpointError
+
+_METADATA_TYPES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath"},
+    "collections": {"OrderedDict"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a global that DCP's metadata may name."""
+        allowed = name in _METADATA_TYPES.get(module, ())
+        if allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which no checkpoint needs")
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader for a local or shared file system, with a table of contents that can't run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the checkpoint's table of contents.
+
+        Raises:
+            CheckpointError: It can't be read.
+        """
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as stream:
+                metadata = _MetadataUnpickler(stream).load()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{self.path}: its .metadata holds a {type(metadata).__name__}")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class SafeLoadPlanner(DefaultLoadPlanner):
+    """DCP's load planner, with values other than tensors read by `weights_only`."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Read one value that is no tensor."""
+        torch.load(value, weights_only=True)  # refuses what could run code; what passes, DCP may read its way
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def check_fit(state: dict[str, Any], metadata: Metadata, path: Path) -> None:
+    """Compare what is to be loaded with what a checkpoint holds.
+
+    Raises:
+        CheckpointError: Names the first tensor that the checkpoint lacks, has in another shape, or has too much.
+    """
+    held = metadata.state_dict_metadata
+    wanted = dict(flatten(state))
+    for name, value in wanted.items():
+        if name not in held:
+            raise CheckpointError(f"{path}: has no {name}, which this run has: it is of another model or configuration")
+        entry = held[name]
+        if isinstance(value, Tensor) and isinstance(entry, TensorStorageMetadata) and entry.size != value.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(entry.size)}, in this run {tuple(value.shape)}: "
+                "it is of another model"
+            )
+    sections = tuple(f"{section}." for section in ("model", "kfac") if section in state)
+    for name in held:
+        if name.startswith(sections) and name not in wanted:
+            raise CheckpointError(f"{path}: has {name}, which this run lacks: it is of another model or configuration")
+
+
+def flatten(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield `(dotted name, value)` as DCP names the values of nested dictionaries."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,66 @@
+"""Loss and task metric of a model on held-out data, over all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.tasks.losses import Loss
+from kfac_dist.training.batches import Source, evaluation_batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the terms of the evaluated samples.
+
+    Attributes:
+        loss: Mean loss.
+        metric: Mean of the task's figure, `Loss.metric`.
+    """
+
+    loss: float
+    metric: float
+
+
+def evaluate(
+    module: nn.Module, loss: Loss, source: Source, samples: int, batch_size: int, communicator: Communicator
+) -> Evaluation:
+    """Evaluate the first `samples` samples; collective.
+
+    Every rank takes a part and evaluates rank 0's buffers (running averages of BatchNorm differ between ranks), so
+    that the result is that of one model.
+
+    Args:
+        module: The bare model; its train/eval mode is put back.
+        loss: Loss and metric.
+        source: The data.
+        samples: How many of its samples.
+        batch_size: Samples of a forward pass on one rank.
+        communicator: The ranks.
+    """
+    share_buffers(module, communicator)
+    was_training = module.training
+    module.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=next(module.parameters()).device)
+    with torch.no_grad():
+        for inputs, targets in evaluation_batches(source, samples, batch_size, communicator.rank, communicator.size):
+            outputs = module(inputs)
+            sums[0] += loss.total(outputs, targets)
+            sums[1] += loss.metric_sum(outputs, targets)
+            sums[2] += loss.count(targets)
+    module.train(was_training)
+    communicator.all_reduce(sums, label="evaluation").wait()
+    total, metric, terms = sums.tolist()
+    return Evaluation(total / max(terms, 1), metric / max(terms, 1))
+
+
+def share_buffers(module: nn.Module, communicator: Communicator) -> None:
+    """Give every rank rank 0's buffers, which is what DDP does before a forward pass; collective."""
+    works = [
+        communicator.broadcast(buffer, 0, label="buffers") for buffer in module.buffers() if buffer.is_contiguous()
+    ]
+    for work in works:
+        work.wait()

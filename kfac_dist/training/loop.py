@@ -1,0 +1,238 @@
+"""The training loop: a step, and what surrounds steps (log, evaluate, save).
+
+    batch ─▶ for each micro-batch: forward, backward ─▶ kfac.step ─▶ clip ─▶ optimizer.step ─▶ window
+    at some steps: log (one reduction, one host sync), evaluate, save
+
+A step that doesn't log waits for nothing on the host.
+
+How the loss is divided: DDP averages gradients over W ranks with equal weights, yet ranks may have unequal parts of a
+batch. Each rank therefore backpropagates `Σℓ · W / n`, with n the terms of the whole step over all ranks and
+micro-batches; the average is then the gradient of the mean over n, whatever W and the number of micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config.schedules import value_at
+from kfac_dist.config.schema import Config
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.errors import KFACError
+from kfac_dist.optimizers import set_learning_rate
+from kfac_dist.reporting.progress import ProgressDisplay, Status
+from kfac_dist.training.batches import MicroBatch, Source, StepBatch
+from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
+from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
+from kfac_dist.training.metrics import MetricsWriter, peak_memory_bytes
+from kfac_dist.training.run_state import capture_state, restore_state
+from kfac_dist.training.sampler import Position
+from kfac_dist.training.setup import Parts
+from kfac_dist.training.window import Stopwatch, Window
+
+
+class DivergedError(KFACError):
+    """The loss is no longer a finite number; raised on every rank."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run's numbers go.
+
+    Attributes:
+        writer: Metrics on disk; None on ranks other than 0.
+        checkpoints: Where state is saved.
+        progress: What the user sees.
+        configuration: The resolved configuration, saved with each checkpoint.
+    """
+
+    writer: MetricsWriter | None
+    checkpoints: Checkpoints
+    progress: ProgressDisplay
+    configuration: dict[str, Any]
+
+
+class Trainer:
+    """Runs the steps of one run.
+
+    Args:
+        config: The run's configuration.
+        parts: Model, data, loss, optimizers.
+        communicator: The ranks.
+        outputs: Where numbers go.
+
+    Attributes:
+        step: Optimizer steps done.
+        position: Where the data continues.
+        stopwatch: Training time.
+    """
+
+    def __init__(self, config: Config, parts: Parts, communicator: Communicator, outputs: Outputs) -> None:
+        self.config = config
+        self.parts = parts
+        self.communicator = communicator
+        self.outputs = outputs
+        self.step = 0
+        self.position = Position()
+        self.stopwatch = Stopwatch()
+        self._device = next(parts.engine.module.parameters()).device
+        self._window = Window(self._device)
+        self._window_began = 0.0
+        self._trained = [p for p in parts.engine.module.parameters() if p.requires_grad]
+
+    def train(self) -> None:
+        """Run the steps that are left.
+
+        Raises:
+            DataError: A batch has too few samples for the ranks.
+            DivergedError: The loss is not finite.
+            CheckpointError: A checkpoint can't be written.
+        """
+        self.parts.stream.sampler.check(self.communicator.size, self.position)
+        self.parts.engine.module.train()
+        steps = self.parts.stream.steps(self.position)
+        self.stopwatch.start()
+        while self.step < self.parts.total_steps:
+            batch = next(steps)
+            self._take_step(batch)
+            self.step += 1
+            self.position = batch.after
+            self._after_step()
+        self.stopwatch.stop()
+
+    def evaluate(self, source: Source, samples: int | None = None) -> Evaluation:
+        """Evaluate the current model on the first `samples` (default: all) samples; collective."""
+        settings = self.config.train
+        batch_size = max(1, settings.batch_size // (settings.accumulate * self.communicator.size))
+        samples = len(source) if samples is None else min(samples, len(source))
+        return evaluate(self.parts.engine.module, self.parts.loss, source, samples, batch_size, self.communicator)
+
+    def save(self) -> None:
+        """Write a checkpoint; collective.
+
+        It also closes the window of the logged loss, so that a run resumed here logs what this one goes on to log.
+        """
+        share_buffers(self.parts.engine.module, self.communicator)
+        facts = {
+            "epoch": self.position.epoch,
+            "offset": self.position.offset,
+            "seconds": self.stopwatch.seconds,
+            "world_size": self.communicator.size,
+            "config": self.outputs.configuration,
+        }
+        state = capture_state(self.parts.engine, self.parts.optimizer, self.parts.kfac, self.communicator.rank)
+        self.outputs.checkpoints.save(self.step, state, facts)
+        self._begin_window()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint; collective.
+
+        Raises:
+            CheckpointError: It can't be read, or is of another model.
+        """
+        parts = self.parts
+        restore_state(
+            self.outputs.checkpoints, checkpoint, parts.engine, parts.optimizer, parts.kfac, self.communicator.rank
+        )
+        self.step = checkpoint.step
+        self.position = Position(checkpoint.facts["epoch"], checkpoint.facts["offset"])
+        self.stopwatch = Stopwatch(checkpoint.facts["seconds"])
+        self._begin_window()
+
+    def _take_step(self, batch: StepBatch) -> None:
+        set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
+        terms = self._terms(batch)
+        for micro in batch.micro_batches:
+            with self.parts.engine.synchronize(micro is batch.micro_batches[-1]):
+                self._forward_backward(micro, terms)
+        if self.parts.kfac is not None:
+            self.parts.kfac.step()
+        if self.config.train.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._trained, self.config.train.clip_grad_norm, foreach=True)
+        self.parts.optimizer.step()
+        self.parts.optimizer.zero_grad()
+        self._window.add_step(batch.samples, terms)
+
+    def _forward_backward(self, micro: MicroBatch, terms: int | Tensor) -> None:
+        ranks, kfac = self.communicator.size, self.parts.kfac
+        if kfac is not None:
+            kfac.micro_batch(first_sample=micro.first_sample, micro_batches=1, loss_terms=terms / ranks)
+        outputs = self.parts.engine.model(micro.inputs)
+        if kfac is not None:
+            kfac.fisher_backward(outputs)
+        total = self.parts.loss.total(outputs, micro.targets)
+        (total * (ranks / terms)).backward()  # type: ignore[no-untyped-call]
+        self._window.add_loss(total)
+
+    def _terms(self, batch: StepBatch) -> int | Tensor:
+        """Return the loss terms of the step, over all ranks and micro-batches."""
+        if not self.parts.loss.counts_on_device:
+            return batch.samples
+        terms = torch.stack([self.parts.loss.count(micro.targets) for micro in batch.micro_batches]).sum().double()
+        self.communicator.all_reduce(terms, label="loss terms").wait()
+        return terms.clamp_(min=1).to(torch.get_default_dtype())
+
+    def _after_step(self) -> None:
+        settings, every = self.config.train, self.config.checkpoint.every
+        last = self.step == self.parts.total_steps
+        if self.step % settings.log_every == 0 or last:
+            self._log()
+        if settings.evaluate_every and self.step % settings.evaluate_every == 0 and not last:
+            self._paused(self._log_evaluation)
+        if (every and self.step % every == 0) or last:
+            self._paused(self.save)
+
+    def _log(self) -> None:
+        totals = self._window.close(self.communicator, lambda: self.stopwatch.seconds - self._window_began)
+        self._window_began = self.stopwatch.seconds
+        done = self.step - 1  # the step whose learning rate is shown
+        if not math.isfinite(totals.loss):
+            raise DivergedError(
+                f"the training loss is {totals.loss} at step {self.step}, learning rate {self._learning_rate(done):g}: "
+                "lower optimizer.lr, raise kfac.inversion.damping, or lower kfac.update.kl_clip"
+            )
+        record = {
+            "step": self.step,
+            "epoch": self.position.epoch,
+            "loss": totals.loss,
+            "lr": self._learning_rate(done),
+            "samples_per_second": totals.samples_per_second,
+            "seconds": self.stopwatch.seconds,
+            "memory_bytes": peak_memory_bytes(self._device),
+        }
+        if self.parts.kfac is not None:
+            record |= {f"kfac/{name}": value for name, value in self.parts.kfac.metrics().items()}
+        if self.outputs.writer is not None:
+            self.outputs.writer.write(record)
+        damping = record.get("kfac/damping")
+        self.outputs.progress.update(
+            Status(self.step, totals.loss, totals.samples_per_second, self.stopwatch.seconds, damping)
+        )
+
+    def _log_evaluation(self) -> None:
+        result = self.evaluate(self.parts.test)
+        if self.outputs.writer is not None:
+            record = {"step": self.step, "test_loss": result.loss, "test_metric": result.metric}
+            self.outputs.writer.write(record)
+        self.outputs.progress.note(
+            f"step {self.step}: test loss {result.loss:.5g}, {self.parts.loss.metric} {result.metric:.5g}"
+        )
+
+    def _paused(self, action: Callable[[], None]) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # training still under way belongs to training's time
+        self.stopwatch.stop()
+        action()
+        self.stopwatch.start()
+
+    def _begin_window(self) -> None:
+        self._window.reset()
+        self._window_began = self.stopwatch.seconds
+
+    def _learning_rate(self, step: int) -> float:
+        return value_at(self.config.optimizer.lr, step, self.parts.total_steps)

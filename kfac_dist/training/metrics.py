@@ -1,0 +1,73 @@
+"""What a run writes while it trains: one JSON object a logged step, and the same for TensorBoard if it is installed."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` and TensorBoard events; used by rank 0 alone.
+
+    Lines are flushed one by one: a killed run keeps what it logged.
+
+    Args:
+        directory: The run's directory.
+        first_step: Steps that a resumed run has done; what an earlier attempt logged beyond them is dropped.
+    """
+
+    def __init__(self, directory: Path, first_step: int = 0) -> None:
+        path = directory / "metrics.jsonl"
+        kept = [record for record in read_metrics(path) if record["step"] <= first_step] if first_step else []
+        rewritten = path.with_suffix(".rewritten")
+        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        rewritten.replace(path)
+        self._stream = path.open("a")
+        self._board = _tensorboard(directory / "tensorboard", first_step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record; `step` numbers it, every other number becomes a TensorBoard scalar."""
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a `metrics.jsonl`; a last line that a kill tore is left out, and no file is no records."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this process held: on the GPU if it trains there, else resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _tensorboard(directory: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # an extra: metrics.jsonl holds the same numbers
+        return None
+    return SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)

@@ -1,0 +1,228 @@
+"""`train(config)`: a whole run, from the process group to the picture, and the runs that it is compared with.
+
+    runs/<name>/
+      config.yaml      the resolved configuration      metrics.jsonl, tensorboard/   what was logged
+      checkpoints/     see `training.checkpoint`       loss.png                      losses per step and second
+      result.json      final figures                   compare-<entry>/              the same for each compared run
+
+A fresh run moves the files of an earlier one of its name to `runs/<name>.previous`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.schema import Config, OptimizerConfig
+from kfac_dist.distributed.bootstrap import World, bootstrap
+from kfac_dist.distributed.communicator import Communicator, build_communicator
+from kfac_dist.errors import CheckpointError
+from kfac_dist.reporting.curves import Curve, draw_losses
+from kfac_dist.reporting.progress import ProgressDisplay, build_progress
+from kfac_dist.reporting.summary import RunSummary, result_table
+from kfac_dist.training.agreement import agreed
+from kfac_dist.training.checkpoint import Checkpoint, Checkpoints, read_manifest
+from kfac_dist.training.loop import DivergedError, Outputs, Trainer
+from kfac_dist.training.metrics import MetricsWriter, read_metrics
+from kfac_dist.training.setup import build_parts
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        directory: Where its files are.
+        runs: The run itself, then those that it was compared with.
+    """
+
+    directory: Path
+    runs: tuple[RunSummary, ...]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all runs of one call of `train` share."""
+
+    world: World
+    communicator: Communicator
+    progress: ProgressDisplay
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes files and speaks to the user."""
+        return self.communicator.rank == 0
+
+
+def train(config: Config, *, compare: bool = False, quiet: bool = False) -> TrainResult:
+    """Train as configured; called by every rank.
+
+    Args:
+        config: The run, resolved (`kfac_dist.config.load.resolve`).
+        compare: Train each optimizer under `compare` too, without K-FAC, on the same data from the same weights.
+        quiet: Show no progress.
+
+    Raises:
+        KFACError: The run can't start or go on; every rank raises.
+    """
+    with _session(config, quiet=quiet) as session:
+        directory = Path(config.run.directory) / config.run.name
+        with agreed(session.communicator, what=f"can't prepare {directory}"):
+            if session.leads:
+                _prepare(directory, config)
+        runs = [_train_one(config, "kfac" if config.kfac.enabled else str(config.optimizer.name), directory, session)]
+        for name, optimizer in config.compare.items() if compare else ():
+            runs.append(_train_compared(config, name, optimizer, directory, session))
+        with agreed(session.communicator, what=f"can't finish {directory}"):
+            if session.leads:
+                _report(config, runs, directory, session.progress)
+        return TrainResult(directory, tuple(runs))
+
+
+@contextmanager
+def _session(config: Config, *, quiet: bool) -> Iterator[Session]:
+    with bootstrap(config.run.device, config.run.timeout_seconds) as world:
+        communicator = build_communicator(config.run.timeout_seconds)
+        progress = build_progress(rank=world.rank, quiet=quiet)
+        try:
+            yield Session(world, communicator, progress)
+        finally:
+            progress.stop()
+            communicator.close()
+
+
+def _train_one(config: Config, name: str, directory: Path, session: Session) -> RunSummary:
+    parts = build_parts(config, session.world, session.communicator)
+    try:
+        checkpoints = Checkpoints(
+            directory / "checkpoints", config.checkpoint.keep, session.communicator, session.progress.note
+        )
+        start = _start(config, checkpoints)
+        with _writer(directory, start, session) as writer:
+            outputs = Outputs(writer, checkpoints, session.progress, config.model_dump(mode="json"))
+            trainer = Trainer(config, parts, session.communicator, outputs)
+            if start is not None:
+                trainer.restore(start)
+                session.progress.note(f"{name}: resumed from {start.path}")
+            session.progress.start(name, parts.total_steps, trainer.step)
+            trainer.train()
+        summary = _summarize(name, trainer)
+    finally:
+        session.progress.stop()
+        if parts.kfac is not None:
+            parts.kfac.remove()
+    with agreed(session.communicator, what=f"can't write {directory}"):
+        if session.leads:
+            (directory / "result.json").write_text(json.dumps(_plain(summary), indent=2) + "\n")
+    return summary
+
+
+def _train_compared(
+    config: Config, name: str, optimizer: OptimizerConfig, directory: Path, session: Session
+) -> RunSummary:
+    """Train with another optimizer; that it diverges is a result, not an error."""
+    # A checkpoint that the user named is the main run's; the compared ones resume from their own, or not at all.
+    resume = "auto" if config.checkpoint.resume == "auto" else "never"
+    compared = config.model_copy(
+        update={
+            "optimizer": optimizer,
+            "kfac": config.kfac.model_copy(update={"enabled": False}),
+            "checkpoint": config.checkpoint.model_copy(update={"resume": resume}),
+            "compare": {},
+        }
+    )
+    own = directory / f"compare-{name}"
+    with agreed(session.communicator, what=f"can't prepare {own}"):
+        if session.leads:
+            own.mkdir(exist_ok=True)
+            (own / "config.yaml").write_text(dump_yaml(compared))
+    try:
+        return _train_one(compared, name, own, session)
+    except DivergedError as error:
+        session.progress.note(f"{name}: {error}")
+        records = _losses(own)
+        step, seconds = (records[-1]["step"], records[-1]["seconds"]) if records else (0, 0.0)
+        return RunSummary(name, step, seconds, None, None, "metric", None, note="diverged")
+
+
+def _start(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
+    match config.checkpoint.resume:
+        case "never":
+            return None
+        case "auto":
+            return checkpoints.newest()
+        case path:
+            with agreed(checkpoints.communicator, CheckpointError, f"can't read {path}"):
+                return read_manifest(Path(path))
+
+
+@contextmanager
+def _writer(directory: Path, start: Checkpoint | None, session: Session) -> Iterator[MetricsWriter | None]:
+    writer = None
+    with agreed(session.communicator, what=f"can't write {directory}"):
+        if session.leads:
+            writer = MetricsWriter(directory, start.step if start is not None else 0)
+    try:
+        yield writer
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _summarize(name: str, trainer: Trainer) -> RunSummary:
+    test = trainer.evaluate(trainer.parts.test)
+    train_loss = trainer.evaluate(trainer.parts.train, samples=len(trainer.parts.test)).loss
+    return RunSummary(
+        name=name,
+        steps=trainer.step,
+        seconds=trainer.stopwatch.seconds,
+        train_loss=train_loss,
+        test_loss=test.loss,
+        metric=trainer.parts.loss.metric,
+        metric_value=test.metric,
+    )
+
+
+def _prepare(directory: Path, config: Config) -> None:
+    if directory.exists() and config.checkpoint.resume == "never":
+        previous = directory.with_name(directory.name + ".previous")
+        if previous.exists():
+            shutil.rmtree(previous)
+        directory.rename(previous)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(dump_yaml(config))
+
+
+def _report(config: Config, runs: list[RunSummary], directory: Path, progress: ProgressDisplay) -> None:
+    folders = [directory, *(directory / f"compare-{run.name}" for run in runs[1:])]
+    (directory / "result.json").write_text(json.dumps([_plain(run) for run in runs], indent=2) + "\n")
+    curves = [_curve(run.name, folder) for run, folder in zip(runs, folders, strict=True)]
+    draw_losses(curves, directory / "loss.png", config.run.name)
+    console = Console()
+    console.print(result_table(f"{config.run.name}: {directory}", runs))
+
+
+def _curve(name: str, directory: Path) -> Curve:
+    records = _losses(directory)
+    return Curve(
+        name,
+        [record["step"] for record in records],
+        [record["seconds"] for record in records],
+        [record["loss"] for record in records],
+    )
+
+
+def _losses(directory: Path) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
+
+
+def _plain(summary: RunSummary) -> dict[str, Any]:
+    return {**asdict(summary), "milliseconds_per_step": summary.milliseconds_per_step}

@@ -1,0 +1,71 @@
+"""From a configuration to the parts of a run: each built once, on every rank, in the same order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kfac_dist.config.schema import Config
+from kfac_dist.distributed.bootstrap import World
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.engines import Engine, build_engine
+from kfac_dist.optimizers import build_optimizer
+from kfac_dist.preconditioner import KFAC
+from kfac_dist.tasks import Loss, build_data, build_loss, build_model
+from kfac_dist.training.agreement import agreed
+from kfac_dist.training.batches import Source, Stream, source_of
+from kfac_dist.training.random_state import seed_everything
+from kfac_dist.training.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        engine: The model, distributed.
+        optimizer: Takes the step.
+        kfac: Preconditions the gradient; None if the configuration disables it.
+        loss: Loss and metric.
+        stream: This rank's batches.
+        train: The training data.
+        test: The held-out data.
+        total_steps: Length of the run.
+    """
+
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    kfac: KFAC | None
+    loss: Loss
+    stream: Stream
+    train: Source
+    test: Source
+    total_steps: int
+
+
+def build_parts(config: Config, world: World, communicator: Communicator) -> Parts:
+    """Build everything that a run needs; collective.
+
+    What can fail on one rank alone (a missing package, a file, the user's own code) is built first and agreed on, so
+    that no rank waits for one that has given up.
+
+    Raises:
+        KFACError: Something can't be built; every rank raises.
+    """
+    settings = config.train
+    with agreed(communicator):
+        seed_everything(config.run.seed, rank=0)  # the same initial weights on every rank
+        model = build_model(config.model)
+        splits = build_data(config.data)
+        train, test = (source_of(part, world.device, settings.loader_workers) for part in (splits.train, splits.test))
+        sampler = Sampler(len(train), settings.batch_size, config.run.seed)
+    engine = build_engine(model, config.engine, world)
+    optimizer = build_optimizer(engine.module.parameters(), config.optimizer)
+    total_steps = settings.steps or (settings.epochs or 1) * sampler.steps_per_epoch
+    kfac = None
+    if config.kfac.enabled:
+        kfac = KFAC(engine.model, config.kfac, optimizer=optimizer, total_steps=total_steps)
+    seed_everything(config.run.seed, rank=world.rank + 1)
+    stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
+    return Parts(engine, optimizer, kfac, build_loss(config.loss), stream, train, test, total_steps)

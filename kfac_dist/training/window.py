@@ -1,0 +1,99 @@
+"""What happened since the last logged step, kept on the device until someone asks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.distributed.communicator import Communicator
+
+
+@dataclass(frozen=True)
+class WindowTotals:
+    """A window's sums over all ranks, on the host.
+
+    Attributes:
+        loss: Mean loss over the window's terms.
+        samples_per_second: Over all ranks.
+    """
+
+    loss: float
+    samples_per_second: float
+
+
+class Window:
+    """Sums losses and terms without a host sync, until `close` reads them.
+
+    Args:
+        device: Where losses are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Double: a window may be an epoch long. The loss is this rank's, terms are already over all ranks.
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._terms_on_device = torch.zeros((), dtype=torch.float64, device=device)
+        self._terms = 0
+        self._samples = 0
+
+    def add_loss(self, total: Tensor) -> None:
+        """Add the sum over a micro-batch's terms."""
+        self._loss += total.detach()
+
+    def add_step(self, samples: int, terms: int | Tensor) -> None:
+        """Count one step's samples and terms over all ranks."""
+        self._samples += samples
+        if isinstance(terms, Tensor):
+            self._terms_on_device += terms
+        else:
+            self._terms += terms
+
+    def close(self, communicator: Communicator, seconds: Callable[[], float]) -> WindowTotals:
+        """Return the window's means and begin an empty one; collective, and waits for the device.
+
+        Args:
+            communicator: The ranks.
+            seconds: Tells how long the window took, once the device has finished it.
+        """
+        sums = torch.stack([self._loss, self._terms_on_device / communicator.size])
+        communicator.all_reduce(sums, label="loss").wait()
+        loss, terms = sums.tolist()
+        samples, took = self._samples, seconds()
+        loss /= max(terms + self._terms, 1.0)
+        self.reset()
+        return WindowTotals(loss, samples / took if took > 0 else 0.0)
+
+    def reset(self) -> None:
+        """Forget the window."""
+        self._loss.zero_()
+        self._terms_on_device.zero_()
+        self._terms = self._samples = 0
+
+
+class Stopwatch:
+    """Seconds spent training: it stands still during evaluation and checkpoints.
+
+    Args:
+        elapsed: Where to begin.
+    """
+
+    def __init__(self, elapsed: float = 0.0) -> None:
+        self._elapsed = elapsed
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Begin to count."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stand still."""
+        self._elapsed = self.seconds
+        self._since = None
+
+    @property
+    def seconds(self) -> float:
+        """Counted so far."""
+        return self._elapsed + (time.perf_counter() - self._since if self._since is not None else 0.0)

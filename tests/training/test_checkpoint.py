@@ -1,0 +1,182 @@
+"""Checkpoints are complete or ignored, keep the newest, fit or say what doesn't, and can't run code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
+from kfac_dist.errors import CheckpointError
+from kfac_dist.training.checkpoint import MANIFEST, Checkpoints, read_manifest
+from tests.harness import run_ranks
+
+
+def _state(value: float = 1.0) -> dict[str, object]:
+    return {"model": {"a.weight": torch.full((2, 3), value), "a.bias": torch.full((2,), value)}}
+
+
+@pytest.fixture
+def notices() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, notices: list[str]) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", 2, SoloCommunicator(), notices.append)
+
+
+def test_what_was_saved_comes_back(checkpoints: Checkpoints) -> None:
+    checkpoints.save(7, _state(3.0) | {"kfac": {"count": 5}}, {"epoch": 2})
+    found = checkpoints.newest()
+    assert found is not None
+    assert (found.step, found.facts) == (7, {"epoch": 2})
+    loaded: dict[str, object] = _state() | {"kfac": {"count": 0}}
+    checkpoints.load(found, loaded)
+    assert loaded["kfac"] == {"count": 5}
+    torch.testing.assert_close(loaded["model"], _state(3.0)["model"])
+
+
+def test_the_newest_few_stay(checkpoints: Checkpoints) -> None:
+    for step in (1, 2, 10, 3):
+        checkpoints.save(step, _state(), {})
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["step-00000003", "step-00000010"]
+
+
+def test_a_step_may_be_saved_again(checkpoints: Checkpoints) -> None:
+    checkpoints.save(4, _state(1.0), {})
+    checkpoints.save(4, _state(2.0), {})
+    found = checkpoints.newest()
+    assert found is not None
+    loaded = _state()
+    checkpoints.load(found, loaded)
+    torch.testing.assert_close(loaded, _state(2.0))
+    assert len(list(checkpoints.directory.iterdir())) == 1
+
+
+def test_torn_directories_are_ignored_with_a_line_each(checkpoints: Checkpoints, notices: list[str]) -> None:
+    good = checkpoints.save(1, _state(), {})
+    checkpoints.keep = 9
+    no_manifest, truncated = checkpoints.save(2, _state(), {}), checkpoints.save(3, _state(), {})
+    (no_manifest / MANIFEST).unlink()
+    data = next(truncated.glob("*.distcp"))
+    os.truncate(data, data.stat().st_size - 1)
+    (checkpoints.directory / "step-00000004.writing").mkdir()
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.path == good
+    assert len(notices) == 3
+    assert "step-00000004.writing: not a complete checkpoint" in notices[0]
+    assert f"{data.name} has" in notices[1]
+    assert "manifest.json is missing" in notices[2]
+    checkpoints.save(5, _state(), {})
+    assert not list(checkpoints.directory.glob("*.writing"))
+
+
+def test_nothing_saved_yet_is_no_checkpoint(checkpoints: Checkpoints) -> None:
+    assert checkpoints.newest() is None
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"a.weight": torch.ones(2, 4), "a.bias": torch.ones(2)},
+            r"model.a.weight has shape \(2, 3\), in this run \(2, 4\)",
+        ),
+        (
+            {"a.weight": torch.ones(2, 3), "b": torch.ones(1), "a.bias": torch.ones(2)},
+            "has no model.b, which this run has",
+        ),
+        ({"a.bias": torch.ones(2)}, "has model.a.weight, which this run has not"),
+    ],
+)
+def test_another_model_is_refused_by_its_first_misfit(
+    checkpoints: Checkpoints, model: dict[str, torch.Tensor], message: str
+) -> None:
+    checkpoints.save(1, _state(), {})
+    found = checkpoints.newest()
+    assert found is not None
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load(found, {"model": model})
+
+
+def test_a_manifest_of_another_format_is_refused(checkpoints: Checkpoints) -> None:
+    path = checkpoints.save(1, _state(), {})
+    manifest = path / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match="its format is 99, this version of kfac_dist reads 1"):
+        read_manifest(path)
+    manifest.write_text("[]")
+    with pytest.raises(CheckpointError, match="can't be read"):
+        read_manifest(path)
+
+
+def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_manifest(tmp_path / "step-00000001")
+    with pytest.raises(CheckpointError, match="those are named step-<number>"):
+        read_manifest(tmp_path)
+
+
+def test_a_disk_that_refuses_leaves_the_older_checkpoint(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.save(1, _state(), {})
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(CheckpointError, match=r"can't write .*No space left on device"):
+        checkpoints.save(2, _state(), {})
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.step == 1
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("exit 1",)
+
+
+def test_a_table_of_contents_can_not_run_code(checkpoints: Checkpoints) -> None:
+    path = checkpoints.save(1, _state(), {})
+    found = checkpoints.newest()
+    assert found is not None
+    (path / ".metadata").write_bytes(pickle.dumps(_Bomb()))
+    with pytest.raises(CheckpointError, match=r"names \w+\.system, which no checkpoint needs"):
+        checkpoints.load(found, _state())
+    (path / ".metadata").write_bytes(pickle.dumps(torch.Size([1])))
+    with pytest.raises(CheckpointError, match=r"\.metadata holds a Size"):
+        checkpoints.load(found, _state())
+
+
+def _save_and_load_on_ranks(directory: str) -> list[object]:
+    communicator = build_communicator(30.0)
+    checkpoints = Checkpoints(Path(directory), 2, communicator)
+    rank = float(communicator.rank)
+    own = {f"rank{communicator.rank}": {"draws": torch.full((3,), rank)}}
+    checkpoints.save(1, _state(5.0) | {"rng": own}, {})
+    found = checkpoints.newest()
+    assert found is not None
+    loaded = {"model": _state(0.0)["model"], "rng": {f"rank{communicator.rank}": {"draws": torch.zeros(3)}}}
+    checkpoints.load(found, loaded)
+    try:
+        checkpoints.load(found, {"model": {"a.bias": torch.ones(3 if communicator.rank else 2)}})
+    except CheckpointError as error:
+        problem = str(error)
+    communicator.close()
+    return [loaded, problem]
+
+
+def test_ranks_save_and_load_together_and_agree_on_a_failure(tmp_path: Path) -> None:
+    for rank, (loaded, problem) in enumerate(run_ranks(2, _save_and_load_on_ranks, str(tmp_path))):
+        torch.testing.assert_close(loaded["model"], _state(5.0)["model"])
+        assert loaded["rng"][f"rank{rank}"]["draws"].tolist() == [rank] * 3
+        assert "a.weight, which this run has not" in problem or "a.bias has shape (2,), in this run (3,)" in problem
+    assert read_manifest(tmp_path / "step-00000001").step == 1

@@ -1,0 +1,79 @@
+"""Batches are plans: the same for any number of ranks, a partition of every epoch, resumable from two integers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfac_dist.errors import DataError
+from kfac_dist.training.sampler import Position, Sampler, micro_batches, split
+
+
+@given(count=st.integers(0, 200), parts=st.integers(1, 20))
+def test_split_is_contiguous_and_near_equal_with_the_longer_parts_first(count: int, parts: int) -> None:
+    ranges = split(count, parts)
+    assert [index for part in ranges for index in part] == list(range(count))
+    lengths = [len(part) for part in ranges]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] - lengths[-1] <= 1
+
+
+@given(data=st.data(), world_size=st.integers(1, 6), accumulate=st.integers(1, 5))
+def test_ranks_and_micro_batches_partition_the_global_batch(
+    data: st.DataObject, world_size: int, accumulate: int
+) -> None:
+    count = data.draw(st.integers(world_size, 60))
+    parts = [micro_batches(count, rank, world_size, accumulate) for rank in range(world_size)]
+    assert [index for mine in parts for window in mine for index in window] == list(range(count))
+    assert len({len(mine) for mine in parts}) == 1, "every rank runs the same number of forward passes"
+    assert all(len(window) for mine in parts for window in mine)
+
+
+@given(size=st.integers(1, 100), batch_size=st.integers(1, 120), seed=st.integers(0, 2**20))
+def test_an_epoch_uses_every_sample_once(size: int, batch_size: int, seed: int) -> None:
+    sampler = Sampler(size, batch_size, seed)
+    batches = list(sampler.epoch(Position(3)))
+    assert len(batches) == sampler.steps_per_epoch
+    assert torch.cat([batch.indices for batch in batches]).sort().values.tolist() == list(range(size))
+    assert sampler.after(batches[-1]) == Position(4)
+
+
+def test_epochs_and_seeds_shuffle_differently() -> None:
+    orders = [
+        next(Sampler(50, 50, seed).epoch(Position(epoch))).indices.tolist() for seed in (0, 1) for epoch in (0, 1)
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_an_epoch_continues_where_it_was_left() -> None:
+    sampler = Sampler(23, 5, seed=1)
+    batches = list(sampler.epoch(Position(2)))
+    rest = list(sampler.epoch(sampler.after(batches[1])))
+    assert [batch.indices.tolist() for batch in rest] == [batch.indices.tolist() for batch in batches[2:]]
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "world_size", "start", "message"),
+    [
+        (100, 2, 3, Position(), "a batch of 2 samples can't feed 3 ranks"),
+        (101, 10, 2, Position(), "the last batch of an epoch has 1 of 101 samples for 2 ranks"),
+        (100, 10, 2, Position(0, 9), "the last batch of an epoch has 1 of 100 samples for 2 ranks"),
+    ],
+)
+def test_batches_that_starve_a_rank_are_refused(
+    size: int, batch_size: int, world_size: int, start: Position, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        Sampler(size, batch_size, 0).check(world_size, start)
+
+
+def test_good_batches_are_accepted() -> None:
+    Sampler(102, 10, 0).check(2, Position())
+    Sampler(3, 10, 0).check(3, Position())
+
+
+def test_no_samples_is_refused() -> None:
+    with pytest.raises(DataError, match="has no samples"):
+        Sampler(0, 4, 0)
