@@ -15,6 +15,7 @@ from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported at run time only
 
 from kfac_dist.errors import CollectiveError, ConfigError
 
@@ -48,6 +49,7 @@ class World:
         place: Where this process stands.
         device: What it computes on.
         backend: Backend of torch.distributed; None when alone, without a process group.
+        owns_group: Whether `bootstrap` made the process group, and `close` destroys it.
     """
 
     place: Place
@@ -178,21 +180,18 @@ def _torchrun(environment: Mapping[str, str]) -> Place | None:
             "which sets all of them, or unset these to run one process"
         )
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE", least=1)
-    local_rank, local_world_size = (
-        _number(environment, "LOCAL_RANK"),
-        _number(environment, "LOCAL_WORLD_SIZE", least=1),
-    )
-    for small, great, fits in (
-        ("RANK", "WORLD_SIZE", rank < world_size),
-        ("LOCAL_RANK", "LOCAL_WORLD_SIZE", local_rank < local_world_size),
-        ("LOCAL_WORLD_SIZE", "WORLD_SIZE", local_world_size <= world_size),
-        ("LOCAL_RANK", "RANK", local_rank <= rank),
+    local_rank = _number(environment, "LOCAL_RANK")
+    local_world_size = _number(environment, "LOCAL_WORLD_SIZE", least=1)
+    for small, relation, great, holds in (
+        ("RANK", "less than", "WORLD_SIZE", rank < world_size),
+        ("LOCAL_RANK", "less than", "LOCAL_WORLD_SIZE", local_rank < local_world_size),
+        ("LOCAL_WORLD_SIZE", "at most", "WORLD_SIZE", local_world_size <= world_size),
+        ("LOCAL_RANK", "at most", "RANK", local_rank <= rank),
     ):
-        if not fits:
+        if not holds:
             raise ConfigError(
-                f"{small}={environment[small]} contradicts {great}={environment[great]}: {small} must be "
-                f"{'at most' if small in ('LOCAL_WORLD_SIZE',) or great == 'RANK' else 'less than'} {great}; "
-                "start the ranks with torchrun, which sets both"
+                f"{small}={environment[small]} contradicts {great}={environment[great]}: {small} must be {relation} "
+                f"{great}; start the ranks with torchrun, which sets both"
             )
     port = _number(environment, "MASTER_PORT", least=1)
     if port > 65535:
@@ -227,7 +226,7 @@ def _join(place: Place, address: tuple[str, int], backend: str, timeout_seconds:
         ) from error
 
 
-def _restart_store(place: Place, host: str, port: int, timeout: timedelta) -> dist.Store | None:
+def _restart_store(place: Place, host: str, port: int, timeout: timedelta) -> Store | None:
     """A store of its own for every restart of torchrun's workers; None where torch's own rendezvous is right.
 
     torchrun keeps one store over restarts, so that restarted workers would read the addresses of dead ones and fail to
@@ -236,8 +235,8 @@ def _restart_store(place: Place, host: str, port: int, timeout: timedelta) -> di
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or place.local_world_size != place.world_size:
         return None
-    store = dist.TCPStore(host, port, world_size=place.world_size, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = TCPStore(host, port, world_size=place.world_size, is_master=False, timeout=timeout)
+    return PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _count(number: int, noun: str) -> str:

@@ -17,68 +17,74 @@ No element has an index of its own: there are no index arrays to build, to keep 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kfac_dist.distributed.cost import triangle_numel
 
 
-def packed_numel(matrix: Tensor) -> int:
-    """Elements that the symmetric matrices [..., n, n] take when packed."""
-    n = matrix.shape[-1]
-    return matrix.shape[:-2].numel() * triangle_numel(n)
+def packed_numel(n: int) -> int:
+    """Elements of one packed n×n matrix: n(n+1)/2."""
+    return triangle_numel(n)
 
 
 def pack_symmetric(matrix: Tensor, out: Tensor) -> None:
-    """Writes the lower triangles of symmetric matrices into a flat buffer.
+    """Writes the lower triangles of symmetric matrices into a buffer.
 
     Args:
-        matrix: Symmetric matrices [..., n, n].
-        out: 1-D view of `packed_numel(matrix)` elements, contiguous; of another dtype, it is converted.
+        matrix: Matrices [..., n, n], of which only the lower triangle is read.
+        out: Contiguous [..., n(n+1)/2], or the same elements in one dimension; of another dtype, it is converted to.
     """
     n = matrix.shape[-1]
     m = (n + 1) // 2
-    rectangle, corner = _views(out, matrix)
-    first_row = (n + 1) % 2
-    rectangle[..., first_row:, :].copy_(matrix[..., :, :m])
+    rectangle, corner = _views(out, matrix.shape[:-2], n)
+    _columns(rectangle, n).copy_(matrix[..., :, :m])
     if corner.numel():
-        # The lower part of the corner belongs to A[:, :m]; S goes above it, with its diagonal.
-        corner.copy_(corner.tril(-1).add_(matrix[..., m:, m:].triu().to(corner.dtype)))
+        # Below the corner's diagonal are elements of A[:, :m]; S goes above it, with its own diagonal.
+        corner.copy_(corner.tril(-1).add_(matrix[..., m:, m:].mT.triu().to(corner.dtype)))
 
 
-def unpack_symmetric(packed: Tensor, out: Tensor) -> None:
-    """Writes full symmetric matrices [..., n, n] from what `pack_symmetric` made of them.
+def unpack_symmetric(packed: Tensor, n: int, out: Tensor | None = None) -> Tensor:
+    """The full symmetric matrices [..., n, n] of what `pack_symmetric` wrote.
 
     Args:
-        packed: 1-D, contiguous, n(n+1)/2 elements a matrix.
-        out: Where the matrices go, both triangles; of another dtype, they are converted.
+        packed: Contiguous [..., n(n+1)/2].
+        n: Size of a matrix.
+        out: Where the matrices go, [..., n, n], converted to its dtype; by default a new tensor like `packed`.
+
+    Returns:
+        The matrices: `out` where it was given.
     """
-    n = out.shape[-1]
     m = (n + 1) // 2
-    rectangle, corner = _views(packed, out)
-    columns = rectangle[..., (n + 1) % 2 :, :]
-    _mirror(columns[..., :m, :].tril(), out[..., :m, :m], strict=-1)
+    lead = packed.shape[:-1] if out is None else out.shape[:-2]
+    full = packed.new_empty(*lead, n, n) if out is None else out
+    rectangle, corner = _views(packed, lead, n)
+    columns = _columns(rectangle, n)
+    lower = columns[..., :m, :].tril()
+    full[..., :m, :m].copy_(lower + lower.tril(-1).mT)
     if corner.numel():
-        out[..., m:, :m].copy_(columns[..., m:, :])
-        out[..., :m, m:].copy_(columns[..., m:, :].mT)
-        _mirror(corner.triu(), out[..., m:, m:], strict=1)
+        full[..., m:, :m].copy_(columns[..., m:, :])
+        full[..., :m, m:].copy_(columns[..., m:, :].mT)
+        upper = corner.triu()
+        full[..., m:, m:].copy_(upper + upper.triu(1).mT)
+    return full
 
 
-def _views(packed: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _views(packed: Tensor, lead: torch.Size, n: int) -> tuple[Tensor, Tensor]:
     """The packed rectangle, and the k×k corner of it whose upper triangle holds S."""
-    n = matrix.shape[-1]
-    if packed.dim() != 1 or packed.numel() != packed_numel(matrix):
+    if packed.numel() != lead.numel() * packed_numel(n):
         raise ValueError(
-            f"{tuple(matrix.shape)} packs into {packed_numel(matrix)} elements, not into {tuple(packed.shape)}"
+            f"matrices of shape {(*lead, n, n)} pack into {lead.numel()} × {packed_numel(n)} elements, "
+            f"not into {tuple(packed.shape)}"
         )
     half = n // 2
     if n % 2:
-        rectangle = packed.view(*matrix.shape[:-2], n, half + 1)
+        rectangle = packed.view(*lead, n, half + 1)
         return rectangle, rectangle[..., :half, 1:]
-    rectangle = packed.view(*matrix.shape[:-2], n + 1, half)
+    rectangle = packed.view(*lead, n + 1, half)
     return rectangle, rectangle[..., :half, :]
 
 
-def _mirror(triangle: Tensor, out: Tensor, *, strict: int) -> None:
-    """Writes a triangular matrix plus its mirror image; `strict` names the triangle without its diagonal."""
-    image = triangle.tril(strict) if strict < 0 else triangle.triu(strict)
-    out.copy_(triangle + image.mT)
+def _columns(rectangle: Tensor, n: int) -> Tensor:
+    """The rows of the rectangle that hold A[:, :m]: one lower when n is even."""
+    return rectangle if n % 2 else rectangle[..., 1:, :]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kfac_dist.distributed import cost
+from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
+from kfac_dist.distributed.segments import Segment, SegmentLayout, reduce_to_owners, share_segments, split_buckets
+from tests.harness import run_ranks
+
+
+def layout_for(size: int, segments: int) -> SegmentLayout:
+    """Uneven, interleaved; rank 1 owns nothing when there are three or more."""
+    owners = [rank for rank in range(size) if rank != 1 or size < 3]
+    return SegmentLayout((Segment(f"s{i}", 3 * i % 7, owners[i % len(owners)]) for i in range(segments)), size)
+
+
+def test_segments_of_one_owner_lie_together() -> None:
+    layout = SegmentLayout([Segment("a", 2, 0), Segment("b", 3, 1), Segment("c", 0, 3), Segment("d", 4, 0)], 4)
+    assert [segment.name for segment in layout.segments] == ["a", "d", "b", "c"]
+    assert layout.owner_numels == (6, 3, 0, 0)
+    assert [layout.owner_range(rank) for rank in range(4)] == [(0, 6), (6, 9), (9, 9), (9, 9)]
+    buffer = torch.arange(9)
+    assert layout.view(buffer, "d").tolist() == [2, 3, 4, 5]
+    assert layout.view_in_part(layout.part(buffer, 1), "b", 1).tolist() == [6, 7, 8]
+    assert layout.view(buffer, "c").tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([Segment("a", 1, 0), Segment("a", 1, 1)], "two segments are named 'a'"),
+        ([Segment("a", 1, 2)], "does not fit 2 ranks"),
+        ([Segment("a", -1, 0)], "does not fit 2 ranks"),
+    ],
+)
+def test_bad_segments_are_refused(segments: list[Segment], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentLayout(segments, 2)
+
+
+def test_buffer_that_does_not_fit_is_refused() -> None:
+    layout = SegmentLayout([Segment("a", 3, 0)], 1)
+    with pytest.raises(ValueError, match="a layout of 3 elements over 1 ranks does not fit"):
+        share_segments(SoloCommunicator(), torch.zeros(4), layout, label="x")
+
+
+def contribution(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def share_and_reduce(segments: int, dtype: torch.dtype) -> dict[str, Any]:
+    comm = build_communicator(20.0)
+    layout = layout_for(comm.size, segments)
+    shared = torch.full((layout.numel,), torch.nan, dtype=dtype)
+    layout.part(shared, comm.rank).copy_(layout.part(torch.arange(layout.numel), comm.rank))
+    share_segments(comm, shared, layout, label="share").wait()
+    pending = reduce_to_owners(comm, contribution(comm.rank, layout.numel, dtype), layout, label="reduce")
+    return {"shared": shared.float(), "reduced": pending.wait(), "traffic": comm.traffic.snapshot()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("segments", "dtype"), [(10, torch.float32), (10, torch.bfloat16), (1, torch.float32)])
+def test_share_and_reduce(size: int, segments: int, dtype: torch.dtype) -> None:
+    layout = layout_for(size, segments)
+    total = sum(contribution(rank, layout.numel, dtype).float() for rank in range(size))
+    assert isinstance(total, torch.Tensor)
+    results = run_ranks(size, share_and_reduce, segments, dtype)
+    for rank, result in enumerate(results):
+        assert torch.equal(result["shared"], torch.arange(layout.numel).to(dtype).float())
+        assert result["reduced"].dtype is torch.float32
+        # Summed in fp32, in rank order: equal to the last bit, whatever travelled.
+        assert torch.equal(result["reduced"], layout.part(total, rank))
+        if size > 1:
+            owners = sum(1 for numel in layout.owner_numels if numel)
+            own = layout.owner_numels[rank]
+            assert result["traffic"].get("share", (0, 0)) == (
+                owners,
+                cost.broadcast_bytes(own * dtype.itemsize, size),
+            )
+            assert result["traffic"]["reduce"] == (1, (layout.numel - own) * dtype.itemsize)
+    if size > 1:
+        sent = sum(result["traffic"]["reduce"][1] for result in results)
+        assert sent == (size - 1) * layout.numel * dtype.itemsize  # N times (N-1)/N · b: a reduce-scatter
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 8))
+def test_buckets_partition_the_items_nearly_evenly(numels: list[int], buckets: int) -> None:
+    runs = split_buckets(numels, buckets)
+    assert len(runs) == min(buckets, len(numels))
+    assert [item for start, stop in runs for item in range(start, stop)] == list(range(len(numels)))
+    for start, stop in runs:
+        assert stop > start
+        assert sum(numels[start:stop]) <= sum(numels) / len(runs) + max(numels)
+
+
+def test_number_of_buckets_does_not_grow_with_the_items() -> None:
+    assert {len(split_buckets([7] * items, 4)) for items in (4, 40, 400)} == {4}
+    assert split_buckets([5, 5, 1, 1, 1, 1, 1, 5], 4) == ((0, 1), (1, 2), (2, 7), (7, 8))
