@@ -41,7 +41,8 @@ def test_each_kind_of_dataset_gets_its_source() -> None:
 
 def test_a_stream_can_only_be_read_from_its_beginning_and_is_refused() -> None:
     class Endless(IterableDataset[Any]):
-        pass
+        def __iter__(self) -> Any:
+            return iter(())
 
     with pytest.raises(DataError, match=r"Endless has no length or can't be indexed: .* map-style"):
         source_of(Endless(), CPU, 0)
