@@ -16,18 +16,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kfac_dist.config.document import override
 from kfac_dist.config.load import load_config, resolve
-from kfac_dist.config.schema import Config
+from kfac_dist.config.schema import Config, Target
 from kfac_dist.errors import ConfigError, KFACError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 1.0
+PIPE_WIDTH = 160
 
 app = typer.Typer(
     name="kfac-dist",
@@ -75,6 +79,30 @@ def train(
         run(resolved, compare=compare, quiet=quiet)
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks that share the work.")] = 2,
+    node_size: Annotated[int | None, typer.Option(min=1, help="Ranks of one node; all of them by default.")] = None,
+) -> None:
+    """Show who would measure, invert and precondition what, without training: a pure function of shapes."""
+    with _exit_codes():
+        resolved = _load(config, overrides, {})
+        from rich.console import Console
+
+        from kfac_dist.curvature.blocks import find_blocks
+        from kfac_dist.preconditioner.plan import build_plan
+        from kfac_dist.preconditioner.plan_table import plan_view
+
+        coverage = find_blocks(_model_of_shapes(resolved.model), resolved.kfac.curvature)
+        planned = build_plan(
+            coverage.blocks, resolved.kfac, world_size=world_size, local_world_size=node_size or world_size
+        )
+        console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+        console.print(plan_view(planned, coverage.uncovered))
+
+
 @app.command("version")
 def show_version() -> None:
     """Print the versions that a bug report needs."""
@@ -102,6 +130,19 @@ def _check_targets(config: Config) -> None:
 
     load_target(config.model, MODELS, "model")
     load_target(config.data, DATA, "data")
+
+
+def _model_of_shapes(target: Target) -> nn.Module:
+    """Build a model without memory for its weights where its code allows that."""
+    import torch
+
+    from kfac_dist.tasks import build_model
+
+    try:
+        with torch.device("meta"):
+            return build_model(target)
+    except (NotImplementedError, RuntimeError):  # it reads values, which a tensor without memory hasn't
+        return build_model(target)
 
 
 @contextmanager

@@ -1,0 +1,71 @@
+"""The plan as a person reads it: a row a block, a row a rank, and what keeps its plain gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from kfac_dist.curvature.factors import FactorKind, Unit
+from kfac_dist.preconditioner.plan import Plan
+
+
+def plan_view(plan: Plan, uncovered: Mapping[str, str]) -> Group:
+    """Return the plan's tables, ready for rich to print.
+
+    Args:
+        plan: What is shown.
+        uncovered: Parameters without a block, and why they have none.
+    """
+    summary = (
+        f"{len(plan.blocks)} blocks, {len(plan.units)} units, {plan.grid.world_size} ranks. "
+        f"Inversion load, largest over mean: {plan.assignment.imbalance():.2f}"
+    )
+    parts: list[Table | str] = [_block_table(plan), "", _rank_table(plan), "", summary]
+    if uncovered:
+        parts += ["", f"Plain gradient for {len(uncovered)} parameters:"]
+        parts += [f"  {name}: {reason}" for name, reason in uncovered.items()]
+    return Group(*parts)
+
+
+def _block_table(plan: Plan) -> Table:
+    table = _table("block", "factors", "owners", "preconditioned by", "slot", "factor bytes", "inversion n³")
+    for block in plan.blocks.values():
+        workers = plan.assignment.workers(block.name)
+        table.add_row(
+            block.name,
+            " ".join(_factor(list(units)) for _, units in groupby(block.units, key=lambda unit: unit.side)),
+            " ".join(str(owner) for owner in block.owners),
+            "all ranks" if len(workers) == plan.grid.world_size else " ".join(map(str, workers)),
+            str(block.slot),
+            f"{block.factor_bytes:,}",
+            f"{block.inversion_cost:.2e}",
+        )
+    return table
+
+
+def _rank_table(plan: Plan) -> Table:
+    table = _table("rank", "units", "inversion n³", "bytes of inverses held")
+    loads, held = plan.assignment.load(), plan.assignment.held_bytes()
+    for rank in range(plan.grid.world_size):
+        table.add_row(str(rank), str(len(plan.owned(rank))), f"{loads[rank]:.2e}", f"{held[rank]:,}")
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(first, box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _factor(units: list[Unit]) -> str:
+    """One factor: its side, `diag`, the number of matrices if several, and the sizes that it is cut into."""
+    first = units[0]
+    sizes = "+".join(str(unit.dim) for unit in units)
+    kind = "diag " if first.kind is FactorKind.DIAGONAL else ""
+    batch = f"{first.batch}×" if first.batch > 1 else ""
+    return f"{first.side} {kind}{batch}{sizes}"

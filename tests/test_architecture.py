@@ -1,0 +1,180 @@
+"""Imports point one way: `training → preconditioner → {curvature, distributed, engines}`, as CONTRIBUTING.md draws it.
+
+The sources are read, not imported, so that imports inside functions and behind TYPE_CHECKING count too.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "kfac_dist"
+MODULES = {file.relative_to(ROOT).as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+# What each part of the package may import from the rest of it, besides itself. A part that isn't listed is new: say
+# here where it belongs.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "curvature": {"config", "errors"},
+    "distributed": {"config", "errors"},
+    "engines": {"config", "distributed", "errors"},
+    "preconditioner": {"config", "curvature", "distributed", "engines", "errors"},
+    "optimizers": {"config", "errors"},
+    "tasks": {"config", "errors"},
+    "reporting": {"config", "errors"},
+    "training": {"config", "distributed", "engines", "errors", "optimizers", "preconditioner", "reporting", "tasks"},
+    "cli": {"config", "curvature", "errors", "preconditioner", "tasks", "training"},
+    "__main__": {"cli"},
+    "__init__": {"config", "errors", "preconditioner"},
+}
+
+# Prefix of a path → prefixes of modules that nothing there imports, and why.
+NEVER = [
+    ("kfac_dist/curvature/", "torch.distributed", "curvature knows no ranks"),
+    ("kfac_dist/config/", "torch", "a configuration is checked in milliseconds"),
+    ("kfac_dist/errors.py", "torch", "errors are plain"),
+    ("kfac_dist/preconditioner/", "kfac_dist.engines.ddp", "K-FAC sees engines through their base class"),
+    ("kfac_dist/preconditioner/", "kfac_dist.engines.fsdp2", "K-FAC sees engines through their base class"),
+    ("kfac_dist/preconditioner/", "kfac_dist.engines.zero", "K-FAC sees engines through their base class"),
+    ("kfac_dist/", "tests", "the package stands without its tests"),
+    ("kfac_dist/", "benchmarks", "the package stands without its benchmarks"),
+]
+
+# Module → the only paths that import it: optional packages stay behind one door.
+ONLY = {
+    "deepspeed": ("kfac_dist/engines/zero.py",),
+    "mpi4py": ("kfac_dist/distributed/",),
+    "typer": ("kfac_dist/cli.py",),
+    "transformers": (),
+    "mlxtend": ("kfac_dist/tasks/",),
+    "sklearn": ("kfac_dist/tasks/",),
+    "matplotlib": ("kfac_dist/reporting/",),
+}
+
+# What the parts below `training` may read of a configuration: values, not files.
+PLAIN_CONFIG = ("kfac_dist.config.schema", "kfac_dist.config.schedules")
+
+
+def imports_of(source: str, path: str) -> Iterator[str]:
+    """Full names of everything that a source imports, `from a import b` as `a.b`."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def part_of(path: str) -> str:
+    return path.removeprefix("kfac_dist/").removesuffix(".py").split("/")[0]
+
+
+EDGES = [(path, name) for path, file in MODULES.items() for name in imports_of(file.read_text(), path)]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch.distributed as dist", ["torch.distributed"]),
+        ("def f():\n    from torch import distributed, nn", ["torch.distributed", "torch.nn"]),
+        ("from ..engines import base", ["kfac_dist.engines.base"]),
+        ("from . import a", ["kfac_dist.curvature.a"]),
+        ("from .a import b", ["kfac_dist.curvature.a.b"]),
+    ],
+)
+def test_imports_are_found(source: str, found: list[str]) -> None:
+    assert list(imports_of(source, "kfac_dist/curvature/factors.py")) == found
+
+
+def test_allowed_imports_form_no_cycle() -> None:
+    below = {part: set(allowed) for part, allowed in MAY_IMPORT.items()}
+    while below:
+        leaves = {part for part, allowed in below.items() if not allowed}
+        assert leaves, f"a cycle among {sorted(below)}"
+        below = {part: allowed - leaves for part, allowed in below.items() if part not in leaves}
+
+
+def test_parts_import_only_what_they_may() -> None:
+    wrong = []
+    for path, name in EDGES:
+        if not within(name, "kfac_dist"):
+            continue
+        here, there = part_of(path), [*name.split("."), "__init__"][1]
+        if there not in MAY_IMPORT:  # `from kfac_dist import KFAC`, or a part that the table lacks
+            there = "__init__"
+        if there != here and there not in MAY_IMPORT.get(here, set()):
+            wrong.append(f"{path} imports {name}")
+    assert wrong == []
+
+
+def test_below_training_configurations_are_plain_values() -> None:
+    parts = {"curvature", "distributed", "engines", "preconditioner", "optimizers", "reporting"}
+    wrong = [
+        f"{path} imports {name}"
+        for path, name in EDGES
+        if part_of(path) in parts
+        and within(name, "kfac_dist.config")
+        and not any(within(name, plain) for plain in PLAIN_CONFIG)
+    ]
+    assert wrong == []
+
+
+def test_nothing_crosses_a_closed_border() -> None:
+    wrong = [
+        f"{path} imports {name}: {why}"
+        for path, name in EDGES
+        for start, module, why in NEVER
+        if path.startswith(start) and within(name, module)
+    ]
+    assert wrong == []
+
+
+def test_optional_packages_have_one_door() -> None:
+    wrong = [
+        f"{path} imports {name}, which belongs in {' or '.join(doors) or 'users’ code'}"
+        for path, name in EDGES
+        for module, doors in ONLY.items()
+        if within(name, module) and not path.startswith(doors or ("-",))
+    ]
+    assert wrong == []
+
+
+def test_every_module_says_what_it_is_about() -> None:
+    silent = [path for path, file in MODULES.items() if ast.get_docstring(ast.parse(file.read_text())) is None]
+    assert silent == []
+
+
+def test_every_package_is_a_package() -> None:
+    folders = {file.parent for file in MODULES.values()}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_no_module_is_named_after_nothing() -> None:
+    nothing = {"utils", "util", "helpers", "helper", "misc", "common"}
+    assert [path for path, file in MODULES.items() if file.stem in nothing] == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], ["version"]])
+def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from kfac_dist.cli import main\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "try:\n    main()\n"
+        "finally:\n    sys.stderr.write('torch' if 'torch' in sys.modules else 'clean')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stderr.endswith("clean"), ended.stderr

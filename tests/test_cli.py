@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import kfac_dist.training.run
+from kfac_dist import cli
+from kfac_dist.config.schema import Config, Likelihood
+from kfac_dist.errors import CollectiveError, ConfigError
+
+RUN = """\
+run: {name: mine, directory: DIRECTORY}
+model:
+  name: autoencoder
+  args: {dims: [64, 12, 4]}
+data:
+  name: digits
+  args: {target: input}
+loss: {name: sigmoid_cross_entropy}
+optimizer: {lr: 0.01}
+train: {batch_size: 64, steps: 3}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> str:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.replace("DIRECTORY", str(tmp_path / "runs")))
+    return str(file)
+
+
+@dataclass
+class Recorder:
+    """Stands for `training.run.train`: notes its call, or raises."""
+
+    raises: BaseException | None = None
+    config: Config | None = None
+    options: dict[str, Any] | None = None
+
+    def __call__(self, config: Config, **options: Any) -> None:
+        self.config, self.options = config, options
+        if self.raises is not None:
+            raise self.raises
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(kfac_dist.training.run, "train", recorder)
+    monkeypatch.setattr(cli, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    return recorder
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_train_hands_over_a_resolved_configuration(run_file: str, recorder: Recorder) -> None:
+    code, output = invoke(
+        "train", run_file, "train.steps=7", "--compare", "--quiet", "--name", "it's", "kfac.inversion.damping=1e-2"
+    )
+    assert code == 2
+    assert 'command line (--name): run.name: found "it\'s"' in output
+
+    code, _ = invoke("train", run_file, "train.steps=7", "--compare", "--quiet", "--name", "other", "--resume", "auto")
+
+    assert code == 0
+    assert recorder.options == {"compare": True, "quiet": True}
+    assert recorder.config is not None
+    assert (recorder.config.run.name, recorder.config.train.steps) == ("other", 7)
+    assert recorder.config.checkpoint.resume == "auto"
+    assert recorder.config.kfac.curvature.likelihood is Likelihood.BERNOULLI
+
+
+def test_options_win_over_overrides(run_file: str, recorder: Recorder) -> None:
+    assert invoke("train", run_file, "run.name=a", "--name", "b")[0] == 0
+    assert recorder.config is not None
+    assert recorder.config.run.name == "b"
+
+
+@pytest.mark.parametrize(
+    ("error", "environment", "code", "output"),
+    [
+        (ConfigError("key: wrong\nother: wrong"), {}, 2, "error: key: wrong\nerror: other: wrong\n"),
+        (ConfigError("key: wrong"), {"WORLD_SIZE": "2", "RANK": "4", "LOCAL_RANK": "0"}, 2, "error: key: wrong\n"),
+        (ConfigError("key: wrong"), {"WORLD_SIZE": "2", "RANK": "5", "LOCAL_RANK": "1"}, 2, ""),
+        (CollectiveError("lost"), {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, 2, "error [rank 1]: lost\n"),
+        (CollectiveError("lost"), {}, 2, "error: lost\n"),
+        (KeyboardInterrupt(), {}, 130, ""),
+    ],
+)
+def test_errors_have_codes_and_ranks(
+    run_file: str,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    environment: dict[str, str],
+    code: int,
+    output: str,
+) -> None:
+    recorder.raises = error
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    assert invoke("train", run_file) == (code, output)
+
+
+def test_a_bug_keeps_its_traceback(run_file: str, recorder: Recorder) -> None:
+    recorder.raises = ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        invoke("train", run_file)
+
+
+def test_check_trains_nothing(run_file: str, recorder: Recorder) -> None:
+    assert invoke("train", run_file, "--check") == (0, f"{run_file}: fine\n")
+    assert invoke("train", run_file, "--check", "--quiet") == (0, "")
+    assert recorder.config is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name=autoencodr", "error: model.name: found 'autoencodr'; did you mean 'autoencoder'?"),
+        ("model.args.dim=[1]", "error: model.args.dim: autoencoder takes no such argument; did you mean 'dims'?"),
+        ("data=nowhere.at_all:digits", "error: data.name: found 'nowhere.at_all:digits', but there is no module"),
+        ("data=math:pi", "error: data.name: found 'math:pi', which is float, not something to call"),
+    ],
+)
+def test_check_looks_for_model_and_data(run_file: str, override: str, message: str) -> None:
+    code, output = invoke("train", run_file, override, "--check")
+
+    assert code == 2
+    assert output.startswith(message)
+
+
+def test_plan_shows_blocks_ranks_and_balance(run_file: str) -> None:
+    code, output = invoke(
+        "plan",
+        run_file,
+        "kfac.inversion.max_factor_dim=40",
+        "kfac.curvature.exclude=[linear4]",
+        "kfac.distribution.assignment=balanced",
+        "kfac.distribution.placement=hybrid",
+        "kfac.distribution.grad_worker_fraction=0.5",
+        "--world-size=4",
+    )
+    rows = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+
+    assert code == 0
+    assert "A 32+33 G 12" in rows["linear1"]
+    assert f"{4 * (32**2 + 33**2 + 12**2):,}" in rows["linear1"]
+    assert f"{32**3 + 33**3 + 12**3:.2e}" in rows["linear1"]
+    assert {"0", "1", "2", "3"} <= rows.keys()
+    assert "3 blocks, 7 units, 4 ranks. Inversion load, largest over mean: 1." in output
+    assert "linear4.weight: matched by 'linear4' of kfac.curvature.exclude" in output
+
+
+def test_plan_builds_a_model_that_reads_its_values(
+    run_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reads_values.py").write_text(
+        "from torch import nn\n"
+        "def model():\n"
+        "    layer = nn.Linear(3, 2)\n"
+        "    layer.weight.sum().item()\n"
+        "    return layer\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    code, output = invoke("plan", run_file, "model=reads_values:model")
+
+    assert code == 0
+    assert "1 blocks, 2 units, 2 ranks" in output
+
+
+def test_plan_refuses_what_does_not_fit_the_ranks(run_file: str) -> None:
+    hybrid = ["kfac.distribution.placement=hybrid", "kfac.distribution.grad_worker_fraction=0.3"]
+
+    code, output = invoke("plan", run_file, *hybrid)
+
+    assert code == 2
+    assert output.startswith("error: kfac.distribution.grad_worker_fraction: 0.3 of 2 ranks")
+
+
+def test_version_names_what_a_bug_report_needs() -> None:
+    code, output = invoke("version")
+
+    assert code == 0
+    assert [line.split()[0] for line in output.splitlines()] == [
+        "kfac_dist",
+        "torch",
+        "numpy",
+        "deepspeed",
+        "mpi4py",
+        "python",
+    ]
+
+
+def test_a_call_without_a_configuration_says_how_to_call() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "kfac_dist", "train"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert ended.returncode == 2
+    assert "Usage: kfac-dist train" in ended.stderr
+    assert "Traceback" not in ended.stderr
