@@ -1,12 +1,13 @@
 """Factors and the units that they are cut into: names and shapes only.
 
 A block has one or two *factors* (A and G of a Kronecker product, or one unit-wise F). A factor larger than
-`max_factor_dim` is cut into near-equal diagonal blocks, and each of those is a *unit*: the smallest piece of work that is
-measured, reduced, inverted and shared on its own.
+`max_factor_dim` is cut into near-equal diagonal blocks, and each of those is a *unit*: the smallest piece of work that
+is measured, reduced, inverted and shared on its own.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -88,7 +89,7 @@ def cut(dim: int, max_dim: int | None) -> tuple[tuple[int, int], ...]:
     """Return the ranges of the near-equal diagonal blocks, none larger than `max_dim`, that `dim` is cut into."""
     pieces = 1 if max_dim is None else -(-dim // max_dim)
     edges = [dim * i // pieces for i in range(pieces + 1)]
-    return tuple(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(itertools.pairwise(edges))
 
 
 def units_of(block: str, factors: tuple[FactorSpec, ...], max_dim: int | None) -> tuple[Unit, ...]:

@@ -7,6 +7,7 @@ stale. Every operation on factors between measuring and inverting is linear and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -20,7 +21,7 @@ _PANELS = 4
 def _panels(n: int) -> Iterator[tuple[int, int]]:
     count = _PANELS if n >= _SPLIT_FROM else 1
     edges = [n * i // count for i in range(count + 1)]
-    return zip(edges[:-1], edges[1:], strict=True)
+    return itertools.pairwise(edges)
 
 
 def accumulate_gram(out: Tensor, rows: Tensor, *, alpha: float, beta: float, ones: bool = False) -> None:

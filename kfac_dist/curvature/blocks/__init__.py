@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
-from kfac_dist.config.schema import CurvatureConfig, Sharing
+from kfac_dist.config.schema import CurvatureConfig, Fisher, Sharing
 from kfac_dist.curvature.blocks.base import Block, KroneckerBlock, MicroBatch, Use
 from kfac_dist.curvature.blocks.convolution import ConvolutionBlock
 from kfac_dist.curvature.blocks.embedding import EmbeddingBlock
 from kfac_dist.curvature.blocks.linear import LinearBlock
-from kfac_dist.curvature.blocks.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock
+from kfac_dist.curvature.blocks.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock, NormBlock
 
-BLOCK_TYPES: dict[type[nn.Module], Callable[[str, Any, Sharing], Block]] = {
+BLOCK_TYPES: dict[type[nn.Module], type[Block]] = {
     nn.Linear: LinearBlock,
     nn.Conv1d: ConvolutionBlock,
     nn.Conv2d: ConvolutionBlock,
@@ -56,7 +54,7 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
             continue
         reason = _reason_against(name, module, own, owners, config)
         if reason is None:
-            blocks.append(_block_type(module)(name, module, _sharing(name, config)))
+            blocks.append(_block_class(module)(name, module, _sharing(name, config)))
             covered = blocks[-1].parameters
             reason = "frozen"
         else:
@@ -68,7 +66,7 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
     return Coverage(tuple(blocks), uncovered)
 
 
-def _block_type(module: nn.Module) -> Callable[[str, Any, Sharing], Block]:
+def _block_class(module: nn.Module) -> type[Block]:
     return next(BLOCK_TYPES[base] for base in type(module).__mro__ if base in BLOCK_TYPES)
 
 
@@ -97,6 +95,8 @@ def _reason_against(
         return f"matched by {excluding[0]!r} of kfac.curvature.exclude"
     if not next(iter(own.values())).requires_grad:
         return "its weight is frozen"
+    if config.fisher is Fisher.INPUT_ONLY and issubclass(_block_class(module), NormBlock):
+        return "input_only measures no output gradients, and a normalisation's Fisher is made of them"
     shared = [other for p in own.values() for other in owners[id(p)] if other != name]
     if shared:
         return f"its weight is tied to that of {shared[0]}"

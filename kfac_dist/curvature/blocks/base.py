@@ -42,7 +42,8 @@ class MicroBatch:
         batch_size: B, samples that the model was called with; None if the model itself was not called.
         first_sample: Index of the first of them in the optimizer step's global batch.
         divisor: Number d by which the sum of the per-term losses was divided, so that ĝ = d·∂L/∂s; None infers n. A
-            tensor when only the device knows it (valid tokens, an AMP loss scale).
+            tensor when only the device knows it (valid tokens).
+        inverse_scale: 0-dim tensor that undoes an AMP loss scale; None without one.
         terms: Loss terms of this micro-batch on this rank; None infers them from shapes.
         stride: One row in `stride` enters the factors.
         phase: Which one; rotates from measurement to measurement.
@@ -52,6 +53,7 @@ class MicroBatch:
     batch_size: int | None = None
     first_sample: int = 0
     divisor: float | Tensor | None = None
+    inverse_scale: Tensor | None = None
     terms: float | Tensor | None = None
     stride: int = 1
     phase: int = 0
@@ -101,7 +103,7 @@ class Block(ABC):
 
     @abstractmethod
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Pair views of parameter-shaped tensors with the views of the matrix `matrix_shape` that hold the same values."""
+        """Pair views of parameter-shaped tensors with the views of the gradient matrix that hold the same values."""
 
     @abstractmethod
     def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
@@ -116,9 +118,7 @@ class Block(ABC):
 
     def describe(self) -> str:
         """Return the block's kind and shapes, the part of the plan that every rank has to agree on."""
-        factors = " ".join(
-            f"{f.side}:{f.kind}{f'{f.batch}×' if f.batch > 1 else ''}{f.dim}" for f in self.factors
-        )
+        factors = " ".join(f"{f.side}:{f.kind}{f'{f.batch}×' if f.batch > 1 else ''}{f.dim}" for f in self.factors)
         return f"{type(self).__name__} {'×'.join(map(str, self.matrix_shape))} {factors} {self.sharing}"
 
 
@@ -158,7 +158,7 @@ class KroneckerBlock(Block):
         total = kept_total = 0
         for part in _shared(rows, self.sharing, mean=False):
             kept = _sample(part, batch)
-            scaled, factor = unscale(kept, terms if batch.divisor is None else batch.divisor)
+            scaled, factor = unscale(kept, terms, batch)
             sink.add_rows(self.name, Side.G, scaled, scale=factor**2, ones=False)
             total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
         # The sum above has kept/total of its rows: its count shrinks alike, so that sampling leaves the scale alone.
@@ -172,12 +172,15 @@ def loss_terms(rows: Tensor, batch: MicroBatch) -> float | Tensor:
     return float(rows.shape[1] * rows.shape[2]) if batch.terms is None else batch.terms
 
 
-def unscale(grad: Tensor, divisor: float | Tensor) -> tuple[Tensor, float]:
+def unscale(grad: Tensor, terms: float | Tensor, batch: MicroBatch) -> tuple[Tensor, float]:
     """Return rows and a host factor whose product is ĝ = divisor·∂L/∂s.
 
-    A host number costs nothing: its square scales the Gram matrix. A device number, and any half-precision gradient,
-    is multiplied in fp32 before anything is squared.
+    A host number costs nothing: its square scales the Gram matrix. A device number (and with it an AMP loss scale) is
+    multiplied in fp32 before anything is squared.
     """
+    divisor = terms if batch.divisor is None else batch.divisor
+    if batch.inverse_scale is not None:
+        divisor = batch.inverse_scale * divisor
     if isinstance(divisor, Tensor):
         return grad.float() * divisor, 1.0
     return grad, divisor

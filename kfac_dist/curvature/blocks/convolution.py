@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,15 +23,16 @@ class ConvolutionBlock(KroneckerBlock):
     The Kronecker product equals KFC's Ω ⊗ Γ: A averages over samples and output positions, G sums over positions.
     """
 
-    def __init__(self, name: str, module: Convolution, sharing: Sharing) -> None:
+    def __init__(self, name: str, module: nn.Module, sharing: Sharing) -> None:
         super().__init__(name, module, sharing)
         self.has_bias = len(self.parameters) > 1
-        self.groups = module.groups
-        width = module.in_channels // self.groups * math.prod(module.kernel_size) + self.has_bias
-        outputs = module.out_channels // self.groups
+        layer = cast(Convolution, module)
+        self.groups = layer.groups
+        width = layer.in_channels // self.groups * math.prod(layer.kernel_size) + self.has_bias
+        outputs = layer.out_channels // self.groups
         self.factors = (dense(Side.A, width, self.groups), dense(Side.G, outputs, self.groups))
         self.matrix_shape = (self.groups, outputs, width)
-        self._spatial = len(module.kernel_size)
+        self._spatial = len(layer.kernel_size)
 
     def input_rows(self, inputs: Tensor, batch_size: int | None) -> Tensor:
         """Return the patches `[groups, B, T, c_in/groups · kernel]` for T output positions."""
@@ -39,7 +41,7 @@ class ConvolutionBlock(KroneckerBlock):
             inputs = inputs.unsqueeze(0)
         patches = unfold(pad(inputs, module), module.kernel_size, module.stride, module.dilation)
         samples, channels = inputs.shape[:2]
-        grouped = patches.unflatten(1, (self.groups, channels // self.groups))
+        grouped = torch.unflatten(patches, 1, (self.groups, channels // self.groups))
         # [B, groups, c, *out, *kernel] → [groups, B, *out, c, *kernel]
         spatial, kernel = range(3, 3 + self._spatial), range(3 + self._spatial, 3 + 2 * self._spatial)
         rows = grouped.permute(1, 0, *spatial, 2, *kernel)
@@ -49,7 +51,7 @@ class ConvolutionBlock(KroneckerBlock):
         """Return `[groups, B, T, c_out/groups]`."""
         if grad.ndim == self._spatial + 1:
             grad = grad.unsqueeze(0)
-        return grad.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
+        return torch.unflatten(grad.flatten(2), 1, (self.groups, -1)).permute(1, 0, 3, 2)
 
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.matrix_views`."""

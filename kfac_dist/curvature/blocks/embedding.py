@@ -29,13 +29,14 @@ class EmbeddingBlock(Block):
     diagonal A. The padding token has no gradient and therefore no frequency.
     """
 
-    def __init__(self, name: str, module: nn.Embedding, sharing: Sharing) -> None:
+    def __init__(self, name: str, module: nn.Module, sharing: Sharing) -> None:
         super().__init__(name, module, Sharing.EXPAND)
+        layer = cast(nn.Embedding, module)
         self.factors = (
-            FactorSpec(Side.A, module.num_embeddings, kind=FactorKind.DIAGONAL),
-            dense(Side.G, module.embedding_dim),
+            FactorSpec(Side.A, layer.num_embeddings, kind=FactorKind.DIAGONAL),
+            dense(Side.G, layer.embedding_dim),
         )
-        self.matrix_shape = (1, module.embedding_dim, module.num_embeddings)
+        self.matrix_shape = (1, layer.embedding_dim, layer.num_embeddings)
 
     def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
         """Add token frequencies and output gradients; see `Block.measure`."""
@@ -53,7 +54,7 @@ class EmbeddingBlock(Block):
                 grads = batch_first(use.grad, batch.batch_size)
                 terms = loss_terms(grads.unsqueeze(0), batch)
                 sampled = grads.flatten(0, 1)[rows]
-                scaled, factor = unscale(sampled, terms if batch.divisor is None else batch.divisor)
+                scaled, factor = unscale(sampled, terms, batch)
                 sink.add_rows(self.name, Side.G, scaled.unsqueeze(0), scale=factor**2, ones=False)
                 kept, total = kept + sampled.shape[0], total + grads.shape[0] * grads.shape[1]
         if Side.G in sides and total:

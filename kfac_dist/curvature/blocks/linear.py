@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -14,12 +15,13 @@ from kfac_dist.curvature.factors import Side
 class LinearBlock(KroneckerBlock):
     """A: [d_in(+1)]², G: [d_out]²; the gradient matrix is the weight with the bias as its last column."""
 
-    def __init__(self, name: str, module: nn.Linear, sharing: Sharing) -> None:
+    def __init__(self, name: str, module: nn.Module, sharing: Sharing) -> None:
         super().__init__(name, module, sharing)
         self.has_bias = len(self.parameters) > 1
-        width = module.in_features + self.has_bias
-        self.factors = (dense(Side.A, width), dense(Side.G, module.out_features))
-        self.matrix_shape = (1, module.out_features, width)
+        layer = cast(nn.Linear, module)
+        width = layer.in_features + self.has_bias
+        self.factors = (dense(Side.A, width), dense(Side.G, layer.out_features))
+        self.matrix_shape = (1, layer.out_features, width)
 
     def input_rows(self, inputs: Tensor, batch_size: int | None) -> Tensor:
         """Return `[1, B, T, d_in]`."""

@@ -58,7 +58,7 @@ class NormBlock(Block):
                 continue
             grad = self.positions(use.grad, batch.batch_size)
             terms = loss_terms(grad.unsqueeze(0), batch)
-            scaled, factor = unscale(grad.float(), terms if batch.divisor is None else batch.divisor)
+            scaled, factor = unscale(grad.float(), terms, batch)
             scale = scaled * self.positions(self.normalized(use.inputs.float()), batch.batch_size)
             gradients = torch.stack([scale, scaled] if len(self.parameters) > 1 else [scale], dim=-1) * factor
             parts.append(gradients.flatten(0, 1) if batch.loss_terms is LossTerms.TOKEN else gradients.sum(dim=1))

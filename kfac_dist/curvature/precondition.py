@@ -1,0 +1,175 @@
+"""Preconditioning: blocks of equal shape are one batch, and the caller doesn't know which solver made the inverses.
+
+A `Group` stacks the payloads of k like blocks, so that each side of `G⁻¹ ∇ A⁻¹` is one batched product. Before its
+first refresh a block's payload is the identity: it keeps the plain gradient.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config.schema import Solver
+from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.solvers import is_eigen, payload_numel
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One diagonal block of one side, for all blocks of a group: `matrix [k·batch, n, n]`, `vector [k·batch, n]`."""
+
+    start: int
+    stop: int
+    matrix: Tensor | None
+    vector: Tensor | None
+
+
+class Group(ABC):
+    """Blocks of one shape with their payloads.
+
+    Args:
+        blocks: k blocks of equal `matrix_shape` and factors.
+        units: The units of each block, alike in everything but their names.
+        solver: What made the payloads.
+        device: Where they live.
+
+    Attributes:
+        gradient: `[k·batch, d_out, d_in]` workspace that the caller fills with the blocks' gradients.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], units: Sequence[Sequence[Unit]], solver: Solver, device: torch.device
+    ) -> None:
+        self.blocks = tuple(blocks)
+        self.units = tuple(unit for own in units for unit in own)
+        batch, d_out, d_in = blocks[0].matrix_shape
+        self.gradient = torch.zeros(len(blocks) * batch, d_out, d_in, device=device)
+        self._batch = batch
+        self._place: dict[str, tuple[_Piece, slice]] = {}
+        self._sides: dict[Side, list[_Piece]] = {}
+        for like in zip(*units, strict=True):
+            piece = _allocate(like[0], len(blocks), solver, device)
+            self._sides.setdefault(like[0].side, []).append(piece)
+            for index, unit in enumerate(like):
+                self._place[unit.name] = (piece, slice(index * unit.batch, (index + 1) * unit.batch))
+
+    def matrix(self, buffer: Tensor, index: int) -> Tensor:
+        """Return block `index`'s matrix `[batch, d_out, d_in]` in a buffer shaped like `gradient`."""
+        return buffer[index * self._batch : (index + 1) * self._batch]
+
+    def load(self, unit: Unit, payload: Tensor) -> None:
+        """Take a unit's flat payload."""
+        piece, rows = self._place[unit.name]
+        if piece.matrix is None:
+            assert piece.vector is not None
+            piece.vector[rows].copy_(payload.view(unit.shape))
+            return
+        piece.matrix[rows].copy_(payload[: unit.numel].view(unit.shape))
+        if piece.vector is not None:
+            piece.vector[rows].copy_(payload[unit.numel :].view(unit.batch, unit.dim))
+
+    def payload(self, unit: Unit) -> Tensor:
+        """Return a unit's flat payload, a copy."""
+        piece, rows = self._place[unit.name]
+        return torch.cat([part[rows].flatten() for part in (piece.matrix, piece.vector) if part is not None])
+
+    @abstractmethod
+    def apply(self, damping: float) -> Tensor:
+        """Return the preconditioned `gradient`, a new tensor of its shape."""
+
+
+class InverseGroup(Group):
+    """Damped inverses: `Δ = G⁻¹ ∇ A⁻¹`, or `∇ F⁻¹` a unit."""
+
+    def __init__(
+        self, blocks: Sequence[Block], units: Sequence[Sequence[Unit]], solver: Solver, device: torch.device
+    ) -> None:
+        super().__init__(blocks, units, solver, device)
+        self._right = self._sides.get(Side.A) or self._sides[Side.F]
+        self._left = self._sides.get(Side.G, [])
+
+    def apply(self, damping: float) -> Tensor:
+        """See `Group.apply`; the damping is part of the inverses."""
+        return _multiply_left(self._left, _multiply_right(self.gradient, self._right))
+
+
+class EigenGroup(Group):
+    """Exact damping: `Δ = Q_G [(Q_Gᵀ ∇ Q_A) / (d_G d_Aᵀ + λ)] Q_Aᵀ`, tile by tile when factors are cut."""
+
+    def apply(self, damping: float) -> Tensor:
+        """See `Group.apply`."""
+        out = torch.empty_like(self.gradient)
+        whole = [_Piece(0, self.gradient.shape[1], None, None)]
+        for g in self._sides.get(Side.G, whole):
+            for a in self._sides[Side.A]:
+                tile = self.gradient[:, g.start : g.stop, a.start : a.stop]
+                out[:, g.start : g.stop, a.start : a.stop] = _damped_tile(tile, g, a, damping)
+        return out
+
+
+def _damped_tile(tile: Tensor, g: _Piece, a: _Piece, damping: float) -> Tensor:
+    if g.matrix is not None:
+        tile = g.matrix.mT @ tile
+    if a.matrix is not None:
+        tile = tile @ a.matrix
+    assert a.vector is not None
+    d_a = a.vector[:, None, :]
+    tile = tile / ((d_a if g.vector is None else g.vector[:, :, None] * d_a) + damping)
+    if g.matrix is not None:
+        tile = g.matrix @ tile
+    return tile if a.matrix is None else tile @ a.matrix.mT
+
+
+def _multiply_right(gradient: Tensor, pieces: Sequence[_Piece]) -> Tensor:
+    if len(pieces) == 1:
+        matrix, vector = pieces[0].matrix, pieces[0].vector
+        return gradient * vector[:, None, :] if vector is not None else torch.bmm(gradient, _dense(matrix))
+    out = torch.empty_like(gradient)
+    for piece in pieces:
+        out[:, :, piece.start : piece.stop] = torch.bmm(gradient[:, :, piece.start : piece.stop], _dense(piece.matrix))
+    return out
+
+
+def _multiply_left(pieces: Sequence[_Piece], gradient: Tensor) -> Tensor:
+    if not pieces:
+        return gradient
+    if len(pieces) == 1:
+        return torch.bmm(_dense(pieces[0].matrix), gradient)
+    return torch.cat([torch.bmm(_dense(p.matrix), gradient[:, p.start : p.stop]) for p in pieces], dim=1)
+
+
+def _dense(matrix: Tensor | None) -> Tensor:
+    assert matrix is not None
+    return matrix
+
+
+def _allocate(unit: Unit, blocks: int, solver: Solver, device: torch.device) -> _Piece:
+    """Return identity payloads for one unit of each block of a group."""
+    rows = blocks * unit.batch
+    matrix = vector = None
+    if unit.kind is FactorKind.DENSE:
+        matrix = torch.eye(unit.dim, device=device).expand(rows, -1, -1).clone()
+    if unit.kind is FactorKind.DIAGONAL or payload_numel(unit, solver) > unit.numel:
+        vector = torch.ones(rows, unit.dim, device=device)
+    return _Piece(unit.start, unit.stop, matrix, vector)
+
+
+def build_groups(
+    blocks: Sequence[Block], units: dict[str, tuple[Unit, ...]], solver: Solver, device: torch.device
+) -> list[Group]:
+    """Return groups of blocks that share one batched product, in order of first appearance."""
+    alike: dict[tuple[object, ...], list[Block]] = {}
+    for block in blocks:
+        shape = tuple((u.side, u.start, u.stop, u.batch, u.kind) for u in units[block.name])
+        alike.setdefault((block.matrix_shape, shape), []).append(block)
+    groups: list[Group] = []
+    for members in alike.values():
+        own = [units[block.name] for block in members]
+        kind = EigenGroup if any(is_eigen(unit, solver) for unit in own[0]) else InverseGroup
+        groups.append(kind(members, own, solver, device))
+    return groups

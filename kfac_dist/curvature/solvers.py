@@ -1,0 +1,203 @@
+"""Solvers: from damped factors to what preconditioning needs, equal sizes in one batch, and never a crash.
+
+A *payload* is what the owner of a unit computes and the others receive, one flat tensor a unit:
+
+    dense unit,    cholesky / newton_schulz   (M + δI)⁻¹                  batch·n²
+    dense unit,    eigen                      Q, then eigenvalues d       batch·(n² + n)
+    diagonal unit, cholesky / newton_schulz   1 / (m + δ)                 batch·n
+    diagonal unit, eigen                      m itself                    batch·n
+    unit-wise F,   any solver                 (F + λI)⁻¹                  batch·n²
+
+A factorisation that fails is retried in float64, then with ten times the damping, up to a limit; what still fails keeps
+the unit's last good payload, and is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config.schema import Solver
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.gram import complete
+
+_RAISES = (1.0, 10.0, 100.0, 1000.0)
+_NEWTON_SCHULZ_STEPS = 60
+_NEWTON_SCHULZ_RESIDUAL = 1e-4
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit to solve.
+
+    Attributes:
+        unit: The unit.
+        factor: `[batch, n, n]` (upper triangle is enough) or `[batch, n]`; fp32, undamped. It is overwritten.
+        damping: δ, added to the diagonal; unused by `eigen` on Kronecker factors.
+        previous: Last good payload of the unit, or None.
+    """
+
+    unit: Unit
+    factor: Tensor
+    damping: float
+    previous: Tensor | None
+
+
+def is_eigen(unit: Unit, solver: Solver) -> bool:
+    """Whether the unit's payload is an eigendecomposition (or the bare diagonal), damped only when it is applied."""
+    return solver is Solver.EIGEN and unit.side is not Side.F
+
+
+def payload_numel(unit: Unit, solver: Solver) -> int:
+    """Return the number of values in a unit's payload."""
+    vectors = unit.batch * unit.dim if is_eigen(unit, solver) and unit.kind is FactorKind.DENSE else 0
+    return unit.numel + vectors
+
+
+def is_symmetric(unit: Unit, solver: Solver) -> bool:
+    """Whether the payload is symmetric matrices, so that a triangle of each says everything."""
+    return unit.kind is FactorKind.DENSE and not is_eigen(unit, solver)
+
+
+def tikhonov(trace_a: float, dim_a: int, trace_g: float, dim_g: int, damping: float) -> tuple[float, float]:
+    """Split λ over A and G: `(π√λ, √λ/π)` with `π = sqrt((tr A/dim A)/(tr G/dim G))` (Martens & Grosse 2015, §6.3).
+
+    π is 1 when a trace is zero or not finite.
+    """
+    ratio = (trace_a / dim_a) / (trace_g / dim_g) if trace_g > 0 and math.isfinite(trace_g) else 0.0
+    pi = math.sqrt(ratio) if ratio > 0 and math.isfinite(ratio) else 1.0
+    return pi * math.sqrt(damping), math.sqrt(damping) / pi
+
+
+def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], int]:
+    """Solve every task, equal sizes in one batch.
+
+    Returns:
+        The flat payloads in the order of the tasks, None where nothing good could be computed and nothing good was
+        known before; and the number of units that failed.
+    """
+    payloads: list[Tensor | None] = [None] * len(tasks)
+    batches: dict[tuple[bool, int], list[int]] = {}
+    for index, task in enumerate(tasks):
+        if task.unit.kind is FactorKind.DIAGONAL:
+            payloads[index] = (
+                task.factor if is_eigen(task.unit, solver) else 1 / (task.factor + task.damping)
+            ).flatten()
+        else:
+            batches.setdefault((is_eigen(task.unit, solver), task.unit.dim), []).append(index)
+    for (eigen, _), members in batches.items():
+        # Under `eigen`, unit-wise blocks are still inverted.
+        method = Solver.CHOLESKY if solver is Solver.EIGEN and not eigen else solver
+        _solve_batch([tasks[index] for index in members], members, payloads, method)
+    failures = 0
+    for index, task in enumerate(tasks):
+        if payloads[index] is None:
+            payloads[index] = task.previous
+            failures += 1
+    return payloads, failures
+
+
+def _solve_batch(tasks: list[Task], positions: list[int], payloads: list[Tensor | None], solver: Solver) -> None:
+    """Solve dense units of one size; leaves None where the result isn't finite."""
+    sizes = [task.unit.batch for task in tasks]
+    matrices = complete(torch.cat([task.factor for task in tasks]) if len(tasks) > 1 else tasks[0].factor)
+    if solver is Solver.EIGEN:
+        values, vectors, good = _eigen(matrices)
+        parts = zip(torch.split(vectors, sizes), torch.split(values, sizes), torch.split(good, sizes), strict=True)
+        for position, (q, d, ok) in zip(positions, parts, strict=True):
+            if bool(ok.all()):
+                payloads[position] = torch.cat([q.flatten(), d.flatten()])
+        return
+    damping = torch.cat([torch.full((task.unit.batch,), task.damping, dtype=torch.float64) for task in tasks])
+    start = _stack_previous(tasks) if solver is Solver.NEWTON_SCHULZ else None
+    inverse, good = _inverse(matrices, damping.to(matrices.device), solver, start)
+    for position, part, ok in zip(positions, torch.split(inverse, sizes), torch.split(good, sizes), strict=True):
+        if bool(ok.all()):
+            payloads[position] = part.flatten()
+
+
+def _stack_previous(tasks: list[Task]) -> Tensor:
+    known = [
+        task.factor.new_zeros(task.unit.shape) if task.previous is None else task.previous.view(task.unit.shape)
+        for task in tasks
+    ]
+    return torch.cat(known)
+
+
+def _inverse(matrices: Tensor, damping: Tensor, solver: Solver, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return `(M + δI)⁻¹` for `[k, n, n]` and which of them are good, escalating for those that aren't."""
+    damped = matrices.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping.to(damped.dtype)[:, None])
+    if start is not None:
+        inverse, good = newton_schulz(damped, start)
+    else:
+        inverse, good = _cholesky_inverse(damped)
+    for factor in _RAISES:
+        if bool(good.all()):
+            break
+        failed = (~good).nonzero().flatten()
+        retry = matrices[failed].double()
+        retry.diagonal(dim1=-2, dim2=-1).add_(damping[failed, None] * factor)
+        redone, ok = _cholesky_inverse(retry)
+        inverse[failed[ok]] = redone[ok].to(inverse.dtype)
+        good[failed[ok]] = True
+    return inverse, good
+
+
+def _cholesky_inverse(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    # A failed factor may hold zeros on its diagonal; the identity keeps the inverse of the others' batch defined.
+    failed = info != 0
+    factor[failed] = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    inverse = torch.cholesky_inverse(factor)
+    finite = torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1).sum(-1))
+    return inverse, ~failed & finite
+
+
+def newton_schulz(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert `[k, n, n]` symmetric positive definite matrices by matrix products only (Schulz 1933).
+
+    `X ← X(2I − MX)` converges quadratically from any X with ‖I − MX‖ < 1: from the last inverse where that holds, else
+    from `I/‖M‖_∞`, about 2·log₂κ iterations away.
+
+    Returns:
+        The inverses, and which of them reached the residual.
+    """
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    cold = eye / matrices.abs().sum(-1).amax(-1)[:, None, None]
+    residual = eye - matrices @ start
+    warm = torch.linalg.matrix_norm(residual) < 0.9
+    inverse = torch.where(warm[:, None, None], start, cold)
+    good = torch.zeros_like(warm)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        residual = eye - matrices @ inverse
+        good = torch.linalg.matrix_norm(residual) <= _NEWTON_SCHULZ_RESIDUAL * math.sqrt(matrices.shape[-1])
+        inverse = torch.baddbmm(inverse, inverse, residual)
+        if bool(good.all()):
+            break
+    inverse = (inverse + inverse.mT) / 2
+    return inverse, good & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1).sum(-1))
+
+
+def _eigen(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return eigenvalues (clamped to ≥ 0), eigenvectors and which of `[k, n, n]` are good."""
+    finite = torch.isfinite(matrices.sum((-2, -1)))
+    if bool(finite.all()):
+        try:
+            values, vectors = torch.linalg.eigh(matrices)
+            return values.clamp(min=0), vectors, finite
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but torch's stubs don't export it
+            if matrices.dtype is torch.float32:
+                values, vectors, good = _eigen(matrices.double())
+                return values.float(), vectors.float(), good
+            if matrices.shape[0] == 1:
+                finite = torch.zeros_like(finite)
+    if matrices.shape[0] > 1:  # one bad matrix must not cost the others their result
+        single = [_eigen(matrix[None]) for matrix in matrices]
+        values, vectors, good = (torch.cat(parts) for parts in zip(*single, strict=True))
+        return values, vectors, good
+    return matrices.new_zeros(matrices.shape[:2]), torch.zeros_like(matrices), finite

@@ -1,0 +1,287 @@
+"""Running averages of the factors: a weighted sum and its weight, for every unit, in flat persistent buffers.
+
+    window   fp32, what the current optimizer step has measured so far       (sum, weight) of this step
+    average  S ← βS + (1−β)·window,  w ← βw + (1−β)·count                     (sum, weight) since the start
+
+A factor is S/w: zero-initialised and bias-corrected by its own weight, and linear in everything measured. That is what
+lets ranks keep (S, w) to themselves and add them up whenever a refresh asks for the factor.
+
+The window is kept apart from the average so that a step is a transaction: a batch that isn't finite, or a step that the
+optimizer skips, never touches the average.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.gram import accumulate_gram
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive units `[first, last)` and the values `[start, stop)` of the flat buffers that they occupy."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    @property
+    def units(self) -> slice:
+        """Slice of per-unit tensors."""
+        return slice(self.first, self.last)
+
+    @property
+    def values(self) -> slice:
+        """Slice of flat buffers."""
+        return slice(self.start, self.stop)
+
+
+class FlatUnits:
+    """Where each unit lies in a flat buffer that holds them one after the other."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = tuple(units)
+        self._edges = [0, *itertools.accumulate(unit.numel for unit in units)]
+        self._index = {unit.name: index for index, unit in enumerate(units)}
+
+    @property
+    def numel(self) -> int:
+        """Values in the whole buffer."""
+        return self._edges[-1]
+
+    def __contains__(self, unit: Unit) -> bool:
+        """Whether the buffer holds this unit."""
+        return unit.name in self._index
+
+    def index(self, unit: Unit) -> int:
+        """Position of the unit in per-unit tensors."""
+        return self._index[unit.name]
+
+    def span(self, first: int, last: int) -> Span:
+        """Return the span of the units `[first, last)`."""
+        return Span(first, last, self._edges[first], self._edges[last])
+
+    def view(self, buffer: Tensor, unit: Unit) -> Tensor:
+        """Return the unit's statistics in a flat buffer, in the unit's shape."""
+        index = self._index[unit.name]
+        return buffer[self._edges[index] : self._edges[index + 1]].view(unit.shape)
+
+
+class RunningAverages:
+    """The window and the averages of all units; implements `blocks.base.StatisticsSink`.
+
+    Args:
+        units: All units, in the order in which backward completes them.
+        held: The units whose averages live on this rank; the others are only measured here.
+        decay: β.
+        device: Where the layers live.
+        dtype: Precision of the averages; the window is always fp32.
+        transient_window: Free the window between measurements (saves memory, costs an allocation each time).
+
+    Attributes:
+        layout: Place of every unit in the window.
+        held: Place of every held unit in the averages.
+        average: Flat sums of the held units.
+        scalars: `[2, units]` weights and traces that belong to the averages.
+        window_scalars: `[2, units]` weights and traces of the window; valid once a span is closed.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        held: Sequence[Unit],
+        *,
+        decay: float,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        transient_window: bool = False,
+    ) -> None:
+        self.layout = FlatUnits(units)
+        self.held = FlatUnits(held)
+        self.decay = decay
+        self.device = device
+        self.average = torch.zeros(self.held.numel, device=device, dtype=dtype)
+        self.scalars = torch.zeros(2, len(units), device=device)
+        self.window_scalars = torch.zeros(2, len(units), device=device)
+        self._transient = transient_window
+        self._window: Tensor | None = None
+        self._written = [False] * len(units)
+        self._counts: list[float | Tensor] = [0.0] * len(units)
+        self._pieces: dict[tuple[str, Side], list[Unit]] = {}
+        for unit in units:
+            self._pieces.setdefault((unit.block, unit.side), []).append(unit)
+        self._diagonal_edges, self._diagonal = _diagonal_index(self.layout, device)
+
+    # ---- measuring: the sink of the blocks
+
+    @property
+    def window(self) -> Tensor:
+        """Flat sums of the current step."""
+        if self._window is None:
+            # Zeros, not empty: what lies below the diagonal blocks is never written, but is summed and sent.
+            self._window = torch.zeros(self.layout.numel, device=self.device)
+        return self._window
+
+    def add_rows(self, block: str, side: Side, rows: Tensor, *, scale: float, ones: bool) -> None:
+        """Add `scale · [rows, 1]ᵀ[rows, 1]` for rows `[batch, M, d]` to the diagonal blocks that are kept."""
+        width = rows.shape[-1]
+        for unit in self._pieces[block, side]:
+            accumulate_gram(
+                self.layout.view(self.window, unit),
+                rows[..., unit.start : min(unit.stop, width)],
+                alpha=scale,
+                beta=self._beta(unit),
+                ones=ones and unit.stop > width,
+            )
+
+    def add_values(self, block: str, side: Side, values: Tensor) -> None:
+        """Add `[batch, n]` to a diagonal factor, or `[batch, n, n]` to a dense one."""
+        for unit in self._pieces[block, side]:
+            part = values[:, unit.start : unit.stop]
+            part = part[..., unit.start : unit.stop] if unit.kind is FactorKind.DENSE else part
+            view = self.layout.view(self.window, unit)
+            view.add_(part) if self._beta(unit) else view.copy_(part)
+
+    def add_count(self, block: str, side: Side, count: float | Tensor) -> None:
+        """Add to the weight of a factor."""
+        for unit in self._pieces[block, side]:
+            self._counts[self.layout.index(unit)] += count
+
+    def _beta(self, unit: Unit) -> float:
+        index = self.layout.index(unit)
+        fresh = not self._written[index]
+        self._written[index] = True
+        return 0.0 if fresh else 1.0
+
+    # ---- closing: the window becomes one rank's transaction
+
+    def close(self, span: Span) -> None:
+        """Finish the window of a span: what wasn't measured is zero, and what isn't finite is dropped whole.
+
+        A dropped span leaves both its sums and its weights at zero, so that the average over the other ranks stays
+        right without asking anyone.
+        """
+        for index in range(span.first, span.last):
+            if not self._written[index]:
+                self.layout.view(self.window, self.layout.units[index]).zero_()
+        scalars = self.window_scalars[:, span.units]
+        scalars[0].copy_(self._weights(span))
+        scalars[1].copy_(self._traces(span))
+        finite = torch.isfinite(scalars.sum())
+        zero_unless(finite, self.window[span.values])
+        zero_unless(finite, scalars)
+        self._written[span.units] = [False] * (span.last - span.first)
+        self._counts[span.units] = [0.0] * (span.last - span.first)
+
+    def _weights(self, span: Span) -> Tensor:
+        counts = self._counts[span.units]
+        host = torch.tensor([0.0 if isinstance(c, Tensor) else c for c in counts])
+        weights = to_device(host, self.device)
+        for index, count in enumerate(counts):
+            if isinstance(count, Tensor):
+                weights[index] = count
+        return weights
+
+    def _traces(self, span: Span) -> Tensor:
+        first, last = self._diagonal_edges[span.first], self._diagonal_edges[span.last]
+        lengths = [b - a for a, b in itertools.pairwise(self._diagonal_edges[span.first : span.last + 1])]
+        values = self.window.index_select(0, self._diagonal[first:last])
+        # Not cumsum or index_add: one unit's NaN must stay its own, and the order of additions must be fixed.
+        return torch.segment_reduce(values, "sum", lengths=to_device(torch.tensor(lengths), self.device), unsafe=True)
+
+    # ---- committing: the average moves, or stays as it was
+
+    def blend(self, span: Span, scale: float) -> None:
+        """Turn a closed window into the average's next value, times `scale`, leaving the average as it is."""
+        self.window[span.values].mul_((1 - self.decay) * scale).add_(
+            self.average[self._held_values(span)], alpha=self.decay * scale
+        )
+        self.window_scalars[:, span.units].mul_((1 - self.decay) * scale).add_(
+            self.scalars[:, span.units], alpha=self.decay * scale
+        )
+
+    def adopt(self, span: Span) -> None:
+        """Take a blended window as the average."""
+        self.average[self._held_values(span)].copy_(self.window[span.values])
+        self.scalars[:, span.units] = self.window_scalars[:, span.units]
+
+    def advance(self, span: Span, taken: Tensor, new: Tensor | None = None) -> None:
+        """Decay the average and add a closed window, if the optimizer takes this step; on the device, no host sync.
+
+        Args:
+            span: The units to advance.
+            taken: 0-dim bool.
+            new: The sums of the span's *held* units; by default the window's.
+        """
+        weight = scalar((1 - self.decay) * taken.float())
+        values = self.window[span.values] if new is None else new
+        average = self.average[self._held_values(span)]
+        if average.dtype is torch.float32:
+            average.lerp_(values, weight)
+        else:
+            average.copy_(average.float().lerp_(values, weight))
+        self.scalars[:, span.units].lerp_(self.window_scalars[:, span.units], weight)
+
+    def release(self) -> None:
+        """Give the window's memory back if it was asked to be transient."""
+        if self._transient:
+            self._window = None
+
+    def discard(self) -> None:
+        """Forget what the current window measured."""
+        self._written = [False] * len(self._written)
+        self._counts = [0.0] * len(self._counts)
+        self.release()
+
+    # ---- reading
+
+    def sums(self, unit: Unit) -> Tensor:
+        """Return the unit's sum S, a view in the averages' precision; upper block-triangle."""
+        return self.held.view(self.average, unit)
+
+    def _held_values(self, span: Span) -> slice:
+        held = [self.held.index(unit) for unit in self.layout.units[span.units] if unit in self.held]
+        return self.held.span(held[0], held[-1] + 1).values if held else slice(0, 0)
+
+
+def zero_unless(condition: Tensor, values: Tensor) -> None:
+    """Zero `values` in place where the 0-dim `condition` is false, without asking the device."""
+    if values.device.type == "cpu":
+        if not condition:
+            values.zero_()
+    else:
+        values.masked_fill_(~condition, 0)
+
+
+def scalar(value: Tensor) -> Tensor | float:
+    """Return a 0-dim tensor as a number where reading it is free: on the CPU, where scalar kernels are quicker."""
+    return value.item() if value.device.type == "cpu" else value
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a small host tensor to the device without waiting for it."""
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def _diagonal_index(layout: FlatUnits, device: torch.device) -> tuple[list[int], Tensor]:
+    """Return where each unit's diagonal starts in the index, and the index of all diagonals in the flat buffer."""
+    edges, parts = [0], []
+    for position, unit in enumerate(layout.units):
+        start = layout.span(position, position + 1).start
+        if unit.kind is FactorKind.DIAGONAL:
+            own = torch.arange(unit.batch * unit.dim)
+        else:
+            matrices = torch.arange(unit.batch)[:, None] * unit.dim**2
+            own = (matrices + torch.arange(unit.dim) * (unit.dim + 1)).flatten()
+        parts.append(own + start)
+        edges.append(edges[-1] + own.numel())
+    return edges, (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)).to(device)

@@ -1,0 +1,44 @@
+"""DDP, and its special case of a bare module: every rank holds every gradient whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kfac_dist.distributed.communicator import Communicator, build_communicator
+from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
+from kfac_dist.engines.base import Engine
+
+
+class DDPEngine(Engine):
+    """A `DistributedDataParallel` model, or a bare module (with several ranks, the user averages its gradients)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        self.module = model if self._ddp is None else self._ddp.module
+        self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def communicator(self, timeout_seconds: float) -> Communicator:
+        """See `Engine.communicator`."""
+        return build_communicator(timeout_seconds, None if self._ddp is None else self._ddp.process_group)
+
+    def layout(self, names: Iterable[str], size: int) -> GradientLayout:
+        """See `Engine.layout`."""
+        whole = (ParameterSlices.replicated(name, self._trained[name].shape) for name in names)
+        return GradientLayout(tuple(whole), size)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """See `Engine.gradients`."""
+        return {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """See `Engine.parameters`."""
+        return {name: p.detach() for name, p in self._trained.items()}
+
+    def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
+        """See `Engine.synchronize`."""
+        return nullcontext() if enabled or self._ddp is None else self._ddp.no_sync()

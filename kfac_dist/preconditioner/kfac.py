@@ -1,0 +1,355 @@
+"""`KFAC`: three lines in anyone's training loop.
+
+    kfac = KFAC(model, config, optimizer=optimizer)
+    ...
+    loss.backward(); kfac.step(); optimizer.step()
+
+`step` reads in the order in which data flows: close the statistics that backward measured, refresh what is due, then
+collect, precondition, clip and deliver the gradients.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config.schedules import value_at
+from kfac_dist.config.schema import CostModel, DType, KFACConfig, ReduceEvery, Reduction
+from kfac_dist.curvature.blocks import Block, find_blocks
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.precondition import build_groups
+from kfac_dist.curvature.solvers import Task, solve
+from kfac_dist.curvature.statistics import RunningAverages
+from kfac_dist.distributed.agreement import agree_on_plan
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.cost import measure_costs
+from kfac_dist.engines import Engine, as_engine
+from kfac_dist.errors import ModelError
+from kfac_dist.preconditioner import state
+from kfac_dist.preconditioner.measurement import Description, Measurement
+from kfac_dist.preconditioner.plan import Plan, block_units, build_plan
+from kfac_dist.preconditioner.reduction import FactorReduction
+from kfac_dist.preconditioner.refresh import Refresh
+from kfac_dist.preconditioner.schedule import Cadence
+from kfac_dist.preconditioner.transport import ReplicatedTransport
+
+_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
+
+
+class KFAC:
+    """Distributed K-FAC for a module, a DDP model, or any `Engine`.
+
+    Collective: every rank constructs it with the same model and configuration.
+
+    Args:
+        model: The model, wrapped or not, or its engine.
+        config: What to do; defaults are K-FAC with Cholesky, empirical Fisher, statistics every 10 and inverses every
+            100 steps. A mapping is validated.
+        optimizer: The optimizer that takes the step; its current lr enters the KL clip. Needed unless
+            `update.kl_clip` is null or `update.kl_clip_lr` is a number.
+        grad_scaler: The AMP scaler, if there is one; call `unscale_` before `step`.
+        total_steps: Length of the run, for damping schedules that span it.
+
+    Attributes:
+        coverage: The blocks, and why other parameters keep their plain gradient.
+        plan: Who does what.
+        communicator: The ranks; its `traffic` counts what was sent.
+        steps: Steps taken.
+
+    Raises:
+        ModelError: No layer of the model gets a block, or its layers lie on several devices.
+        ConfigError: The placement doesn't fit the number of ranks.
+        PlanMismatchError: The ranks were given different models or configurations.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Engine,
+        config: KFACConfig | Mapping[str, Any] | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        self.config = config if isinstance(config, KFACConfig) else KFACConfig.model_validate(config or {})
+        self.steps = 0
+        self._optimizer = optimizer
+        self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+        self._total_steps = total_steps
+        self._check_lr()
+
+        self._engine = as_engine(model)
+        self.coverage = find_blocks(self._engine.module, self.config.curvature)
+        self._blocks = self.coverage.blocks
+        self._device = _device_of(self._blocks)
+        self._cadence = Cadence.of(self.config)
+        self.communicator = self._engine.communicator(self.config.distribution.timeout_seconds)
+        self.plan = self._make_plan()
+        self._assemble()
+        self._overdue: set[int] = set()
+        self._kl_scale = torch.ones((), device=self._device)
+        self._begin()
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Precondition the gradients in place. Call it after backward (and `unscale_`), before the optimizer's step."""
+        if self._measurement.active:
+            self._update_curvature()
+        self._refresh.activate(self.steps)
+        self._add_weight_decay()
+        self._transport.collect()
+        updates = [group.apply(self._total_damping) for group in self._groups]
+        self._clip(updates)
+        self._transport.deliver(updates)
+        self.steps += 1
+        self._begin()
+
+    def micro_batch(
+        self,
+        *,
+        first_sample: int | None = None,
+        divisor: float | Tensor | None = None,
+        terms: float | Tensor | None = None,
+        last: bool = True,
+    ) -> None:
+        """Describe the micro-batch whose forward pass comes next; a plain loop over equal batches needn't.
+
+        Args:
+            first_sample: Global index of its first sample within the optimizer step; by default ranks hold equal
+                consecutive parts. Sampled labels and rows depend on it, nothing else.
+            divisor: Number by which the sum of its per-term losses is divided before backward. By default the mean
+                over this micro-batch: its samples, or its tokens for token losses. With K accumulated micro-batches
+                and a loss divided by K: K times that.
+            terms: Its loss terms, for token losses whose valid tokens shapes don't tell; a tensor stays on the device.
+            last: Whether the optimizer's step follows; reductions may start during the last backward only.
+        """
+        self._measurement.describe(Description(first_sample, divisor, terms, last))
+
+    def fisher_backward(self, outputs: Tensor) -> None:
+        """Measure G by K-FAC's own backward passes (fisher `mc` and `type2`); does nothing otherwise.
+
+        Call it after the forward pass and before `loss.backward()`.
+
+        Args:
+            outputs: The model's outputs, attached to their graph: logits `[B, ..., C]`, or `[B, ...]` for Bernoulli and
+                Gaussian likelihoods.
+        """
+        self._measurement.fisher_backward(outputs)
+
+    @property
+    def damping(self) -> float:
+        """λ of the current step, without the weight decay that is part of the loss."""
+        return value_at(self.config.inversion.damping, self.steps, self._total_steps)
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers worth logging; waits for the device."""
+        traffic = self.communicator.traffic
+        return {
+            "damping": self.damping,
+            "kl_scale": float(self._kl_scale),
+            "refreshes": self._refresh.refreshes,
+            "failed_inversions": self._refresh.failures,
+            "collectives": traffic.total_calls,
+            "bytes_sent": traffic.total_bytes,
+        }
+
+    def remove(self) -> None:
+        """Take K-FAC off the model: its hooks and its process groups."""
+        self._measurement.remove()
+        self.communicator.close()
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything by unit name, the same on every rank; collective, so call it on all of them.
+
+        Reduces the running averages, which changes them by rounding at most.
+        """
+        return state.gather(self._parts())
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Take a state that `state_dict` returned, also one of another number of ranks or another placement.
+
+        Raises:
+            CheckpointError: The state belongs to another model, or to other `max_factor_dim`.
+        """
+        self.steps = state.load(self._parts(), values)
+        self._overdue = state.overdue(values, self._cadence.slots)
+        self._begin()
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Return what this rank holds, for `torch.distributed.checkpoint`; collective like `state_dict`."""
+        return state.held(self._parts())
+
+    def load_sharded_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Take a `sharded_state_dict` into which `torch.distributed.checkpoint` has loaded.
+
+        Raises:
+            CheckpointError: See `load_state_dict`.
+        """
+        self.load_state_dict(values)
+
+    def _parts(self) -> state.Parts:
+        return state.Parts(
+            plan=self.plan,
+            averages=self._averages,
+            groups=self._groups,
+            reduction=self._reduction,
+            refresh=self._refresh,
+            communicator=self.communicator,
+            lagged=self._cadence.lag > 0,
+            step=self.steps,
+            overdue=self._overdue,
+        )
+
+    # ---- what step is made of
+
+    def _begin(self) -> None:
+        """Prepare the hooks for the step that comes next."""
+        active = self._cadence.measures(self.steps)
+        self._measurement.begin(self.steps, active=active)
+        self._slots: tuple[int, ...] = ()
+        if active:
+            self._slots = tuple(sorted({*self._cadence.due(self.steps), *self._overdue}))
+            self._reduction.begin(self._slots)
+
+    def _update_curvature(self) -> None:
+        """Close this step's statistics and, where slots are due, refresh their inverses."""
+        taken = self._measurement.finish(self._engine.finite())
+        if not self._slots:
+            return
+        if not bool(taken):  # the step will be skipped: as if it had never been, and the refresh stays due
+            self._overdue |= set(self._slots)
+            return
+        self._overdue -= set(self._slots)
+        lag = self._cadence.lag if self.steps else 0
+        self._refresh.start(self._slots, self._reduction.totals, self._total_damping, self.steps + lag)
+
+    def _add_weight_decay(self) -> None:
+        l2 = self.config.update.l2
+        if not l2:
+            return
+        gradients, parameters = self._engine.gradients(), self._engine.parameters()
+        torch._foreach_add_(list(gradients.values()), [parameters[name] for name in gradients], alpha=l2)
+
+    def _clip(self, updates: list[Tensor]) -> None:
+        """Scale the update to the trust region `ν = min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩)))`; all on the device."""
+        clip = self.config.update.kl_clip
+        if clip is None:
+            return
+        dots = [torch.dot(u.flatten(), g.gradient.flatten()) for u, g in zip(updates, self._groups, strict=True)]
+        total = torch.stack(dots).sum() if dots else torch.zeros((), device=self._device)
+        self._row.all_reduce(total, label="kl_clip").wait()
+        lr = self._lr()
+        self._kl_scale = (clip / (total * lr**2).clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
+        if updates:
+            torch._foreach_mul_(updates, self._kl_scale)
+
+    def _lr(self) -> float | Tensor:
+        """Return the lr of the KL clip: the largest of the groups, so that the trust region holds for all of them."""
+        fixed = self.config.update.kl_clip_lr
+        if not isinstance(fixed, str):
+            return fixed
+        assert self._optimizer is not None
+        rates: list[float | Tensor] = [group["lr"] for group in self._optimizer.param_groups]
+        return rates[0] if len(rates) == 1 else max(rates)
+
+    @property
+    def _total_damping(self) -> float:
+        return self.damping + self.config.update.l2
+
+    # ---- construction
+
+    def _check_lr(self) -> None:
+        update = self.config.update
+        if update.kl_clip is not None and update.kl_clip_lr == "current" and self._optimizer is None:
+            raise ModelError(
+                "the KL clip needs the learning rate: pass KFAC(..., optimizer=optimizer), set "
+                "kfac.update.kl_clip_lr to a number, or switch it off with kfac.update.kl_clip: null"
+            )
+
+    def _make_plan(self) -> Plan:
+        costs = self._measured_costs() if self.config.distribution.cost_model is CostModel.MEASURED else None
+        plan = build_plan(
+            self._blocks,
+            self.config,
+            world_size=self.communicator.size,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            sharded=not self._engine.layout((), self.communicator.size).is_replicated,
+            unit_cost=None if costs is None else (lambda unit: costs[unit.dim] * unit.batch),
+        )
+        agree_on_plan(self.communicator, [("configuration", repr(self.config)), *plan.rows()])
+        return plan
+
+    def _measured_costs(self) -> dict[int, float]:
+        units = [unit for block in self._blocks for unit in block_units(block, self.config)]
+        return measure_costs(self.communicator, {unit.dim for unit in units}, self._trial_solve)
+
+    def _trial_solve(self, dim: int) -> None:
+        unit = Unit("trial", Side.A, 0, 0, dim, 1, FactorKind.DENSE)
+        factor = torch.eye(dim, device=self._device)[None]
+        solve([Task(unit, factor, 1.0, None)], self.config.inversion.solver)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _assemble(self) -> None:
+        """Build what the plan asks of this rank."""
+        distribution, curvature, inversion = self.config.distribution, self.config.curvature, self.config.inversion
+        comm, plan = self.communicator, self.plan
+        scatter = distribution.reduction is Reduction.REDUCE_SCATTER
+        lean = scatter and distribution.reduce_every is ReduceEvery.STEP and comm.size > 1
+        self._averages = RunningAverages(
+            plan.units,
+            plan.owned(comm.rank) if lean else plan.units,
+            decay=curvature.decay,
+            device=self._device,
+            dtype=_DTYPES[curvature.factor_dtype],
+            transient_window=lean,
+        )
+        self._reduction = FactorReduction(self._averages, plan, comm, distribution)
+        mine = set(plan.column_blocks(plan.grid.column_of(comm.rank)))
+        units = {name: block.units for name, block in plan.blocks.items()}
+        self._groups = build_groups([b for b in self._blocks if b.name in mine], units, inversion.solver, self._device)
+        self._row = _split(comm, plan.grid.rows())
+        self._refresh = Refresh(
+            self._averages,
+            plan,
+            self._groups,
+            _split(comm, plan.grid.worker_groups()),
+            comm.rank,
+            inversion.solver,
+            pack=distribution.pack_triangles,
+        )
+        self._transport = ReplicatedTransport(self._engine, self._blocks, self._groups, plan, self._row)
+        self._measurement = Measurement(
+            self._engine.module,
+            self._blocks,
+            self._averages,
+            self._reduction,
+            curvature,
+            rank=comm.rank,
+            scaler=self._scaler,
+        )
+
+
+def _split(comm: Communicator, groups: tuple[tuple[int, ...], ...]) -> Communicator:
+    """Return the communicator of this rank's group; the whole one when there is only one group."""
+    return comm if len(groups) == 1 else comm.split(groups)
+
+
+def _device_of(blocks: tuple[Block, ...]) -> torch.device:
+    if not blocks:
+        raise ModelError(
+            "no layer of the model gets a K-FAC block: check kfac.curvature.include and exclude, and that its layers "
+            "are of a covered type with trainable weights"
+        )
+    devices = {parameter.device for block in blocks for parameter in block.parameters.values()}
+    if len(devices) > 1:
+        raise ModelError(f"the model's layers lie on several devices ({', '.join(map(str, devices))}); K-FAC needs one")
+    return devices.pop()

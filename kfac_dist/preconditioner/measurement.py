@@ -1,0 +1,179 @@
+"""Measuring: from hooks that fire in backward to closed statistics, one optimizer step at a time.
+
+Ordinary Fishers take their gradients from the user's backward. `mc` and `type2` run passes of their own from the
+model's outputs; those carry neither the loss's divisor nor an AMP scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config.schema import CurvatureConfig, Fisher
+from kfac_dist.curvature.blocks import Block, MicroBatch, Use
+from kfac_dist.curvature.capture import Capture, warn_of_accumulation
+from kfac_dist.curvature.factors import Side
+from kfac_dist.curvature.fisher import hessian_columns, label_gradient
+from kfac_dist.curvature.statistics import RunningAverages
+from kfac_dist.errors import ModelError
+from kfac_dist.preconditioner.reduction import FactorReduction
+
+_EVERY_SIDE = frozenset(Side)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the loop says of its next micro-batch; see `KFAC.micro_batch`."""
+
+    first_sample: int | None = None
+    divisor: float | Tensor | None = None
+    terms: float | Tensor | None = None
+    last: bool = True
+
+
+class Measurement:
+    """Hands what hooks capture to the blocks, and tells the reduction when a block is complete.
+
+    Args:
+        model: The bare model.
+        blocks: Its blocks.
+        averages: Where statistics go.
+        reduction: Sends them.
+        config: What is measured.
+        rank: This rank; places its samples in the global batch.
+        scaler: The AMP scaler whose scale output gradients carry, if any.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: tuple[Block, ...],
+        averages: RunningAverages,
+        reduction: FactorReduction,
+        config: CurvatureConfig,
+        *,
+        rank: int,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self._blocks = blocks
+        self._averages = averages
+        self._reduction = reduction
+        self._config = config
+        self._rank = rank
+        self._scaler = scaler
+        self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
+        self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
+        self._capture = Capture(model, blocks, self._measure, own_backward=self._own_backward)
+        self._step = 0
+        self._description: Description | None = None
+        self._went_back = False
+
+    @property
+    def active(self) -> bool:
+        """Whether this step is measured."""
+        return self._capture.active
+
+    def begin(self, step: int, *, active: bool) -> None:
+        """Prepare for a step."""
+        self._step = step
+        self._description = None
+        self._went_back = False
+        self._capture.reset()
+        self._capture.active = active
+
+    def describe(self, description: Description) -> None:
+        """Take the loop's word on its next micro-batch."""
+        self._description = description
+
+    def fisher_backward(self, outputs: Tensor) -> None:
+        """Measure by K-FAC's own passes from the model's outputs, if the Fisher needs them and this step measures."""
+        if not self.active or not self._own_backward:
+            return
+        micro = self._micro_batch(own=True)
+
+        def measure(block: Block, uses: list[Use], first: bool) -> None:
+            if self._reduction.accepts(block.name):
+                sink = self._averages if first else _SumsOnly(self._averages)
+                block.measure(uses, micro, sink, _EVERY_SIDE if first else _EVERY_SIDE - {Side.A})
+
+        self._capture.backpropagate(outputs, self._columns(outputs, micro.first_sample), measure)
+        self._went_back = True
+        if self._last:
+            for block in self._blocks:
+                self._reduction.completed(block.name)
+
+    def finish(self, finite: Tensor) -> Tensor:
+        """Close the step's statistics; returns whether all ranks take the step, see `FactorReduction.finish`.
+
+        Raises:
+            ModelError: The Fisher needs `fisher_backward`, and it wasn't called.
+        """
+        self._capture.flush()
+        if self._own_backward and not self._went_back:
+            raise ModelError(
+                f"kfac.curvature.fisher is {self._config.fisher}: call kfac.fisher_backward(outputs) after the forward "
+                "pass, before loss.backward()"
+            )
+        if self._capture.passes > 1 and self._description is None:
+            warn_of_accumulation(self._capture.passes)
+        return self._reduction.finish(finite)
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self._capture.remove()
+
+    @property
+    def _last(self) -> bool:
+        return self._description is None or self._description.last
+
+    def _measure(self, block: Block, uses: list[Use]) -> None:
+        if not self._reduction.accepts(block.name):
+            return
+        block.measure(uses, self._micro_batch(own=False), self._averages, self._sides)
+        if self._last:
+            self._reduction.completed(block.name)
+
+    def _columns(self, outputs: Tensor, first_sample: int) -> Iterable[Tensor]:
+        config = self._config
+        assert config.likelihood is not None  # the schema refuses these Fishers without one
+        if config.fisher is Fisher.TYPE2:
+            return hessian_columns(config.likelihood, outputs)
+        return [
+            label_gradient(config.likelihood, outputs, seed=config.seed, step=self._step, first_sample=first_sample)
+        ]
+
+    def _micro_batch(self, *, own: bool) -> MicroBatch:
+        """Return what blocks need to know; gradients of K-FAC's `own` passes carry no divisor and no scale."""
+        said = self._description or Description()
+        batch_size = self._capture.batch_size
+        scaled = self._scaler is not None and not own
+        stride = round(1 / self._config.sample_fraction)
+        return MicroBatch(
+            loss_terms=self._config.loss_terms,
+            batch_size=batch_size,
+            first_sample=self._rank * (batch_size or 0) if said.first_sample is None else said.first_sample,
+            divisor=1.0 if own else said.divisor,
+            inverse_scale=self._inverse_scale() if scaled else None,
+            terms=said.terms,
+            stride=stride,
+            phase=self._step // self._config.factor_every % stride,
+        )
+
+    def _inverse_scale(self) -> Tensor:
+        assert self._scaler is not None
+        one = torch.ones((), device=self._averages.device)
+        return self._scaler.scale(one).reciprocal()
+
+
+class _SumsOnly:
+    """A sink that takes sums but no counts, for the further columns of one micro-batch."""
+
+    def __init__(self, averages: RunningAverages) -> None:
+        self.add_rows = averages.add_rows
+        self.add_values = averages.add_values
+
+    def add_count(self, block: str, side: Side, count: float | Tensor) -> None:
+        """Take no count: the first column brought it."""

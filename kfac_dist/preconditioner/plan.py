@@ -1,0 +1,161 @@
+"""The plan: which blocks and units there are, who owns them, and in which slot they refresh.
+
+A pure function of names, shapes, the number of ranks and the configuration. Every rank computes it for itself, and a
+hash of its rows is compared before anything else travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kfac_dist.config.schema import AssignmentStrategy, Fisher, KFACConfig, Placement
+from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.factors import Side, Unit, units_of
+from kfac_dist.curvature.solvers import payload_numel
+from kfac_dist.distributed.assignment import Assignment, WorkItem, assign
+from kfac_dist.distributed.grid import Grid, build_grid
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block's row of the plan.
+
+    Attributes:
+        name: Name of the block.
+        description: Kind and shapes.
+        units: Its units, factor by factor.
+        owners: The rank that inverts each unit.
+        column: The column of the grid that preconditions it.
+        slot: When it refreshes.
+        matrix_shape: `(batch, d_out, d_in)` of its gradient matrix.
+    """
+
+    name: str
+    description: str
+    units: tuple[Unit, ...]
+    owners: tuple[int, ...]
+    column: int
+    slot: int
+    matrix_shape: tuple[int, int, int]
+
+    @property
+    def inversion_cost(self) -> float:
+        """Σ n³ over the block's units."""
+        return sum(unit.cost for unit in self.units)
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the block's factors in fp32."""
+        return _FLOAT * sum(unit.numel for unit in self.units)
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """Name, and everything that ranks have to agree on."""
+        return self.name, f"{self.description}; owners {self.owners}, column {self.column}, slot {self.slot}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Blocks by name in the model's order, and where their units lie.
+
+    Attributes:
+        blocks: The rows.
+        units: All units in the order of the flat buffers: by slot, and inside a slot in the order in which backward
+            completes the blocks, so that buckets fill one after the other.
+        assignment: Who owns each unit.
+        grid: The ranks.
+    """
+
+    blocks: Mapping[str, BlockPlan]
+    units: tuple[Unit, ...]
+    assignment: Assignment
+    grid: Grid
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what ranks compare at start-up, a row a block."""
+        return [block.row for block in self.blocks.values()]
+
+    def slot_units(self, slots: Sequence[int]) -> tuple[int, int]:
+        """Return the range `[first, last)` of units of consecutive slots in the flat order."""
+        inside = [index for index, unit in enumerate(self.units) if self.blocks[unit.block].slot in slots]
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+    def column_blocks(self, column: int) -> list[str]:
+        """Return the blocks that a column preconditions, in the model's order."""
+        return [name for name, block in self.blocks.items() if block.column == column]
+
+    def owned(self, rank: int) -> list[Unit]:
+        """Return the units that a rank inverts, in flat order."""
+        return [unit for unit in self.units if self.assignment.owners[unit.name] == rank]
+
+
+def build_plan(
+    blocks: Sequence[Block],
+    config: KFACConfig,
+    *,
+    world_size: int,
+    local_world_size: int = 1,
+    sharded: bool = False,
+    unit_cost: Callable[[Unit], float] | None = None,
+) -> Plan:
+    """Plan the work of `world_size` ranks.
+
+    Args:
+        blocks: The model's blocks; only names and shapes are read.
+        config: What is asked.
+        world_size: Ranks that share the work.
+        local_world_size: Ranks of one node, for placement `node`.
+        sharded: Whether the engine shards gradients; decides what placement `auto` means.
+        unit_cost: Cost of one inversion; n³ by default, measured seconds for `cost_model: measured`.
+
+    Raises:
+        ConfigError: The placement doesn't fit the number of ranks.
+    """
+    distribution = config.distribution
+    placement = distribution.placement
+    if placement is Placement.AUTO:
+        placement = Placement.OWNER if sharded else Placement.REPLICATED
+    grid = build_grid(placement, world_size, distribution.grad_worker_fraction, local_world_size)
+    units = {block.name: block_units(block, config) for block in blocks}
+    cost = unit_cost or (lambda unit: unit.cost)
+    items = [
+        WorkItem(unit.name, name, cost(unit), _FLOAT * payload_numel(unit, config.inversion.solver))
+        for name, own in units.items()
+        for unit in own
+    ]
+    assignment = assign(items, grid, distribution.assignment)
+    slots = _slots(units, config.inversion.stagger)
+    rows = {
+        block.name: BlockPlan(
+            name=block.name,
+            description=block.describe(),
+            units=units[block.name],
+            owners=tuple(assignment.owners[unit.name] for unit in units[block.name]),
+            column=assignment.columns[block.name],
+            slot=slots[block.name],
+            matrix_shape=block.matrix_shape,
+        )
+        for block in blocks
+    }
+    backward = list(reversed(blocks))
+    backward.sort(key=lambda block: slots[block.name])
+    return Plan(rows, tuple(unit for block in backward for unit in units[block.name]), assignment, grid)
+
+
+def block_units(block: Block, config: KFACConfig) -> tuple[Unit, ...]:
+    """Return the units that a configuration measures of a block: `input_only` has no G."""
+    measured = tuple(
+        factor
+        for factor in block.factors
+        if config.curvature.fisher is not Fisher.INPUT_ONLY or factor.side is not Side.G
+    )
+    return units_of(block.name, measured, config.inversion.max_factor_dim)
+
+
+def _slots(units: Mapping[str, tuple[Unit, ...]], slots: int) -> dict[str, int]:
+    """Spread blocks over slots so that each costs about the same."""
+    items = [WorkItem(name, name, sum(unit.cost for unit in own), 0) for name, own in units.items()]
+    return dict(assign(items, Grid(slots, slots), AssignmentStrategy.BALANCED).owners)

@@ -1,0 +1,318 @@
+"""Local statistics become global: when, in how many collectives, and what each rank keeps.
+
+    reduce_every   what is sent                                            what an average is then
+    refresh        β·average + (1−β)·window of the slots that refresh now  local, until a refresh adds the ranks up
+    step           the window of every unit, at every measurement          global
+
+    reduction        sent with                                             who keeps the sum
+    all_reduce       one sum of every bucket                               everyone
+    reduce_scatter   an uneven all_to_all and a local sum in fp32          the unit's owner; the others start from zero
+
+Both columns of both tables give the same factors: the average is linear in what was measured. After an all_reduce at a
+refresh every rank keeps 1/W of the total, so that the ranks' averages still add up to it.
+
+The flat window is cut into a few buckets of whole blocks. With `overlap`, a bucket leaves as soon as backward has
+completed its blocks, always in the same order on every rank; what is left leaves in `finish`. Weights, traces and each
+rank's vote on the step travel together in one small fp32 sum.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config.schema import DistributionConfig, DType, ReduceEvery, Reduction
+from kfac_dist.curvature.factors import FactorKind, Unit
+from kfac_dist.curvature.statistics import RunningAverages, Span
+from kfac_dist.distributed.communicator import Communicator, Work
+from kfac_dist.distributed.segments import PendingReduce, reduce_to_owners, split_buckets
+from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.preconditioner.wire import UnitWire
+
+LABEL = "factors"
+_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
+
+
+@dataclass
+class _Bucket:
+    """Consecutive blocks that are reduced by one collective."""
+
+    span: Span
+    waiting: set[str]
+    wire: UnitWire | None
+    sent: Tensor | None = None
+    work: Work | PendingReduce | None = None
+
+
+@dataclass
+class _Measurement:
+    """The reduction of one step: buckets in the order in which they leave, and spans that stay local."""
+
+    buckets: list[_Bucket]
+    local: list[Span]
+    overlap: bool
+    launched: int = 0
+    late: set[str] = field(default_factory=set)
+
+
+class FactorReduction:
+    """Closes each step's window and moves the averages.
+
+    Args:
+        averages: This rank's statistics.
+        plan: Who owns which unit.
+        comm: The ranks that measure.
+        config: What is sent, when and how.
+
+    Attributes:
+        totals: `[2, units]` weights and traces over all ranks, as of the last reduction of each unit.
+    """
+
+    def __init__(self, averages: RunningAverages, plan: Plan, comm: Communicator, config: DistributionConfig) -> None:
+        self.totals = torch.zeros_like(averages.scalars)
+        self._averages = averages
+        self._plan = plan
+        self._comm = comm
+        self._every = config.reduce_every
+        self._reduction = config.reduction
+        self._dtype = _DTYPES[config.communication_dtype]
+        self._pack = config.pack_triangles
+        self._count = config.buckets
+        self._overlap = config.overlap and comm.size > 1
+        self._current: _Measurement | None = None
+        self._dirty = False
+        self._own = torch.tensor(
+            [plan.assignment.owners[unit.name] == comm.rank for unit in plan.units], device=averages.device
+        )
+        self._layouts: dict[tuple[int, ...], tuple[list[tuple[Span, UnitWire | None]], list[Span]]] = {}
+
+    @property
+    def blending(self) -> bool:
+        """Whether averages are local between refreshes."""
+        return self._every is ReduceEvery.REFRESH
+
+    # ---- during backward
+
+    def begin(self, slots: tuple[int, ...]) -> None:
+        """Begin a step that measures, and at which `slots` refresh."""
+        if slots not in self._layouts:
+            self._layouts[slots] = self._lay_out(slots)
+        reduced, local = self._layouts[slots]
+        buckets = [_Bucket(span, {u.block for u in self._plan.units[span.units]}, wire) for span, wire in reduced]
+        self._current = _Measurement(buckets, local, self._overlap)
+
+    def accepts(self, block: str) -> bool:
+        """Whether a block may still measure: once its bucket has left, this step's statistics are closed."""
+        assert self._current is not None
+        left = self._current.buckets[: self._current.launched]
+        gone = any(unit.block == block for bucket in left for unit in self._plan.units[bucket.span.units])
+        if gone:
+            self._current.late.add(block)
+        return not gone
+
+    def completed(self, block: str) -> None:
+        """Take note that a block's statistics of this step are complete; send what can leave, in order."""
+        current = self._current
+        assert current is not None
+        if not current.overlap:
+            return
+        for bucket in current.buckets:
+            bucket.waiting.discard(block)
+        while current.launched < len(current.buckets) and not current.buckets[current.launched].waiting:
+            self._launch(current.buckets[current.launched])
+            current.launched += 1
+
+    # ---- after backward
+
+    def finish(self, taken: Tensor) -> Tensor:
+        """Send what is left, wait, and move the averages if every rank takes the step.
+
+        Args:
+            taken: 0-dim bool: whether this rank takes the optimizer step (its gradients are finite).
+
+        Returns:
+            The ranks' common answer, 0-dim bool. Where it is false, the averages are what they were.
+        """
+        current, self._current = self._current, None
+        assert current is not None
+        self._dirty = True
+        for bucket in current.buckets[current.launched :]:
+            self._launch(bucket)
+        for span in current.local:
+            self._averages.close(span)
+        if current.buckets:
+            taken = self._exchange_scalars(taken)
+        for span in current.local:
+            self._averages.advance(span, taken)
+        # A refresh looks at the answer anyway; averages that are global at every step must move without asking.
+        proceed = not self.blending or not current.buckets or bool(taken)
+        for bucket in current.buckets:
+            values = self._collect(bucket)
+            if proceed:
+                self._commit(bucket.span, values, taken)
+        self._averages.release()
+        return taken
+
+    def _launch(self, bucket: _Bucket) -> None:
+        averages, span = self._averages, bucket.span
+        averages.close(span)
+        if self.blending:
+            averages.blend(span, 1.0 if self._scattering else 1 / self._comm.size)
+        window = averages.window
+        if bucket.wire is None:
+            bucket.work = self._comm.all_reduce(window[span.values], label=LABEL)
+            return
+        bucket.sent = bucket.wire.buffer(self._dtype, averages.device)
+        for unit in bucket.wire.units:
+            bucket.wire.put(bucket.sent, unit, averages.layout.view(window, unit))
+        if self._scattering:
+            bucket.work = reduce_to_owners(self._comm, bucket.sent, bucket.wire.layout, label=LABEL)
+        else:
+            bucket.work = self._comm.all_reduce(bucket.sent, label=LABEL)
+
+    def _exchange_scalars(self, taken: Tensor) -> Tensor:
+        scalars = self._averages.window_scalars
+        against = (~taken).to(scalars).view(1)
+        message = torch.cat([scalars.flatten(), against])
+        self._comm.all_reduce(message, label=LABEL).wait()
+        scalars.copy_(message[:-1].view_as(scalars))
+        return message[-1] == 0
+
+    def _collect(self, bucket: _Bucket) -> Tensor | None:
+        """Wait for a bucket; the window then holds the sums, or the owned units' sums are returned."""
+        assert bucket.work is not None
+        received = bucket.work.wait()
+        averages, wire = self._averages, bucket.wire
+        if wire is None:
+            return None
+        assert bucket.sent is not None
+        if received is None:
+            for unit in wire.units:
+                values = wire.get(wire.layout.view(bucket.sent, unit.name), unit)
+                averages.layout.view(averages.window, unit).copy_(values.view(unit.shape))
+            return None
+        rank, owners = self._comm.rank, self._plan.assignment.owners
+        own = [
+            wire.get(wire.layout.view_in_part(received, unit.name, rank), unit)
+            for unit in wire.units
+            if owners[unit.name] == rank
+        ]
+        return torch.cat(own) if own else received
+
+    def _commit(self, span: Span, values: Tensor | None, taken: Tensor) -> None:
+        averages = self._averages
+        if not self.blending:
+            averages.advance(span, taken, values)
+            self.totals[:, span.units] = averages.scalars[:, span.units]
+        elif values is None:
+            averages.adopt(span)
+            self.totals[:, span.units] = averages.scalars[:, span.units]
+        else:
+            self._keep_owned(span, values)
+
+    def _keep_owned(self, span: Span, values: Tensor) -> None:
+        """After a scatter of blended averages: the owner has the total, the others start from zero."""
+        averages = self._averages
+        totals = averages.window_scalars[:, span.units]
+        self.totals[:, span.units] = totals
+        averages.scalars[:, span.units] = totals * self._own[span.units]
+        offset = 0
+        for unit in self._plan.units[span.units]:
+            sums = averages.sums(unit)
+            if self._plan.assignment.owners[unit.name] == self._comm.rank:
+                sums.copy_(values[offset : offset + unit.numel].view(unit.shape))
+                offset += unit.numel
+            else:
+                sums.zero_()
+
+    # ---- checkpoints
+
+    @property
+    def shares(self) -> int:
+        """How many ranks' averages add up to the total, once they are consolidated."""
+        return self._comm.size if self.blending and not self._scattering else 1
+
+    def keeps(self, unit: Unit) -> bool:
+        """Whether this rank's consolidated sum of a unit is the global one."""
+        return not self._scattering or self._plan.assignment.owners[unit.name] == self._comm.rank
+
+    def consolidate(self) -> None:
+        """Add up averages that ranks have kept to themselves since the last refresh; collective."""
+        if not (self.blending and self._dirty and self._comm.size > 1):
+            return
+        averages = self._averages
+        for values in (averages.average, averages.scalars):
+            values.div_(self.shares)
+            self._comm.all_reduce(values, label=LABEL).wait()
+        self.totals.copy_(averages.scalars)
+        if self._scattering:
+            averages.scalars.mul_(self._own)
+            for unit in self._plan.units:
+                if not self.keeps(unit):
+                    averages.sums(unit).zero_()
+        self._dirty = False
+
+    def consolidated_scalars(self, unit: Unit) -> Tensor:
+        """Return the weight and the trace that belong to the consolidated sum of a unit, on every rank."""
+        source = self.totals if self.blending and self._scattering else self._averages.scalars
+        return source[:, self._averages.layout.index(unit)]
+
+    def restore(self, unit: Unit, total: Tensor | None, scalars: Tensor, scale: float) -> None:
+        """Take a unit's consolidated sum (None where another rank keeps it) and its weight and trace."""
+        averages = self._averages
+        index = averages.layout.index(unit)
+        self.totals[:, index] = scalars.to(averages.device) * scale
+        local = self.keeps(unit) or not self.blending
+        averages.scalars[:, index] = self.totals[:, index] if local else 0.0
+        if unit in averages.held:
+            if self.keeps(unit) and total is not None:
+                averages.sums(unit).copy_(total.to(averages.device) * scale)
+            else:
+                averages.sums(unit).zero_()
+        self._dirty = False
+
+    # ---- layout
+
+    @property
+    def _scattering(self) -> bool:
+        return self._reduction is Reduction.REDUCE_SCATTER and self._comm.size > 1
+
+    def _lay_out(self, slots: tuple[int, ...]) -> tuple[list[tuple[Span, UnitWire | None]], list[Span]]:
+        """Return what is reduced when these slots refresh, and what stays local."""
+        everything = not self.blending
+        ranges = [self._plan.slot_units((slot,)) for slot in self._slots()]
+        chosen = [r for slot, r in enumerate(ranges) if everything or slot in slots]
+        local = [r for slot, r in enumerate(ranges) if not (everything or slot in slots)]
+        reduced = [span for first, last in chosen for span in self._buckets(first, last)]
+        return (
+            [(span, self._wire(self._plan.units[span.units])) for span in reduced],
+            [self._averages.layout.span(first, last) for first, last in local if last > first],
+        )
+
+    def _slots(self) -> Sequence[int]:
+        return range(1 + max((block.slot for block in self._plan.blocks.values()), default=0))
+
+    def _buckets(self, first: int, last: int) -> list[Span]:
+        """Cut units into buckets of near-equal bytes that keep a block's units together."""
+        units = self._plan.units[first:last]
+        blocks = [list(own) for _, own in itertools.groupby(units, key=lambda unit: unit.block)]
+        edges = [first, *(first + n for n in itertools.accumulate(len(own) for own in blocks))]
+        cuts = split_buckets([sum(unit.numel for unit in own) for own in blocks], self._count)
+        return [self._averages.layout.span(edges[start], edges[stop]) for start, stop in cuts]
+
+    def _wire(self, units: Sequence[Unit]) -> UnitWire | None:
+        """Return the staging of a bucket, or None when the window itself can be summed in place."""
+        if not self._scattering and self._dtype is torch.float32 and not self._pack:
+            return None
+        owners = [self._plan.assignment.owners[unit.name] if self._scattering else 0 for unit in units]
+        return UnitWire(
+            units,
+            owners,
+            self._comm.size if self._scattering else 1,
+            numel=lambda unit: unit.numel,
+            packed=lambda unit: self._pack and unit.kind is FactorKind.DENSE,
+        )

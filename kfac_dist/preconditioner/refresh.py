@@ -1,0 +1,188 @@
+"""Refreshing inverses: owners solve their units, every rank of the block's column receives them.
+
+    factor S/w of every owned unit that is due ── damp ── solve in batches of equal size ──┐
+    one flat buffer, a segment an owner  ◀─────────────────────────────────────────────────┘
+    broadcast down the column (in flight for `inverse_lag` steps) ── load into the groups
+
+A unit that can't be solved is sent as it was: the last good inverse stays, and no rank has to be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config.schema import Solver
+from kfac_dist.curvature.factors import Side, Unit
+from kfac_dist.curvature.precondition import Group
+from kfac_dist.curvature.solvers import Task, is_eigen, is_symmetric, payload_numel, solve, tikhonov
+from kfac_dist.curvature.statistics import RunningAverages
+from kfac_dist.distributed.communicator import Communicator, Work
+from kfac_dist.distributed.segments import share_segments
+from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.preconditioner.wire import UnitWire
+
+LABEL = "inverses"
+
+
+@dataclass
+class Refreshed:
+    """Payloads on their way: in use from step `due` on."""
+
+    due: int
+    wire: UnitWire
+    buffer: Tensor
+    work: Work | None
+
+
+class Refresh:
+    """Solves what this rank owns and keeps the groups' payloads up to date.
+
+    Args:
+        averages: The statistics.
+        plan: Who owns what.
+        groups: The groups that this rank preconditions with.
+        column: The ranks that share inverses with this one.
+        rank: This rank.
+        solver: How factors are inverted.
+        pack: Whether symmetric inverses travel as triangles.
+
+    Attributes:
+        refreshes: Refreshes that this rank took part in.
+        failures: Units that this rank could not solve, and left as they were.
+        pending: Payloads on their way.
+    """
+
+    def __init__(
+        self,
+        averages: RunningAverages,
+        plan: Plan,
+        groups: Sequence[Group],
+        column: Communicator,
+        rank: int,
+        solver: Solver,
+        *,
+        pack: bool,
+    ) -> None:
+        self.refreshes = 0
+        self.failures = 0
+        self.pending: list[Refreshed] = []
+        self._averages = averages
+        self._plan = plan
+        self._column = column
+        self._rank = rank
+        self._solver = solver
+        self._pack = pack
+        self._groups = {unit.name: group for group in groups for unit in group.units}
+        self._wires: dict[tuple[int, ...], UnitWire] = {}
+
+    def start(self, slots: tuple[int, ...], totals: Tensor, damping: float, due: int) -> None:
+        """Solve this rank's units of some slots and send them on their way.
+
+        Args:
+            slots: What is due.
+            totals: `[2, units]` weights and traces over all ranks.
+            damping: λ.
+            due: The step from which on the new inverses are used.
+        """
+        if slots not in self._wires:
+            self._wires[slots] = self._lay_out(slots)
+        wire = self._wires[slots]
+        buffer = wire.buffer(torch.float32, self._averages.device)
+        own = [unit for unit in wire.units if self._plan.assignment.owners[unit.name] == self._rank]
+        for unit, payload in zip(own, self._solve(own, totals, damping), strict=True):
+            wire.put(buffer, unit, payload)
+        work = share_segments(self._column, buffer, wire.layout, label=LABEL) if self._column.size > 1 else None
+        self.refreshes += 1
+        self.pending.append(Refreshed(due, wire, buffer, work))
+
+    def activate(self, step: int) -> None:
+        """Load the payloads that are due."""
+        while self.pending and self.pending[0].due <= step:
+            arrived = self.pending.pop(0)
+            for unit, payload in self.arrived(arrived):
+                self._groups[unit.name].load(unit, payload)
+
+    def arrived(self, refreshed: Refreshed) -> list[tuple[Unit, Tensor]]:
+        """Wait for payloads on their way, and return them."""
+        if refreshed.work is not None:
+            refreshed.work.wait()
+            refreshed.work = None
+        wire = refreshed.wire
+        return [(unit, wire.get(wire.layout.view(refreshed.buffer, unit.name), unit)) for unit in wire.units]
+
+    def payload_numel(self, unit: Unit) -> int:
+        """Return the number of values in a unit's payload."""
+        return payload_numel(unit, self._solver)
+
+    def wire(self, units: Sequence[Unit]) -> UnitWire:
+        """Return the layout in which these units' payloads travel inside the column."""
+        owners = self._plan.assignment.owners
+        grid = self._plan.grid
+        return UnitWire(
+            units,
+            [grid.row_of(owners[unit.name]) for unit in units],
+            self._column.size,
+            numel=lambda unit: payload_numel(unit, self._solver),
+            packed=lambda unit: self._pack and is_symmetric(unit, self._solver),
+        )
+
+    def _lay_out(self, slots: tuple[int, ...]) -> UnitWire:
+        return self.wire(
+            [u for u in self._plan.units if u.name in self._groups and self._plan.blocks[u.block].slot in slots]
+        )
+
+    def _solve(self, units: Sequence[Unit], totals: Tensor, damping: float) -> list[Tensor]:
+        weights, traces = totals.tolist()
+        tasks: list[Task] = []
+        kept: list[Tensor | None] = []
+        for unit in units:
+            weight = weights[self._averages.layout.index(unit)]
+            previous = self._groups[unit.name].payload(unit)
+            if weight <= 0:  # never measured on any rank: the plain gradient stays
+                kept.append(previous)
+                continue
+            factor = self._averages.sums(unit).float() / weight
+            tasks.append(Task(unit, factor, self._damping(unit, weights, traces, damping), previous))
+            kept.append(None)
+        solved, failures = solve(tasks, self._solver)
+        self.failures += failures
+        fresh = iter(
+            self._fold_identity(task.unit, payload, weights, traces, damping)
+            for task, payload in zip(tasks, solved, strict=True)
+            if payload is not None
+        )
+        return [next(fresh) if previous is None else previous for previous in kept]
+
+    def _damping(self, unit: Unit, weights: list[float], traces: list[float], damping: float) -> float:
+        if is_eigen(unit, self._solver):
+            return 0.0
+        if unit.side is Side.F:
+            return damping
+        on_a, on_g = self._split(unit.block, weights, traces, damping)
+        return on_a if unit.side is Side.A else on_g
+
+    def _split(self, block: str, weights: list[float], traces: list[float], damping: float) -> tuple[float, float]:
+        """Split λ over the block's factors by their global traces; a missing G is the identity."""
+        trace = {Side.A: 0.0, Side.G: 0.0}
+        dim = {Side.A: 0, Side.G: 0}
+        for unit in self._plan.blocks[block].units:
+            index = self._averages.layout.index(unit)
+            trace[unit.side] += traces[index] / weights[index] if weights[index] > 0 else 0.0
+            dim[unit.side] += unit.batch * unit.dim
+        if not dim[Side.G]:
+            trace[Side.G], dim[Side.G] = 1.0, 1
+        return tikhonov(trace[Side.A], dim[Side.A], trace[Side.G], dim[Side.G], damping)
+
+    def _fold_identity(
+        self, unit: Unit, payload: Tensor, weights: list[float], traces: list[float], damping: float
+    ) -> Tensor:
+        """Fold the damped identity `(I + δ_G I)⁻¹` of a block without G into the inverse of A."""
+        measured = {other.side for other in self._plan.blocks[unit.block].units}
+        if measured != {Side.A} or is_eigen(unit, self._solver):
+            return payload
+        _, on_g = self._split(unit.block, weights, traces, damping)
+        return payload / (1 + on_g)

@@ -1,0 +1,182 @@
+"""What a checkpoint holds, by unit name, so that it loads under any number of ranks and any placement.
+
+    step, shares                    steps taken; how many ranks' averages add up to the total
+    overdue                         slots whose refresh is still due, `[slots]`
+    units/<name>/scalars            weight and trace, `[2]`
+    units/<name>/sum                the running sum S
+    units/<name>/payload            what preconditioning uses now
+    units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
+
+Between refreshes every rank has its own sums. Saving adds them up first (the average is linear, so this changes them by
+rounding at most) and every rank goes on with the result, as the resumed run will.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.factors import Unit
+from kfac_dist.curvature.precondition import Group
+from kfac_dist.curvature.statistics import RunningAverages
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments
+from kfac_dist.errors import CheckpointError
+from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.preconditioner.reduction import FactorReduction
+from kfac_dist.preconditioner.refresh import Refresh, Refreshed
+
+LABEL = "checkpoint"
+_NEVER = -1
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a `KFAC` that have state."""
+
+    plan: Plan
+    averages: RunningAverages
+    groups: Sequence[Group]
+    reduction: FactorReduction
+    refresh: Refresh
+    communicator: Communicator
+    lagged: bool
+    step: int
+    overdue: set[int]
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return 1 + max(block.slot for block in self.plan.blocks.values())
+
+    def owns(self, unit: Unit) -> bool:
+        """Whether this rank inverts the unit."""
+        return self.plan.assignment.owners[unit.name] == self.communicator.rank
+
+
+def held(parts: Parts) -> dict[str, Any]:
+    """Return what this rank holds: sums that are global here, and payloads of its column; collective."""
+    parts.reduction.consolidate()
+    pending = _pending(parts)
+    groups = {unit.name: group for group in parts.groups for unit in group.units}
+    units: dict[str, dict[str, Tensor]] = {}
+    for unit in parts.plan.units:
+        entry = {"scalars": parts.reduction.consolidated_scalars(unit).clone()}
+        if parts.reduction.keeps(unit):
+            entry["sum"] = parts.averages.sums(unit).clone()
+        if unit.name in groups:
+            entry["payload"] = groups[unit.name].payload(unit)
+            if parts.lagged:
+                payload, due = pending.get(unit.name, (torch.zeros_like(entry["payload"]), _NEVER))
+                entry |= {"pending": payload, "due": torch.tensor(due)}
+        units[unit.name] = entry
+    late = torch.zeros(parts.slots, dtype=torch.bool)
+    late[list(parts.overdue)] = True
+    return {
+        "step": torch.tensor(parts.step),
+        "shares": torch.tensor(parts.reduction.shares),
+        "overdue": late,
+        "units": units,
+    }
+
+
+def gather(parts: Parts) -> dict[str, Any]:
+    """Return the state of all units, the same on every rank; collective."""
+    values = held(parts)
+    if parts.communicator.size == 1:
+        return values
+    for key in ("sum", "payload", *(("pending",) if parts.lagged else ())):
+        _gather_key(parts, values["units"], key)
+    if parts.lagged:
+        _gather_due(parts, values["units"])
+    return values
+
+
+def load(parts: Parts, values: Mapping[str, Any]) -> int:
+    """Take a state into the parts and return its step.
+
+    Raises:
+        CheckpointError: A unit is missing or has another shape.
+    """
+    _check(parts, values)
+    scale = float(values["shares"]) / parts.reduction.shares
+    groups = {unit.name: group for group in parts.groups for unit in group.units}
+    parts.refresh.pending.clear()
+    coming: dict[int, list[tuple[Unit, Tensor]]] = {}
+    for unit in parts.plan.units:
+        entry = values["units"][unit.name]
+        parts.reduction.restore(unit, entry.get("sum"), entry["scalars"], scale)
+        if unit.name in groups:
+            groups[unit.name].load(unit, entry["payload"].to(parts.averages.device))
+            if parts.lagged and "due" in entry and int(entry["due"]) != _NEVER:
+                coming.setdefault(int(entry["due"]), []).append((unit, entry["pending"]))
+    for due, payloads in sorted(coming.items()):
+        wire = parts.refresh.wire([unit for unit, _ in payloads])
+        buffer = wire.buffer(torch.float32, parts.averages.device)
+        for unit, payload in payloads:
+            wire.put(buffer, unit, payload)
+        parts.refresh.pending.append(Refreshed(due, wire, buffer, None))
+    return int(values["step"])
+
+
+def overdue(values: Mapping[str, Any], slots: int) -> set[int]:
+    """Return the slots whose refresh is still due; all of them if the number of slots has changed."""
+    late = values["overdue"].tolist()
+    return {slot for slot, flag in enumerate(late) if flag} if len(late) == slots else set(range(slots))
+
+
+def _pending(parts: Parts) -> dict[str, tuple[Tensor, int]]:
+    return {
+        unit.name: (payload.clone(), refreshed.due)
+        for refreshed in parts.refresh.pending
+        for unit, payload in parts.refresh.arrived(refreshed)
+    }
+
+
+def _gather_key(parts: Parts, units: dict[str, dict[str, Tensor]], key: str) -> None:
+    """Give every rank a key of every unit, from the unit's owner: it holds all of its own units' values."""
+    owners = parts.plan.assignment.owners
+    numel = {unit.name: unit.numel if key == "sum" else parts.refresh.payload_numel(unit) for unit in parts.plan.units}
+    layout = SegmentLayout(
+        [Segment(unit.name, numel[unit.name], owners[unit.name]) for unit in parts.plan.units], parts.communicator.size
+    )
+    dtype = parts.averages.average.dtype if key == "sum" else torch.float32
+    buffer = torch.empty(layout.numel, dtype=dtype, device=parts.averages.device)
+    for unit in parts.plan.units:
+        if parts.owns(unit):
+            layout.view(buffer, unit.name).copy_(units[unit.name][key].flatten())
+    share_segments(parts.communicator, buffer, layout, label=LABEL).wait()
+    for unit in parts.plan.units:
+        values = layout.view(buffer, unit.name)
+        units[unit.name][key] = values.view(unit.shape) if key == "sum" else values
+
+
+def _gather_due(parts: Parts, units: dict[str, dict[str, Tensor]]) -> None:
+    own = {unit.name: int(units[unit.name]["due"]) for unit in parts.plan.units if parts.owns(unit)}
+    for gathered in parts.communicator.gather_objects(own, label=LABEL):
+        for name, due in gathered.items():
+            units[name]["due"] = torch.tensor(due)
+
+
+def _check(parts: Parts, values: Mapping[str, Any]) -> None:
+    saved = values.get("units", {})
+    for unit in parts.plan.units:
+        if unit.name not in saved:
+            raise CheckpointError(
+                f"the K-FAC state has no unit {unit.name!r}: it belongs to another model, to other "
+                "kfac.curvature.include/exclude, or to another kfac.inversion.max_factor_dim"
+            )
+        found = saved[unit.name].get("sum")
+        if found is not None and tuple(found.shape) != unit.shape:
+            raise CheckpointError(
+                f"the K-FAC state of unit {unit.name!r} has shape {tuple(found.shape)}, this model's is {unit.shape}"
+            )
+        payload = saved[unit.name].get("payload")
+        if payload is not None and payload.numel() != parts.refresh.payload_numel(unit):
+            raise CheckpointError(
+                f"the K-FAC state of unit {unit.name!r} was made by another kfac.inversion.solver: resume with that one"
+            )
