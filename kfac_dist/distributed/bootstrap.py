@@ -15,7 +15,7 @@ from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported at run time only
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from kfac_dist.errors import CollectiveError, ConfigError
 

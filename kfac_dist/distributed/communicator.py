@@ -13,7 +13,6 @@ from __future__ import annotations
 import pickle
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kfac_dist.distributed import cost
+from kfac_dist.distributed.traffic import Traffic
 from kfac_dist.errors import CollectiveError
 
 
@@ -35,42 +35,6 @@ class Work(Protocol):
         Raises:
             CollectiveError: The collective failed, or a rank did not join it in time.
         """
-
-
-class Traffic:
-    """What this rank has sent, by label: numbers of collectives, and bytes by the formulas of `cost`.
-
-    A label names what travels ("factors", "inverses", "gradients"). One counter serves a communicator and all that are
-    split from it. Collectives among one rank are not counted: nothing travels.
-    """
-
-    def __init__(self) -> None:
-        self.calls: defaultdict[str, int] = defaultdict(int)
-        self.bytes_sent: defaultdict[str, int] = defaultdict(int)
-
-    @property
-    def total_calls(self) -> int:
-        """Collectives that this rank took part in."""
-        return sum(self.calls.values())
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes that this rank sent."""
-        return sum(self.bytes_sent.values())
-
-    def count(self, label: str, nbytes: int) -> None:
-        """Adds one collective that sends `nbytes` from this rank."""
-        self.calls[label] += 1
-        self.bytes_sent[label] += nbytes
-
-    def snapshot(self) -> dict[str, tuple[int, int]]:
-        """Label to (collectives, bytes sent) so far."""
-        return {label: (self.calls[label], self.bytes_sent[label]) for label in sorted(self.calls)}
-
-    def reset(self) -> None:
-        """Starts counting afresh."""
-        self.calls.clear()
-        self.bytes_sent.clear()
 
 
 class Communicator(ABC):
@@ -108,7 +72,8 @@ class Communicator(ABC):
     ) -> Work:
         """Sends the r-th part of the 1-D `input` to rank r, and receives rank r's part for this rank into `output`.
 
-        Parts may be empty. `output_splits` and `input_splits` hold their elements, by rank.
+        `output_splits` and `input_splits` hold the parts' elements, by rank. Parts may be uneven or empty: NCCL, MPI
+        and gloo (its `alltoallv`, in every torch that is supported) take them as they are, without padding.
         """
 
     @abstractmethod

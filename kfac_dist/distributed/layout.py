@@ -42,7 +42,7 @@ class ParameterSlices:
 
     name: str
     shape: tuple[int, ...]
-    slices: tuple[Slice, ...] | None = None
+    slices: tuple[Slice, ...] | None
 
     def __post_init__(self) -> None:
         if self.slices is None:
@@ -60,6 +60,11 @@ class ParameterSlices:
             raise ValueError(f"{self.name}: its slices end at element {end} of {self.numel}")
         if len({piece.rank for piece in self.slices}) != len(self.slices):
             raise ValueError(f"{self.name}: a rank holds two slices; its gradient is one view")
+
+    @classmethod
+    def replicated(cls, name: str, shape: Iterable[int]) -> ParameterSlices:
+        """A parameter whose gradient every rank holds in full."""
+        return cls(name, tuple(shape), None)
 
     @classmethod
     def sharded(cls, name: str, shape: Iterable[int], slices: Iterable[Slice]) -> ParameterSlices:

@@ -168,14 +168,3 @@ def test_without_torch_distributed_there_is_one_rank() -> None:
         with pytest.raises(ValueError, match="no partition of ranks 0 to 0"):
             comm.split(groups)
     assert not issubclass(SoloCommunicator, TorchCommunicator)
-
-
-def test_traffic_totals_and_reset() -> None:
-    traffic = SoloCommunicator().traffic
-    traffic.count("b", 3)
-    traffic.count("a", 0)
-    traffic.count("b", 4)
-    assert traffic.snapshot() == {"a": (1, 0), "b": (2, 7)}
-    assert (traffic.total_calls, traffic.total_bytes) == (3, 7)
-    traffic.reset()
-    assert (traffic.snapshot(), traffic.total_calls, traffic.total_bytes) == ({}, 0, 0)

@@ -162,7 +162,7 @@ def test_plans_of_all_ranks_fit_together(problem: tuple[GradientLayout, dict[str
 
 
 def test_what_cannot_be_exchanged_is_refused() -> None:
-    layout = GradientLayout((ParameterSlices("all", (2,)), ParameterSlices.rows("w", (2,), 2)), 2)
+    layout = GradientLayout((ParameterSlices.replicated("all", (2,)), ParameterSlices.rows("w", (2,), 2)), 2)
     for name in ("all", "unknown"):
         with pytest.raises(ValueError, match=f"{name} is not a sharded parameter"):
             plan_exchange(layout, {name: 0}, 0)

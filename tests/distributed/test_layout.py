@@ -7,7 +7,7 @@ from kfac_dist.distributed.layout import GradientLayout, ParameterSlices, Slice
 
 
 def test_replicated_is_held_in_full_by_everyone() -> None:
-    layout = GradientLayout((ParameterSlices("w", (2, 3)), ParameterSlices("none", (0,))), 4)
+    layout = GradientLayout((ParameterSlices.replicated("w", (2, 3)), ParameterSlices.replicated("none", (0,))), 4)
     assert layout.is_replicated
     assert layout.held_by(3) == {"w": Slice(3, 0, 6)}
     assert "w" in layout
@@ -29,7 +29,7 @@ def test_rows_are_those_of_chunk(size: int, shape: tuple[int, ...]) -> None:
 def test_ranges_come_in_any_order_and_empty_ones_are_dropped() -> None:
     parameter = ParameterSlices.sharded("w", (10,), [Slice(2, 4, 10), Slice(1, 4, 4), Slice(0, 0, 4)])
     assert parameter.slices == (Slice(0, 0, 4), Slice(2, 4, 10))
-    layout = GradientLayout((parameter, ParameterSlices("b", (1,))), 3)
+    layout = GradientLayout((parameter, ParameterSlices.replicated("b", (1,))), 3)
     assert not layout.is_replicated
     assert layout.held_by(1) == {"b": Slice(1, 0, 1)}
     assert layout.held_by(2) == {"w": Slice(2, 4, 10), "b": Slice(2, 0, 1)}
@@ -57,6 +57,6 @@ def test_empty_slice_is_refused_where_it_is_not_dropped() -> None:
 
 def test_bad_layouts_are_refused() -> None:
     with pytest.raises(ValueError, match="two parameters share a name"):
-        GradientLayout((ParameterSlices("w", (1,)), ParameterSlices("w", (1,))), 1)
+        GradientLayout((ParameterSlices.replicated("w", (1,)), ParameterSlices.replicated("w", (1,))), 1)
     with pytest.raises(ValueError, match="belongs to none of 2 ranks"):
         GradientLayout((ParameterSlices.sharded("w", (1,), [Slice(2, 0, 1)]),), 2)
