@@ -14,6 +14,9 @@ from kfac_dist import cli
 from kfac_dist.config.schema import Config, Likelihood
 from kfac_dist.errors import CollectiveError, ConfigError
 
+# base.yaml holds what the others share; it is no run by itself.
+SHIPPED = [file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")) if file.name != "base.yaml"]
+
 RUN = """\
 run: {name: mine, directory: DIRECTORY}
 model:
@@ -164,6 +167,14 @@ def test_plan_shows_blocks_ranks_and_balance(run_file: str) -> None:
     assert {"0", "1", "2", "3"} <= rows.keys()
     assert "3 blocks, 7 units, 4 ranks. Inversion load, largest over mean: 1." in output
     assert "linear4.weight: matched by 'linear4' of kfac.curvature.exclude" in output
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_every_shipped_configuration_plans(file: Path) -> None:
+    code, output = invoke("plan", str(file))
+
+    assert code == 0, output
+    assert "2 ranks. Inversion load" in output
 
 
 def test_plan_builds_a_model_that_reads_its_values(
