@@ -38,7 +38,7 @@ def value_at(schedule: Schedule, step: int, total_steps: int | None = None) -> f
         case ScheduleKind.COSINE:
             return schedule.final + (schedule.value - schedule.final) * (1 + math.cos(math.pi * progress)) / 2
         case ScheduleKind.EXPONENTIAL:
-            return schedule.value * (schedule.final / schedule.value) ** progress
+            return float(schedule.value * (schedule.final / schedule.value) ** progress)
 
 
 def _progress(schedule: Schedule, step: int, total_steps: int | None) -> float:

@@ -95,11 +95,11 @@ def check_fit(state: dict[str, Any], metadata: Metadata, path: Path) -> None:
         if isinstance(value, Tensor) and isinstance(entry, TensorStorageMetadata) and entry.size != value.shape:
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(entry.size)}, in this run {tuple(value.shape)}: "
-                "it is of another model"
+                "it is of another model or configuration"
             )
-    sections = tuple(f"{section}." for section in ("model", "kfac") if section in state)
     for name in held:
-        if name.startswith(sections) and name not in wanted:
+        # Of K-FAC and the random generators, other ranks may hold what this one doesn't.
+        if name.startswith("model.") and name not in wanted:
             raise CheckpointError(f"{path}: has {name}, which this run lacks: it is of another model or configuration")
 
 

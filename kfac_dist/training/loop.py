@@ -13,7 +13,7 @@ micro-batches; the average is then the gradient of the mean over n, whatever W a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,19 @@ class Outputs:
     checkpoints: Checkpoints
     progress: ProgressDisplay
     configuration: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TermCounts:
+    """Loss terms of a step.
+
+    Attributes:
+        here: Of each of this rank's micro-batches, on the device; None where the number of samples says it.
+        everywhere: Of all ranks and micro-batches together; at least 1.
+    """
+
+    here: Sequence[Tensor | None]
+    everywhere: int | Tensor
 
 
 class Trainer:
@@ -146,36 +159,39 @@ class Trainer:
 
     def _take_step(self, batch: StepBatch) -> None:
         set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
-        terms = self._terms(batch)
-        for micro in batch.micro_batches:
-            with self.parts.engine.synchronize(micro is batch.micro_batches[-1]):
-                self._forward_backward(micro, terms)
+        counts = self._count_terms(batch)
+        for micro, terms in zip(batch.micro_batches, counts.here, strict=True):
+            last = micro is batch.micro_batches[-1]
+            with self.parts.engine.synchronize(last):
+                self._forward_backward(micro, terms, counts.everywhere / self.communicator.size, last)
         if self.parts.kfac is not None:
             self.parts.kfac.step()
         if self.config.train.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._trained, self.config.train.clip_grad_norm, foreach=True)
         self.parts.optimizer.step()
         self.parts.optimizer.zero_grad()
-        self._window.add_step(batch.samples, terms)
+        self._window.add_step(batch.samples, counts.everywhere)
 
-    def _forward_backward(self, micro: MicroBatch, terms: int | Tensor) -> None:
-        ranks, kfac = self.communicator.size, self.parts.kfac
+    def _forward_backward(self, micro: MicroBatch, terms: Tensor | None, divisor: float | Tensor, last: bool) -> None:
+        kfac = self.parts.kfac
         if kfac is not None:
-            kfac.micro_batch(first_sample=micro.first_sample, micro_batches=1, loss_terms=terms / ranks)
+            kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last)
         outputs = self.parts.engine.model(micro.inputs)
         if kfac is not None:
             kfac.fisher_backward(outputs)
         total = self.parts.loss.total(outputs, micro.targets)
-        (total * (ranks / terms)).backward()  # type: ignore[no-untyped-call]
+        (total / divisor).backward()
         self._window.add_loss(total)
 
-    def _terms(self, batch: StepBatch) -> int | Tensor:
-        """Return the loss terms of the step, over all ranks and micro-batches."""
-        if not self.parts.loss.counts_on_device:
-            return batch.samples
-        terms = torch.stack([self.parts.loss.count(micro.targets) for micro in batch.micro_batches]).sum().double()
-        self.communicator.all_reduce(terms, label="loss terms").wait()
-        return terms.clamp_(min=1).to(torch.get_default_dtype())
+    def _count_terms(self, batch: StepBatch) -> TermCounts:
+        """Count the step's loss terms; ranks add theirs up only where shapes don't tell them."""
+        micro, loss = batch.micro_batches, self.parts.loss
+        if not loss.counts_on_device:
+            return TermCounts([None] * len(micro), batch.samples)
+        here = [loss.count(part.targets) for part in micro]
+        everywhere = torch.stack(here).sum()
+        self.communicator.all_reduce(everywhere, label="loss terms").wait()
+        return TermCounts(here, everywhere.clamp_(min=1).to(torch.get_default_dtype()))
 
     def _after_step(self) -> None:
         settings, every = self.config.train, self.config.checkpoint.every

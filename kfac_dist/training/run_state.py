@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kfac_dist.engines import Engine
-from kfac_dist.preconditioner import KFAC
+from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
 from kfac_dist.training.random_state import capture_random_state, restore_random_state
 

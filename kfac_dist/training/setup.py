@@ -11,7 +11,7 @@ from kfac_dist.distributed.bootstrap import World
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine, build_engine
 from kfac_dist.optimizers import build_optimizer
-from kfac_dist.preconditioner import KFAC
+from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import Source, Stream, source_of
@@ -65,7 +65,7 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
     total_steps = settings.steps or (settings.epochs or 1) * sampler.steps_per_epoch
     kfac = None
     if config.kfac.enabled:
-        kfac = KFAC(engine.model, config.kfac, optimizer=optimizer, total_steps=total_steps)
+        kfac = KFAC(engine, config.kfac, optimizer=optimizer, total_steps=total_steps)
     seed_everything(config.run.seed, rank=world.rank + 1)
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
     return Parts(engine, optimizer, kfac, build_loss(config.loss), stream, train, test, total_steps)

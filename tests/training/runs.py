@@ -1,0 +1,96 @@
+"""Small runs for the tests of training: their configurations, their data, and their results on several ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.utils.data import TensorDataset
+
+from kfac_dist.config.load import resolve
+from kfac_dist.config.schema import Config
+from kfac_dist.tasks import DataSplits
+from kfac_dist.training.checkpoint_reader import SafeLoadPlanner, SafeReader
+from kfac_dist.training.metrics import read_metrics
+
+IGNORED = -100
+
+
+def small_config(directory: Path | str, *, kfac: bool = False, **sections: dict[str, Any]) -> Config:
+    """An autoencoder on 52 random samples, in batches of 7 that no number of ranks divides evenly."""
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": "small", "directory": str(directory), "seed": 3, "device": "cpu", "timeout_seconds": 20},
+        "model": {"name": "autoencoder", "args": {"dims": [6, 5, 3]}},
+        "data": {"name": "tests.training.runs:random_pixels"},
+        "loss": {"name": "sigmoid_cross_entropy"},
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "kfac": {
+            "enabled": kfac,
+            "curvature": {"factor_every": 2},
+            "inversion": {"inverse_every": 4, "damping": 0.1},
+        },
+        "train": {"batch_size": 7, "steps": 12, "log_every": 1},
+        "checkpoint": {"every": 0},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return resolve(Config.model_validate(values))
+
+
+def random_pixels(samples: int = 52, fails_on_rank: int | None = None) -> DataSplits:
+    if fails_on_rank is not None and os.environ.get("RANK", "0") == str(fails_on_rank):
+        raise FileNotFoundError("/data/pixels is not mounted")
+    pixels = torch.rand(samples, 6, generator=torch.Generator().manual_seed(0)).round()
+    test = torch.rand(11, 6, generator=torch.Generator().manual_seed(1)).round()
+    return DataSplits(TensorDataset(pixels, pixels), TensorDataset(test, test))
+
+
+def ragged_text() -> DataSplits:
+    """Sequences of which a different number of positions count, in some none."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(8, (41, 5), generator=generator)
+    lengths = torch.randint(0, 6, (41, 1), generator=generator)
+    labels = tokens.roll(1, 1).masked_fill(torch.arange(5) >= lengths, IGNORED)
+    return DataSplits(TensorDataset(tokens, labels), TensorDataset(tokens[:9], labels[:9]))
+
+
+class DropoutNet(nn.Sequential):
+    """Draws from the random generator at every step."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 6))
+
+
+def launched(rank: int, world_size: int, port: int = 1) -> dict[str, str]:
+    """What a launcher would set; the port is unused where a process group exists already."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def final_model(directory: Path) -> dict[str, Tensor]:
+    """The parameters and buffers in the newest checkpoint of a run."""
+    newest = max((directory / "checkpoints").iterdir())
+    reader = SafeReader(newest)
+    state = {
+        name: torch.zeros(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
+    return state
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """Step to logged training loss."""
+    return {record["step"]: record["loss"] for record in read_metrics(directory / "metrics.jsonl") if "loss" in record}

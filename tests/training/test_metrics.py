@@ -1,0 +1,52 @@
+"""Metrics survive a kill, continue after a resume, and are the same for TensorBoard."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kfac_dist.training.metrics import MetricsWriter, peak_memory_bytes, read_metrics
+
+
+def test_lines_are_on_disk_at_once_and_as_events(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 1, "loss": 2.5})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
+    writer.close()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_resumed_run_drops_what_it_will_repeat_and_a_torn_line(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    for step in range(1, 6):
+        writer.write({"step": step, "loss": step / 10})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "lo')
+    assert len(read_metrics(path)) == 5
+    resumed = MetricsWriter(tmp_path, first_step=3)
+    resumed.write({"step": 4, "loss": 9.0})
+    resumed.close()
+    assert [record["loss"] for record in read_metrics(path)] == [0.1, 0.2, 0.3, 9.0]
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    MetricsWriter(tmp_path).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "nothing.jsonl") == []
+
+
+def test_tensorboard_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 1, "loss": 1.0})
+    writer.close()
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_peak_memory_is_plausible() -> None:
+    assert 2**25 < peak_memory_bytes(torch.device("cpu")) < 2**42
