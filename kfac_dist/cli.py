@@ -125,11 +125,12 @@ def _load(path: Path, overrides: list[str] | None, options: dict[str, str | None
 
 
 def _check_targets(config: Config) -> None:
+    """Find the data and build the model, which needs neither the data's files nor the weights' memory."""
     from kfac_dist.config.targets import load_target
-    from kfac_dist.tasks import DATA, MODELS
+    from kfac_dist.tasks import DATA
 
-    load_target(config.model, MODELS, "model")
     load_target(config.data, DATA, "data")
+    _model_of_shapes(config.model)
 
 
 def _model_of_shapes(target: Target) -> nn.Module:
@@ -141,7 +142,7 @@ def _model_of_shapes(target: Target) -> nn.Module:
     try:
         with torch.device("meta"):
             return build_model(target)
-    except (NotImplementedError, RuntimeError):  # it reads values, which a tensor without memory hasn't
+    except ConfigError:  # perhaps because it reads values, which a tensor without memory hasn't
         return build_model(target)
 
 

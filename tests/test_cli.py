@@ -136,6 +136,10 @@ def test_check_trains_nothing(run_file: str, recorder: Recorder) -> None:
     [
         ("model.name=autoencodr", "error: model.name: found 'autoencodr'; did you mean 'autoencoder'?"),
         ("model.args.dim=[1]", "error: model.args.dim: autoencoder takes no such argument; did you mean 'dims'?"),
+        ("model.args.dims=[64]", "error: model.args: autoencoder refuses them: dims needs at least"),
+        ("model.args.dims=3", "error: model.args: autoencoder refuses them: object of type 'int' has no len()"),
+        ("model.args.dims=[64, -8]", "error: model.args: autoencoder refuses them: "),
+        ("model=math:sqrt", "error: model.name: math:sqrt takes x by position only"),
         ("data=nowhere.at_all:digits", "error: data.name: found 'nowhere.at_all:digits', but there is no module"),
         ("data=math:pi", "error: data.name: found 'math:pi', which is float, not something to call"),
     ],

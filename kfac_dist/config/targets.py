@@ -10,12 +10,13 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from kfac_dist.config.explain import did_you_mean
 from kfac_dist.config.schema import Target
-from kfac_dist.errors import ConfigError
+from kfac_dist.errors import ConfigError, KFACError
 
 Kind = Literal["model", "data"]
 
@@ -44,13 +45,17 @@ def build_target(target: Target, shipped: Mapping[str, Callable[..., Any]], kind
     """Find the callable that a target names and call it with the target's arguments.
 
     Raises:
-        ConfigError: See `load_target`; also if the callable refuses a value by a `ValueError`.
+        ConfigError: See `load_target`; also if the callable raises: its message, and the line for a user's own.
     """
     factory = load_target(target, shipped, kind)
     try:
         return factory(**target.args)
-    except ValueError as error:
-        raise ConfigError(f"{kind}.args: {target.name} refuses them: {error}") from error
+    except KFACError:
+        raise
+    except Exception as error:  # a wrong argument may show as anything, and the run can't start either way
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if target.name in shipped else f" ({type(error).__name__} in {frame.filename}:{frame.lineno})"
+        raise ConfigError(f"{kind}.args: {target.name} refuses them: {error}{where}") from error
 
 
 def _imported(name: str, kind: Kind) -> Callable[..., Any]:
@@ -105,6 +110,11 @@ def _check_arguments(found: Callable[..., Any], target: Target, kind: Kind) -> N
         f"{kind}.args.{name}: missing; {target.name} needs it"
         for name, parameter in parameters.items()
         if parameter.default is parameter.empty and name not in target.args
+    ]
+    problems += [
+        f"{kind}.name: {target.name} takes {parameter.name} by position only, which a configuration can't give"
+        for parameter in signature.parameters.values()
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty
     ]
     if problems:
         raise ConfigError("\n".join(problems))

@@ -29,6 +29,8 @@ class Net:
     def small(cls): return cls(1)
 
 def free(**options): return options
+def fails(): return [][1]
+def at(x, /): return x
 
 constant = 3
 """
@@ -87,6 +89,8 @@ def test_a_callable_without_a_signature_is_taken_at_its_word() -> None:
         ("mine.needs:f", {}, r"importing mine.needs fails: No module named 'a_package_that_nobody_has'"),
         ("mine.broken:f", {}, r"importing mine.broken raises ZeroDivisionError"),
         ("mine.typo:f", {}, r"importing mine.typo raises SyntaxError"),
+        ("mine.net:fails", {}, r"refuses them: list index out of range \(IndexError in .*net.py:\d+\)"),
+        ("mine.net:at", {}, r"data.name: mine.net:at takes x by position only"),
         ("mine/net.py:Net", {}, r"expected package.module:callable"),
         ("mine.net:", {}, r"expected package.module:callable"),
         (":Net", {}, r"expected package.module:callable"),
