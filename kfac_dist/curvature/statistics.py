@@ -251,18 +251,22 @@ class RunningAverages:
         return self.held.span(held[0], held[-1] + 1).values if held else slice(0, 0)
 
 
+def free_to_read(device: torch.device) -> bool:
+    """Whether the host can look at a value without waiting for the device; plain branches are quicker then."""
+    return device.type == "cpu"
+
+
 def zero_unless(condition: Tensor, values: Tensor) -> None:
     """Zero `values` in place where the 0-dim `condition` is false, without asking the device."""
-    if values.device.type == "cpu":
-        if not condition:
-            values.zero_()
-    else:
+    if not free_to_read(values.device):
         values.masked_fill_(~condition, 0)
+    elif not condition:
+        values.zero_()
 
 
 def scalar(value: Tensor) -> Tensor | float:
-    """Return a 0-dim tensor as a number where reading it is free: on the CPU, where scalar kernels are quicker."""
-    return value.item() if value.device.type == "cpu" else value
+    """Return a 0-dim tensor as a number where reading it is free: scalar kernels are quicker."""
+    return value.item() if free_to_read(value.device) else value
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

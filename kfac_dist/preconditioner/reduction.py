@@ -145,7 +145,7 @@ class FactorReduction:
         for span in current.local:
             self._averages.close(span)
         if current.buckets:
-            taken = self._exchange_scalars(taken)
+            taken = self._exchange_scalars([bucket.span for bucket in current.buckets], taken)
         for span in current.local:
             self._averages.advance(span, taken)
         # A refresh looks at the answer anyway; averages that are global at every step must move without asking.
@@ -174,12 +174,14 @@ class FactorReduction:
         else:
             bucket.work = self._comm.all_reduce(bucket.sent, label=LABEL)
 
-    def _exchange_scalars(self, taken: Tensor) -> Tensor:
-        scalars = self._averages.window_scalars
-        against = (~taken).to(scalars).view(1)
-        message = torch.cat([scalars.flatten(), against])
+    def _exchange_scalars(self, spans: list[Span], taken: Tensor) -> Tensor:
+        """Add up the weights and traces of what was sent (what stays local must not be touched), and the votes."""
+        scalars = [self._averages.window_scalars[:, span.units] for span in spans]
+        message = torch.cat([*(part.flatten() for part in scalars), (~taken).float().view(1)])
         self._comm.all_reduce(message, label=LABEL).wait()
-        scalars.copy_(message[:-1].view_as(scalars))
+        sizes = [part.numel() for part in scalars]
+        for part, total in zip(scalars, torch.split(message[:-1], sizes), strict=True):
+            part.copy_(total.view_as(part))
         return message[-1] == 0
 
     def _collect(self, bucket: _Bucket) -> Tensor | None:
