@@ -84,7 +84,8 @@ class FactorReduction:
         self._count = config.buckets
         self._overlap = config.overlap and comm.size > 1
         self._current: _Measurement | None = None
-        self._dirty = False
+        # On the device: whether a measuring step was taken is known there first.
+        self._dirty = torch.zeros((), dtype=torch.bool, device=averages.device)
         self._own = torch.tensor(
             [plan.assignment.owners[unit.name] == comm.rank for unit in plan.units], device=averages.device
         )
@@ -139,7 +140,6 @@ class FactorReduction:
         """
         current, self._current = self._current, None
         assert current is not None
-        self._dirty = True
         for bucket in current.buckets[current.launched :]:
             self._launch(bucket)
         for span in current.local:
@@ -155,6 +155,7 @@ class FactorReduction:
             if proceed:
                 self._commit(bucket.span, values, taken)
         self._averages.release()
+        self._dirty |= taken
         return taken
 
     def _launch(self, bucket: _Bucket) -> None:
@@ -244,7 +245,7 @@ class FactorReduction:
 
     def consolidate(self) -> None:
         """Add up averages that ranks have kept to themselves since the last refresh; collective."""
-        if not (self.blending and self._dirty and self._comm.size > 1):
+        if not self.blending or self._comm.size == 1 or not bool(self._dirty):
             return
         averages = self._averages
         for values in (averages.average, averages.scalars):
@@ -256,7 +257,7 @@ class FactorReduction:
             for unit in self._plan.units:
                 if not self.keeps(unit):
                     averages.sums(unit).zero_()
-        self._dirty = False
+        self._dirty.zero_()
 
     def consolidated_scalars(self, unit: Unit) -> Tensor:
         """Return the weight and the trace that belong to the consolidated sum of a unit, on every rank."""
@@ -275,7 +276,7 @@ class FactorReduction:
                 averages.sums(unit).copy_(total.to(averages.device) * scale)
             else:
                 averages.sums(unit).zero_()
-        self._dirty = False
+        self._dirty.zero_()
 
     # ---- layout
 
