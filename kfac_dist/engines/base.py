@@ -10,7 +10,7 @@ Activations and output gradients are ordinary tensors under all of them, so noth
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -53,6 +53,14 @@ class Engine(ABC):
     @abstractmethod
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
         """Return a context for one micro-batch's forward and backward; only the last of a step averages gradients."""
+
+    def settle(self, backward: Callable[[], None]) -> None:
+        """Run a backward pass whose results are thrown away, if the engine needs one before its first step.
+
+        Some engines arrange their communication by the first backward that they see. Where that changes the order in
+        which ranks are summed, a resumed run would round differently from one that never stopped. Call this before
+        K-FAC is attached and before a checkpoint is loaded; collective.
+        """
 
     def finite(self) -> Tensor:
         """Return a 0-dim bool on the device: whether all averaged gradients are finite, the same on every rank."""

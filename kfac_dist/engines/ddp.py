@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,6 +39,21 @@ class DDPEngine(Engine):
     def parameters(self) -> dict[str, Tensor]:
         """See `Engine.parameters`."""
         return {name: p.detach() for name, p in self._trained.items()}
+
+    def settle(self, backward: Callable[[], None]) -> None:
+        """See `Engine.settle`: DDP rebuilds its buckets in the order in which the first gradients came.
+
+        A ring sums an element in an order that depends on its place in the bucket, which shows from three ranks on.
+        """
+        if self._ddp is None:
+            return
+        kept = [buffer.clone() for buffer in self.module.buffers()]
+        with torch.random.fork_rng(devices=[p.device for p in self._trained.values() if p.is_cuda][:1]):
+            backward()
+        for buffer, value in zip(self.module.buffers(), kept, strict=True):
+            buffer.copy_(value)
+        for parameter in self._trained.values():
+            parameter.grad = None
 
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
         """See `Engine.synchronize`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist import KFAC
+from kfac_dist.engines import as_engine
 
 GLOBAL_BATCH = 12
 CLASSES = 4
@@ -97,6 +98,8 @@ class Run:
         self.rank, self.size = place()
         self.model = build(name)
         self.wrapped = wrap(self.model)
+        inputs, _ = global_batch(name, 0)
+        as_engine(self.wrapped).settle(lambda: self.wrapped(inputs[part(self.rank, self.size)]).sum().backward())
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9)
         self.kfac = KFAC(self.wrapped, config, optimizer=self.optimizer)
 

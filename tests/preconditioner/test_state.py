@@ -1,0 +1,117 @@
+"""K-FAC's state: resuming changes nothing, also under another number of ranks or another plan."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from kfac_dist import KFAC
+from kfac_dist.errors import CheckpointError
+from tests.harness import run_ranks
+from tests.preconditioner.workloads import Run, mlp, relative
+
+BEFORE, AFTER = 7, 9
+BASE = {
+    "curvature": {"factor_every": 2, "decay": 0.8},
+    "inversion": {"inverse_every": 4, "damping": 0.05, "stagger": 2, "inverse_lag": 1},
+}
+
+
+def with_distribution(**distribution: Any) -> dict[str, Any]:
+    return {**BASE, "distribution": distribution}
+
+
+PLANS = [
+    with_distribution(placement=placement, reduction=reduction, reduce_every=every)
+    for placement, reduction, every in itertools.product(
+        ["replicated", "owner"], ["all_reduce", "reduce_scatter"], ["refresh", "step"]
+    )
+]
+
+
+def save(run: Run, *, sharded: bool = False) -> dict[str, Any]:
+    state = run.kfac.sharded_state_dict() if sharded else run.kfac.state_dict()
+    return copy.deepcopy({"kfac": state, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
+
+
+def resume(config: dict[str, Any], saved: dict[str, Any]) -> Run:
+    saved = copy.deepcopy(saved)  # an optimizer goes on in the very tensors that it is given
+    run = Run("mlp", config)
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.kfac.load_state_dict(saved["kfac"])
+    return run
+
+
+def interrupted(configs: list[dict[str, Any]]) -> list[tuple[bool, bool, dict[str, Any], Any]]:
+    """For each plan: whether a resumed run, from the full and from the sharded state, equals the uninterrupted one."""
+    results = []
+    for config in configs:
+        run = Run("mlp", config)
+        run.train(BEFORE)
+        full, sharded = save(run), save(run, sharded=True)
+        wanted = run.train(AFTER, first=BEFORE)
+        run.close()
+        equal = []
+        for saved in (full, sharded):
+            again = resume(config, saved)
+            got = again.train(AFTER, first=BEFORE)
+            equal.append(all(torch.equal(got[key], wanted[key]) for key in wanted))
+            again.close()
+        results.append((equal[0], equal[1], full, wanted))
+    return results
+
+
+def go_on(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
+    """Resume each saved state under the plan beside it."""
+    results = []
+    for config, saved in pairs:
+        run = resume(config, saved)
+        results.append(run.train(AFTER, first=BEFORE))
+        run.close()
+    return results
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_resuming_is_exact_to_the_bit(size: int) -> None:
+    for results in run_ranks(size, interrupted, PLANS, timeout=120):
+        assert all(full for full, _, _, _ in results)
+        assert all(sharded for _, sharded, _, _ in results)
+
+
+def test_state_resumes_under_another_plan_and_number_of_ranks() -> None:
+    saved = run_ranks(3, interrupted, PLANS, timeout=120)[0]
+    pairs = [(PLANS[-1 - index], saved[index][2]) for index in range(len(PLANS))]
+    for results in run_ranks(2, go_on, pairs, timeout=120):
+        for index, got in enumerate(results):
+            assert relative(got, saved[index][3]) < 1e-5, (PLANS[index], PLANS[-1 - index])
+
+
+def kfac_for(model: torch.nn.Module, **inversion: Any) -> KFAC:
+    return KFAC(model, {"inversion": inversion}, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_state_of_another_model_is_refused_by_name() -> None:
+    state = kfac_for(torch.nn.Sequential(torch.nn.Linear(8, 3))).state_dict()
+    with pytest.raises(CheckpointError, match="4/A/0"):
+        kfac_for(mlp()).load_state_dict(state)
+
+
+def test_state_of_other_shapes_is_refused_by_name() -> None:
+    state = kfac_for(torch.nn.Sequential(torch.nn.Linear(8, 3))).state_dict()
+    with pytest.raises(CheckpointError, match=r"'0/A/0' has shape \(1, 9, 9\), this model's is \(1, 6, 6\)"):
+        kfac_for(torch.nn.Sequential(torch.nn.Linear(5, 3))).load_state_dict(state)
+
+
+def test_state_of_another_solver_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="solver"):
+        kfac_for(mlp(), solver="eigen").load_state_dict(kfac_for(mlp()).state_dict())
+
+
+def test_state_is_weights_only_loadable(tmp_path: Any) -> None:
+    torch.save(kfac_for(mlp()).state_dict(), tmp_path / "state.pt")
+    kfac_for(mlp()).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
