@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import TensorDataset
 
 from kfac_dist.config.load import resolve
 from kfac_dist.config.schema import Config
+from kfac_dist.distributed.communicator import SoloCommunicator
 from kfac_dist.tasks import DataSplits
-from kfac_dist.training.checkpoint_reader import SafeLoadPlanner, SafeReader
+from kfac_dist.training.checkpoint import Checkpoints
 from kfac_dist.training.metrics import read_metrics
 
 IGNORED = -100
@@ -80,14 +80,15 @@ def launched(rank: int, world_size: int, port: int = 1) -> dict[str, str]:
 
 def final_model(directory: Path) -> dict[str, Tensor]:
     """The parameters and buffers in the newest checkpoint of a run."""
-    newest = max((directory / "checkpoints").iterdir())
-    reader = SafeReader(newest)
+    checkpoints = Checkpoints(directory / "checkpoints", 1, SoloCommunicator())
+    newest = checkpoints.newest()
+    assert newest is not None
     state = {
         name: torch.zeros(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        for name, entry in checkpoints.contents(newest).state_dict_metadata.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(state, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
+    checkpoints.load(newest, state)
     return state
 
 

@@ -1,0 +1,88 @@
+"""A whole run: what it leaves on disk, what it compares, and what it does with an earlier one of its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kfac_dist.config.schema import Config
+from kfac_dist.training import train
+from kfac_dist.training.metrics import read_metrics
+from tests.training.runs import losses, small_config
+
+
+def _compared(directory: Path) -> Config:
+    entries = {"adamw": {"name": "adamw", "lr": 0.01}, "reckless": {"name": "sgd", "lr": 1e30}}
+    return small_config(
+        directory,
+        kfac=True,
+        loss={"name": "mse"},
+        train={"evaluate_every": 5},
+        compare=entries,
+        checkpoint={"every": 5},
+    )
+
+
+def test_a_run_leaves_its_files_and_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train(_compared(tmp_path), compare=True)
+    directory = tmp_path / "small"
+    assert result.directory == directory
+    assert [run.name for run in result.runs] == ["kfac", "adamw", "reckless"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "checkpoints",
+        "compare-adamw",
+        "compare-reckless",
+        "config.yaml",
+        "loss.png",
+        "metrics.jsonl",
+        "result.json",
+        "tensorboard",
+    ]
+    assert Config.model_validate(yaml.safe_load((directory / "config.yaml").read_text())) == _compared(tmp_path)
+    assert yaml.safe_load((directory / "compare-adamw/config.yaml").read_text())["kfac"]["enabled"] is False
+    assert [path.name for path in sorted((directory / "checkpoints").iterdir())] == ["step-00000010", "step-00000012"]
+
+    records = read_metrics(directory / "metrics.jsonl")
+    expected = {"step", "epoch", "loss", "lr", "samples_per_second", "seconds", "memory_bytes"}
+    assert expected | {"kfac/damping", "kfac/kl_scale"} <= set(records[0])
+    assert [record["step"] for record in records if "test_loss" in record] == [5, 10]
+
+    plain = json.loads((directory / "result.json").read_text())
+    assert plain[0]["metric"] == "squared error"
+    assert plain[2]["note"] == "diverged"
+    assert plain[2]["train_loss"] is None
+    shown = capsys.readouterr().out
+    for text in ("kfac", "adamw", "diverged", "ms/step", "step 12/12", "test loss"):
+        assert text in shown
+
+
+def test_compared_runs_start_from_the_same_weights_and_data(tmp_path: Path) -> None:
+    entries = {"same": {"name": "sgd", "lr": 0.05}}
+    train(small_config(tmp_path, compare=entries), compare=True, quiet=True)
+    assert losses(tmp_path / "small") == losses(tmp_path / "small/compare-same")
+
+
+def test_a_fresh_run_moves_the_earlier_one_aside(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        train(small_config(tmp_path, run={"seed": seed}), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "small.previous"]
+    seeds = [
+        yaml.safe_load((tmp_path / name / "config.yaml").read_text())["run"]["seed"]
+        for name in ("small", "small.previous")
+    ]
+    assert seeds == [3, 2]
+
+
+def test_resuming_a_finished_run_only_evaluates_it_again(tmp_path: Path) -> None:
+    first = train(small_config(tmp_path), quiet=True).runs[0]
+    again = train(small_config(tmp_path, checkpoint={"resume": "auto"}), quiet=True).runs[0]
+    assert (again.steps, again.train_loss, again.test_loss) == (first.steps, first.train_loss, first.test_loss)
+
+
+def test_epochs_set_the_length(tmp_path: Path) -> None:
+    config = small_config(tmp_path, train={"steps": None, "epochs": 2, "log_every": 100})
+    assert train(config, quiet=True).runs[0].steps == 16
+    assert [record["epoch"] for record in read_metrics(tmp_path / "small/metrics.jsonl")] == [2]
