@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,7 +112,8 @@ class Capture:
                 if grad is not None:
                     reached.setdefault(name, []).append(Use(use.inputs, grad))
             for name, uses in reached.items():
-                measure(self._blocks[name], uses, first)
+                with _full_precision(uses):
+                    measure(self._blocks[name], uses, first)
             first = False
         for pending in self._pending.values():
             pending.uses.clear()
@@ -148,8 +150,15 @@ class Capture:
         uses = [use for use in pending.uses if use.grad is not None]
         pending.uses.clear()
         pending.arrived = 0
-        with torch.no_grad():
+        with _full_precision(uses):
             self._completed(block, uses)
+
+
+@contextmanager
+def _full_precision(uses: Sequence[Use]) -> Iterator[None]:
+    """Measure without autograd, and without the autocast that a loop's backward may run in: it would round products."""
+    with torch.no_grad(), torch.autocast(uses[0].inputs.device.type, enabled=False):
+        yield
 
 
 def warn_of_accumulation(passes: int) -> None:

@@ -84,9 +84,8 @@ def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], i
     batches: dict[tuple[bool, int], list[int]] = {}
     for index, task in enumerate(tasks):
         if task.unit.kind is FactorKind.DIAGONAL:
-            payloads[index] = (
-                task.factor if is_eigen(task.unit, solver) else 1 / (task.factor + task.damping)
-            ).flatten()
+            diagonal = task.factor if is_eigen(task.unit, solver) else 1 / (task.factor + task.damping)
+            payloads[index] = diagonal.flatten() if bool(torch.isfinite(diagonal.sum())) else None
         else:
             batches.setdefault((is_eigen(task.unit, solver), task.unit.dim), []).append(index)
     for (eigen, _), members in batches.items():

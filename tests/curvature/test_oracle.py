@@ -2,9 +2,9 @@
 
 How the oracle scales, for a loss whose reduction runs over n = B·R terms (R terms a sample):
 - `CrossEntropyLoss(mean)`: `G = n·Σ g gᵀ = (1/n) Σ ĝĝᵀ` with ĝ = n·g. The same as ours, in every Fisher type.
-- `MSELoss(sum)` and `BCEWithLogitsLoss(sum)`: `G = Σ g gᵀ`, a sum over the terms; ours is its mean, so `oracle = n·ours`.
+- `MSELoss(sum)` and `BCEWithLogitsLoss(sum)`: `G = Σ g gᵀ`, a sum over terms; ours is the mean: `oracle = n·ours`.
   Its squared error has no ½: ĝ = 2(f − y), and its type-2 Hessian is 2I where our unit-variance Gaussian has I.
-- A is the mean over samples and positions, as ours. Bias: its homogeneous column is ours when weight and bias are joint.
+- A is the mean over samples and positions, as ours, with the homogeneous column when weight and bias are joint.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
         if reason is None:
             blocks.append(_block_class(module)(name, module, _sharing(name, config)))
             covered = blocks[-1].parameters
-            reason = "frozen"
+            reason = f"not part of what {type(blocks[-1]).__name__} covers"
         else:
             covered = {}
         for key in own:
@@ -93,7 +93,9 @@ def _reason_against(
     excluding = [pattern for pattern in config.exclude if fnmatchcase(name, pattern)]
     if excluding:
         return f"matched by {excluding[0]!r} of kfac.curvature.exclude"
-    if not next(iter(own.values())).requires_grad:
+    if "weight" not in own:
+        return "its weight is computed from other parameters"
+    if not own["weight"].requires_grad:
         return "its weight is frozen"
     if config.fisher is Fisher.INPUT_ONLY and issubclass(_block_class(module), NormBlock):
         return "input_only measures no output gradients, and a normalisation's Fisher is made of them"

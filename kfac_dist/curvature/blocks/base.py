@@ -95,7 +95,7 @@ class Block(ABC):
         self.parameters = {
             f"{name}.{key}" if name else key: parameter
             for key, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad
+            if parameter.requires_grad and key in ("weight", "bias")
         }
 
     factors: tuple[FactorSpec, ...]
@@ -148,7 +148,7 @@ class KroneckerBlock(Block):
     def _measure_inputs(self, inputs: Sequence[Tensor], batch: MicroBatch, sink: StatisticsSink) -> None:
         rows = [self.input_rows(tensor, batch.batch_size) for tensor in inputs]
         for part in _shared(rows, self.sharing, mean=True):
-            kept = _sample(part, batch)
+            kept = sample(part, batch)
             sink.add_rows(self.name, Side.A, kept, scale=1.0, ones=self.has_bias)
             sink.add_count(self.name, Side.A, float(kept.shape[1]))
 
@@ -157,7 +157,7 @@ class KroneckerBlock(Block):
         terms = loss_terms(rows[0], batch)
         total = kept_total = 0
         for part in _shared(rows, self.sharing, mean=False):
-            kept = _sample(part, batch)
+            kept = sample(part, batch)
             scaled, factor = unscale(kept, terms, batch)
             sink.add_rows(self.name, Side.G, scaled, scale=factor**2, ones=False)
             total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
@@ -203,6 +203,14 @@ def batch_first(tensor: Tensor, batch_size: int | None, feature_dims: int = 1) -
     return tensor.reshape(batch_size, rows // batch_size, *features)
 
 
+def count_samples(found: int, batch_size: int | None) -> int:
+    """Return how many samples the first dimension of an image-like tensor holds: B of them when a layer sees B·k.
+
+    A model that folds frames or crops into the batch has them as positions of its samples; the loss has B terms.
+    """
+    return batch_size if batch_size and found % batch_size == 0 else found
+
+
 def _shared(rows: Sequence[Tensor], sharing: Sharing, *, mean: bool) -> list[Tensor]:
     """Bring uses `[batch, B, T, d]` to rows `[batch, M, d]` by the weight-sharing setting.
 
@@ -219,7 +227,7 @@ def _shared(rows: Sequence[Tensor], sharing: Sharing, *, mean: bool) -> list[Ten
     return [total / sum(use.shape[2] for use in rows) if mean else total]
 
 
-def _sample(rows: Tensor, batch: MicroBatch) -> Tensor:
+def sample(rows: Tensor, batch: MicroBatch) -> Tensor:
     """Keep every `stride`-th row of `[batch, M, d]`: a view, no copy."""
     if batch.stride == 1:
         return rows

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
-from kfac_dist.curvature.blocks.base import KroneckerBlock, dense, weight_and_bias_views
+from kfac_dist.curvature.blocks.base import KroneckerBlock, count_samples, dense, weight_and_bias_views
 from kfac_dist.curvature.factors import Side
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -40,18 +40,20 @@ class ConvolutionBlock(KroneckerBlock):
         if inputs.ndim == self._spatial + 1:
             inputs = inputs.unsqueeze(0)
         patches = unfold(pad(inputs, module), module.kernel_size, module.stride, module.dilation)
-        samples, channels = inputs.shape[:2]
+        channels = inputs.shape[1]
         grouped = torch.unflatten(patches, 1, (self.groups, channels // self.groups))
         # [B, groups, c, *out, *kernel] → [groups, B, *out, c, *kernel]
         spatial, kernel = range(3, 3 + self._spatial), range(3 + self._spatial, 3 + 2 * self._spatial)
         rows = grouped.permute(1, 0, *spatial, 2, *kernel)
+        samples = count_samples(len(inputs), batch_size)
         return rows.reshape(self.groups, samples, -1, channels // self.groups * math.prod(module.kernel_size))
 
     def output_rows(self, grad: Tensor, batch_size: int | None) -> Tensor:
         """Return `[groups, B, T, c_out/groups]`."""
         if grad.ndim == self._spatial + 1:
             grad = grad.unsqueeze(0)
-        return torch.unflatten(grad.flatten(2), 1, (self.groups, -1)).permute(1, 0, 3, 2)
+        rows = torch.unflatten(grad.flatten(2), 1, (self.groups, -1)).permute(1, 0, 3, 2)
+        return rows.reshape(self.groups, count_samples(len(grad), batch_size), -1, rows.shape[-1])
 
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.matrix_views`."""

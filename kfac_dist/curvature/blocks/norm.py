@@ -22,8 +22,10 @@ from kfac_dist.curvature.blocks.base import (
     StatisticsSink,
     Use,
     batch_first,
+    count_samples,
     dense,
     loss_terms,
+    sample,
     unscale,
 )
 from kfac_dist.curvature.factors import Side
@@ -64,13 +66,15 @@ class NormBlock(Block):
             parts.append(gradients.flatten(0, 1) if batch.loss_terms is LossTerms.TOKEN else gradients.sum(dim=1))
         if not parts:
             return
-        # Uses of one sample add up; token losses keep every position apart.
-        same = batch.loss_terms is LossTerms.SAMPLE and len({part.shape for part in parts}) == 1
-        rows = torch.stack(parts).sum(0) if same else torch.cat(parts)
-        per_sample = rows.shape[0] // batch.batch_size if batch.batch_size and rows.shape[0] >= batch.batch_size else 1
-        kept = rows[batch.first_row(per_sample) :: batch.stride]
-        sink.add_values(self.name, Side.F, torch.einsum("mui,muj->uij", kept, kept))
-        sink.add_count(self.name, Side.F, terms * (kept.shape[0] / max(rows.shape[0], 1)))
+        # Uses of one sample add up; token losses keep every position of every use apart.
+        if batch.loss_terms is LossTerms.SAMPLE and len({part.shape for part in parts}) == 1:
+            parts = [torch.stack(parts).sum(0)]
+        total = kept_total = 0
+        for part in parts:
+            kept = sample(part.unsqueeze(0), batch)[0]
+            sink.add_values(self.name, Side.F, torch.einsum("mui,muj->uij", kept, kept))
+            total, kept_total = total + part.shape[0], kept_total + kept.shape[0]
+        sink.add_count(self.name, Side.F, terms * (kept_total / max(total, 1)))
 
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.matrix_views`."""
@@ -99,7 +103,8 @@ class ChannelNormBlock(NormBlock):
 
     def positions(self, tensor: Tensor, batch_size: int | None) -> Tensor:
         """See `NormBlock.positions`."""
-        return tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:])).transpose(1, 2)
+        rows = tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:])).transpose(1, 2)
+        return rows.reshape(count_samples(len(tensor), batch_size), -1, self.units)
 
 
 class GroupNormBlock(ChannelNormBlock):
