@@ -136,7 +136,7 @@ class CurvatureConfig(Section):
         exclude: Patterns of module names that keep the plain gradient; wins over `include`.
         decay: β of the running average, applied once every `factor_every` steps.
         factor_every: Steps between measurements.
-        sample_fraction: Share of rows (samples, or tokens) that enter the factors.
+        sample_fraction: Share of rows (samples, or tokens) that enter the factors: 1/k, every k-th row.
         factor_dtype: Precision in which the running averages are kept.
         seed: Seed of the labels that `mc` draws.
     """
@@ -153,6 +153,16 @@ class CurvatureConfig(Section):
     sample_fraction: Fraction = 1.0
     factor_dtype: DType = DType.FLOAT32
     seed: CountOrZero = 0
+
+    @model_validator(mode="after")
+    def _fraction_is_one_in_k(self) -> Self:
+        rows = 1 / self.sample_fraction
+        if abs(rows - round(rows)) > 0.02 * rows:
+            raise ValueError(
+                f"sample_fraction ({self.sample_fraction}) must be 1/k for a whole k, such as 0.5, 0.25 or 0.1: one row "
+                "in k is measured"
+            )
+        return self
 
 
 class Solver(StrEnum):

@@ -189,7 +189,7 @@ def _eigen(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         try:
             values, vectors = torch.linalg.eigh(matrices)
             return values.clamp(min=0), vectors, finite
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but torch's stubs don't export it
+        except torch.linalg.LinAlgError:
             if matrices.dtype is torch.float32:
                 values, vectors, good = _eigen(matrices.double())
                 return values.float(), vectors.float(), good

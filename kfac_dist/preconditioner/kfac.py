@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schedules import value_at
 from kfac_dist.config.schema import CostModel, DType, KFACConfig, ReduceEvery, Reduction
 from kfac_dist.curvature.blocks import Block, find_blocks
@@ -62,7 +63,7 @@ class KFAC:
 
     Raises:
         ModelError: No layer of the model gets a block, or its layers lie on several devices.
-        ConfigError: The placement doesn't fit the number of ranks.
+        ConfigError: An option is wrong, or the placement doesn't fit the number of ranks.
         PlanMismatchError: The ranks were given different models or configurations.
     """
 
@@ -75,7 +76,7 @@ class KFAC:
         grad_scaler: torch.amp.GradScaler | None = None,
         total_steps: int | None = None,
     ) -> None:
-        self.config = config if isinstance(config, KFACConfig) else KFACConfig.model_validate(config or {})
+        self.config = parse_kfac(config)
         self.steps = 0
         self._optimizer = optimizer
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None

@@ -18,7 +18,12 @@ BF16_TOLERANCE = 5e-2
 
 
 def configuration(
-    solver: str = "cholesky", fisher: str = "empirical", *, curvature: Any = (), inversion: Any = (), **distribution: Any
+    solver: str = "cholesky",
+    fisher: str = "empirical",
+    *,
+    curvature: Any = (),
+    inversion: Any = (),
+    **distribution: Any,
 ) -> dict[str, Any]:
     return {
         "curvature": {
@@ -39,10 +44,13 @@ def placements(size: int) -> list[dict[str, Any]]:
 
 
 def grid(size: int) -> list[tuple[str, dict[str, Any]]]:
-    """Placements × assignments × reductions × times of reduction, with the solvers dealt over them; then single options."""
+    """Placements × assignments × reductions × times, with the solvers dealt over them; then single options."""
     solvers = itertools.cycle(["cholesky", "eigen", "newton_schulz"])
     combined = [
-        ("mlp", configuration(next(solvers), assignment=assignment, reduction=reduction, reduce_every=every, **placement))
+        (
+            "mlp",
+            configuration(next(solvers), assignment=assignment, reduction=reduction, reduce_every=every, **placement),
+        )
         for placement, assignment, reduction, every in itertools.product(
             placements(size), ["round_robin", "balanced"], ["all_reduce", "reduce_scatter"], ["refresh", "step"]
         )

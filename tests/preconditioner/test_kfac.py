@@ -1,0 +1,340 @@
+"""The step itself: three lines in a loop, in place, without waiting for the device."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfac_dist import KFAC, KFACConfig
+from kfac_dist.curvature import statistics
+from kfac_dist.errors import ConfigError, ModelError, PlanMismatchError
+from tests.harness import RankError, run_ranks
+from tests.preconditioner.workloads import CLASSES, Run, mlp, wrap
+
+EVERY_STEP: dict[str, Any] = {
+    "curvature": {"factor_every": 1, "decay": 0.5},
+    "inversion": {"inverse_every": 1, "damping": 0.1},
+}
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return mlp()
+
+
+def backward(model: nn.Module, samples: int = 6) -> float:
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(samples, 8, generator=generator)
+    labels = torch.randint(0, CLASSES, (samples,), generator=generator)
+    loss = F.cross_entropy(model(inputs), labels)
+    loss.backward()
+    return loss.item()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def attach(model: nn.Module, lr: float = 0.1, **sections: Any) -> KFAC:
+    return KFAC(model, {**EVERY_STEP, **sections}, optimizer=torch.optim.SGD(model.parameters(), lr=lr))
+
+
+def test_three_lines_train() -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    kfac = KFAC(model, KFACConfig(), optimizer=optimizer)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        losses.append(backward(model))
+        kfac.step()
+        optimizer.step()
+    assert kfac.steps == 40
+    assert losses[-1] < losses[0] / 10
+
+
+def test_the_update_is_the_damped_inverse_of_the_kronecker_product() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    damping = 0.3
+    inversion = {"solver": "eigen", "inverse_every": 1, "damping": damping}
+    kfac = attach(model, inversion=inversion, update={"kl_clip": None})
+    inputs, labels = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    outputs = model(inputs)
+    F.cross_entropy(outputs, labels).backward()
+    gradient = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], dim=1)
+    kfac.step()
+    a = torch.cat([inputs, torch.ones(5, 1)], dim=1)
+    g = outputs.detach().softmax(1) - F.one_hot(labels, 2)
+    fisher = torch.kron(g.T @ g / 5, a.T @ a / 5) + damping * torch.eye(8)
+    wanted = torch.linalg.solve(fisher, gradient.flatten()).view(2, 4)
+    torch.testing.assert_close(model[0].weight.grad, wanted[:, :3], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model[0].bias.grad, wanted[:, 3], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_written_in_place() -> None:
+    model = small()
+    kfac = attach(model)
+    backward(model)
+    before = {name: (id(p.grad), p.grad.data_ptr()) for name, p in model.named_parameters()}
+    values = gradients(model)
+    kfac.step()
+    assert {name: (id(p.grad), p.grad.data_ptr()) for name, p in model.named_parameters()} == before
+    assert all(not torch.equal(p.grad, values[name]) for name, p in model.named_parameters())
+
+
+def bucket_views() -> bool:
+    """Whether DDP's gradients are still views of its buckets after a step."""
+    model = small()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    kfac = attach(wrapped)
+    for _ in range(3):
+        wrapped.zero_grad()
+        backward(wrapped)
+        views = [p.grad._base is not None for p in model.parameters()]
+        pointers = [p.grad.data_ptr() for p in model.parameters()]
+        kfac.step()
+    return all(views) and pointers == [p.grad.data_ptr() for p in model.parameters()]
+
+
+def test_ddp_keeps_its_bucket_views() -> None:
+    assert all(run_ranks(2, bucket_views))
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that make the host wait for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name in ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"):
+            self.reads.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(distribution: dict[str, Any], solver: str) -> list[int]:
+    """Reads of a refreshing, an ordinary and a measuring step, on the path that a GPU takes."""
+    statistics.free_to_read = lambda device: False  # type: ignore[assignment]
+    try:
+        config = {
+            "curvature": {"factor_every": 2},
+            "inversion": {"inverse_every": 4, "damping": 0.1, "solver": solver},
+            "distribution": distribution,
+        }
+        run = Run("mlp", config)
+        reads = []
+        for step in range(3):
+            with HostReads() as mode:
+                run.gradients(step)
+                mode.reads.clear()  # the loss was read by the loop
+                run.kfac.step()
+            reads.append(len(mode.reads))
+        run.close()
+        return reads
+    finally:
+        statistics.free_to_read = ORIGINAL_FREE_TO_READ
+
+
+ORIGINAL_FREE_TO_READ = statistics.free_to_read
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "eigen"])
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        {},
+        {"placement": "owner", "reduction": "reduce_scatter", "reduce_every": "step"},
+        {"placement": "owner", "communication_dtype": "bfloat16", "reduce_every": "step"},
+    ],
+)
+def test_only_a_refresh_waits_for_the_device(distribution: dict[str, Any], solver: str) -> None:
+    for refreshing, ordinary, measuring in run_ranks(2, host_reads, distribution, solver):
+        assert refreshing > 0  # the counter counts
+        assert (ordinary, measuring) == (0, 0)
+
+
+def test_kl_clip_bounds_the_step() -> None:
+    clip, lr = 1e-4, 0.5
+    model = small()
+    kfac = attach(model, lr=lr, update={"kl_clip": clip})
+    backward(model)
+    before = gradients(model)
+    kfac.step()
+    after = gradients(model)
+    dot = sum(float((after[name] * before[name]).sum()) for name in after)
+    scale = kfac.metrics()["kl_scale"]
+    assert scale < 1
+    assert lr**2 * dot / scale * scale**2 == pytest.approx(clip, rel=1e-4)
+
+
+def test_kl_clip_leaves_small_steps_alone() -> None:
+    model, free = small(), small()
+    kfac, unclipped = attach(model, update={"kl_clip": 1e9}), attach(free, update={"kl_clip": None})
+    for each, own in ((model, kfac), (free, unclipped)):
+        backward(each)
+        own.step()
+    assert kfac.metrics()["kl_scale"] == 1
+    for name, value in gradients(free).items():
+        torch.testing.assert_close(gradients(model)[name], value)
+
+
+def test_a_fixed_clip_lr_lets_the_schedule_act() -> None:
+    """With `current`, lr·ν doesn't depend on lr while the clip is active; with a number, it is proportional to lr."""
+    steps = {}
+    for rule, lr in (("current", 0.5), ("current", 0.25), (0.5, 0.5), (0.5, 0.25)):
+        model = small()
+        kfac = attach(model, lr=lr, update={"kl_clip": 1e-5, "kl_clip_lr": rule})
+        backward(model)
+        kfac.step()
+        steps[rule, lr] = lr * next(iter(gradients(model).values()))
+    torch.testing.assert_close(steps["current", 0.5], steps["current", 0.25])
+    torch.testing.assert_close(steps[0.5, 0.5], 2 * steps[0.5, 0.25])
+
+
+def test_l2_joins_gradient_and_damping() -> None:
+    l2, damping = 0.2, 0.1
+    decayed, by_hand = small(), small()
+    kfac = attach(decayed, update={"l2": l2, "kl_clip": None})
+    inversion = {"inverse_every": 1, "damping": damping + l2}
+    other = attach(by_hand, update={"kl_clip": None}, inversion=inversion)
+    backward(decayed)
+    backward(by_hand)
+    for p in by_hand.parameters():
+        p.grad.add_(p.detach(), alpha=l2)
+    kfac.step()
+    other.step()
+    for name, value in gradients(by_hand).items():
+        torch.testing.assert_close(gradients(decayed)[name], value)
+
+
+def test_only_chosen_layers_change() -> None:
+    model = small()
+    kfac = attach(model, curvature={"factor_every": 1, "include": ["2"]})
+    backward(model)
+    before = gradients(model)
+    kfac.step()
+    changed = [name for name, value in gradients(model).items() if not torch.equal(value, before[name])]
+    assert changed == ["2.weight", "2.bias"]
+    assert kfac.coverage.uncovered["0.weight"] == "not matched by kfac.curvature.include"
+
+
+def test_a_layer_without_statistics_keeps_its_plain_gradient() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(8, CLASSES), "idle": nn.Linear(8, CLASSES)})
+    kfac = attach(model, update={"kl_clip": None})
+    backward(model["used"])
+    model["idle"].weight.grad = torch.ones(CLASSES, 8)
+    model["idle"].bias.grad = torch.ones(CLASSES)
+    kfac.step()
+    assert bool((model["idle"].weight.grad == 1).all())
+
+
+def test_half_precision_gradients_keep_their_dtype() -> None:
+    model = small().to(torch.bfloat16)
+    kfac = attach(model)
+    F.cross_entropy(model(torch.randn(6, 8, dtype=torch.bfloat16)), torch.randint(0, CLASSES, (6,))).backward()
+    kfac.step()
+    assert all(p.grad.dtype is torch.bfloat16 and bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+def test_remove_leaves_the_model_as_it_was() -> None:
+    model = small()
+    kfac = attach(model)
+    kfac.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    backward(model)
+
+
+def test_accumulation_without_a_word_is_warned_of() -> None:
+    model = small()
+    kfac = attach(model)
+    backward(model)
+    backward(model)
+    with pytest.warns(UserWarning, match="micro_batch"):
+        kfac.step()
+
+
+def test_described_accumulation_equals_one_batch() -> None:
+    whole, parts = small(), small()
+    one, many = attach(whole), attach(parts)
+    generator = torch.Generator().manual_seed(9)
+    inputs, labels = torch.randn(10, 8, generator=generator), torch.randint(0, CLASSES, (10,), generator=generator)
+    F.cross_entropy(whole(inputs), labels).backward()
+    one.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for start, stop in ((0, 4), (4, 8), (8, 10)):  # a short last micro-batch
+            many.micro_batch(first_sample=start, divisor=10.0, last=stop == 10)
+            F.cross_entropy(parts(inputs[start:stop]), labels[start:stop], reduction="sum").div(10).backward()
+        many.step()
+    for name, value in gradients(whole).items():
+        torch.testing.assert_close(gradients(parts)[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: KFAC(small(), {}), "optimizer=optimizer"),
+        (lambda: attach(nn.Sequential(nn.Bilinear(2, 2, 2))), "no layer of the model gets a K-FAC block"),
+        (lambda: attach(small(), curvature={"factor_every": 1, "include": ["nothing"]}), "no layer"),
+    ],
+)
+def test_models_that_cannot_be_served_are_refused(build: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"curvature": {"fisher": "mc"}}, "likelihood"),
+        ({"inversion": {"damping": -1}}, "inversion.damping"),
+        ({"inversion": {"dampin": 1}}, "did you mean"),
+        ({"curvature": {"sample_fraction": 0.7}}, "1/k"),
+    ],
+)
+def test_bad_options_are_refused_in_words(config: dict[str, Any], message: str) -> None:
+    model = small()
+    with pytest.raises(ConfigError, match=message):
+        KFAC(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_forgetting_the_fisher_backward_is_an_error() -> None:
+    model = small()
+    kfac = attach(model, curvature={"factor_every": 1, "fisher": "mc", "likelihood": "categorical"})
+    backward(model)
+    with pytest.raises(ModelError, match=r"fisher_backward\(outputs\)"):
+        kfac.step()
+
+
+def different_models() -> str:
+    import torch.distributed as dist
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3 + dist.get_rank()))
+    try:
+        attach(model)
+    except PlanMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_with_different_models_all_stop_and_name_the_block() -> None:
+    messages = run_ranks(3, different_models)
+    assert len(set(messages)) == 1
+    assert "first at block 2 (1)" in messages[0]
+
+
+def bad_fraction() -> None:
+    attach(wrap(small()), distribution={"placement": "hybrid", "grad_worker_fraction": 0.5})
+
+
+def test_a_fraction_that_does_not_fit_is_refused_on_every_rank() -> None:
+    with pytest.raises(RankError, match="allowed with 3 ranks"):
+        run_ranks(3, bad_fraction)
