@@ -85,7 +85,8 @@ def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], i
     for index, task in enumerate(tasks):
         if task.unit.kind is FactorKind.DIAGONAL:
             diagonal = task.factor if is_eigen(task.unit, solver) else 1 / (task.factor + task.damping)
-            payloads[index] = diagonal.flatten() if bool(torch.isfinite(diagonal.sum())) else None
+            finite = torch.isfinite(task.factor.sum() + diagonal.sum())
+            payloads[index] = diagonal.flatten() if bool(finite) else None
         else:
             batches.setdefault((is_eigen(task.unit, solver), task.unit.dim), []).append(index)
     for (eigen, _), members in batches.items():
@@ -153,7 +154,8 @@ def _cholesky_inverse(matrices: Tensor) -> tuple[Tensor, Tensor]:
     failed = info != 0
     factor[failed] = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     inverse = torch.cholesky_inverse(factor)
-    finite = torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1).sum(-1))
+    # An infinite diagonal has the finite inverse 0, which is no inverse to use.
+    finite = torch.isfinite((inverse + matrices).diagonal(dim1=-2, dim2=-1).sum(-1))
     return inverse, ~failed & finite
 
 
@@ -172,9 +174,13 @@ def newton_schulz(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     warm = torch.linalg.matrix_norm(residual) < 0.9
     inverse = torch.where(warm[:, None, None], start, cold)
     good = torch.zeros_like(warm)
+    size = torch.linalg.matrix_norm(matrices)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         residual = eye - matrices @ inverse
-        good = torch.linalg.matrix_norm(residual) <= _NEWTON_SCHULZ_RESIDUAL * math.sqrt(matrices.shape[-1])
+        # A product of M and X can't come closer to I than rounding lets it: κ·ε, as for any other solver.
+        rounding = 4 * torch.finfo(matrices.dtype).eps * size * torch.linalg.matrix_norm(inverse)
+        enough = rounding.clamp(max=0.1) + _NEWTON_SCHULZ_RESIDUAL * math.sqrt(matrices.shape[-1])
+        good = torch.linalg.matrix_norm(residual) <= enough
         inverse = torch.baddbmm(inverse, inverse, residual)
         if bool(good.all()):
             break

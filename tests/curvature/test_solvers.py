@@ -1,0 +1,268 @@
+"""Solvers against dense inverses in float64, and what happens to matrices that can't be inverted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kfac_dist.config.schema import Solver
+from kfac_dist.curvature import solvers
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.solvers import Task, is_eigen, newton_schulz, payload_numel, solve, tikhonov
+from tests.curvature.measured import assert_close
+
+NAN, INF = float("nan"), float("inf")
+INVERTERS = [Solver.CHOLESKY, Solver.NEWTON_SCHULZ]
+
+
+def unit_of(n: int, batch: int = 1, side: Side = Side.A, kind: FactorKind = FactorKind.DENSE, index: int = 0) -> Unit:
+    return Unit("layer", side, index, 0, n, batch, kind)
+
+
+def positive(n: int, batch: int = 1, condition: float = 50.0, seed: int = 0) -> Tensor:
+    """Symmetric positive definite matrices with eigenvalues from 1/condition to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(batch, n, n, generator=generator, dtype=torch.float64)).Q
+    values = torch.logspace(-math.log10(condition), 0, n, dtype=torch.float64) if n > 1 else torch.ones(1).double()
+    return q @ torch.diag(values) @ q.mT
+
+
+def stale_below(matrix: Tensor) -> Tensor:
+    """Only the upper triangle counts; the rest may hold anything."""
+    return torch.where(torch.ones_like(matrix).tril(-1).bool(), 7.0, matrix).float()
+
+
+def solve_one(matrix: Tensor, solver: Solver, damping: float, previous: Tensor | None = None, **unit: object) -> Tensor:
+    own = unit_of(matrix.shape[-1], matrix.shape[0], **unit)  # type: ignore[arg-type]
+    (payload,), failures = solve([Task(own, matrix, damping, previous)], solver)
+    assert failures == 0
+    assert payload is not None
+    assert payload.numel() == payload_numel(own, solver)
+    return payload
+
+
+def damped_inverse(matrix: Tensor, damping: float) -> Tensor:
+    return torch.linalg.inv(matrix.double() + damping * torch.eye(matrix.shape[-1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 257])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("solver", INVERTERS)
+def test_inverses(n: int, batch: int, solver: Solver) -> None:
+    matrix = positive(n, batch)
+    assert_close(solve_one(stale_below(matrix), solver, 0.1).view(batch, n, n), damped_inverse(matrix, 0.1), 1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 257])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_eigenbases(n: int, batch: int) -> None:
+    """Q is orthogonal and `Q diag(d) Qᵀ` is the matrix itself: damping comes later."""
+    matrix = positive(n, batch)
+    payload = solve_one(stale_below(matrix), Solver.EIGEN, 0.0)
+    vectors, values = payload[: batch * n * n].view(batch, n, n), payload[batch * n * n :].view(batch, 1, n)
+    assert_close(vectors @ vectors.mT, torch.eye(n).expand(batch, -1, -1))
+    assert_close((vectors * values) @ vectors.mT, matrix)
+    assert (values >= 0).all()
+
+
+def test_negative_rounding_of_eigenvalues_is_clamped() -> None:
+    row = torch.randn(1, 1, 9, generator=torch.Generator().manual_seed(0))
+    payload = solve_one(row.mT @ row, Solver.EIGEN, 0.0)  # rank one: eight eigenvalues round to either side of zero
+    assert (payload[81:] >= 0).all()
+
+
+@pytest.mark.parametrize("solver", list(Solver))
+def test_unit_wise_blocks_are_inverted_by_every_solver(solver: Solver) -> None:
+    matrix = positive(2, 40)
+    payload = solve_one(stale_below(matrix), solver, 0.2, side=Side.F)
+    assert_close(payload.view(40, 2, 2), damped_inverse(matrix, 0.2))
+
+
+@pytest.mark.parametrize("solver", list(Solver))
+def test_diagonals(solver: Solver) -> None:
+    values = torch.tensor([[0.0, 0.5, 2.0]])
+    payload = solve_one(values.clone(), solver, 0.25, kind=FactorKind.DIAGONAL)
+    expected = values if solver is Solver.EIGEN else 1 / (values + 0.25)
+    assert_close(payload, expected.flatten())
+
+
+def test_equal_sizes_share_a_batch_without_mixing_anything() -> None:
+    """Different dampings, batches and sides of one size; another size and a diagonal between them."""
+    makers: Sequence[tuple[int, int, float, Side]] = [
+        (5, 1, 0.1, Side.A),
+        (5, 3, 1.0, Side.G),
+        (2, 1, 0.3, Side.A),
+        (5, 2, 0.01, Side.A),
+        (5, 4, 0.5, Side.F),
+    ]
+    for solver in Solver:
+        matrices = [positive(n, batch, seed=i) for i, (n, batch, _, _) in enumerate(makers)]
+        tasks = [
+            Task(unit_of(n, batch, side, index=i), stale_below(m), damping, None)
+            for i, ((n, batch, damping, side), m) in enumerate(zip(makers, matrices, strict=True))
+        ]
+        tasks.insert(2, Task(unit_of(4, kind=FactorKind.DIAGONAL), torch.ones(1, 4), 1.0, None))
+        matrices.insert(2, torch.ones(1, 4, 4))
+        payloads, failures = solve(tasks, solver)
+        assert failures == 0
+        for task, matrix, payload in zip(tasks, matrices, payloads, strict=True):
+            assert payload is not None
+            if task.unit.kind is FactorKind.DENSE and not is_eigen(task.unit, solver):
+                assert_close(payload.view(task.unit.shape), damped_inverse(matrix, task.damping), 1e-4)
+
+
+# ---- failures
+
+
+def broken(kind: str, n: int = 4) -> Tensor:
+    matrix = positive(n).float()
+    match kind:
+        case "nan":
+            matrix[0, 0, 1] = NAN
+        case "nan on the diagonal":
+            matrix[0, 2, 2] = NAN
+        case "inf":
+            matrix[0, 1, 1] = INF
+        case _:
+            matrix -= 1e6 * torch.eye(n)
+    return matrix
+
+
+@pytest.mark.parametrize("kind", ["nan", "nan on the diagonal", "inf", "indefinite"])
+@pytest.mark.parametrize("solver", list(Solver))
+@pytest.mark.parametrize("known", [True, False])
+def test_a_failure_keeps_the_last_payload_and_harms_nobody(kind: str, solver: Solver, known: bool) -> None:
+    if solver is Solver.EIGEN and kind == "indefinite":
+        pytest.skip("an eigendecomposition doesn't mind")
+    good, bad = positive(4).float(), broken(kind)
+    previous = torch.arange(float(payload_numel(unit_of(4), solver))) if known else None
+    tasks = [
+        Task(unit_of(4, index=0), good.clone(), 0.1, None),
+        Task(unit_of(4, index=1), bad, 0.1, previous),
+        Task(unit_of(4, index=2), good.clone(), 0.1, None),
+        # One bad matrix among the groups of a unit: the unit fails whole.
+        Task(unit_of(4, 2, index=3), torch.cat([good, bad]), 0.1, None),
+    ]
+    (first, second, third, fourth), failures = solve(tasks, solver)
+    assert failures == 2
+    assert fourth is None
+    assert second is previous
+    (alone,), _ = solve([Task(unit_of(4), good.clone(), 0.1, None)], solver)
+    for payload in (first, third):
+        assert payload is not None
+        assert alone is not None
+        assert_close(payload, alone)
+
+
+@pytest.mark.parametrize("solver", list(Solver))
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_diagonal_that_is_not_finite_keeps_the_last_payload(solver: Solver, bad: float) -> None:
+    previous = torch.ones(3)
+    unit = unit_of(3, kind=FactorKind.DIAGONAL)
+    (payload,), failures = solve([Task(unit, torch.tensor([[1.0, bad, 2.0]]), 0.1, previous)], solver)
+    assert payload is previous
+    assert failures == 1
+
+
+@pytest.mark.parametrize("solver", INVERTERS)
+def test_what_fp32_cannot_factorise_float64_can(solver: Solver) -> None:
+    """Rank one, with a damping below fp32's resolution of its trace."""
+    row = torch.full((1, 1, 30), 1e3)
+    matrix, damping = row.mT @ row, 1e-3
+    payload = solve_one(matrix.clone(), solver, damping).view(1, 30, 30)
+    exact = damped_inverse(matrix, damping)
+    probe = torch.zeros(30, 1, dtype=torch.float64)
+    probe[0], probe[1] = 1, -1  # orthogonal to the row: only the damping acts
+    assert_close(payload.double() @ probe, exact @ probe, 1e-3)
+
+
+@pytest.mark.parametrize("solver", INVERTERS)
+def test_slightly_indefinite_matrices_get_more_damping(solver: Solver) -> None:
+    """Eigenvalue −0.5 at damping 0.1: ten times the damping makes it positive, and that is what is inverted."""
+    matrix = torch.diag(torch.tensor([2.0, -0.5, 1.0]))[None]
+    payload = solve_one(matrix.clone(), solver, 0.1).view(1, 3, 3)
+    assert_close(payload, damped_inverse(matrix, 1.0))
+
+
+# ---- Tikhonov
+
+
+@given(
+    a=st.floats(1e-6, 1e6),
+    g=st.floats(1e-6, 1e6),
+    dim_a=st.integers(1, 5000),
+    dim_g=st.integers(1, 5000),
+    damping=st.floats(1e-8, 10),
+)
+def test_tikhonov_splits_by_mean_eigenvalues(a: float, g: float, dim_a: int, dim_g: int, damping: float) -> None:
+    on_a, on_g = tikhonov(a, dim_a, g, dim_g, damping)
+    assert on_a * on_g == pytest.approx(damping)
+    assert on_a / on_g == pytest.approx((a / dim_a) / (g / dim_g))
+
+
+@pytest.mark.parametrize(
+    ("a", "g"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (NAN, 1.0), (1.0, NAN), (INF, 1.0), (1.0, INF), (-1.0, 1.0)]
+)
+def test_tikhonov_without_usable_traces(a: float, g: float) -> None:
+    assert tikhonov(a, 3, g, 5, 0.04) == pytest.approx((0.2, 0.2))
+
+
+# ---- Newton–Schulz
+
+
+def iterations(matrix: Tensor, start: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many iterations are needed: the smallest limit under which the result is good."""
+    for limit in range(1, 100):
+        monkeypatch.setattr(solvers, "_NEWTON_SCHULZ_STEPS", limit)
+        if bool(newton_schulz(matrix, start)[1].all()):
+            return limit
+    return 100
+
+
+@pytest.mark.parametrize("condition", [1.5, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("n", [2, 30])
+def test_newton_schulz_converges_cold(condition: float, n: int) -> None:
+    matrix = positive(n, 2, condition)
+    inverse, good = newton_schulz(matrix, torch.zeros_like(matrix))
+    assert good.all()
+    assert_close(inverse, torch.linalg.inv(matrix), 1e-3)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e5])
+@pytest.mark.parametrize("n", [30, 200])
+def test_newton_schulz_converges_in_fp32(condition: float, n: int) -> None:
+    """It is for GPUs, which work in fp32: no residual may be asked that rounding doesn't allow."""
+    matrix = positive(n, 2, condition)
+    inverse, good = newton_schulz(matrix.float(), torch.zeros(2, n, n))
+    assert good.all()
+    assert_close(inverse, torch.linalg.inv(matrix), 1e-6 * condition)
+
+
+def test_newton_schulz_warm_start_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = positive(12, 1, 1e3)
+    cold = iterations(matrix, torch.zeros_like(matrix), monkeypatch)
+    moved = 0.95 * matrix + 0.05 * positive(12, 1, 1e3, seed=1) * 1e-2
+    warm = iterations(moved, torch.linalg.inv(matrix), monkeypatch)
+    assert cold <= 2 * math.log2(1e3) + 6
+    assert warm <= 6 < cold
+
+
+def test_newton_schulz_starts_cold_where_the_last_inverse_is_useless() -> None:
+    matrix = positive(8, 3)
+    start = torch.stack([torch.linalg.inv(matrix[0]), -torch.eye(8).double(), torch.full((8, 8), NAN).double()])
+    inverse, good = newton_schulz(matrix, start)
+    assert good.all()
+    assert_close(inverse, torch.linalg.inv(matrix))
+
+
+def test_newton_schulz_uses_the_previous_payload_of_solve() -> None:
+    matrix = positive(6, 2).float()
+    first = solve_one(matrix.clone(), Solver.NEWTON_SCHULZ, 0.1)
+    again = solve_one(matrix.clone(), Solver.NEWTON_SCHULZ, 0.1, previous=first)
+    assert_close(again.view(2, 6, 6), damped_inverse(matrix, 0.1), 1e-5)
