@@ -27,10 +27,18 @@ from kfac_dist.curvature.blocks import Block, Use
 
 @dataclass
 class _Pending:
-    """The uses of one block in the current forward pass."""
+    """The uses of one block in the current forward pass.
+
+    Attributes:
+        uses: Calls that were seen.
+        arrived: How many of them have their gradient.
+        ran_forward: Whether the block was seen in a forward pass proper since `reset`. If so, calls during backward are
+            activation checkpointing computing it again; if not, they are its first with gradients (re-entrant kind).
+    """
 
     uses: list[Use] = field(default_factory=list)
     arrived: int = 0
+    ran_forward: bool = False
 
 
 class Capture:
@@ -83,6 +91,7 @@ class Capture:
         for pending in self._pending.values():
             pending.uses.clear()
             pending.arrived = 0
+            pending.ran_forward = False
         self.passes = 0
         self.batch_size = None
 
@@ -119,8 +128,9 @@ class Capture:
             pending.uses.clear()
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.active or not torch.is_grad_enabled():
+        if not self.active or not torch.is_grad_enabled() or (self.passes and _in_backward()):
             return
+        self.flush()  # what an earlier micro-batch has left open is its own, not this one's
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
         self.batch_size = None if first is None else first.shape[0]
         self.passes += 1
@@ -130,8 +140,12 @@ class Capture:
     ) -> None:
         if not self.active or not torch.is_grad_enabled() or not output.requires_grad:
             return
-        use = Use((args[0] if args else kwargs["input"]).detach())
         pending = self._pending[block.name]
+        if not _in_backward():
+            pending.ran_forward = True
+        elif pending.ran_forward:
+            return
+        use = Use((args[0] if args else kwargs["input"]).detach())
         pending.uses.append(use)
         if self._own_backward:
             use.edge = get_gradient_edge(output)
@@ -152,6 +166,11 @@ class Capture:
         pending.arrived = 0
         with _full_precision(uses):
             self._completed(block, uses)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread, as `torch.utils.checkpoint` asks it."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager

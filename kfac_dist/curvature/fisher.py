@@ -9,6 +9,7 @@ label whichever rank holds it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -96,7 +97,7 @@ def uniform(like: Tensor, *, seed: int, step: int, first_sample: int) -> Tensor:
     key = _mix(_mix(torch.full((), seed, dtype=torch.int64, device=like.device)) + step)
     key = _mix(key + samples)
     if like.ndim > 1:
-        rest = torch.arange(like[0].numel(), device=like.device)
+        rest = torch.arange(math.prod(like.shape[1:]), device=like.device)
         key = _mix(key[:, None] + rest)
     bits = _shift(key, 40)  # 24 bits: what an fp32 mantissa holds
     return ((bits.float() + 0.5) / 2**24).view(like.shape)

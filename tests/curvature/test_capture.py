@@ -1,0 +1,364 @@
+"""Hooks: what is measured, once, whatever the model does around its layers, and nothing when nothing is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kfac_dist.config.schema import CurvatureConfig
+from kfac_dist.curvature.blocks import Block, Use, find_blocks
+from kfac_dist.curvature.capture import Capture
+from tests.curvature.measured import assert_close, build_kfac, factors, measure
+
+Seen = dict[str, list[list[Use]]]
+
+
+def watch(model: nn.Module, *, own_backward: bool = False, active: bool = True) -> tuple[Capture, Seen]:
+    blocks = find_blocks(model, CurvatureConfig()).blocks
+    seen: Seen = {block.name: [] for block in blocks}
+
+    def completed(block: Block, uses: list[Use]) -> None:
+        seen[block.name].append(uses)
+
+    capture = Capture(model, blocks, completed, own_backward=own_backward)
+    capture.active = active
+    return capture, seen
+
+
+def times(seen: Seen) -> list[int]:
+    return [len(found) for found in seen.values()]
+
+
+def chain(activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), activation(), nn.Linear(4, 2))
+
+
+def inputs() -> Tensor:
+    return torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+
+
+def output_gradient(model: nn.Sequential, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Gradient at the first layer's output, by autograd on a pre-activation that nothing overwrites."""
+    hidden = model[0](x).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(model[2](model[1](hidden.clone()))), hidden)
+    return grad
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.Tanh, lambda: nn.ReLU(inplace=True), lambda: nn.LeakyReLU(0.2, inplace=True)]
+)
+@pytest.mark.parametrize("own_backward", [False, True])
+def test_gradient_is_that_of_the_output_itself_also_under_in_place_activations(
+    activation: Callable[[], nn.Module], own_backward: bool
+) -> None:
+    model, x = chain(activation), inputs()
+    expected = output_gradient(model, x, lambda out: out.square().sum())
+    capture, seen = watch(model, own_backward=own_backward)
+    outputs = model(x)
+    if own_backward:
+        capture.backpropagate(outputs, [2 * outputs.detach()], lambda block, uses, _: seen[block.name].append(uses))
+    else:
+        outputs.square().sum().backward()
+    assert times(seen) == [1, 1]
+    (use,) = seen["0"][0]
+    assert use.grad is not None
+    assert_close(use.grad, expected)
+    assert torch.equal(use.inputs, x)
+    assert not use.inputs.requires_grad
+    assert not use.grad.requires_grad
+    capture.remove()
+
+
+def test_inplace_residual_after_the_layer() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            hidden += x
+            hidden.mul_(2.0)
+            return self.second(hidden)
+
+    torch.manual_seed(0)
+    model, x = Residual(), inputs()
+    capture, seen = watch(model)
+    model(x).sum().backward()
+    grad = seen["first"][0][0].grad
+    assert grad is not None
+    assert_close(grad, 2 * model.second.weight.sum(0).expand(5, -1))
+    assert_close(seen["second"][0][0].inputs, 2 * (model.first(x) + x))
+    capture.remove()
+
+
+def test_a_second_backward_through_the_same_graph_counts_once() -> None:
+    model, x = chain(), inputs()
+    capture, seen = watch(model)
+    loss = model(x).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert times(seen) == [1, 1]
+    capture.remove()
+
+
+def test_two_losses_on_one_forward_add_their_gradients_where_they_meet() -> None:
+    """Gradients of one backward call are summed by autograd before the hook sees them."""
+    model, x = chain(), inputs()
+    capture, seen = watch(model)
+    outputs = model(x)
+    (outputs.sum() + outputs.square().sum()).backward()
+    grad = seen["2"][0][0].grad
+    assert grad is not None
+    assert_close(grad, 1 + 2 * outputs)
+    capture.remove()
+
+
+def test_forward_passes_without_gradients_are_not_measured() -> None:
+    model, x = chain(), inputs()
+    capture, seen = watch(model)
+    with torch.no_grad():
+        model(x)
+    with torch.inference_mode():
+        model(x)
+    assert capture.passes == 0
+    assert capture.batch_size is None
+    model.eval()
+    with torch.no_grad():
+        model(torch.cat([x, x]))
+    model.train()
+    model(x).sum().backward()
+    assert times(seen) == [1, 1]
+    assert capture.batch_size == 5
+    capture.remove()
+
+
+def test_an_evaluation_between_forward_and_backward_changes_nothing() -> None:
+    model, x = chain(), inputs()
+    capture, seen = watch(model)
+    outputs = model(x)
+    with torch.no_grad():
+        model(torch.zeros(9, 3))
+    outputs.sum().backward()
+    assert times(seen) == [1, 1]
+    assert capture.batch_size == 5
+    assert len(seen["0"][0]) == 1
+    capture.remove()
+
+
+def test_steps_that_do_not_measure_hook_no_tensor() -> None:
+    model = chain()
+    capture, seen = watch(model, active=False)
+    hooked: list[int] = []
+    model[0].register_forward_hook(lambda module, args, output: hooked.append(len(output._backward_hooks or {})))
+    model(inputs()).sum().backward()
+    assert hooked == [0]
+    assert times(seen) == [0, 0]
+    capture.active = True
+    model(inputs()).sum().backward()
+    assert hooked == [0, 1]
+    assert times(seen) == [1, 1]
+    capture.remove()
+
+
+def test_remove_leaves_the_model_clean() -> None:
+    model = chain()
+    capture, seen = watch(model)
+    capture.remove()
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+        assert not module._backward_pre_hooks
+        assert not module._forward_hooks_with_kwargs
+        assert not module._forward_pre_hooks_with_kwargs
+    model(inputs()).sum().backward()
+    assert times(seen) == [0, 0]
+
+
+def test_uses_whose_gradients_never_come_are_forgotten_at_reset() -> None:
+    model = chain()
+    capture, seen = watch(model)
+    model(inputs())
+    capture.reset()
+    model(inputs()).sum().backward()
+    assert [len(uses) for found in seen.values() for uses in found] == [1, 1]
+    capture.remove()
+
+
+def test_flush_measures_the_uses_that_did_get_a_gradient() -> None:
+    """A head whose second output no loss reads."""
+
+    class TwoUses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.shared(x), self.shared(2 * x)
+
+    capture, seen = watch(model := TwoUses())
+    first, _ = model(inputs())
+    first.sum().backward()
+    assert times(seen) == [0]
+    capture.flush()
+    assert times(seen) == [1]
+    (use,) = seen["shared"][0]
+    assert torch.equal(use.inputs, inputs())
+    capture.flush()
+    assert times(seen) == [1]
+    capture.remove()
+
+
+def test_a_use_that_no_loss_reads_does_not_mix_micro_batches() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.shared, self.head = nn.Linear(3, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.head(self.shared(x)), self.shared(x + 1)
+
+    x, labels = inputs(), torch.tensor([0, 1, 1, 0, 1])
+
+    def at(*sizes: int) -> dict[str, Tensor]:
+        kfac, first = build_kfac(model := Unread()), 0
+        for part, label in zip(x.split(sizes), labels.split(sizes), strict=True):
+            kfac.micro_batch(first_sample=first, divisor=5, last=first + len(part) == 5)
+            (F.cross_entropy(model(part)[0], label, reduction="sum") / 5).backward()
+            first += len(part)
+        kfac.step()
+        kfac.remove()
+        return factors(kfac)
+
+    whole = at(5)
+    for name, value in at(2, 2, 1).items():
+        assert_close(value, whole[name])
+
+
+def test_keyword_inputs() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, *, flag: bool, scale: Tensor, x: Tensor) -> Tensor:
+            return scale * self.layer(input=x) if flag else x
+
+    capture, seen = watch(model := Keywords())
+    model(flag=True, scale=torch.tensor(2.0), x=inputs()).sum().backward()
+    assert times(seen) == [1]
+    assert capture.batch_size == 5
+    capture.remove()
+
+
+def test_frozen_part_that_needs_no_gradient_is_left_alone() -> None:
+    model = chain()
+    capture, seen = watch(model)
+    model[0].requires_grad_(False)
+    model(inputs()).sum().backward()
+    assert times(seen) == [0, 1]
+    capture.remove()
+
+
+# ---- activation checkpointing: layers run twice, and count once
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, enabled: bool, reentrant: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh())
+        self.head = nn.Linear(6, 2)
+        self.enabled, self.reentrant = enabled, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.body, x, use_reentrant=self.reentrant) if self.enabled else self.body(x)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "type2", "mc", "input_only"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(fisher: str, reentrant: bool) -> None:
+    if reentrant and fisher in ("mc", "type2"):
+        pytest.skip("re-entrant checkpointing doesn't support torch.autograd.grad")
+    x, labels = inputs().requires_grad_(reentrant), torch.tensor([0, 1, 1, 0, 1])
+    options = {"fisher": fisher, "likelihood": "categorical"}
+    plain = measure(Checkpointed(False), x, lambda out: F.cross_entropy(out, labels), **options)
+    kfac = build_kfac(model := Checkpointed(True, reentrant), **options)
+    for _ in range(2):  # the recomputed forward passes of one step must not leak into the next
+        found = measure(model, x, lambda out: F.cross_entropy(out, labels), kfac=kfac)
+    kfac.remove()
+    for name, value in plain.items():
+        if fisher == "mc":  # labels of another step
+            assert found[name].shape == value.shape
+        else:
+            assert_close(found[name], value)
+    for name, block in kfac.plan.blocks.items():
+        for unit in block.units:
+            assert float(kfac._averages.scalars[0, kfac._averages.layout.index(unit)]) == 5.0, name
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "type2"])
+def test_gradients_of_the_user_are_untouched_by_measuring(fisher: str) -> None:
+    model, x, labels = chain(), inputs(), torch.tensor([0, 1, 1, 0, 1])
+    F.cross_entropy(model(x), labels).backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    kfac = build_kfac(model, fisher=fisher, likelihood="categorical")
+    outputs = model(x)
+    kfac.fisher_backward(outputs)
+    assert all(p.grad is None for p in model.parameters())
+    F.cross_entropy(outputs, labels).backward()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        assert p.grad is not None
+        assert torch.equal(p.grad, grad)
+    kfac.step()
+    assert factors(kfac)
+    kfac.remove()
+
+
+class EndsInLayer(Checkpointed):
+    """A region whose last layer's gradient arrives before the region is computed again."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__(enabled)
+        self.body = self.body[:4]
+
+
+@pytest.mark.parametrize("model_type", [Checkpointed, EndsInLayer])
+@pytest.mark.parametrize("fisher", ["empirical", "type2", "input_only"])
+def test_activation_checkpointing_and_accumulation_together(model_type: type[Checkpointed], fisher: str) -> None:
+    """What is computed again in backward belongs to no further forward pass."""
+    x, labels = inputs(), torch.tensor([0, 1, 1, 0, 1])
+
+    def accumulate(enabled: bool) -> dict[str, Tensor]:
+        kfac = build_kfac(model := model_type(enabled), fisher=fisher, likelihood="categorical")
+        for part in (slice(0, 3), slice(3, 5)):
+            kfac.micro_batch(first_sample=part.start, divisor=5, last=part.stop == 5)
+            outputs = model(x[part])
+            kfac.fisher_backward(outputs)
+            (F.cross_entropy(outputs, labels[part], reduction="sum") / 5).backward()
+        kfac.step()
+        kfac.remove()
+        return factors(kfac)
+
+    plain = accumulate(False)
+    for name, value in accumulate(True).items():
+        assert_close(value, plain[name])
+
+
+def test_checkpointing_the_whole_model_is_no_accumulation(recwarn: pytest.WarningsRecorder) -> None:
+    x = inputs()
+    kfac = build_kfac(model := chain())
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    kfac.step()
+    kfac.remove()
+    assert not [warning for warning in recwarn if "micro_batch" in str(warning.message)]
