@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
-from kfac_dist.curvature.blocks.base import KroneckerBlock, count_samples, dense, weight_and_bias_views
+from kfac_dist.curvature.blocks.base import (
+    KroneckerBlock,
+    MicroBatch,
+    StatisticsSink,
+    count_samples,
+    dense,
+    weight_and_bias_views,
+)
+from kfac_dist.curvature.correlation import correlation_is_cheaper, patch_gram
 from kfac_dist.curvature.factors import Side
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -55,22 +63,61 @@ class ConvolutionBlock(KroneckerBlock):
         rows = torch.unflatten(grad.flatten(2), 1, (self.groups, -1)).permute(1, 0, 3, 2)
         return rows.reshape(self.groups, count_samples(len(grad), batch_size), -1, rows.shape[-1])
 
+    def _measure_inputs(self, inputs: Sequence[Tensor], batch: MicroBatch, sink: StatisticsSink) -> None:
+        images = [tensor.unsqueeze(0) if tensor.ndim == self._spatial + 1 else tensor for tensor in inputs]
+        if batch.stride > 1 or self.sharing is not Sharing.EXPAND or not all(map(self._correlates, images)):
+            super()._measure_inputs(inputs, batch, sink)
+            return
+        for image in images:
+            gram, positions = self._correlate(image)
+            sink.add_values(self.name, Side.A, gram)
+            sink.add_count(self.name, Side.A, float(positions))
+
+    def _correlates(self, images: Tensor) -> bool:
+        """Whether A is quicker by correlating shifted images than by unfolding them."""
+        module = cast(Convolution, self.module)
+        plain = module.padding_mode == "zeros" and set(module.stride) == set(module.dilation) == {1}
+        if self._spatial != 2 or not plain or math.prod(module.kernel_size) == 1:
+            return False
+        fits = all(max(pair) < size for pair, size in zip(padding_of(module), module.kernel_size, strict=True))
+        return fits and correlation_is_cheaper(images.shape[2:], module.kernel_size)
+
+    def _correlate(self, images: Tensor) -> tuple[Tensor, int]:
+        """Return `Σ a aᵀ` `[groups, n, n]` and its number of terms, without making the patches."""
+        module = cast(nn.Conv2d, self.module)
+        (vertical, horizontal), kernel = padding_of(module), module.kernel_size
+        grouped = torch.unflatten(images, 1, (self.groups, -1)).permute(1, 2, 0, 3, 4)
+        gram = patch_gram(grouped, (kernel[0], kernel[1]), (vertical, horizontal))
+        total = F.pad(grouped.float().sum(dim=2), (*horizontal, *vertical))
+        outputs = (total.shape[-2] - kernel[0] + 1) * (total.shape[-1] - kernel[1] + 1)
+        if self.has_bias:
+            border = F.unfold(total, kernel).sum(dim=-1)
+            gram = F.pad(gram, (0, 1, 0, 1))
+            gram[:, :-1, -1] = border
+            gram[:, -1, :-1] = border
+            gram[:, -1, -1] = images.shape[0] * outputs
+        return gram, images.shape[0] * outputs
+
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.matrix_views`."""
         return weight_and_bias_views(tensors, matrix)
 
 
-def pad(inputs: Tensor, module: Convolution) -> Tensor:
-    """Pad `[B, C, *spatial]` as the convolution does: numbers, 'same' or 'valid', in its padding mode."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+def padding_of(module: Convolution) -> list[tuple[int, int]]:
+    """Return the convolution's padding before and after each spatial dimension: numbers, 'same' or 'valid'."""
     if module.padding == "valid":
-        return inputs
+        return [(0, 0)] * len(module.kernel_size)
     if module.padding == "same":
         # An odd total puts the larger half behind, as the convolution itself does.
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        sides = [(total // 2, total - total // 2) for total in totals]
-    else:
-        sides = [(int(p), int(p)) for p in module.padding]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(int(p), int(p)) for p in module.padding]
+
+
+def pad(inputs: Tensor, module: Convolution) -> Tensor:
+    """Pad `[B, C, *spatial]` as the convolution does, in its padding mode."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    sides = padding_of(module)
     if not any(before or after for before, after in sides):
         return inputs
     # F.pad names the last dimension first.
