@@ -123,6 +123,9 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+_MOST_DECAY_IN_BF16 = 0.95
+
+
 class CurvatureConfig(Section):
     """What is measured: which layers, whose gradients, how often, in which precision.
 
@@ -153,6 +156,15 @@ class CurvatureConfig(Section):
     sample_fraction: Fraction = 1.0
     factor_dtype: DType = DType.FLOAT32
     seed: CountOrZero = 0
+
+    @model_validator(mode="after")
+    def _storage_can_follow(self) -> Self:
+        if self.factor_dtype is DType.BFLOAT16 and self.decay > _MOST_DECAY_IN_BF16:
+            raise ValueError(
+                f"factor_dtype bfloat16 can't follow a decay of {self.decay}: steps of {1 - self.decay:.2g} round away "
+                f"in eight bits; use float32, or a decay of at most {_MOST_DECAY_IN_BF16}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fraction_is_one_in_k(self) -> Self:

@@ -157,7 +157,7 @@ class Measurement:
             first_sample=self._rank * (batch_size or 0) if said.first_sample is None else said.first_sample,
             divisor=1.0 if own else said.divisor,
             inverse_scale=self._inverse_scale() if scaled else None,
-            terms=said.terms,
+            terms=None if own else said.terms,  # drawn labels ignore no position
             stride=stride,
             phase=self._step // self._config.factor_every % stride,
         )

@@ -301,7 +301,6 @@ def test_ignored_tokens_and_accumulation_commute() -> None:
     assert_same(accumulate(3, 3, 1), accumulate(7))
 
 
-@pytest.mark.xfail(reason="terms of the data's labels divide a G that runs over every position", strict=False)
 @pytest.mark.parametrize("fisher", ["mc", "type2"])
 def test_a_true_fisher_needs_no_labels_and_ignores_the_number_of_valid_ones(fisher: str) -> None:
     """Every position has a predictive distribution: G is the mean over all of them, however many carry a label."""

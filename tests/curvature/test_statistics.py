@@ -272,10 +272,7 @@ def test_held_units_only() -> None:
         assert torch.equal(lean.sums(unit), full.sums(unit))
 
 
-@pytest.mark.parametrize(
-    "decay",
-    [0.9, 0.95, pytest.param(0.99, marks=pytest.mark.xfail(reason="increments round away: up to 1/256/(1−β)"))],
-)
+@pytest.mark.parametrize("decay", [0.9, 0.95])  # the schema refuses a slower one in bfloat16
 def test_bfloat16_storage_does_not_lose_the_scale(decay: float) -> None:
     """A constant factor must be found however slowly the average moves: increments below its precision add up."""
     averages = build(decay, dtype=torch.bfloat16)
