@@ -61,6 +61,8 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
         train, test = (source_of(part, world.device, settings.loader_workers) for part in (splits.train, splits.test))
         sampler = Sampler(len(train), settings.batch_size, config.run.seed)
     engine = build_engine(model, config.engine, world)
+    loss = build_loss(config.loss)
+    _settle(engine, loss, train)
     optimizer = build_optimizer(engine.module.parameters(), config.optimizer)
     total_steps = settings.steps or (settings.epochs or 1) * sampler.steps_per_epoch
     kfac = None
@@ -68,4 +70,14 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
         kfac = KFAC(engine, config.kfac, optimizer=optimizer, total_steps=total_steps)
     seed_everything(config.run.seed, rank=world.rank + 1)
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
-    return Parts(engine, optimizer, kfac, build_loss(config.loss), stream, train, test, total_steps)
+    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps)
+
+
+def _settle(engine: Engine, loss: Loss, data: Source) -> None:
+    """Let the engine arrange its communication by a pass over the first samples, which leaves no trace."""
+
+    def backward() -> None:
+        [(inputs, targets)] = data.fetch([torch.arange(min(2, len(data)))], seed=0)
+        loss.total(engine.model(inputs), targets).backward()
+
+    engine.settle(backward)
