@@ -238,8 +238,9 @@ def sample(rows: Tensor, batch: MicroBatch) -> Tensor:
 def weight_and_bias_views(tensors: Sequence[Tensor], matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Pair `[d_out, ...]` weight and `[d_out]` bias tensors with the columns of `[batch, d_out/batch, d_in(+1)]`."""
     batch, d_out, _ = matrix.shape
-    weight = tensors[0].view(batch, d_out, -1)
-    pairs = [(weight, matrix[:, :, : weight.shape[2]])]
+    # Only the first dimension is split, so that any memory format (channels_last) has such a view.
+    weight = tensors[0].unflatten(0, (batch, d_out))
+    pairs = [(weight, matrix[:, :, : weight[0, 0].numel()].unflatten(2, weight.shape[2:]))]
     if len(tensors) > 1:
         pairs.append((tensors[1].view(batch, d_out), matrix[:, :, -1]))
     return pairs
