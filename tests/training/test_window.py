@@ -1,0 +1,49 @@
+"""The logged loss: a mean over terms since the last one, and a clock that stands still when told."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from kfac_dist.distributed.communicator import SoloCommunicator
+from kfac_dist.training.window import Stopwatch, Window
+
+SOLO = SoloCommunicator()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_window_is_a_mean_over_its_terms(on_device: bool) -> None:
+    window = Window(torch.device("cpu"))
+    for total, terms in ((6.0, 3), (10.0, 5)):
+        window.add_loss(torch.tensor(total, requires_grad=True))
+        window.add_step(4, torch.tensor(terms) if on_device else terms)
+    totals = window.close(SOLO, lambda: 2.0)
+    assert (totals.loss, totals.samples_per_second) == (2.0, 4.0)
+    window.add_loss(torch.tensor(3.0))
+    window.add_step(1, 1)
+    assert window.close(SOLO, lambda: 0.0).loss == 3.0
+
+
+def test_a_reset_forgets() -> None:
+    window = Window(torch.device("cpu"))
+    window.add_loss(torch.tensor(3.0))
+    window.add_step(1, 1)
+    window.reset()
+    assert window.close(SOLO, lambda: 1.0).loss == 0.0
+
+
+def test_the_stopwatch_stands_still_and_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    watch = Stopwatch(5.0)
+    watch.start()
+    now = 2.0
+    assert watch.seconds == 7.0
+    watch.stop()
+    now = 50.0
+    assert watch.seconds == 7.0
+    watch.start()
+    now = 51.0
+    assert watch.seconds == 8.0
