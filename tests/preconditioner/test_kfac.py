@@ -338,3 +338,14 @@ def bad_fraction() -> None:
 def test_a_fraction_that_does_not_fit_is_refused_on_every_rank() -> None:
     with pytest.raises(RankError, match="allowed with 3 ranks"):
         run_ranks(3, bad_fraction)
+
+
+def measured_owners() -> dict[str, int]:
+    kfac = attach(wrap(small()), distribution={"assignment": "balanced", "cost_model": "measured"})
+    return dict(kfac.plan.assignment.owners)
+
+
+def test_measured_costs_make_one_plan_on_all_ranks() -> None:
+    first, second = run_ranks(2, measured_owners)
+    assert first == second
+    assert set(first.values()) == {0, 1}
