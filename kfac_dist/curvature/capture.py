@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from kfac_dist.curvature.blocks import Block, Use
+from kfac_dist.errors import ModelError
 
 
 @dataclass
@@ -138,7 +139,14 @@ class Capture:
     def _forward_ran(
         self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not self.active or not torch.is_grad_enabled() or not output.requires_grad:
+        if not self.active or not torch.is_grad_enabled():
+            return
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"layer {block.name} ({type(module).__name__}) returns {type(output).__name__}, not a tensor: "
+                "name it in kfac.curvature.exclude"
+            )
+        if not output.requires_grad:
             return
         pending = self._pending[block.name]
         if not _in_backward():

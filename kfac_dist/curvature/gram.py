@@ -13,13 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Below this size the saved flops are smaller than the cost of the extra calls.
-_SPLIT_FROM = 256
-_PANELS = 4
+# Panels by size: k of them multiply (k+1)/2k of the full product, and cost k calls.
+_PANELS = ((512, 8), (256, 4))
 
 
 def _panels(n: int) -> Iterator[tuple[int, int]]:
-    count = _PANELS if n >= _SPLIT_FROM else 1
+    count = next((panels for size, panels in _PANELS if n >= size), 1)
     edges = [n * i // count for i in range(count + 1)]
     return itertools.pairwise(edges)
 

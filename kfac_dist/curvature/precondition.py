@@ -74,9 +74,10 @@ class Group(ABC):
             piece.vector[rows].copy_(payload[unit.numel :].view(unit.batch, unit.dim))
 
     def payload(self, unit: Unit) -> Tensor:
-        """Return a unit's flat payload, a copy."""
+        """Return a unit's flat payload; a view where there is one, so that looking costs nothing."""
         piece, rows = self._place[unit.name]
-        return torch.cat([part[rows].flatten() for part in (piece.matrix, piece.vector) if part is not None])
+        parts = [part[rows].flatten() for part in (piece.matrix, piece.vector) if part is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @abstractmethod
     def apply(self, damping: float) -> Tensor:

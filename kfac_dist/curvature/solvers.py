@@ -26,6 +26,8 @@ from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import complete
 
 _RAISES = (1.0, 10.0, 100.0, 1000.0)
+# On a CPU, larger matrices gain nothing from a batch, and stacking them costs a copy.
+_LARGEST_BATCHED = 256
 _NEWTON_SCHULZ_STEPS = 60
 _NEWTON_SCHULZ_RESIDUAL = 1e-4
 
@@ -81,15 +83,17 @@ def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], i
         known before; and the number of units that failed.
     """
     payloads: list[Tensor | None] = [None] * len(tasks)
-    batches: dict[tuple[bool, int], list[int]] = {}
+    batches: dict[tuple[bool, int, int], list[int]] = {}
     for index, task in enumerate(tasks):
         if task.unit.kind is FactorKind.DIAGONAL:
             diagonal = task.factor if is_eigen(task.unit, solver) else 1 / (task.factor + task.damping)
             finite = torch.isfinite(task.factor.sum() + diagonal.sum())
             payloads[index] = diagonal.flatten() if bool(finite) else None
         else:
-            batches.setdefault((is_eigen(task.unit, solver), task.unit.dim), []).append(index)
-    for (eigen, _), members in batches.items():
+            alone = task.factor.device.type == "cpu" and task.unit.dim > _LARGEST_BATCHED
+            key = (is_eigen(task.unit, solver), task.unit.dim, index if alone else -1)
+            batches.setdefault(key, []).append(index)
+    for (eigen, _, _), members in batches.items():
         # Under `eigen`, unit-wise blocks are still inverted.
         method = Solver.CHOLESKY if solver is Solver.EIGEN and not eigen else solver
         _solve_batch([tasks[index] for index in members], members, payloads, method)
@@ -104,7 +108,9 @@ def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], i
 def _solve_batch(tasks: list[Task], positions: list[int], payloads: list[Tensor | None], solver: Solver) -> None:
     """Solve dense units of one size; leaves None where the result isn't finite."""
     sizes = [task.unit.batch for task in tasks]
-    matrices = complete(torch.cat([task.factor for task in tasks]) if len(tasks) > 1 else tasks[0].factor)
+    matrices = torch.cat([task.factor for task in tasks]) if len(tasks) > 1 else tasks[0].factor
+    if solver is not Solver.CHOLESKY:  # which reads the upper triangle alone
+        complete(matrices)
     if solver is Solver.EIGEN:
         values, vectors, good = _eigen(matrices)
         parts = zip(torch.split(vectors, sizes), torch.split(values, sizes), torch.split(good, sizes), strict=True)
@@ -129,19 +135,23 @@ def _stack_previous(tasks: list[Task]) -> Tensor:
 
 
 def _inverse(matrices: Tensor, damping: Tensor, solver: Solver, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return `(M + δI)⁻¹` for `[k, n, n]` and which of them are good, escalating for those that aren't."""
-    damped = matrices.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping.to(damped.dtype)[:, None])
+    """Return `(M + δI)⁻¹` for `[k, n, n]` and which of them are good, escalating for those that aren't.
+
+    The matrices are overwritten by the damped ones.
+    """
+    # Only the diagonal is changed, so only that has to be kept, undamped and unrounded, for a second try.
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1).double()
+    matrices.diagonal(dim1=-2, dim2=-1).copy_(diagonal + damping[:, None])
     if start is not None:
-        inverse, good = newton_schulz(damped, start)
+        inverse, good = newton_schulz(matrices, start)
     else:
-        inverse, good = _cholesky_inverse(damped)
+        inverse, good = _cholesky_inverse(matrices)
     for factor in _RAISES:
         if bool(good.all()):
             break
         failed = (~good).nonzero().flatten()
         retry = matrices[failed].double()
-        retry.diagonal(dim1=-2, dim2=-1).add_(damping[failed, None] * factor)
+        retry.diagonal(dim1=-2, dim2=-1).copy_(diagonal[failed] + damping[failed, None] * factor)
         redone, ok = _cholesky_inverse(retry)
         inverse[failed[ok]] = redone[ok].to(inverse.dtype)
         good[failed[ok]] = True
@@ -149,11 +159,11 @@ def _inverse(matrices: Tensor, damping: Tensor, solver: Solver, start: Tensor | 
 
 
 def _cholesky_inverse(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    factor, info = torch.linalg.cholesky_ex(matrices)
+    factor, info = torch.linalg.cholesky_ex(matrices, upper=True)
     # A failed factor may hold zeros on its diagonal; the identity keeps the inverse of the others' batch defined.
     failed = info != 0
     factor[failed] = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    inverse = torch.cholesky_inverse(factor)
+    inverse = torch.cholesky_inverse(factor, upper=True)
     # An infinite diagonal has the finite inverse 0, which is no inverse to use.
     finite = torch.isfinite((inverse + matrices).diagonal(dim1=-2, dim2=-1).sum(-1))
     return inverse, ~failed & finite

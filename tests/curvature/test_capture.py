@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from kfac_dist.config.schema import CurvatureConfig
 from kfac_dist.curvature.blocks import Block, Use, find_blocks
 from kfac_dist.curvature.capture import Capture
+from kfac_dist.errors import ModelError
 from tests.curvature.measured import assert_close, build_kfac, factors, measure
 
 Seen = dict[str, list[list[Use]]]
@@ -256,6 +257,17 @@ def test_keyword_inputs() -> None:
     model(flag=True, scale=torch.tensor(2.0), x=inputs()).sum().backward()
     assert times(seen) == [1]
     assert capture.batch_size == 5
+    capture.remove()
+
+
+def test_a_layer_that_returns_no_tensor_is_named() -> None:
+    class WithExtra(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return super().forward(x), None
+
+    capture, _ = watch(model := nn.Sequential(WithExtra(3, 2)))
+    with pytest.raises(ModelError, match=r"layer 0 \(WithExtra\) returns tuple.*exclude"):
+        model(inputs())
     capture.remove()
 
 

@@ -108,8 +108,7 @@ def mean_loss(likelihood: str, outputs: Tensor, targets: Tensor) -> Tensor:
     return value if likelihood == "categorical" else value / outputs[..., 0].numel()
 
 
-@pytest.mark.parametrize("make", [mlp, tokens_pooled, convolutions])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("make", "bias"), [(mlp, True), (mlp, False), (tokens_pooled, True), (convolutions, True)])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("likelihood", LOSSES)
 @pytest.mark.parametrize("fisher", FISHERS)

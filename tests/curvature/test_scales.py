@@ -176,6 +176,19 @@ def test_accumulation_changes_nothing(fisher: str, sizes: tuple[int, ...]) -> No
     assert_same(accumulated, measure(model, inputs, lambda out: F.cross_entropy(out, targets), **options))
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["empirical", "type2", "mc", "input_only"])
+def test_an_empty_micro_batch_adds_nothing(fisher: str, sharing: str) -> None:
+    """The last shard of an uneven batch may hold no sample at all."""
+    model, (inputs, targets) = everything(), images(5)
+    options = {"fisher": fisher, "likelihood": "categorical", "sharing": sharing}
+    kfac = build_kfac(model, **options)
+    parts = [(inputs, targets), (inputs[:0], targets[:0])]
+    with_empty = run_window(kfac, model, parts, F.cross_entropy)
+    kfac.remove()
+    assert_same(with_empty, measure(model, inputs, lambda out: F.cross_entropy(out, targets), **options))
+
+
 def test_accumulation_of_means_divided_by_their_number() -> None:
     model, (inputs, targets) = everything(), images(12)
     kfac = build_kfac(model)

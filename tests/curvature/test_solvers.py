@@ -235,7 +235,7 @@ def test_newton_schulz_converges_cold(condition: float, n: int) -> None:
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e5])
-@pytest.mark.parametrize("n", [30, 200])
+@pytest.mark.parametrize("n", [30, 100])
 def test_newton_schulz_converges_in_fp32(condition: float, n: int) -> None:
     """It is for GPUs, which work in fp32: no residual may be asked that rounding doesn't allow."""
     matrix = positive(n, 2, condition)

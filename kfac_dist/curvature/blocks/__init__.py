@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from kfac_dist.config.schema import CurvatureConfig, Fisher, Sharing
 from kfac_dist.curvature.blocks.base import Block, KroneckerBlock, MicroBatch, Use
@@ -95,6 +96,12 @@ def _reason_against(
         return f"matched by {excluding[0]!r} of kfac.curvature.exclude"
     if "weight" not in own:
         return "its weight is computed from other parameters"
+    if isinstance(own["weight"], UninitializedParameter):
+        return "its shape is not known yet: run a forward pass before making KFAC"
+    if own["weight"].is_complex():
+        return "its weight is complex"
+    if getattr(module, "sparse", False):
+        return "its gradients are sparse"
     if not own["weight"].requires_grad:
         return "its weight is frozen"
     if config.fisher is Fisher.INPUT_ONLY and issubclass(_block_class(module), NormBlock):

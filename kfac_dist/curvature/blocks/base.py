@@ -203,12 +203,15 @@ def batch_first(tensor: Tensor, batch_size: int | None, feature_dims: int = 1) -
     return tensor.reshape(batch_size, rows // batch_size, *features)
 
 
-def count_samples(found: int, batch_size: int | None) -> int:
-    """Return how many samples the first dimension of an image-like tensor holds: B of them when a layer sees B·k.
+def fold_samples(rows: Tensor, batch_size: int | None) -> Tensor:
+    """Return image-like rows `[batch, N, T, d]` as `[batch, B, k·T, d]` when a layer sees N = B·k images.
 
     A model that folds frames or crops into the batch has them as positions of its samples; the loss has B terms.
     """
-    return batch_size if batch_size and found % batch_size == 0 else found
+    batch, found, positions, width = rows.shape
+    if not batch_size or found == batch_size or found % batch_size:
+        return rows
+    return rows.reshape(batch, batch_size, found // batch_size * positions, width)
 
 
 def _shared(rows: Sequence[Tensor], sharing: Sharing, *, mean: bool) -> list[Tensor]:

@@ -15,8 +15,8 @@ from kfac_dist.curvature.blocks.base import (
     KroneckerBlock,
     MicroBatch,
     StatisticsSink,
-    count_samples,
     dense,
+    fold_samples,
     weight_and_bias_views,
 )
 from kfac_dist.curvature.correlation import correlation_is_cheaper, patch_gram
@@ -53,15 +53,16 @@ class ConvolutionBlock(KroneckerBlock):
         # [B, groups, c, *out, *kernel] → [groups, B, *out, c, *kernel]
         spatial, kernel = range(3, 3 + self._spatial), range(3 + self._spatial, 3 + 2 * self._spatial)
         rows = grouped.permute(1, 0, *spatial, 2, *kernel)
-        samples = count_samples(len(inputs), batch_size)
-        return rows.reshape(self.groups, samples, -1, channels // self.groups * math.prod(module.kernel_size))
+        positions = math.prod(patches.shape[2 : 2 + self._spatial])
+        width = channels // self.groups * math.prod(module.kernel_size)
+        return fold_samples(rows.reshape(self.groups, len(inputs), positions, width), batch_size)
 
     def output_rows(self, grad: Tensor, batch_size: int | None) -> Tensor:
         """Return `[groups, B, T, c_out/groups]`."""
         if grad.ndim == self._spatial + 1:
             grad = grad.unsqueeze(0)
         rows = torch.unflatten(grad.flatten(2), 1, (self.groups, -1)).permute(1, 0, 3, 2)
-        return rows.reshape(self.groups, count_samples(len(grad), batch_size), -1, rows.shape[-1])
+        return fold_samples(rows, batch_size)
 
     def _measure_inputs(self, inputs: Sequence[Tensor], batch: MicroBatch, sink: StatisticsSink) -> None:
         images = [tensor.unsqueeze(0) if tensor.ndim == self._spatial + 1 else tensor for tensor in inputs]

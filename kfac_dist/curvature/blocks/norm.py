@@ -22,8 +22,8 @@ from kfac_dist.curvature.blocks.base import (
     StatisticsSink,
     Use,
     batch_first,
-    count_samples,
     dense,
+    fold_samples,
     loss_terms,
     sample,
     unscale,
@@ -104,7 +104,7 @@ class ChannelNormBlock(NormBlock):
     def positions(self, tensor: Tensor, batch_size: int | None) -> Tensor:
         """See `NormBlock.positions`."""
         rows = tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:])).transpose(1, 2)
-        return rows.reshape(count_samples(len(tensor), batch_size), -1, self.units)
+        return fold_samples(rows.unsqueeze(0), batch_size)[0]
 
 
 class GroupNormBlock(ChannelNormBlock):

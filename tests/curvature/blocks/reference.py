@@ -37,11 +37,20 @@ def input_rows(layer: nn.Module, inputs: Tensor, positions: Positions | None = N
     trained = [p for p in layer.parameters() if p.requires_grad]
     rows = []
     for channel in range(0, width, width // groups_of(layer)):
-        for entry in outputs[..., channel].flatten():
-            grads = torch.autograd.grad(entry, trained, retain_graph=True)
-            own = [grad[:, channel] if isinstance(layer, nn.Embedding) else grad[channel].flatten() for grad in grads]
-            rows.append(torch.cat([grad.reshape(-1) for grad in own]))
+        entries = outputs[..., channel].flatten()
+        grads = each_gradient(entries, trained, batched=not isinstance(layer, nn.Embedding))
+        own = [grad[:, :, channel] if isinstance(layer, nn.Embedding) else grad[:, channel] for grad in grads]
+        rows.append(torch.cat([grad.reshape(len(entries), -1) for grad in own], dim=1))
     return torch.stack(rows).view(groups_of(layer), samples, length, -1).double()
+
+
+def each_gradient(entries: Tensor, parameters: list[Tensor], *, batched: bool) -> list[Tensor]:
+    """The gradient of every entry with respect to every parameter, `[entries, *shape]`."""
+    if batched:
+        each = torch.eye(len(entries))
+        return list(torch.autograd.grad(entries, parameters, each, retain_graph=True, is_grads_batched=True))
+    single = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in entries]
+    return [torch.stack(found) for found in zip(*single, strict=True)]
 
 
 def output_rows(

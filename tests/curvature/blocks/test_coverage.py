@@ -145,6 +145,18 @@ def test_types_without_a_block_are_named() -> None:
     assert_partition(model, coverage)
 
 
+def test_layers_that_cannot_be_measured_say_why() -> None:
+    model = nn.Sequential(
+        nn.LazyLinear(3), nn.Embedding(3, 3, sparse=True), nn.Linear(2, 2, dtype=torch.complex64), nn.Linear(2, 2)
+    )
+    coverage = find(model)
+    assert names(coverage) == ["3"]
+    assert "run a forward pass" in coverage.uncovered["0.weight"]
+    assert coverage.uncovered["1.weight"] == "its gradients are sparse"
+    assert coverage.uncovered["2.bias"] == "its weight is complex"
+    assert_partition(model, coverage)
+
+
 def test_norms_without_parameters_and_bare_parameters() -> None:
     class Root(nn.Module):
         def __init__(self) -> None:

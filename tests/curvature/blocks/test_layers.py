@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.curvature.blocks.convolution import ConvolutionBlock
 from tests.curvature.blocks.reference import (
     expected_factors,
     expected_update,
@@ -71,6 +72,12 @@ LAYERS: dict[str, tuple[Make, Tensor]] = {
     "conv3d": (lambda: nn.Conv3d(2, 2, (1, 2, 2), stride=(1, 2, 1), padding=(0, 1, 0)), noise(2, 2, 2, 3, 3)),
     "conv3d, groups": (lambda: nn.Conv3d(2, 4, 2, groups=2), noise(2, 2, 2, 3, 3)),
 }
+# Large enough for A to be measured by correlation.
+CORRELATED: dict[str, tuple[Make, Tensor]] = {
+    "conv2d, correlated": (lambda: nn.Conv2d(2, 2, 3, padding=1), noise(1, 2, 8, 9)),
+    "conv2d, correlated groups": (lambda: nn.Conv2d(2, 2, 3, groups=2, padding="same"), noise(1, 2, 8, 8)),
+    "conv2d, correlated without padding": (lambda: nn.Conv2d(1, 2, 3, bias=False), 3 + noise(1, 1, 9, 9)),
+}
 UNBATCHED: dict[str, tuple[Make, Tensor]] = {
     "linear": (lambda: nn.Linear(4, 3), noise(4)),
     "conv1d": (lambda: nn.Conv1d(2, 3, 3), noise(2, 6)),
@@ -123,6 +130,15 @@ def check(make: Make, inputs: Tensor, sharing: str, solver: str, *, samples: int
 def test_factors_and_update(name: str, sharing: str) -> None:
     make, inputs = LAYERS[name]
     check(make, inputs, sharing, "cholesky" if sharing == "expand" else "eigen", samples=inputs.shape[0])
+
+
+@pytest.mark.parametrize("name", CORRELATED)
+def test_convolutions_large_enough_to_correlate(name: str) -> None:
+    make, inputs = CORRELATED[name]
+    (block,) = build_kfac(nn.Sequential(make())).coverage.blocks
+    assert isinstance(block, ConvolutionBlock)
+    assert block._correlates(inputs)
+    check(make, inputs, "expand", "cholesky", samples=inputs.shape[0], damping=1.0)
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
@@ -278,12 +294,12 @@ def test_a_layer_that_did_not_run_keeps_its_gradient_and_its_factors() -> None:
     loss(model(inputs, "right")).backward()  # left.grad is there, from the first step
     kfac.step()
     after = factors(kfac)
+    kfac.remove()
     for name, value in before.items():
         assert_close(after[name], value, 1e-6)
     a, g = expected_factors(input_rows(model.right, inputs), output_rows(model.right, inputs, loss), "expand", 5)
     assert_close(after["right/A"], a)
     assert_close(after["right/G"], g)
-    kfac.remove()
 
 
 def test_never_measured_layer_keeps_the_plain_gradient() -> None:
