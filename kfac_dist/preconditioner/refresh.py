@@ -30,12 +30,17 @@ LABEL = "inverses"
 
 @dataclass
 class Refreshed:
-    """Payloads on their way: in use from step `due` on."""
+    """Payloads on their way: in use from step `due` on.
+
+    Attributes:
+        due: The step.
+        payloads: What has arrived; None while it travels.
+        travelling: Layout, buffer and collectives of what has not.
+    """
 
     due: int
-    wire: UnitWire
-    buffer: Tensor
-    work: Work | None
+    payloads: list[tuple[Unit, Tensor]] | None
+    travelling: tuple[UnitWire, Tensor, Work] | None = None
 
 
 class Refresh:
@@ -91,13 +96,17 @@ class Refresh:
         if slots not in self._wires:
             self._wires[slots] = self._lay_out(slots)
         wire = self._wires[slots]
-        buffer = wire.buffer(torch.float32, self._averages.device)
         own = [unit for unit in wire.units if self._plan.assignment.owners[unit.name] == self._rank]
-        for unit, payload in zip(own, self._solve(own, totals, damping), strict=True):
-            wire.put(buffer, unit, payload)
-        work = share_segments(self._column, buffer, wire.layout, label=LABEL) if self._column.size > 1 else None
+        solved = list(zip(own, self._solve(own, totals, damping), strict=True))
         self.refreshes += 1
-        self.pending.append(Refreshed(due, wire, buffer, work))
+        if self._column.size == 1:
+            self.pending.append(Refreshed(due, solved))
+            return
+        buffer = wire.buffer(torch.float32, self._averages.device)
+        for unit, payload in solved:
+            wire.put(buffer, unit, payload)
+        work = share_segments(self._column, buffer, wire.layout, label=LABEL)
+        self.pending.append(Refreshed(due, None, (wire, buffer, work)))
 
     def activate(self, step: int) -> None:
         """Load the payloads that are due."""
@@ -108,19 +117,22 @@ class Refresh:
 
     def arrived(self, refreshed: Refreshed) -> list[tuple[Unit, Tensor]]:
         """Wait for payloads on their way, and return them."""
-        if refreshed.work is not None:
-            refreshed.work.wait()
-            refreshed.work = None
-        wire = refreshed.wire
-        return [(unit, wire.get(wire.layout.view(refreshed.buffer, unit.name), unit)) for unit in wire.units]
+        if refreshed.travelling is not None:
+            wire, buffer, work = refreshed.travelling
+            work.wait()
+            refreshed.payloads = [(unit, wire.get(wire.layout.view(buffer, unit.name), unit)) for unit in wire.units]
+            refreshed.travelling = None
+        assert refreshed.payloads is not None
+        return refreshed.payloads
 
     def payload_numel(self, unit: Unit) -> int:
         """Return the number of values in a unit's payload."""
         return payload_numel(unit, self._solver)
 
-    def wire(self, units: Sequence[Unit]) -> UnitWire:
-        """Return the layout in which these units' payloads travel inside the column."""
+    def _lay_out(self, slots: tuple[int, ...]) -> UnitWire:
+        """Return the layout in which the payloads of these slots travel inside the column."""
         owners = self._plan.assignment.owners
+        units = [u for u in self._plan.units if u.name in self._groups and self._plan.blocks[u.block].slot in slots]
         grid = self._plan.grid
         return UnitWire(
             units,
@@ -128,11 +140,6 @@ class Refresh:
             self._column.size,
             numel=lambda unit: payload_numel(unit, self._solver),
             packed=lambda unit: self._pack and is_symmetric(unit, self._solver),
-        )
-
-    def _lay_out(self, slots: tuple[int, ...]) -> UnitWire:
-        return self.wire(
-            [u for u in self._plan.units if u.name in self._groups and self._plan.blocks[u.block].slot in slots]
         )
 
     def _solve(self, units: Sequence[Unit], totals: Tensor, damping: float) -> list[Tensor]:

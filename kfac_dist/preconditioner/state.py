@@ -69,7 +69,7 @@ def held(parts: Parts) -> dict[str, Any]:
         if parts.reduction.keeps(unit):
             entry["sum"] = parts.averages.sums(unit).clone()
         if unit.name in groups:
-            entry["payload"] = groups[unit.name].payload(unit)
+            entry["payload"] = groups[unit.name].payload(unit).clone()
             if parts.lagged:
                 payload, due = pending.get(unit.name, (torch.zeros_like(entry["payload"]), _NEVER))
                 entry |= {"pending": payload, "due": torch.tensor(due)}
@@ -113,13 +113,8 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
         if unit.name in groups:
             groups[unit.name].load(unit, entry["payload"].to(parts.averages.device))
             if parts.lagged and "due" in entry and int(entry["due"]) != _NEVER:
-                coming.setdefault(int(entry["due"]), []).append((unit, entry["pending"]))
-    for due, payloads in sorted(coming.items()):
-        wire = parts.refresh.wire([unit for unit, _ in payloads])
-        buffer = wire.buffer(torch.float32, parts.averages.device)
-        for unit, payload in payloads:
-            wire.put(buffer, unit, payload)
-        parts.refresh.pending.append(Refreshed(due, wire, buffer, None))
+                coming.setdefault(int(entry["due"]), []).append((unit, entry["pending"].to(parts.averages.device)))
+    parts.refresh.pending.extend(Refreshed(due, payloads) for due, payloads in sorted(coming.items()))
     return int(values["step"])
 
 
