@@ -28,6 +28,11 @@ def test_the_picture_is_a_png_of_readable_size(tmp_path: Path) -> None:
     assert "matplotlib.pyplot" not in sys.modules
 
 
+def test_a_run_that_logged_nothing_has_an_empty_picture(tmp_path: Path) -> None:
+    draw_losses([_curve("none", 0)], tmp_path / "loss.png", "digits")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
 def test_no_two_runs_look_alike_in_grey() -> None:
     assert len({repr((line, marker)) for _, line, marker in STYLES}) == len(STYLES)
 
