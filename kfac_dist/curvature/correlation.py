@@ -101,15 +101,15 @@ def _ring(images: Tensor, kernel: Pair, padding: tuple[Pair, Pair]) -> Iterator[
     rows_in, columns_in = images.shape[-2:]
     whole_rows, whole_columns = slice(0, height), slice(0, width)
     # Above and below: all horizontal offsets at which anything of the image is seen.
-    wide = F.pad(images, (width - 1, width - 1))
     for first, rows in _outside(rows_in, height, vertical):
-        strip = wide[..., first : first + rows.stop - rows.start, :]
-        yield rows, whole_columns, _patches(strip, (rows.stop - rows.start, width))
+        lines = rows.stop - rows.start
+        strip = F.pad(images[..., first : first + lines, :], (width - 1, width - 1))
+        yield rows, whole_columns, _patches(strip, (lines, width))
     # Left and right: vertical offsets that have an output, so that corners count once.
-    tall = F.pad(images, (0, 0, *vertical))
     for first, columns in _outside(columns_in, width, horizontal):
-        strip = tall[..., first : first + columns.stop - columns.start]
-        yield whole_rows, columns, _patches(strip, (height, columns.stop - columns.start))
+        lines = columns.stop - columns.start
+        strip = F.pad(images[..., first : first + lines], (0, 0, *vertical))
+        yield whole_rows, columns, _patches(strip, (height, lines))
 
 
 def _outside(size: int, kernel: int, padding: Pair) -> Iterator[tuple[int, slice]]:

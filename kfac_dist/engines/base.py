@@ -64,5 +64,6 @@ class Engine(ABC):
 
     def finite(self) -> Tensor:
         """Return a 0-dim bool on the device: whether all averaged gradients are finite, the same on every rank."""
-        norms = torch._foreach_norm(list(self.gradients().values()))
+        gradients = [grad.coalesce().values() if grad.is_sparse else grad for grad in self.gradients().values()]
+        norms = torch._foreach_norm(gradients)
         return torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()) if norms else torch.tensor(True)

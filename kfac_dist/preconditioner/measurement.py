@@ -86,6 +86,7 @@ class Measurement:
 
     def describe(self, description: Description) -> None:
         """Take the loop's word on its next micro-batch."""
+        self._capture.flush()  # what the last one has left open is still its own
         self._description = description
 
     def fisher_backward(self, outputs: Tensor) -> None:

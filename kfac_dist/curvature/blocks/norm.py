@@ -55,15 +55,17 @@ class NormBlock(Block):
             return
         parts: list[Tensor] = []
         terms: float | Tensor = 0.0
+        factor = 1.0
         for use in uses:
             if use.grad is None:
                 continue
             grad = self.positions(use.grad, batch.batch_size)
             terms = loss_terms(grad.unsqueeze(0), batch)
-            scaled, factor = unscale(grad.float(), terms, batch)
-            scale = scaled * self.positions(self.normalized(use.inputs.float()), batch.batch_size)
-            gradients = torch.stack([scale, scaled] if len(self.parameters) > 1 else [scale], dim=-1) * factor
-            parts.append(gradients.flatten(0, 1) if batch.loss_terms is LossTerms.TOKEN else gradients.sum(dim=1))
+            shift, factor = unscale(grad.float(), terms, batch)
+            scale = shift * self.positions(self.normalized(use.inputs.float()), batch.batch_size)
+            columns = [scale, shift] if len(self.parameters) > 1 else [scale]
+            token = batch.loss_terms is LossTerms.TOKEN
+            parts.append(torch.stack([c.flatten(0, 1) if token else c.sum(dim=1) for c in columns]))
         if not parts:
             return
         # Uses of one sample add up; token losses keep every position of every use apart.
@@ -71,14 +73,27 @@ class NormBlock(Block):
             parts = [torch.stack(parts).sum(0)]
         total = kept_total = 0
         for part in parts:
-            kept = sample(part.unsqueeze(0), batch)[0]
-            sink.add_values(self.name, Side.F, torch.einsum("mui,muj->uij", kept, kept))
-            total, kept_total = total + part.shape[0], kept_total + kept.shape[0]
+            kept = sample(part, batch)
+            sink.add_values(self.name, Side.F, _moments(kept) * factor**2)
+            total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
         sink.add_count(self.name, Side.F, terms * (kept_total / max(total, 1)))
 
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.matrix_views`."""
         return [(tensor.flatten(), matrix[:, 0, column]) for column, tensor in enumerate(tensors)]
+
+
+def _moments(columns: Tensor) -> Tensor:
+    """Return `Σ_m c_m c_mᵀ` `[units, width, width]` of gradients `[width, M, units]`.
+
+    Products of whole columns: a batched product would first bring the few columns of every unit together.
+    """
+    width, _, units = columns.shape
+    out = columns.new_empty(units, width, width)
+    for i in range(width):
+        for j in range(i, width):
+            out[:, i, j] = out[:, j, i] = (columns[i] * columns[j]).sum(dim=0)
+    return out
 
 
 class LayerNormBlock(NormBlock):
