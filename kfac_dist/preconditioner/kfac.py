@@ -39,6 +39,8 @@ from kfac_dist.preconditioner.schedule import Cadence
 from kfac_dist.preconditioner.transport import ReplicatedTransport
 
 _DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
+# Parameters whose reason is shown when none has a block.
+_REASONS = 5
 
 
 class KFAC:
@@ -86,9 +88,11 @@ class KFAC:
         self._engine = as_engine(model)
         self.coverage = find_blocks(self._engine.module, self.config.curvature)
         self._blocks = self.coverage.blocks
-        self._device = _device_of(self._blocks)
         self._cadence = Cadence.of(self.config)
         self.communicator = self._engine.communicator(self.config.distribution.timeout_seconds)
+        # Compared before anything can fail on one rank alone: with other layers, or with none.
+        agree_on_plan(self.communicator, [(block.name, block.describe()) for block in self._blocks])
+        self._device = _device_of(self._blocks, self.coverage.uncovered)
         self.plan = self._make_plan()
         self._assemble()
         self._overdue: set[int] = set()
@@ -344,11 +348,19 @@ def _split(comm: Communicator, groups: tuple[tuple[int, ...], ...]) -> Communica
     return comm if len(groups) == 1 else comm.split(groups)
 
 
-def _device_of(blocks: tuple[Block, ...]) -> torch.device:
+def _device_of(blocks: tuple[Block, ...], uncovered: Mapping[str, str]) -> torch.device:
     if not blocks:
+        reasons = [f"  {name}: {reason}" for name, reason in uncovered.items()]
+        more = [f"  and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
         raise ModelError(
-            "no layer of the model gets a K-FAC block: check kfac.curvature.include and exclude, and that its layers "
-            "are of a covered type with trainable weights"
+            "\n".join(
+                [
+                    "no layer of the model gets a K-FAC block: check kfac.curvature.include and exclude, and that its "
+                    "layers are of a covered type with trainable weights",
+                    *reasons[:_REASONS],
+                    *more,
+                ]
+            )
         )
     devices = {parameter.device for block in blocks for parameter in block.parameters.values()}
     if len(devices) > 1:

@@ -27,10 +27,12 @@ class Loss(ABC):
 
     Attributes:
         metric: Name of the task's figure: `metric_sum` over the number of terms.
+        allowed: What a target may be, in words; `{last}` is the number of classes less one.
         counts_on_device: Whether only the targets' values tell the number of terms, so that ranks must add them up.
     """
 
     metric: ClassVar[str]
+    allowed: ClassVar[str] = "any number"
     counts_on_device: ClassVar[bool] = False
 
     @abstractmethod
@@ -45,15 +47,34 @@ class Loss(ABC):
         """Return the number of terms, a scalar on the targets' device."""
         return torch.full((), targets.shape[0], device=targets.device)
 
+    def outside(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        """Return where targets are no values that the likelihood knows, in the targets' shape.
+
+        Args:
+            targets: Any number of samples.
+            outputs: Outputs of the model for any samples: their last dimension tells the number of classes.
+        """
+        return torch.zeros_like(targets, dtype=torch.bool)
+
 
 class CrossEntropy(Loss):
     """Softmax cross-entropy with one label a sample."""
 
     metric = "accuracy"
+    allowed = "a label from 0 to {last}"
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return `−Σ log softmax(outputs)[target]`."""
+        """Return `−Σ log softmax(outputs)[target]`.
+
+        Raises:
+            DataError: The shapes don't fit, or the targets are no labels.
+        """
+        _check_labels("cross_entropy", outputs, targets, positions=False)
         return functional.cross_entropy(outputs, targets, reduction="sum")
+
+    def outside(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        """See `Loss.outside`."""
+        return (targets < 0) | (targets >= outputs.shape[-1])
 
     def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the number of samples whose largest logit is the label's."""
@@ -65,12 +86,18 @@ class TokenCrossEntropy(Loss):
 
     metric = "bits per token"
     counts_on_device = True
+    allowed = "a label from 0 to {last}, or loss.ignore_index"
 
     def __init__(self, ignore_index: int) -> None:
         self.ignore_index = ignore_index
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return `−Σ log softmax(outputs)[target]` over the valid positions."""
+        """Return `−Σ log softmax(outputs)[target]` over the valid positions.
+
+        Raises:
+            DataError: The shapes don't fit, or the targets are no labels.
+        """
+        _check_labels("token_cross_entropy", outputs, targets, positions=True)
         return functional.cross_entropy(
             outputs.flatten(0, -2), targets.flatten(), ignore_index=self.ignore_index, reduction="sum"
         )
@@ -83,11 +110,16 @@ class TokenCrossEntropy(Loss):
         """Return the number of valid positions, on the device."""
         return (targets != self.ignore_index).sum()
 
+    def outside(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        """See `Loss.outside`."""
+        return ((targets < 0) | (targets >= outputs.shape[-1])) & (targets != self.ignore_index)
+
 
 class SigmoidCrossEntropy(Loss):
     """Binary cross-entropy on logits, summed over a sample's pixels."""
 
     metric = "squared error"
+    allowed = "a number from 0 to 1"
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return `−Σ [x log σ(s) + (1 − x) log(1 − σ(s))]`.
@@ -105,6 +137,10 @@ class SigmoidCrossEntropy(Loss):
     def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return `Σ (x − σ(s))²`, the error that Hinton & Salakhutdinov (2006) report."""
         return (targets - torch.sigmoid(outputs)).square().sum()
+
+    def outside(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        """See `Loss.outside`."""
+        return (targets < 0) | (targets > 1)
 
 
 class SquaredError(Loss):
@@ -140,3 +176,16 @@ def build_loss(config: LossConfig) -> Loss:
             return SigmoidCrossEntropy()
         case LossName.MSE:
             return SquaredError()
+
+
+def _check_labels(name: str, outputs: Tensor, targets: Tensor, *, positions: bool) -> None:
+    """Refuse outputs and targets that torch would refuse in other words, or take for something else."""
+    if targets.dtype not in (torch.int64, torch.uint8):
+        raise DataError(f"loss {name}: the targets are {targets.dtype}, expected labels in torch.int64")
+    shaped = outputs.ndim >= 2 if positions else outputs.ndim == 2
+    if not shaped or outputs.shape[:-1].numel() != targets.numel():
+        labels = "batch, positions" if positions else "batch"
+        raise DataError(
+            f"loss {name}: the model's outputs have shape {tuple(outputs.shape)}, the targets {tuple(targets.shape)}; "
+            f"expected outputs [{labels}, classes] and targets [{labels}]"
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from kfac_dist.errors import DataError
+from kfac_dist.training.passes import user_line
 from kfac_dist.training.sampler import Position, Sampler, micro_batches, split
 
 
@@ -87,7 +88,7 @@ class LoadedSource:
         """Yield each batch of the plan.
 
         Raises:
-            DataError: Items are not pairs of what becomes a tensor.
+            DataError: The dataset raises, its items can't be stacked, or they are not pairs of what becomes a tensor.
         """
         loader = DataLoader(
             self.dataset,
@@ -97,7 +98,7 @@ class LoadedSource:
             # Its own generator: the loader's base seed must not advance the run's random state.
             generator=torch.Generator().manual_seed(seed),
         )
-        for item in loader:
+        for item in self._items(loader):
             if not (isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(x, Tensor) for x in item)):
                 raise DataError(
                     f"{type(self.dataset).__name__}: an item must be a pair (input, target), each a tensor, an array "
@@ -105,6 +106,18 @@ class LoadedSource:
                 )
             inputs, targets = item
             yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    def _items(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Yield what the loader makes; whatever the dataset's own code raises, the run can't go on without it."""
+        try:
+            yield from loader
+        except Exception as error:
+            # A worker's error carries its traceback as text: the last line is what happened.
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(
+                f"{type(self.dataset).__name__}: reading samples fails with {type(error).__name__}: {lines[-1]}"
+                f"{user_line(error)}; every item must be a pair (input, target) of equal shapes"
+            ) from error
 
 
 def source_of(dataset: Dataset[Any], device: torch.device, workers: int) -> Source:

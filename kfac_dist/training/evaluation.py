@@ -10,6 +10,7 @@ from torch import nn
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.tasks.losses import Loss
 from kfac_dist.training.batches import Source, evaluation_batches
+from kfac_dist.training.passes import explained, forward
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=next(module.parameters()).device)
     with torch.no_grad():
         for inputs, targets in evaluation_batches(source, samples, batch_size, communicator.rank, communicator.size):
-            outputs = module(inputs)
-            sums[0] += loss.total(outputs, targets)
-            sums[1] += loss.metric_sum(outputs, targets)
-            sums[2] += loss.count(targets)
+            with explained("evaluation", module, inputs, targets):
+                outputs = forward(module, inputs)
+                sums[0] += loss.total(outputs, targets)
+                sums[1] += loss.metric_sum(outputs, targets)
+                sums[2] += loss.count(targets)
     module.train(was_training)
     communicator.all_reduce(sums, label="evaluation").wait()
     total, metric, terms = sums.tolist()

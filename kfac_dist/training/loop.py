@@ -28,8 +28,10 @@ from kfac_dist.optimizers import set_learning_rate
 from kfac_dist.reporting.progress import ProgressDisplay, Status
 from kfac_dist.training.batches import MicroBatch, Source, StepBatch
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
+from kfac_dist.training.diagnosis import blame_data
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
 from kfac_dist.training.metrics import MetricsWriter, peak_memory_bytes
+from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused, unused_parameters
 from kfac_dist.training.run_state import capture_state, restore_state
 from kfac_dist.training.sampler import Position
 from kfac_dist.training.setup import Parts
@@ -96,14 +98,18 @@ class Trainer:
         self._device = next(parts.engine.module.parameters()).device
         self._window = Window(self._device)
         self._window_began = 0.0
+        self._window_positions: list[Position] = []
+        self._all_used = communicator.size > 1 and not config.engine.find_unused_parameters
         self._trained = [p for p in parts.engine.module.parameters() if p.requires_grad]
 
     def train(self) -> None:
         """Run the steps that are left.
 
         Raises:
-            DataError: A batch has too few samples for the ranks.
+            DataError: A batch has too few samples for the ranks, the model refuses it, or it holds NaN or infinity.
+            ModelError: Under DDP, the loss leaves out parameters on this rank.
             DivergedError: The loss is not finite.
+            CollectiveError: Another rank has failed.
             CheckpointError: A checkpoint can't be written.
         """
         self.parts.stream.sampler.check(self.communicator.size, self.position)
@@ -112,6 +118,7 @@ class Trainer:
         self.stopwatch.start()
         while self.step < self.parts.total_steps:
             batch = next(steps)
+            self._window_positions.append(self.position)
             self._take_step(batch)
             self.step += 1
             self.position = batch.after
@@ -176,11 +183,15 @@ class Trainer:
         kfac = self.parts.kfac
         if kfac is not None:
             kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last)
-        outputs = self.parts.engine.model(micro.inputs)
-        if kfac is not None:
-            kfac.fisher_backward(outputs)
-        total = self.parts.loss.total(outputs, micro.targets)
-        (total / divisor).backward()
+        where, module = f"step {self.step + 1}", self.parts.engine.module
+        with explained(where, module, micro.inputs, micro.targets):
+            outputs = forward(self.parts.engine.model, micro.inputs)
+            if kfac is not None:
+                kfac.fisher_backward(outputs)
+            total = loss_total(self.parts.loss, outputs, micro.targets, module)
+            (total / divisor).backward()
+        if last and self._all_used:
+            refuse_unused(where, unused_parameters(module))
         self._window.add_loss(total)
 
     def _count_terms(self, batch: StepBatch) -> TermCounts:
@@ -206,10 +217,14 @@ class Trainer:
     def _log(self) -> None:
         totals = self._window.close(self.communicator, lambda: self.stopwatch.seconds - self._window_began)
         self._window_began = self.stopwatch.seconds
+        positions, self._window_positions = self._window_positions, []
         done = self.step - 1  # the step whose learning rate is shown
         if not math.isfinite(totals.loss):
+            place = len(positions) - 1 if totals.first_bad is None else totals.first_bad
+            bad = self.step - len(positions) + place
+            blame_data(self.parts.stream, positions[place], bad + 1, self.communicator)
             raise DivergedError(
-                f"the training loss is {totals.loss} at step {self.step}, learning rate {self._learning_rate(done):g}: "
+                f"the training loss is {totals.loss} at step {bad + 1}, learning rate {self._learning_rate(bad):g}: "
                 "lower optimizer.lr, raise kfac.inversion.damping, or lower kfac.update.kl_clip"
             )
         record = {
@@ -248,6 +263,7 @@ class Trainer:
 
     def _begin_window(self) -> None:
         self._window.reset()
+        self._window_positions = []
         self._window_began = self.stopwatch.seconds
 
     def _learning_rate(self, step: int) -> float:

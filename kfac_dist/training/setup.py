@@ -5,18 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from kfac_dist.config.schema import Config
+from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.distributed.bootstrap import World
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine, build_engine
+from kfac_dist.errors import DataError
 from kfac_dist.optimizers import build_optimizer
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import Source, Stream, source_of
+from kfac_dist.training.passes import refuse_unused
 from kfac_dist.training.random_state import seed_everything
-from kfac_dist.training.sampler import Sampler
+from kfac_dist.training.sampler import Position, Sampler
+from kfac_dist.training.trial import WHERE, try_out
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,15 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
         splits = build_data(config.data)
         train, test = (source_of(part, world.device, settings.loader_workers) for part in (splits.train, splits.test))
         sampler = Sampler(len(train), settings.batch_size, config.run.seed)
+        if not len(test):
+            raise DataError("the test data has no samples")
+        sampler.check(communicator.size, Position())
+        loss = build_loss(config.loss)
+        trial = try_out(model.to(world.device), loss, train, test)
+        if communicator.size > 1 and not config.engine.find_unused_parameters:
+            refuse_unused(WHERE, trial.unused)
+    agree_on_plan(communicator, _shapes(model))
     engine = build_engine(model, config.engine, world)
-    loss = build_loss(config.loss)
     _settle(engine, loss, train)
     optimizer = build_optimizer(engine.module.parameters(), config.optimizer)
     total_steps = settings.steps or (settings.epochs or 1) * sampler.steps_per_epoch
@@ -71,6 +83,14 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
     seed_everything(config.run.seed, rank=world.rank + 1)
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
     return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps)
+
+
+def _shapes(model: nn.Module) -> list[tuple[str, str]]:
+    """Return what DDP takes to be the same on every rank; it would stop without a name."""
+    return [
+        (name, f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}{'' if p.requires_grad else ', frozen'}")
+        for name, p in model.named_parameters()
+    ]
 
 
 def _settle(engine: Engine, loss: Loss, data: Source) -> None:

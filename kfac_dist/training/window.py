@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from kfac_dist.distributed.communicator import Communicator
 
+# Room for so many steps at first; it doubles when they are more.
+_STEPS = 16
+
 
 @dataclass(frozen=True)
 class WindowTotals:
@@ -19,33 +23,39 @@ class WindowTotals:
     Attributes:
         loss: Mean loss over the window's terms.
         samples_per_second: Over all ranks.
+        first_bad: Place in the window of the first step whose loss isn't finite on some rank; None if there is none.
     """
 
     loss: float
     samples_per_second: float
+    first_bad: int | None = None
 
 
 class Window:
-    """Sums losses and terms without a host sync, until `close` reads them.
+    """Keeps losses and terms without a host sync, until `close` reads them.
 
     Args:
         device: Where losses are.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Double: a window may be an epoch long. The loss is this rank's, terms are already over all ranks.
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        # Double: a window may be an epoch long. Losses are this rank's, one a step; terms are already over all ranks.
+        self._losses = torch.zeros(_STEPS, dtype=torch.float64, device=device)
+        self._steps = 0
         self._terms_on_device = torch.zeros((), dtype=torch.float64, device=device)
         self._terms = 0
         self._samples = 0
 
     def add_loss(self, total: Tensor) -> None:
         """Add the sum over a micro-batch's terms."""
-        self._loss += total.detach()
+        self._losses[self._steps].add_(total.detach())
 
     def add_step(self, samples: int, terms: int | Tensor) -> None:
         """Count one step's samples and terms over all ranks."""
         self._samples += samples
+        self._steps += 1
+        if self._steps == len(self._losses):
+            self._losses = torch.cat([self._losses, torch.zeros_like(self._losses)])
         if isinstance(terms, Tensor):
             self._terms_on_device += terms
         else:
@@ -58,19 +68,26 @@ class Window:
             communicator: The ranks.
             seconds: Tells how long the window took, once the device has finished it.
         """
-        sums = torch.stack([self._loss, self._terms_on_device / communicator.size])
+        sums = torch.stack([self._losses.sum(), self._terms_on_device / communicator.size])
         communicator.all_reduce(sums, label="loss").wait()
         loss, terms = sums.tolist()
         samples, took = self._samples, seconds()
         loss /= max(terms + self._terms, 1.0)
+        first_bad = None if math.isfinite(loss) else self._first_bad(communicator)
         self.reset()
-        return WindowTotals(loss, samples / took if took > 0 else 0.0)
+        return WindowTotals(loss, samples / took if took > 0 else 0.0, first_bad)
 
     def reset(self) -> None:
         """Forget the window."""
-        self._loss.zero_()
+        self._losses.zero_()
         self._terms_on_device.zero_()
-        self._terms = self._samples = 0
+        self._terms = self._samples = self._steps = 0
+
+    def _first_bad(self, communicator: Communicator) -> int | None:
+        finite = torch.isfinite(self._losses).tolist()
+        own = finite.index(False) if False in finite else None
+        found = [place for place in communicator.gather_objects(own, label="loss") if place is not None]
+        return min(found, default=None)
 
 
 class Stopwatch:

@@ -1,0 +1,139 @@
+"""One forward and backward pass of a micro-batch, and what a failure in it means, in words.
+
+The model and the data are the user's, so that torch's own messages ("mat1 and mat2 shapes cannot be multiplied") have
+to be completed: by the step, by what the model was given, and by the line of the model that failed.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kfac_dist.errors import CollectiveError, DataError, KFACError, ModelError
+from kfac_dist.tasks import Loss
+
+# What a model raises for data that it can't take; anything else is a bug and keeps its traceback.
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def forward(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Call the model.
+
+    Raises:
+        ModelError: It returns something else than a tensor.
+    """
+    outputs = model(inputs)
+    if not isinstance(outputs, Tensor):
+        raise ModelError(
+            f"the model returns {type(outputs).__name__}; a run's model returns one tensor, the outputs that the loss "
+            "takes: return that one"
+        )
+    return outputs
+
+
+def loss_total(loss: Loss, outputs: Tensor, targets: Tensor, module: nn.Module) -> Tensor:
+    """Return the sum of the loss's terms.
+
+    Raises:
+        ModelError: It doesn't depend on any trained parameter.
+    """
+    total = loss.total(outputs, targets)
+    if not total.requires_grad:
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        raise ModelError(
+            "the model has no trained parameter: requires_grad is false everywhere"
+            if frozen
+            else "the loss doesn't depend on any trained parameter: does the model detach its outputs?"
+        )
+    return total
+
+
+@contextmanager
+def explained(where: str, module: nn.Module, inputs: Tensor, targets: Tensor) -> Iterator[None]:
+    """Turn torch's refusal of a micro-batch into one message that names the step, the shapes and the line.
+
+    Args:
+        where: Which micro-batch, such as `step 3`.
+        module: The bare model.
+        inputs: What the model was given.
+        targets: What the loss was given.
+
+    Raises:
+        DataError: The model or the loss refused the tensors.
+        CollectiveError: Another rank has left.
+    """
+    try:
+        yield
+    except KFACError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSALS as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        if _lost_ranks(error):
+            raise CollectiveError(
+                f"{where}: the other ranks are gone or stand still ({reason}); the rank that failed first says why"
+            ) from error
+        raise DataError(
+            f"{where}: model or loss refuse the data: {reason}{user_line(error)}; inputs {_tensor(inputs)}, "
+            f"targets {_tensor(targets)}{_first_weight(module)}"
+        ) from error
+
+
+def unused_parameters(module: nn.Module) -> list[str]:
+    """Return the trained parameters that the last backward pass gave no gradient."""
+    return [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def refuse_unused(where: str, names: list[str]) -> None:
+    """Refuse, under DDP, a model whose loss leaves parameters out: the other ranks would wait for their gradients.
+
+    Raises:
+        ModelError: There are such parameters.
+    """
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ModelError(
+            f"{where}: the loss doesn't depend on {', '.join(names[:3])}{more}, whose gradients DDP waits for: set "
+            "engine.find_unused_parameters: true, or freeze them with requires_grad_(False)"
+        )
+
+
+def user_line(error: Exception) -> str:
+    """Return ` (file:line)`, the innermost line of an error outside of torch and of this package, if there is one."""
+    own = str(Path(__file__).parents[1])
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH, own, "<"))
+    ]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def _lost_ranks(error: Exception) -> bool:
+    """Whether a collective failed; gloo's own errors have no type."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
+
+
+def _tensor(tensor: Tensor) -> str:
+    text = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    # A failed kernel has made reading the device impossible; the host's values can be told.
+    if tensor.device.type == "cpu" and tensor.numel() and not tensor.is_complex():
+        text += f" from {tensor.min().item():.4g} to {tensor.max().item():.4g}"
+    return text
+
+
+def _first_weight(module: nn.Module) -> str:
+    first = next(iter(module.named_parameters()), None)
+    if first is None:
+        return ""
+    name, weight = first
+    return f"; the model's first parameter is {name}, {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"

@@ -1,0 +1,116 @@
+"""A pass over the first samples, before anything is distributed: do model, loss and data fit each other?
+
+What would otherwise fail in the first step, on some ranks while others wait, fails here on all of them. The pass
+leaves no trace in the model's buffers, its gradients or the random generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.errors import DataError, ModelError
+from kfac_dist.tasks import Loss
+from kfac_dist.training.batches import InMemorySource, Source
+from kfac_dist.training.passes import explained, forward, loss_total, unused_parameters
+
+# Enough for layers that normalise over the batch.
+SAMPLES = 2
+WHERE = "the first samples"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the pass showed.
+
+    Attributes:
+        outputs: The model's outputs, detached.
+        unused: Trained parameters that the loss doesn't depend on.
+    """
+
+    outputs: Tensor
+    unused: list[str]
+
+
+def try_out(model: nn.Module, loss: Loss, data: Source, test: Source) -> Trial:
+    """Pass the first samples through model and loss, forward and back, and those of the test data forward.
+
+    Args:
+        model: The model on its device, not yet wrapped.
+        loss: The loss.
+        data: The training data.
+        test: The test data, at which a run would otherwise look when it is over.
+
+    Raises:
+        ModelError: Nothing is trained, or the model returns no tensor.
+        DataError: The model or the loss refuses the data, or a target is none that the loss knows.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(
+            "the model has no trained parameter: "
+            + ("requires_grad is false everywhere" if any(True for _ in model.parameters()) else "it has none at all")
+        )
+    [(inputs, targets)] = data.fetch([torch.arange(min(SAMPLES, len(data)))], seed=0)
+    with _without_trace(model):
+        with explained(WHERE, model, inputs, targets):
+            outputs = forward(model, inputs)
+            loss_total(loss, outputs, targets, model).backward()
+        unused = unused_parameters(model)
+        _try_evaluation(model, loss, test)
+    outputs = outputs.detach()
+    if isinstance(data, InMemorySource):
+        check_targets(loss, data.targets, outputs)
+    return Trial(outputs, unused)
+
+
+@torch.no_grad()
+def _try_evaluation(model: nn.Module, loss: Loss, test: Source) -> None:
+    [(inputs, targets)] = test.fetch([torch.arange(min(SAMPLES, len(test)))], seed=0)
+    training = model.training
+    model.eval()
+    with explained("the first test samples", model, inputs, targets):
+        loss.metric_sum(outputs := forward(model, inputs), targets)
+        loss.total(outputs, targets)
+    model.train(training)
+
+
+def check_targets(loss: Loss, targets: Tensor, outputs: Tensor, first: int = 0) -> None:
+    """Refuse targets that are no values of the loss's likelihood; waits for the device.
+
+    Args:
+        loss: The loss.
+        targets: `[samples, ...]`.
+        outputs: Outputs of the model for any samples.
+        first: Index of the first sample, for the message.
+
+    Raises:
+        DataError: Names the first sample.
+    """
+    outside = loss.outside(targets, outputs).flatten()
+    if not bool(outside.any()):
+        return
+    place = int(outside.to(torch.uint8).argmax())
+    sample = first + place // max(targets[0].numel(), 1)
+    raise DataError(
+        f"sample {sample} of the training data has the target {targets.flatten()[place].item():g}; "
+        f"expected {loss.allowed.format(last=outputs.shape[-1] - 1)}"
+    )
+
+
+@contextmanager
+def _without_trace(model: nn.Module) -> Iterator[None]:
+    kept = [buffer.clone() for buffer in model.buffers()]
+    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(model.buffers(), kept, strict=True):
+                    buffer.copy_(value)
+            for parameter in model.parameters():
+                parameter.grad = None
