@@ -1,28 +1,39 @@
 """Hooks that bring each block its inputs and output gradients, and that cost nothing on steps that don't measure.
 
-A forward hook remembers the input and asks the output for its gradient; when backward has brought the gradients of all
-uses of the layer in this forward pass, the block measures at once and the tensors are let go. The gradient is asked of
-the output *tensor*, so that an in-place activation behind the layer doesn't matter.
+A block watches its layer and records each call's input and output; the output is asked for its gradient, and when
+backward has brought the gradients of all uses of the layer in this forward pass, the block measures at once and the
+tensors are let go. The gradient is asked of the output *tensor*, so that an in-place activation behind the layer
+doesn't matter.
+
+    plain                     forward: input, output              backward: gradient → measure
+    checkpoint, non-entrant   forward: output only                backward: gradient; input, as it is computed again
+    checkpoint, re-entrant    forward: nothing (no gradients)     backward: input, output, gradient → measure
+
+An input is held only as long as autograd holds it, too: under activation checkpointing not at all, and under autocast
+in the precision that autograd keeps.
 
 K-FAC's own backward passes (`mc`, `type2`) ask autograd for the gradients at the outputs only: no parameter gradient is
-ever computed for them, so nothing has to be thrown away.
+ever computed for them, so nothing has to be thrown away. They hold inputs from forward to `fisher_backward`.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils.hooks import RemovableHandle
+from torch.utils import checkpoint
 
 from kfac_dist.curvature.blocks import Block, Use
+from kfac_dist.curvature.blocks.base import Handle
 from kfac_dist.errors import ModelError
 
 
@@ -32,14 +43,58 @@ class _Pending:
 
     Attributes:
         uses: Calls that were seen.
-        arrived: How many of them have their gradient.
+        regions: The checkpointed region that each call was part of, if its input is still to come.
         ran_forward: Whether the block was seen in a forward pass proper since `reset`. If so, calls during backward are
             activation checkpointing computing it again; if not, they are its first with gradients (re-entrant kind).
     """
 
     uses: list[Use] = field(default_factory=list)
-    arrived: int = 0
+    regions: list[weakref.ref[Any] | None] = field(default_factory=list)
     ran_forward: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every use has all it needs."""
+        return bool(self.uses) and all(use.measurable for use in self.uses)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self.uses.clear()
+        self.regions.clear()
+
+    def provide(self, region: object, inputs: Tensor, block: Block) -> bool:
+        """Give the first call of a region that still waits its input, now that the region is computed again."""
+        for index, waiting in enumerate(self.regions):
+            if waiting is not None and waiting() is region:
+                self.regions[index] = None
+                self.uses[index].keep(block.kept(inputs))
+                return True
+        return False
+
+
+class _Recorder:
+    """What one block records into; see `blocks.base.Recorder`."""
+
+    def __init__(self, capture: Capture, block: Block) -> None:
+        self._capture = capture
+        self._block = block
+
+    @property
+    def watching(self) -> bool:
+        """Whether forward passes are measured now."""
+        return self._capture.active and torch.is_grad_enabled()
+
+    def record(
+        self,
+        inputs: Tensor,
+        output: Tensor | None,
+        *,
+        source: nn.Module,
+        arrange: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """See `blocks.base.Recorder.record`."""
+        if self.watching:
+            self._capture.record(self._block, inputs, output, source, arrange)
 
 
 class Capture:
@@ -72,12 +127,9 @@ class Capture:
         self._own_backward = own_backward
         self._pending: dict[str, _Pending] = {block.name: _Pending() for block in blocks}
         self._blocks = {block.name: block for block in blocks}
-        self._handles: list[RemovableHandle] = [
+        self._handles: list[Handle] = [
             model.register_forward_pre_hook(self._forward_begins, with_kwargs=True),
-            *(
-                block.module.register_forward_hook(functools.partial(self._forward_ran, block), with_kwargs=True)
-                for block in blocks
-            ),
+            *(handle for block in blocks for handle in block.watch(_Recorder(self, block))),
         ]
 
     def remove(self) -> None:
@@ -90,8 +142,7 @@ class Capture:
     def reset(self) -> None:
         """Forget uses whose gradients never came, and begin a new optimizer step."""
         for pending in self._pending.values():
-            pending.uses.clear()
-            pending.arrived = 0
+            pending.clear()
             pending.ran_forward = False
         self.passes = 0
         self.batch_size = None
@@ -99,7 +150,7 @@ class Capture:
     def flush(self) -> None:
         """Measure blocks of which some uses got a gradient and others never will (outputs that no loss reads)."""
         for name, pending in self._pending.items():
-            if pending.arrived:
+            if any(use.measurable for use in pending.uses):
                 self._finish(self._blocks[name], pending)
 
     def backpropagate(
@@ -120,13 +171,14 @@ class Capture:
             reached: dict[str, list[Use]] = {}
             for (name, use), grad in zip(live, grads, strict=True):
                 if grad is not None:
-                    reached.setdefault(name, []).append(Use(use.inputs, grad))
+                    reached.setdefault(name, []).append(use.with_gradient(grad))
             for name, uses in reached.items():
+                self._check_untouched(self._blocks[name], uses)
                 with _full_precision(uses):
                     measure(self._blocks[name], uses, first)
             first = False
         for pending in self._pending.values():
-            pending.uses.clear()
+            pending.clear()
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active or not torch.is_grad_enabled() or (self.passes and _in_backward()):
@@ -136,49 +188,83 @@ class Capture:
         self.batch_size = None if first is None else first.shape[0]
         self.passes += 1
 
-    def _forward_ran(
-        self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    def record(
+        self,
+        block: Block,
+        inputs: Tensor,
+        output: Tensor | None,
+        source: nn.Module,
+        arrange: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        if not self.active or not torch.is_grad_enabled():
-            return
-        if not isinstance(output, Tensor):
-            raise ModelError(
-                f"layer {block.name} ({type(module).__name__}) returns {type(output).__name__}, not a tensor: "
-                "name it in kfac.curvature.exclude"
-            )
-        if not output.requires_grad:
-            return
-        pending = self._pending[block.name]
+        """Take note of one call of a block's layer; see `blocks.base.Recorder.record`."""
+        region, pending = _checkpointed_region(), self._pending[block.name]
         if not _in_backward():
             pending.ran_forward = True
         elif pending.ran_forward:
+            # Computed again for backward: nothing new, except for what was not held the first time.
+            if region is not None and pending.provide(region, inputs, block) and pending.complete:
+                self._finish(block, pending)
             return
-        use = Use((args[0] if args else kwargs["input"]).detach())
+        if output is None or not output.requires_grad:
+            return
+        use = Use(source, output.shape, arrange=arrange)
+        later = region is not None and not self._own_backward
+        if not later:
+            use.keep(block.kept(inputs))
         pending.uses.append(use)
+        pending.regions.append(weakref.ref(region) if later else None)
         if self._own_backward:
             use.edge = get_gradient_edge(output)
         else:
-            output.register_hook(functools.partial(self._gradient_came, block, pending, use))
+            # The graph may outlive backward; what was measured must not.
+            output.register_hook(functools.partial(self._gradient_came, block, pending, weakref.ref(use)))
 
-    def _gradient_came(self, block: Block, pending: _Pending, use: Use, grad: Tensor) -> None:
-        if not any(use is other for other in pending.uses):
+    def _gradient_came(self, block: Block, pending: _Pending, reference: weakref.ref[Use], grad: Tensor) -> None:
+        use = reference()
+        if use is None or not any(use is other for other in pending.uses):
             return  # a second backward through a graph that was measured already
-        pending.arrived += use.grad is None
-        use.grad = grad.detach() if use.grad is None else use.grad + grad.detach()
-        if pending.arrived == len(pending.uses):
+        use.take(grad.detach())
+        if pending.complete:
             self._finish(block, pending)
 
     def _finish(self, block: Block, pending: _Pending) -> None:
-        uses = [use for use in pending.uses if use.grad is not None]
-        pending.uses.clear()
-        pending.arrived = 0
+        uses = [use for use in pending.uses if use.measurable]
+        pending.clear()
+        self._check_untouched(block, uses)
         with _full_precision(uses):
             self._completed(block, uses)
+
+    def _check_untouched(self, block: Block, uses: Sequence[Use]) -> None:
+        if not all(use.untouched for use in uses):
+            raise ModelError(
+                f"the input of layer {block.name} was modified in place after the layer had run, so that its factor A "
+                "can't be measured: make the operation that follows it out of place (x = x + y instead of x += y), or "
+                "name the layer in kfac.curvature.exclude"
+            )
 
 
 def _in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread, as `torch.utils.checkpoint` asks it."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _checkpointed_region() -> object | None:
+    """Return what identifies the region of non-re-entrant activation checkpointing that runs now, or None.
+
+    `torch.utils.checkpoint` installs hooks on saved tensors that close over the region's frame: the frame itself in the
+    first forward pass, a weak reference to it when the region is computed again. Nothing public tells the region, and
+    an input that a checkpointed layer held would undo what checkpointing saves.
+    """
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if not hooks:
+        return None
+    pack = inspect.unwrap(hooks[0])
+    if pack.__module__ != checkpoint.__name__ or not pack.__closure__:
+        return None
+    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
+    if "frame" in cells:
+        return cast(object, cells["frame"].cell_contents)
+    return cast(object, cells["target_frame_ref"].cell_contents()) if "target_frame_ref" in cells else None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from kfac_dist.config.schema import CurvatureConfig
@@ -374,3 +375,118 @@ def test_checkpointing_the_whole_model_is_no_accumulation(recwarn: pytest.Warnin
     kfac.step()
     kfac.remove()
     assert not [warning for warning in recwarn if "micro_batch" in str(warning.message)]
+
+
+# ---- what is held between forward and backward
+
+
+class Regions(nn.Module):
+    """A layer used in two checkpointed regions, one of them nested, and once outside."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.other, self.enabled = nn.Linear(3, 3), nn.Linear(3, 3), enabled
+
+    def call(self, region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return checkpoint(region, x, use_reentrant=False) if self.enabled else region(x)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.sin(self.layer(torch.tanh(x)))
+
+    def outer(self, x: Tensor) -> Tensor:
+        return self.other(self.call(self.inner, self.layer(2 * x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.call(self.outer, self.call(self.inner, x)))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_each_region_gives_its_own_uses_their_inputs(sharing: str) -> None:
+    def loss(out: Tensor) -> Tensor:
+        return out.square().sum() / 5
+
+    plain = measure(Regions(False), inputs(), loss, sharing=sharing)
+    for name, value in measure(Regions(True), inputs(), loss, sharing=sharing).items():
+        assert_close(value, plain[name])
+
+
+def test_checkpointed_layers_hold_no_activations() -> None:
+    """Between forward and backward only what checkpointing itself holds is alive: the region's input."""
+    model, alive = Checkpointed(True), []
+    kfac = build_kfac(model)
+    model.body[3].register_forward_pre_hook(
+        lambda module, args: alive.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+    loss = model(inputs()).square().sum()
+    assert [held.expired() for held in alive] == [True]
+    loss.backward()
+    kfac.step()
+    assert [held.expired() for held in alive] == [True, True]
+    assert factors(kfac)
+    kfac.remove()
+
+
+def test_measured_layers_let_go_of_their_activations_during_backward() -> None:
+    model, alive = chain(), []
+    kfac = build_kfac(model)
+    model[2].register_forward_pre_hook(lambda module, args: alive.append(StorageWeakRef(args[0].untyped_storage())))
+    model(inputs()).square().sum().backward()
+    assert [held.expired() for held in alive] == [True]
+    kfac.remove()
+
+
+class Overwrites(nn.Module):
+    """Writes into a layer's input when the layer has run."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.layer = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.enabled = enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = 2.0 * self.first(x).float()
+        out = self.layer(hidden).float()
+        return out + (hidden.mul_(3.0) if self.enabled else hidden * 3.0).sum(-1, keepdim=True)
+
+
+def test_inputs_overwritten_under_autocast_are_what_autograd_kept() -> None:
+    def run(enabled: bool) -> dict[str, Tensor]:
+        kfac = build_kfac(model := Overwrites(enabled))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(inputs()).square().mean()
+        loss.backward()
+        kfac.step()
+        kfac.remove()
+        return factors(kfac)
+
+    clean = run(False)
+    for name, value in run(True).items():
+        assert_close(value, clean[name])
+
+
+class OnACopy(nn.Linear):
+    """Autograd keeps the copy, and doesn't notice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clone())
+
+
+@pytest.mark.parametrize("layer_type", [nn.Linear, OnACopy, nn.LayerNorm])
+def test_overwritten_inputs_are_refused_never_measured(layer_type: type[nn.Module]) -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer_type(3) if layer_type is nn.LayerNorm else layer_type(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = 1.0 * x
+            out = self.layer(x)
+            x += out.detach()
+            return out
+
+    kfac = build_kfac(model := Overwrites())
+    with pytest.raises(ModelError, match=r"the input of layer layer was modified in place"):
+        model(inputs()).sum().backward()
+    kfac.remove()

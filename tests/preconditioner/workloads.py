@@ -86,8 +86,8 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model) if place()[1] > 1 else model
+def wrap(model: nn.Module, **options: Any) -> nn.Module:
+    return DistributedDataParallel(model, **options) if place()[1] > 1 else model
 
 
 class Run:

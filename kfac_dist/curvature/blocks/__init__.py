@@ -14,12 +14,16 @@ from kfac_dist.curvature.blocks.convolution import ConvolutionBlock
 from kfac_dist.curvature.blocks.embedding import EmbeddingBlock
 from kfac_dist.curvature.blocks.linear import LinearBlock
 from kfac_dist.curvature.blocks.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock, NormBlock
+from kfac_dist.curvature.blocks.transposed import TransposedConvolutionBlock
 
 BLOCK_TYPES: dict[type[nn.Module], type[Block]] = {
     nn.Linear: LinearBlock,
     nn.Conv1d: ConvolutionBlock,
     nn.Conv2d: ConvolutionBlock,
     nn.Conv3d: ConvolutionBlock,
+    nn.ConvTranspose1d: TransposedConvolutionBlock,
+    nn.ConvTranspose2d: TransposedConvolutionBlock,
+    nn.ConvTranspose3d: TransposedConvolutionBlock,
     nn.Embedding: EmbeddingBlock,
     nn.LayerNorm: LayerNormBlock,
     nn.RMSNorm: LayerNormBlock,

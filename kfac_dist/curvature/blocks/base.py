@@ -6,31 +6,83 @@ parameters fill the gradient matrix; everything else (sharing, sampling, scales,
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
+from kfac_dist.errors import ModelError
 
 
-@dataclass
+class Handle(Protocol):
+    """What takes a hook off."""
+
+    def remove(self) -> None:
+        """Take it off."""
+
+
 class Use:
     """One call of a layer in a forward pass: its input, and its output gradient once backward has brought it.
 
+    Args:
+        source: The module whose call it was.
+        shape: Shape of the output.
+        arrange: Brings the gradient of the recorded output to that of the layer's own output, batch first.
+
     Attributes:
-        inputs: The layer's input as it was passed, detached.
         grad: Gradient of the loss with respect to the layer's output; None until it arrives.
         edge: The output's place in the autograd graph, for backward passes of K-FAC's own.
     """
 
-    inputs: Tensor
-    grad: Tensor | None = None
-    edge: torch.autograd.graph.GradientEdge | None = None
+    def __init__(
+        self, source: nn.Module, shape: torch.Size, *, arrange: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.source = source
+        self.shape = shape
+        self.grad: Tensor | None = None
+        self.edge: torch.autograd.graph.GradientEdge | None = None
+        self._arrange = arrange
+        self._inputs: Tensor | None = None
+        self._version = 0
+
+    @property
+    def inputs(self) -> Tensor:
+        """The layer's input as it was passed (under autocast: as autograd keeps it), detached."""
+        assert self._inputs is not None
+        return self._inputs
+
+    @property
+    def measurable(self) -> bool:
+        """Whether input and gradient are both there."""
+        return self.grad is not None and self._inputs is not None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has written into the input since."""
+        return self.inputs.is_inference() or self.inputs._version == self._version
+
+    def keep(self, inputs: Tensor) -> None:
+        """Take the input."""
+        self._inputs = inputs.detach()
+        self._version = 0 if inputs.is_inference() else inputs._version
+
+    def take(self, grad: Tensor) -> None:
+        """Add a gradient that has come back to the output."""
+        grad = grad if self._arrange is None else self._arrange(grad)
+        self.grad = grad if self.grad is None else self.grad + grad
+
+    def with_gradient(self, grad: Tensor) -> Use:
+        """Return the same call with one gradient, for passes that send several."""
+        use = copy.copy(self)
+        use.grad = None
+        use.take(grad)
+        return use
 
 
 @dataclass(frozen=True)
@@ -63,6 +115,32 @@ class MicroBatch:
         return (self.phase - self.first_sample * rows_per_sample) % self.stride
 
 
+class Recorder(Protocol):
+    """Where a block's hooks report calls of its layer; implemented by `capture`."""
+
+    @property
+    def watching(self) -> bool:
+        """Whether calls are measured now; hooks that cost something ask first."""
+
+    def record(
+        self,
+        inputs: Tensor,
+        output: Tensor | None,
+        *,
+        source: nn.Module,
+        arrange: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Take note of one call.
+
+        Args:
+            inputs: What the layer was given.
+            output: What it returned; None if an exception ended the call (activation checkpointing stops the repeated
+                forward pass of a region so, once it has what it needs).
+            source: The module that was called.
+            arrange: Turns the output's gradient into the layer's own, as a view: columns, order of dimensions.
+        """
+
+
 class StatisticsSink(Protocol):
     """Where a block's measurements go; implemented by `statistics.RunningAverages`."""
 
@@ -88,18 +166,44 @@ class Block(ABC):
         sharing: How positions that share the weight enter.
     """
 
-    def __init__(self, name: str, module: nn.Module, sharing: Sharing) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, sharing: Sharing, *, parameters: dict[str, nn.Parameter] | None = None
+    ) -> None:
         self.name = name
         self.module = module
         self.sharing = sharing
-        self.parameters = {
-            f"{name}.{key}" if name else key: parameter
-            for key, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad and key in ("weight", "bias")
-        }
+        self.parameters = trained_parameters(name, module) if parameters is None else parameters
 
     factors: tuple[FactorSpec, ...]
     matrix_shape: tuple[int, int, int]
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules whose calls are this block's uses."""
+        return (self.module,)
+
+    def watch(self, recorder: Recorder) -> list[Handle]:
+        """Put hooks on the layer that report its calls; by default one on each of the block's modules."""
+
+        def ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not recorder.watching:
+                return
+            if output is not None and not isinstance(output, Tensor):
+                raise ModelError(
+                    f"layer {self.name} ({type(module).__name__}) returns {type(output).__name__}, not a tensor: "
+                    "name it in kfac.curvature.exclude"
+                )
+            inputs = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+            recorder.record(inputs, output, source=module)
+
+        return [module.register_forward_hook(ran, with_kwargs=True, always_call=True) for module in self.modules]
+
+    def kept(self, inputs: Tensor) -> Tensor:
+        """Return the input as autograd keeps it for the layer's own backward, which under autocast may be a cast copy.
+
+        A model may overwrite the original as soon as the layer has run.
+        """
+        return inputs
 
     @abstractmethod
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
@@ -141,12 +245,20 @@ class KroneckerBlock(Block):
     def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
         """Add A from inputs and G from output gradients; see `Block.measure`."""
         if Side.A in sides:
-            self._measure_inputs([use.inputs for use in uses], batch, sink)
+            self._measure_inputs(uses, batch, sink)
         if Side.G in sides:
             self._measure_outputs([use.grad for use in uses if use.grad is not None], batch, sink)
 
-    def _measure_inputs(self, inputs: Sequence[Tensor], batch: MicroBatch, sink: StatisticsSink) -> None:
-        rows = [self.input_rows(tensor, batch.batch_size) for tensor in inputs]
+    def kept(self, inputs: Tensor) -> Tensor:
+        """See `Block.kept`: matrix products are what autocast casts."""
+        return _as_autocast(inputs)
+
+    def use_rows(self, use: Use, batch_size: int | None) -> Tensor:
+        """Return the activations of one use; layers whose rows depend on more than their input override it."""
+        return self.input_rows(use.inputs, batch_size)
+
+    def _measure_inputs(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink) -> None:
+        rows = [self.use_rows(use, batch.batch_size) for use in uses]
         for part in _shared(rows, self.sharing, mean=True):
             kept = sample(part, batch)
             sink.add_rows(self.name, Side.A, kept, scale=1.0, ones=self.has_bias)
@@ -163,6 +275,22 @@ class KroneckerBlock(Block):
             total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
         # The sum above has kept/total of its rows: its count shrinks alike, so that sampling leaves the scale alone.
         sink.add_count(self.name, Side.G, terms * (kept_total / max(total, 1)))
+
+
+def trained_parameters(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's own trained weight and bias by full name."""
+    return {
+        f"{name}.{key}" if name else key: parameter
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and key in ("weight", "bias")
+    }
+
+
+def _as_autocast(inputs: Tensor) -> Tensor:
+    device = inputs.device.type
+    if not inputs.is_floating_point() or not torch.is_autocast_enabled(device):
+        return inputs
+    return inputs.detach().to(torch.get_autocast_dtype(device))
 
 
 def loss_terms(rows: Tensor, batch: MicroBatch) -> float | Tensor:

@@ -15,6 +15,7 @@ from kfac_dist.curvature.blocks.base import (
     KroneckerBlock,
     MicroBatch,
     StatisticsSink,
+    Use,
     dense,
     fold_samples,
     weight_and_bias_views,
@@ -48,14 +49,17 @@ class ConvolutionBlock(KroneckerBlock):
         if inputs.ndim == self._spatial + 1:
             inputs = inputs.unsqueeze(0)
         patches = unfold(pad(inputs, module), module.kernel_size, module.stride, module.dilation)
-        channels = inputs.shape[1]
+        return fold_samples(self._rows_of(patches), batch_size)
+
+    def _rows_of(self, patches: Tensor) -> Tensor:
+        """Return patches `[B, C, *out, *kernel]` as `[groups, B, T, C/groups · kernel]`."""
+        samples, channels = patches.shape[:2]
+        out, kernel = patches.shape[2 : 2 + self._spatial], patches.shape[2 + self._spatial :]
         grouped = torch.unflatten(patches, 1, (self.groups, channels // self.groups))
         # [B, groups, c, *out, *kernel] → [groups, B, *out, c, *kernel]
-        spatial, kernel = range(3, 3 + self._spatial), range(3 + self._spatial, 3 + 2 * self._spatial)
-        rows = grouped.permute(1, 0, *spatial, 2, *kernel)
-        positions = math.prod(patches.shape[2 : 2 + self._spatial])
-        width = channels // self.groups * math.prod(module.kernel_size)
-        return fold_samples(rows.reshape(self.groups, len(inputs), positions, width), batch_size)
+        behind = range(3 + self._spatial, 3 + 2 * self._spatial)
+        rows = grouped.permute(1, 0, *range(3, 3 + self._spatial), 2, *behind)
+        return rows.reshape(self.groups, samples, math.prod(out), channels // self.groups * math.prod(kernel))
 
     def output_rows(self, grad: Tensor, batch_size: int | None) -> Tensor:
         """Return `[groups, B, T, c_out/groups]`."""
@@ -64,10 +68,11 @@ class ConvolutionBlock(KroneckerBlock):
         rows = torch.unflatten(grad.flatten(2), 1, (self.groups, -1)).permute(1, 0, 3, 2)
         return fold_samples(rows, batch_size)
 
-    def _measure_inputs(self, inputs: Sequence[Tensor], batch: MicroBatch, sink: StatisticsSink) -> None:
+    def _measure_inputs(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink) -> None:
+        inputs = (use.inputs for use in uses)
         images = [tensor.unsqueeze(0) if tensor.ndim == self._spatial + 1 else tensor for tensor in inputs]
         if batch.stride > 1 or self.sharing is not Sharing.EXPAND or not all(map(self._correlates, images)):
-            super()._measure_inputs(inputs, batch, sink)
+            super()._measure_inputs(uses, batch, sink)
             return
         for image in images:
             gram, positions = self._correlate(image)

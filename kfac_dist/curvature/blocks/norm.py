@@ -41,6 +41,10 @@ class NormBlock(Block):
         self.factors = (dense(Side.F, width, self.units),)
         self.matrix_shape = (self.units, 1, width)
 
+    def kept(self, inputs: Tensor) -> Tensor:
+        """See `Block.kept`: autocast normalises in fp32, on a copy of an input of less."""
+        return inputs.detach().float() if torch.is_autocast_enabled(inputs.device.type) else inputs
+
     @abstractmethod
     def normalized(self, inputs: Tensor) -> Tensor:
         """Return x̂ in the input's shape."""
@@ -136,6 +140,10 @@ class BatchNormBlock(ChannelNormBlock):
 
     A sample's gradient through the batch's mean and variance is not its own; as usual, x̂ is taken as given.
     """
+
+    def kept(self, inputs: Tensor) -> Tensor:
+        """See `Block.kept`: autocast leaves batch norms alone."""
+        return inputs
 
     def normalized(self, inputs: Tensor) -> Tensor:
         """See `NormBlock.normalized`: by the batch's statistics in training, by the running ones otherwise."""

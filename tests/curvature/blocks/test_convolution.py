@@ -36,6 +36,12 @@ def unfolded(layer: nn.Conv2d, images: Tensor) -> Tensor:
     return rows.mT @ rows / rows.shape[1]
 
 
+def use(layer: nn.Module, images: torch.Tensor) -> Use:
+    seen = Use(layer, layer(images).shape)
+    seen.keep(images)
+    return seen
+
+
 @pytest.mark.parametrize("max_dim", [None, 11])
 @pytest.mark.parametrize("name", LAYERS)
 def test_it_equals_unfolding(name: str, max_dim: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +52,9 @@ def test_it_equals_unfolding(name: str, max_dim: int | None, monkeypatch: pytest
     block = ConvolutionBlock("conv", layer, Sharing.EXPAND)
     units = [unit for unit in units_of("conv", block.factors, max_dim) if unit.side is Side.A]
     averages = RunningAverages(units, units, decay=0.0, device=torch.device("cpu"))
-    block.measure([Use(images[:2]), Use(images[2:])], MicroBatch(batch_size=2), averages, frozenset({Side.A}))
+    block.measure(
+        [use(layer, images[:2]), use(layer, images[2:])], MicroBatch(batch_size=2), averages, frozenset({Side.A})
+    )
     span = averages.layout.span(0, len(units))
     averages.close(span)
     averages.advance(span, torch.tensor(True))

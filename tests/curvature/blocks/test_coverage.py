@@ -38,6 +38,7 @@ def encoder() -> nn.Module:
 def test_every_table_row_makes_a_block() -> None:
     arguments: dict[type[nn.Module], tuple[Any, ...]] = {
         nn.Linear: (2, 3), nn.Conv1d: (2, 3, 1), nn.Conv2d: (2, 3, 1), nn.Conv3d: (2, 3, 1), nn.Embedding: (2, 3),
+        nn.ConvTranspose1d: (2, 3, 1), nn.ConvTranspose2d: (2, 3, 1), nn.ConvTranspose3d: (2, 3, 1),
         nn.LayerNorm: (2,), nn.RMSNorm: (2,), nn.GroupNorm: (1, 2), nn.BatchNorm1d: (2,), nn.BatchNorm2d: (2,),
         nn.BatchNorm3d: (2,), nn.SyncBatchNorm: (2,),
     }  # fmt: skip
@@ -137,11 +138,11 @@ def test_layers_whose_weight_is_computed_get_no_block() -> None:
 
 
 def test_types_without_a_block_are_named() -> None:
-    model = nn.Sequential(nn.PReLU(), nn.ConvTranspose1d(2, 2, 1), nn.Bilinear(2, 2, 2), nn.LayerNorm(2))
+    model = nn.Sequential(nn.PReLU(), nn.RNN(2, 2), nn.Bilinear(2, 2, 2), nn.LayerNorm(2))
     coverage = find(model)
     assert names(coverage) == ["3"]
     assert coverage.uncovered["0.weight"] == "PReLU has no block"
-    assert coverage.uncovered["1.weight"] == "ConvTranspose1d has no block"
+    assert coverage.uncovered["1.weight_ih_l0"] == "RNN has no block"
     assert_partition(model, coverage)
 
 
