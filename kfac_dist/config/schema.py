@@ -171,7 +171,7 @@ class CurvatureConfig(Section):
         rows = 1 / self.sample_fraction
         if abs(rows - round(rows)) > 0.02 * rows:
             raise ValueError(
-                f"sample_fraction ({self.sample_fraction}) must be 1/k for a whole k, such as 0.5, 0.25 or 0.1: one row "
+                f"sample_fraction ({self.sample_fraction}) must be 1/k for a whole k, such as 0.5 or 0.1: one row "
                 "in k is measured"
             )
         return self

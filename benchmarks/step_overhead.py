@@ -1,0 +1,238 @@
+"""What K-FAC adds to a step, in multiples of the bare optimizer's step, phase by phase, beside the phase's floor.
+
+Every round takes, one after the other in one process: a bare SGD step, and K-FAC's three kinds of step (ordinary;
+measuring; measuring and refreshing). From their medians follow the phases
+
+    precondition = ordinary − bare,    statistics = measuring − ordinary,    inversion = refreshing − measuring
+
+and the mean cost at any intervals: statistics/inverses every 1/10 and 10/100 steps. The floor of a phase is its flops
+(DESIGN: factors (a²+g²)·M, inversion n³, preconditioning 2ag(a+g)) over the rate of a large fp32 matrix product,
+measured in the same process. The same is done with gpauloski's kfac-pytorch when the package `kfac` can be imported.
+
+    python -m benchmarks.step_overhead [--ranks 1 2] [--workloads …] [--rounds 7] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.reporting import spread, write
+from benchmarks.workloads import WORKLOADS, Workload
+from kfac_dist import KFAC
+from kfac_dist.curvature.factors import Side
+
+INTERVALS = {"1/10": (1, 10), "10/100": (10, 100)}
+# Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.
+KINDS = ("refreshing", "ordinary", "measuring", "ordinary")
+DAMPING, LR = 0.1, 1e-5
+
+
+def sections(workload: Workload, **changes: Any) -> dict[str, Any]:
+    return {
+        "curvature": {"factor_every": 2, "loss_terms": workload.loss_terms, **changes.get("curvature", {})},
+        "inversion": {"inverse_every": 4, "damping": DAMPING, **changes.get("inversion", {})},
+        "distribution": changes.get("distribution", {}),
+    }
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "kfac_dist": {},
+    "kfac_dist owner": {"distribution": {"placement": "owner"}},
+    "kfac_dist eigen": {"inversion": {"solver": "eigen"}},
+    "kfac_dist, 1 row in 4": {"curvature": {"sample_fraction": 0.25}},
+}
+PEER_METHODS = {"kfac-pytorch inverse": "inverse", "kfac-pytorch eigen": "eigen"}
+
+
+class Stepper:
+    """A model that takes steps with one method."""
+
+    def __init__(self, workload: Workload, method: str | None) -> None:
+        torch.manual_seed(0)
+        self.workload = workload
+        self.bare = workload.build()
+        self.model: nn.Module = DistributedDataParallel(self.bare) if dist.is_initialized() else self.bare
+        self.optimizer = torch.optim.SGD(self.bare.parameters(), lr=LR, momentum=0.9)
+        self.inputs = workload.inputs()
+        self.precondition: Callable[[], None] | None = None
+        self.kfac: KFAC | None = None
+        if method in METHODS:
+            self.kfac = KFAC(self.model, sections(workload, **METHODS[method]), optimizer=self.optimizer)
+            self.precondition = self.kfac.step
+        elif method is not None:
+            self.precondition = _peer(self.model, PEER_METHODS[method])
+
+    def step(self) -> float:
+        """Take a step and return its seconds, the slowest rank's."""
+        if dist.is_initialized():
+            dist.barrier()
+        started = time.perf_counter()
+        self.workload.loss(self.model(self.inputs), self.inputs).backward()
+        if self.precondition is not None:
+            self.precondition()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = torch.tensor(time.perf_counter() - started)
+        if dist.is_initialized():
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        return seconds.item()
+
+
+def _peer(model: nn.Module, method: str) -> Callable[[], None]:
+    """Return the step of gpauloski's kfac-pytorch at the same intervals."""
+    from kfac.enums import ComputeMethod
+    from kfac.preconditioner import KFACPreconditioner
+
+    compute = ComputeMethod.EIGEN if method == "eigen" else ComputeMethod.INVERSE
+    preconditioner = KFACPreconditioner(
+        model, factor_update_steps=2, inv_update_steps=4, damping=DAMPING, lr=LR, compute_method=compute
+    )
+    step: Callable[[], None] = preconditioner.step
+    return step
+
+
+def measure(workload: Workload, method: str, rounds: int) -> dict[str, Any]:
+    """Time bare steps and a method's steps in turn."""
+    bare, stepper = Stepper(workload, None), Stepper(workload, method)
+    for _ in range(len(KINDS)):  # the first steps allocate
+        bare.step()
+        stepper.step()
+    seconds: dict[str, list[float]] = {"bare": [], **{kind: [] for kind in KINDS}}
+    for _, kind in itertools.product(range(rounds), KINDS):
+        seconds["bare"].append(bare.step())
+        seconds[kind].append(stepper.step())
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    result = {
+        "seconds": {kind: spread(values) for kind, values in seconds.items()},
+        "phases_in_bare_steps": _phases(medians),
+        "added_in_bare_steps": {name: _added(medians, *interval) for name, interval in INTERVALS.items()},
+    }
+    if stepper.kfac is not None:
+        result["floors_in_bare_steps"] = floors(stepper, medians["bare"])
+        stepper.kfac.remove()
+    return result
+
+
+def _phases(medians: dict[str, float]) -> dict[str, float]:
+    order = ("bare", "ordinary", "measuring", "refreshing")
+    steps = zip(("precondition", "statistics", "inversion"), itertools.pairwise(order), strict=True)
+    return {phase: (medians[more] - medians[less]) / medians["bare"] for phase, (less, more) in steps}
+
+
+def _added(medians: dict[str, float], factor_every: int, inverse_every: int) -> float:
+    phases = _phases(medians)
+    return phases["precondition"] + phases["statistics"] / factor_every + phases["inversion"] / inverse_every
+
+
+def floors(stepper: Stepper, bare_seconds: float) -> dict[str, float]:
+    """Return each phase's flops over the rate of a matrix product, in bare steps; what one rank of all has to do."""
+    assert stepper.kfac is not None
+    rate = matmul_rate()
+    plan, rows = stepper.kfac.plan, _rows(stepper)
+    rank, size = stepper.kfac.communicator.rank, stepper.kfac.communicator.size
+    flops = dict.fromkeys(("precondition", "statistics", "inversion"), 0.0)
+    for name, block in plan.blocks.items():
+        sides = {unit.side for unit in block.units}
+        for unit in block.units:
+            elements = unit.batch * unit.dim**2 if len(unit.shape) == 3 else 0
+            flops["statistics"] += elements * rows.get((name, unit.side), 0)
+            if plan.assignment.owners[unit.name] == rank or size == 1:
+                flops["inversion"] += unit.cost
+        batch, d_out, d_in = block.matrix_shape
+        if block.column == plan.grid.column_of(rank) and Side.G in sides:
+            flops["precondition"] += 2 * batch * d_out * d_in * (d_out + d_in)
+    return {phase: count / rate / bare_seconds for phase, count in flops.items()}
+
+
+def _rows(stepper: Stepper) -> dict[tuple[str, Side], float]:
+    """Return M, the rows of each factor in one step: counted in a forward pass."""
+    assert stepper.kfac is not None
+    found: dict[tuple[str, Side], float] = {}
+    handles = []
+    for block in stepper.kfac.coverage.blocks:
+        if any(factor.side is Side.F for factor in block.factors):
+            continue
+
+        def count(module: nn.Module, args: Any, output: torch.Tensor, name: str = block.name) -> None:
+            channels = 1 if isinstance(module, nn.Conv2d) else -1
+            positions = output.numel() / output.shape[channels]
+            found[name, Side.A] = found[name, Side.G] = positions
+
+        handles.append(block.module.register_forward_hook(count))
+    with torch.no_grad():
+        stepper.bare(stepper.inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def matmul_rate() -> float:
+    """Return flops a second of an fp32 product of 1024×1024 matrices, the best of ten."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - started)
+    return float(2 * 1024**3 / best)
+
+
+def run_rank(rank: int, size: int, rendezvous: str, names: list[str], rounds: int, out: str) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ["LOCAL_WORLD_SIZE"] = str(size)
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    results = []
+    methods = [*METHODS, *(PEER_METHODS if importlib.util.find_spec("kfac") else ())]
+    for name in names:
+        for method in methods:
+            if "owner" in method and size == 1:
+                continue
+            result = measure(WORKLOADS[name], method, rounds)
+            results.append({"workload": name, "ranks": size, "method": method, **result})
+            if rank == 0:
+                added = " · ".join(f"{value:.2f}" for value in result["added_in_bare_steps"].values())
+                print(f"{name}, {size} rank{'s' * (size > 1)}, {method}: {added}", flush=True)
+    if rank == 0:
+        torch.save(results, out)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    for size in arguments.ranks:
+        with tempfile.TemporaryDirectory() as directory:
+            out = str(Path(directory) / "results.pt")
+            rendezvous = str(Path(directory) / "rendezvous")
+            mp.spawn(
+                run_rank, args=(size, rendezvous, arguments.workloads, arguments.rounds, out), nprocs=size, join=True
+            )
+            results += torch.load(out)
+    settings = {"rounds": arguments.rounds, "threads_a_rank": 1, "intervals": INTERVALS, "bare": "SGD with momentum"}
+    print(write("step_overhead", arguments.out, settings, results))
+
+
+if __name__ == "__main__":
+    main()
