@@ -54,7 +54,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "kfac_dist": {},
     "kfac_dist owner": {"distribution": {"placement": "owner"}},
     "kfac_dist eigen": {"inversion": {"solver": "eigen"}},
+    "kfac_dist, bf16 inverses": {"inversion": {"inverse_dtype": "bfloat16"}},
     "kfac_dist, 1 row in 4": {"curvature": {"sample_fraction": 0.25}},
+    "kfac_dist owner, bf16 inverses": {
+        "distribution": {"placement": "owner"},
+        "inversion": {"inverse_dtype": "bfloat16"},
+    },
 }
 PEER_METHODS = {"kfac-pytorch inverse": "inverse", "kfac-pytorch eigen": "eigen"}
 

@@ -37,23 +37,30 @@ class Group(ABC):
         units: The units of each block, alike in everything but their names.
         solver: What made the payloads.
         device: Where they live.
+        dtype: Precision in which matrices are kept and multiplied; vectors and sums are fp32.
 
     Attributes:
         gradient: `[k·batch, d_out, d_in]` workspace that the caller fills with the blocks' gradients.
     """
 
     def __init__(
-        self, blocks: Sequence[Block], units: Sequence[Sequence[Unit]], solver: Solver, device: torch.device
+        self,
+        blocks: Sequence[Block],
+        units: Sequence[Sequence[Unit]],
+        solver: Solver,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.blocks = tuple(blocks)
         self.units = tuple(unit for own in units for unit in own)
         batch, d_out, d_in = blocks[0].matrix_shape
         self.gradient = torch.zeros(len(blocks) * batch, d_out, d_in, device=device)
         self._batch = batch
+        self._dtype = dtype
         self._place: dict[str, tuple[_Piece, slice]] = {}
         self._sides: dict[Side, list[_Piece]] = {}
         for like in zip(*units, strict=True):
-            piece = _allocate(like[0], len(blocks), solver, device)
+            piece = _allocate(like[0], len(blocks), solver, device, dtype)
             self._sides.setdefault(like[0].side, []).append(piece)
             for index, unit in enumerate(like):
                 self._place[unit.name] = (piece, slice(index * unit.batch, (index + 1) * unit.batch))
@@ -74,9 +81,9 @@ class Group(ABC):
             piece.vector[rows].copy_(payload[unit.numel :].view(unit.batch, unit.dim))
 
     def payload(self, unit: Unit) -> Tensor:
-        """Return a unit's flat payload; a view where there is one, so that looking costs nothing."""
+        """Return a unit's flat fp32 payload; a view where there is one, so that looking costs nothing."""
         piece, rows = self._place[unit.name]
-        parts = [part[rows].flatten() for part in (piece.matrix, piece.vector) if part is not None]
+        parts = [part[rows].flatten().float() for part in (piece.matrix, piece.vector) if part is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @abstractmethod
@@ -88,15 +95,20 @@ class InverseGroup(Group):
     """Damped inverses: `Δ = G⁻¹ ∇ A⁻¹`, or `∇ F⁻¹` a unit."""
 
     def __init__(
-        self, blocks: Sequence[Block], units: Sequence[Sequence[Unit]], solver: Solver, device: torch.device
+        self,
+        blocks: Sequence[Block],
+        units: Sequence[Sequence[Unit]],
+        solver: Solver,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(blocks, units, solver, device)
+        super().__init__(blocks, units, solver, device, dtype)
         self._right = self._sides.get(Side.A) or self._sides[Side.F]
         self._left = self._sides.get(Side.G, [])
 
     def apply(self, damping: float) -> Tensor:
         """See `Group.apply`; the damping is part of the inverses."""
-        return _multiply_left(self._left, _multiply_right(self.gradient, self._right))
+        return _multiply_left(self._left, _multiply_right(self.gradient.to(self._dtype), self._right)).float()
 
 
 class EigenGroup(Group):
@@ -114,13 +126,15 @@ class EigenGroup(Group):
 
 
 def _damped_tile(tile: Tensor, g: _Piece, a: _Piece, damping: float) -> Tensor:
+    dtype = next((piece.matrix.dtype for piece in (g, a) if piece.matrix is not None), tile.dtype)
+    tile = tile.to(dtype)
     if g.matrix is not None:
         tile = g.matrix.mT @ tile
     if a.matrix is not None:
         tile = tile @ a.matrix
     assert a.vector is not None
     d_a = a.vector[:, None, :]
-    tile = tile / ((d_a if g.vector is None else g.vector[:, :, None] * d_a) + damping)
+    tile = (tile / ((d_a if g.vector is None else g.vector[:, :, None] * d_a) + damping)).to(dtype)
     if g.matrix is not None:
         tile = g.matrix @ tile
     return tile if a.matrix is None else tile @ a.matrix.mT
@@ -129,7 +143,9 @@ def _damped_tile(tile: Tensor, g: _Piece, a: _Piece, damping: float) -> Tensor:
 def _multiply_right(gradient: Tensor, pieces: Sequence[_Piece]) -> Tensor:
     if len(pieces) == 1:
         matrix, vector = pieces[0].matrix, pieces[0].vector
-        return gradient * vector[:, None, :] if vector is not None else torch.bmm(gradient, _dense(matrix))
+        if vector is not None:
+            return (gradient * vector[:, None, :]).to(gradient.dtype)
+        return torch.bmm(gradient, _dense(matrix))
     out = torch.empty_like(gradient)
     for piece in pieces:
         out[:, :, piece.start : piece.stop] = torch.bmm(gradient[:, :, piece.start : piece.stop], _dense(piece.matrix))
@@ -149,19 +165,23 @@ def _dense(matrix: Tensor | None) -> Tensor:
     return matrix
 
 
-def _allocate(unit: Unit, blocks: int, solver: Solver, device: torch.device) -> _Piece:
+def _allocate(unit: Unit, blocks: int, solver: Solver, device: torch.device, dtype: torch.dtype) -> _Piece:
     """Return identity payloads for one unit of each block of a group."""
     rows = blocks * unit.batch
     matrix = vector = None
     if unit.kind is FactorKind.DENSE:
-        matrix = torch.eye(unit.dim, device=device).expand(rows, -1, -1).clone()
+        matrix = torch.eye(unit.dim, device=device, dtype=dtype).expand(rows, -1, -1).clone()
     if unit.kind is FactorKind.DIAGONAL or payload_numel(unit, solver) > unit.numel:
         vector = torch.ones(rows, unit.dim, device=device)
     return _Piece(unit.start, unit.stop, matrix, vector)
 
 
 def build_groups(
-    blocks: Sequence[Block], units: dict[str, tuple[Unit, ...]], solver: Solver, device: torch.device
+    blocks: Sequence[Block],
+    units: dict[str, tuple[Unit, ...]],
+    solver: Solver,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Group]:
     """Return groups of blocks that share one batched product, in order of first appearance."""
     alike: dict[tuple[object, ...], list[Block]] = {}
@@ -172,5 +192,5 @@ def build_groups(
     for members in alike.values():
         own = [units[block.name] for block in members]
         kind = EigenGroup if any(is_eigen(unit, solver) for unit in own[0]) else InverseGroup
-        groups.append(kind(members, own, solver, device))
+        groups.append(kind(members, own, solver, device, dtype))
     return groups

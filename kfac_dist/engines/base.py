@@ -54,7 +54,7 @@ class Engine(ABC):
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
         """Return a context for one micro-batch's forward and backward; only the last of a step averages gradients."""
 
-    def settle(self, backward: Callable[[], None]) -> None:
+    def settle(self, backward: Callable[[], None]) -> None:  # noqa: B027  most engines need none
         """Run a backward pass whose results are thrown away, if the engine needs one before its first step.
 
         Some engines arrange their communication by the first backward that they see. Where that changes the order in

@@ -103,7 +103,11 @@ class KFAC:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Precondition the gradients in place. Call it after backward (and `unscale_`), before the optimizer's step."""
+        """Precondition the gradients in place. Call it after backward (and `unscale_`), before the optimizer's step.
+
+        Raises:
+            ModelError: On every rank: in the first measured step, the loss shows to be a sum where a mean was expected.
+        """
         if self._measurement.active:
             self._update_curvature()
         self._refresh.activate(self.steps)
@@ -185,7 +189,7 @@ class KFAC:
             CheckpointError: The state belongs to another model, or to other `max_factor_dim`.
         """
         self.steps = state.load(self._parts(), values)
-        self._overdue = state.overdue(values, self._cadence.slots)
+        self._overdue = state.overdue(self._parts(), values)
         self._begin()
 
     def sharded_state_dict(self) -> dict[str, Any]:
@@ -320,7 +324,13 @@ class KFAC:
         self._reduction = FactorReduction(self._averages, plan, comm, distribution)
         mine = set(plan.column_blocks(plan.grid.column_of(comm.rank)))
         units = {name: block.units for name, block in plan.blocks.items()}
-        self._groups = build_groups([b for b in self._blocks if b.name in mine], units, inversion.solver, self._device)
+        self._groups = build_groups(
+            [block for block in self._blocks if block.name in mine],
+            units,
+            inversion.solver,
+            self._device,
+            _DTYPES[inversion.inverse_dtype],
+        )
         self._row = _split(comm, plan.grid.rows())
         self._refresh = Refresh(
             self._averages,
@@ -338,7 +348,7 @@ class KFAC:
             self._averages,
             self._reduction,
             curvature,
-            rank=comm.rank,
+            communicator=comm,
             scaler=self._scaler,
         )
 

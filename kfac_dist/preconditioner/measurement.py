@@ -18,7 +18,9 @@ from kfac_dist.curvature.capture import Capture, warn_of_accumulation
 from kfac_dist.curvature.factors import Side
 from kfac_dist.curvature.fisher import hessian_columns, label_gradient
 from kfac_dist.curvature.statistics import RunningAverages
+from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import ModelError
+from kfac_dist.preconditioner.loss_scale import LossScaleWatch
 from kfac_dist.preconditioner.reduction import FactorReduction
 
 _EVERY_SIDE = frozenset(Side)
@@ -43,7 +45,7 @@ class Measurement:
         averages: Where statistics go.
         reduction: Sends them.
         config: What is measured.
-        rank: This rank; places its samples in the global batch.
+        communicator: The ranks; this one's number places its samples in the global batch.
         scaler: The AMP scaler whose scale output gradients carry, if any.
     """
 
@@ -55,18 +57,19 @@ class Measurement:
         reduction: FactorReduction,
         config: CurvatureConfig,
         *,
-        rank: int,
+        communicator: Communicator,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self._blocks = blocks
         self._averages = averages
         self._reduction = reduction
         self._config = config
-        self._rank = rank
+        self._communicator = communicator
         self._scaler = scaler
         self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
         self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
         self._capture = Capture(model, blocks, self._measure, own_backward=self._own_backward)
+        self._scale = LossScaleWatch(model, lambda: self._micro_batch(own=False))
         self._step = 0
         self._description: Description | None = None
         self._went_back = False
@@ -83,6 +86,7 @@ class Measurement:
         self._went_back = False
         self._capture.reset()
         self._capture.active = active
+        self._scale.begin(active=active)
 
     def describe(self, description: Description) -> None:
         """Take the loop's word on its next micro-batch."""
@@ -100,7 +104,9 @@ class Measurement:
                 sink = self._averages if first else _SumsOnly(self._averages)
                 block.measure(uses, micro, sink, _EVERY_SIDE if first else _EVERY_SIDE - {Side.A})
 
+        self._scale.paused = True
         self._capture.backpropagate(outputs, self._columns(outputs, micro.first_sample), measure)
+        self._scale.paused = False
         self._went_back = True
         if self._last:
             for block in self._blocks:
@@ -110,7 +116,7 @@ class Measurement:
         """Close the step's statistics; returns whether all ranks take the step, see `FactorReduction.finish`.
 
         Raises:
-            ModelError: The Fisher needs `fisher_backward`, and it wasn't called.
+            ModelError: The Fisher needs `fisher_backward`, and it wasn't called; or the loss is no mean.
         """
         self._capture.flush()
         if self._own_backward and not self._went_back:
@@ -120,11 +126,20 @@ class Measurement:
             )
         if self._capture.passes > 1 and self._description is None:
             warn_of_accumulation(self._capture.passes)
-        return self._reduction.finish(finite)
+        taken = self._reduction.finish(finite)
+        if not self._scale.over:
+            self._scale.judge(
+                self._config.likelihood,
+                self._communicator,
+                passes=self._capture.passes,
+                scaled=self._scaler is not None,
+            )
+        return taken
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         self._capture.remove()
+        self._scale.stop()
 
     @property
     def _last(self) -> bool:
@@ -149,13 +164,13 @@ class Measurement:
     def _micro_batch(self, *, own: bool) -> MicroBatch:
         """Return what blocks need to know; gradients of K-FAC's `own` passes carry no divisor and no scale."""
         said = self._description or Description()
-        batch_size = self._capture.batch_size
+        batch_size, rank = self._capture.batch_size, self._communicator.rank
         scaled = self._scaler is not None and not own
         stride = round(1 / self._config.sample_fraction)
         return MicroBatch(
             loss_terms=self._config.loss_terms,
             batch_size=batch_size,
-            first_sample=self._rank * (batch_size or 0) if said.first_sample is None else said.first_sample,
+            first_sample=rank * (batch_size or 0) if said.first_sample is None else said.first_sample,
             divisor=1.0 if own else said.divisor,
             inverse_scale=self._inverse_scale() if scaled else None,
             terms=None if own else said.terms,  # drawn labels ignore no position

@@ -1,10 +1,10 @@
 """What a checkpoint holds, by unit name, so that it loads under any number of ranks and any placement.
 
     step, shares                    steps taken; how many ranks' averages add up to the total
-    overdue                         slots whose refresh is still due, `[slots]`
     units/<name>/scalars            weight and trace, `[2]`
     units/<name>/sum                the running sum S
     units/<name>/payload            what preconditioning uses now
+    units/<name>/overdue            whether its refresh was due and has not happened
     units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
 
 Between refreshes every rank has its own sums. Saving adds them up first (the average is linear, so this changes them by
@@ -48,11 +48,6 @@ class Parts:
     step: int
     overdue: set[int]
 
-    @property
-    def slots(self) -> int:
-        """Number of slots."""
-        return 1 + max(block.slot for block in self.plan.blocks.values())
-
     def owns(self, unit: Unit) -> bool:
         """Whether this rank inverts the unit."""
         return self.plan.assignment.owners[unit.name] == self.communicator.rank
@@ -65,7 +60,10 @@ def held(parts: Parts) -> dict[str, Any]:
     groups = {unit.name: group for group in parts.groups for unit in group.units}
     units: dict[str, dict[str, Tensor]] = {}
     for unit in parts.plan.units:
-        entry = {"scalars": parts.reduction.consolidated_scalars(unit).clone()}
+        entry = {
+            "scalars": parts.reduction.consolidated_scalars(unit).clone(),
+            "overdue": torch.tensor(parts.plan.blocks[unit.block].slot in parts.overdue),
+        }
         if parts.reduction.keeps(unit):
             entry["sum"] = parts.averages.sums(unit).clone()
         if unit.name in groups:
@@ -74,12 +72,9 @@ def held(parts: Parts) -> dict[str, Any]:
                 payload, due = pending.get(unit.name, (torch.zeros_like(entry["payload"]), _NEVER))
                 entry |= {"pending": payload, "due": torch.tensor(due)}
         units[unit.name] = entry
-    late = torch.zeros(parts.slots, dtype=torch.bool)
-    late[list(parts.overdue)] = True
     return {
         "step": torch.tensor(parts.step),
         "shares": torch.tensor(parts.reduction.shares),
-        "overdue": late,
         "units": units,
     }
 
@@ -118,10 +113,9 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
     return int(values["step"])
 
 
-def overdue(values: Mapping[str, Any], slots: int) -> set[int]:
-    """Return the slots whose refresh is still due; all of them if the number of slots has changed."""
-    late = values["overdue"].tolist()
-    return {slot for slot, flag in enumerate(late) if flag} if len(late) == slots else set(range(slots))
+def overdue(parts: Parts, values: Mapping[str, Any]) -> set[int]:
+    """Return the slots of which a unit's refresh is still due."""
+    return {parts.plan.blocks[unit.block].slot for unit in parts.plan.units if values["units"][unit.name]["overdue"]}
 
 
 def _pending(parts: Parts) -> dict[str, tuple[Tensor, int]]:

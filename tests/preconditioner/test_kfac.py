@@ -328,7 +328,7 @@ def different_models() -> str:
 def test_ranks_with_different_models_all_stop_and_name_the_block() -> None:
     messages = run_ranks(3, different_models)
     assert len(set(messages)) == 1
-    assert "first at block 2 (1)" in messages[0]
+    assert "first at block 1 (1)" in messages[0]
 
 
 def bad_fraction() -> None:
@@ -338,6 +338,24 @@ def bad_fraction() -> None:
 def test_a_fraction_that_does_not_fit_is_refused_on_every_rank() -> None:
     with pytest.raises(RankError, match="allowed with 3 ranks"):
         run_ranks(3, bad_fraction)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "eigen"])
+def test_inverses_in_bfloat16_stay_close(solver: str) -> None:
+    updates = {}
+    for dtype in ("float32", "bfloat16"):
+        model = nn.Sequential(nn.Embedding(9, 8), nn.Flatten(1), nn.Linear(16, 12), nn.LayerNorm(12), nn.Linear(12, 4))
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        inversion = {"solver": solver, "inverse_every": 1, "damping": 0.1, "inverse_dtype": dtype, "max_factor_dim": 9}
+        kfac = attach(model, inversion=inversion)
+        tokens = torch.randint(0, 9, (16, 2), generator=torch.Generator().manual_seed(1))
+        F.cross_entropy(model(tokens), torch.arange(16) % 4).backward()
+        kfac.step()
+        updates[dtype] = torch.cat([value.flatten() for value in gradients(model).values()])
+    error = (updates["bfloat16"] - updates["float32"]).norm() / updates["float32"].norm()
+    assert 0 < error < 0.02
 
 
 def measured_owners() -> dict[str, int]:

@@ -112,6 +112,12 @@ def test_state_of_another_solver_is_refused() -> None:
         kfac_for(mlp(), solver="eigen").load_state_dict(kfac_for(mlp()).state_dict())
 
 
+def test_state_resumes_with_other_slots_and_lag() -> None:
+    saved = interrupted([{**BASE, "inversion": {**BASE["inversion"], "stagger": 1, "inverse_lag": 0}}])[0][2]
+    run = resume(BASE, saved)
+    assert all(bool(torch.isfinite(p).all()) for p in run.train(AFTER, first=BEFORE).values())
+
+
 def test_state_is_weights_only_loadable(tmp_path: Any) -> None:
     torch.save(kfac_for(mlp()).state_dict(), tmp_path / "state.pt")
     kfac_for(mlp()).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
