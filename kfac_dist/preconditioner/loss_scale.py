@@ -1,0 +1,203 @@
+"""Is the loss the mean that K-FAC takes it for? Asked once, of the first measured step, from the model's outputs.
+
+`curvature.scale` tells by what the terms' gradients were multiplied; here that number is compared with what the loop
+said, or with a mean over the micro-batch if it said nothing. A mismatch that has a name (n, T, W) stops every rank;
+another one is a warning, since a loss may be weighted on purpose.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config.schema import Likelihood, LossTerms
+from kfac_dist.curvature.blocks import MicroBatch
+from kfac_dist.curvature.scale import gradient_scale
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.errors import ModelError
+
+# How far from 1 a scale may be: more than half-precision outputs round, less than what any wrong count makes.
+TOLERANCE = 0.04
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a loss's scale is compared with.
+
+    Attributes:
+        samples: B of the micro-batch.
+        positions: Terms that a sample has if every position is one, T.
+        ranks: W.
+        loss_terms: What the mean is taken to run over.
+        scaled: Whether an AMP scaler is known of.
+    """
+
+    samples: int
+    positions: int
+    ranks: int
+    loss_terms: LossTerms
+    scaled: bool = False
+
+
+def explain_scale(scale: float, terms: Terms) -> tuple[bool, str] | None:
+    """Say what a scale means that should be 1.
+
+    Args:
+        scale: Output gradients that K-FAC would use, in multiples of those of the loss's terms.
+        terms: Sizes that a wrong scale may be made of.
+
+    Returns:
+        None if it is 1; else whether it has an explanation that leaves no doubt, and the message.
+    """
+
+    def near(value: float) -> bool:
+        return abs(scale / value - 1) < TOLERANCE
+
+    if near(1.0):
+        return None
+    n = terms.samples if terms.loss_terms is LossTerms.SAMPLE else terms.samples * terms.positions
+    found = f"the loss's gradient is {scale:.4g} times that of a mean over {n} {terms.loss_terms}s"
+    if terms.samples * terms.positions > 1 and (near(n) or near(terms.samples * terms.positions)):
+        return True, (
+            f"{found}: the loss is a sum. Divide it by the number of {terms.loss_terms}s (reduction='mean'), or call "
+            "kfac.micro_batch(divisor=1.0) before each forward pass"
+        )
+    if terms.positions > 1 and terms.loss_terms is LossTerms.SAMPLE and near(1 / terms.positions):
+        return True, (
+            f"{found}: it is a mean over the {terms.positions} positions of each sample too. Set "
+            "kfac.curvature.loss_terms: token"
+        )
+    if terms.positions > 1 and terms.loss_terms is LossTerms.TOKEN and near(terms.positions):
+        return True, (
+            f"{found}: it is a sum over the {terms.positions} positions of a sample. Divide it by the number of "
+            "tokens, or set kfac.curvature.loss_terms: sample"
+        )
+    if terms.ranks > 1 and near(1 / terms.ranks):
+        return True, (
+            f"{found}: it was divided by the {terms.ranks} ranks once more. Leave that to the averaging of the "
+            "gradients (DDP does it)"
+        )
+    if terms.ranks > 1 and near(terms.ranks):
+        return True, (
+            f"{found}: it was multiplied by the {terms.ranks} ranks. Leave that out, or call "
+            f"kfac.micro_batch(divisor=...) with the number that the sum of the terms is divided by"
+        )
+    if not terms.scaled and scale >= 2**8 and near(2.0 ** round(math.log2(scale))):
+        return True, f"{found}: it carries an AMP loss scale. Pass KFAC(..., grad_scaler=scaler)"
+    return False, (
+        f"{found}. If it is accumulated or leaves out terms, call kfac.micro_batch(divisor=..., terms=...) before each "
+        "forward pass; if it is weighted on purpose, K-FAC's G carries the square of that weight"
+    )
+
+
+class LossScaleWatch:
+    """Takes outputs and their gradient from the first measured backward pass.
+
+    Args:
+        model: The bare model.
+        describe: Tells what the loop said of the micro-batch that is under way.
+    """
+
+    def __init__(self, model: nn.Module, describe: Callable[[], MicroBatch]) -> None:
+        self.paused = False
+        self._describe = describe
+        self._seen: tuple[Tensor, Tensor, MicroBatch] | None = None
+        self._watching = False
+        self._handle: torch.utils.hooks.RemovableHandle | None = model.register_forward_hook(self._forward_ran)
+
+    @property
+    def over(self) -> bool:
+        """Whether the question is answered."""
+        return self._handle is None
+
+    def begin(self, *, active: bool) -> None:
+        """Begin a step; look at its first forward pass if it is measured."""
+        self._watching = active
+        self._seen = None
+
+    def judge(self, likelihood: Likelihood | None, communicator: Communicator, *, passes: int, scaled: bool) -> None:
+        """Compare the scale with the loss that K-FAC was told of; collective, once, and waits for the device.
+
+        Args:
+            likelihood: The predictive distribution, if the configuration names it.
+            communicator: The ranks.
+            passes: Forward passes of this step.
+            scaled: Whether an AMP scaler is known of.
+
+        Raises:
+            ModelError: On every rank, the scale is wrong by a number of samples, positions or ranks.
+        """
+        seen, self._seen = self._seen, None
+        found, problem = None, None
+        if seen is not None:
+            found = _scale(*seen, likelihood)
+            problem = None if found is None else explain_scale(found, _terms(*seen, communicator.size, scaled))
+        # An overflow of the loss scale makes the first gradients infinite: then the next measurement is asked.
+        overflowed = seen is not None and not bool(torch.isfinite(seen[1]).all())
+        answers = communicator.gather_objects((overflowed, problem), label="agreement")
+        proofs = [message for _, said in answers if said is not None for proven, message in [said] if proven]
+        if not proofs and any(again for again, _ in answers):
+            return
+        self.stop()
+        if proofs:
+            raise ModelError(proofs[0])
+        accumulated = found is not None and passes > 1 and abs(found * passes - 1) < TOLERANCE
+        if problem is not None and not accumulated:
+            warnings.warn(problem[1], stacklevel=2)
+
+    def stop(self) -> None:
+        """Take the hook off the model."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def _forward_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not self._watching or not isinstance(outputs, Tensor) or not outputs.requires_grad or not outputs.ndim:
+            return
+        self._watching = False
+        values = outputs.detach().clone() if outputs.numel() < _COPIED else outputs.detach()
+
+        def gradient_came(gradient: Tensor) -> None:
+            if not self.paused and self._seen is None:
+                self._seen = (values, gradient.detach(), self._describe())
+
+        outputs.register_hook(gradient_came)
+
+
+# Outputs of more values are not copied; one that the loss changes in place then no longer fits its gradient.
+_COPIED = 2**22
+
+
+def _scale(outputs: Tensor, gradient: Tensor, micro: MicroBatch, likelihood: Likelihood | None) -> float | None:
+    """Return by what K-FAC's output gradients differ from the terms' own."""
+    if likelihood is Likelihood.GAUSSIAN:
+        return None
+    scale = gradient_scale(outputs, gradient, likelihood)
+    if scale is None:
+        return None
+    divisor = micro.divisor
+    if divisor is None:
+        samples, positions = _sizes(outputs, micro)
+        inferred = float(samples if micro.loss_terms is LossTerms.SAMPLE else samples * positions)
+        divisor = inferred if micro.terms is None or micro.loss_terms is LossTerms.SAMPLE else micro.terms
+    unscaled = 1.0 if micro.inverse_scale is None else float(micro.inverse_scale)
+    return scale * float(divisor) * unscaled
+
+
+def _terms(outputs: Tensor, gradient: Tensor, micro: MicroBatch, ranks: int, scaled: bool) -> Terms:
+    samples, positions = _sizes(outputs, micro)
+    return Terms(samples, positions, ranks, micro.loss_terms, scaled)
+
+
+def _sizes(outputs: Tensor, micro: MicroBatch) -> tuple[int, int]:
+    """Return B and T: rows of logits beyond the number of samples are positions."""
+    rows = outputs.shape[:-1].numel() if outputs.ndim > 1 else outputs.shape[0]
+    samples = micro.batch_size or outputs.shape[0]
+    return samples, max(rows // max(samples, 1), 1)
