@@ -31,6 +31,7 @@ class BlockPlan:
         column: The column of the grid that preconditions it.
         slot: When it refreshes.
         matrix_shape: `(batch, d_out, d_in)` of its gradient matrix.
+        partial_traces: See `Block.partial_traces`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class BlockPlan:
     column: int
     slot: int
     matrix_shape: tuple[int, int, int]
+    partial_traces: bool = False
 
     @property
     def inversion_cost(self) -> float:
@@ -137,6 +139,7 @@ def build_plan(
             column=assignment.columns[block.name],
             slot=slots[block.name],
             matrix_shape=block.matrix_shape,
+            partial_traces=block.partial_traces,
         )
         for block in blocks
     }

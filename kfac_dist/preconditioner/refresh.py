@@ -143,7 +143,7 @@ class Refresh:
         )
 
     def _solve(self, units: Sequence[Unit], totals: Tensor, damping: float) -> list[Tensor]:
-        weights, traces = totals.tolist()
+        weights, traces = self._quotients(totals)
         tasks: list[Task] = []
         kept: list[Tensor | None] = []
         for unit in units:
@@ -163,6 +163,17 @@ class Refresh:
             if payload is not None
         )
         return [next(fresh) if previous is None else previous for previous in kept]
+
+    def _quotients(self, totals: Tensor) -> tuple[list[float], list[float]]:
+        """Return what each unit's sum is divided by, and its trace: the weight, or tr F for `L ⊗ R / tr F`."""
+        weights, traces = totals.tolist()
+        for block in self._plan.blocks.values():
+            if block.partial_traces:
+                own = [self._averages.layout.index(unit) for unit in block.units if unit.side is Side.A]
+                whole = sum(traces[index] for index in own)
+                for index in own if whole > 0 else ():
+                    weights[index] = whole
+        return weights, traces
 
     def _damping(self, unit: Unit, weights: list[float], traces: list[float], damping: float) -> float:
         if is_eigen(unit, self._solver):

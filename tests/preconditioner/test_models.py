@@ -24,8 +24,55 @@ def up_and_down() -> nn.Module:
     )
 
 
+class Attends(nn.Module):
+    """Self-attention inside an encoder layer, then attention to another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.memory = nn.Linear(6, 4)
+        self.cross = nn.MultiheadAttention(6, 3, kdim=4, vdim=4, batch_first=True, add_bias_kv=True)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.encoder(self.embedding(tokens))
+        memory = self.memory(hidden[:, :3])
+        return self.head(hidden + self.cross(hidden, memory, memory, need_weights=False)[0])
+
+
+class Language(nn.Module):
+    """A table that is embedding and head, two layers with one weight, and a layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(CLASSES, 6, padding_idx=1)
+        self.first, self.second, self.twice = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(6, CLASSES)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = torch.tanh(self.second(torch.tanh(self.first(self.table(tokens)))))
+        return self.head(self.twice(torch.sin(self.twice(hidden))))
+
+
 CASES: dict[str, Case] = {
     "transposed convolution": Case(up_and_down, lambda g: torch.randn(GLOBAL_BATCH, 2, 6, 6, generator=g)),
+    "attention": Case(Attends, lambda g: torch.randint(0, 7, (GLOBAL_BATCH, 4), generator=g), tokens=4),
+    "attention, reduce": Case(
+        Attends,
+        lambda g: torch.randint(0, 7, (GLOBAL_BATCH, 4), generator=g),
+        tokens=4,
+        curvature={"sharing": "reduce", "fisher": "mc"},
+    ),
+    "tied": Case(Language, lambda g: torch.randint(0, CLASSES, (GLOBAL_BATCH, 4), generator=g), tokens=4),
+    "tied, sampled": Case(
+        Language,
+        lambda g: torch.randint(0, CLASSES, (GLOBAL_BATCH, 4), generator=g),
+        tokens=4,
+        curvature={"sample_fraction": 0.5, "fisher": "type2"},
+    ),
 }
 
 

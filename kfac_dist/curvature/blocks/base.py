@@ -160,27 +160,33 @@ class Block(ABC):
     Attributes:
         name: The module's name in the model.
         module: The layer.
+        modules: All modules whose calls are this block's uses: more than one if they share the weight.
         parameters: Full parameter names and parameters, in the order in which the gradient matrix takes them.
         factors: The factors that are measured, by side.
         matrix_shape: `(batch, d_out, d_in(+1))` of the gradient matrix.
         sharing: How positions that share the weight enter.
+        partial_traces: Whether A and G are the partial traces of F, so that F ≈ A ⊗ G / tr F and not A ⊗ G.
     """
 
+    partial_traces = False
+
     def __init__(
-        self, name: str, module: nn.Module, sharing: Sharing, *, parameters: dict[str, nn.Parameter] | None = None
+        self,
+        name: str,
+        module: nn.Module,
+        sharing: Sharing,
+        *,
+        also: Sequence[nn.Module] = (),
+        parameters: dict[str, nn.Parameter] | None = None,
     ) -> None:
         self.name = name
         self.module = module
+        self.modules = (module, *also)
         self.sharing = sharing
-        self.parameters = trained_parameters(name, module) if parameters is None else parameters
+        self.parameters = trained_parameters(name, self.modules) if parameters is None else parameters
 
     factors: tuple[FactorSpec, ...]
     matrix_shape: tuple[int, int, int]
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The modules whose calls are this block's uses."""
-        return (self.module,)
 
     def watch(self, recorder: Recorder) -> list[Handle]:
         """Put hooks on the layer that report its calls; by default one on each of the block's modules."""
@@ -251,7 +257,7 @@ class KroneckerBlock(Block):
 
     def kept(self, inputs: Tensor) -> Tensor:
         """See `Block.kept`: matrix products are what autocast casts."""
-        return _as_autocast(inputs)
+        return as_autocast(inputs)
 
     def use_rows(self, use: Use, batch_size: int | None) -> Tensor:
         """Return the activations of one use; layers whose rows depend on more than their input override it."""
@@ -277,16 +283,19 @@ class KroneckerBlock(Block):
         sink.add_count(self.name, Side.G, terms * (kept_total / max(total, 1)))
 
 
-def trained_parameters(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a module's own trained weight and bias by full name."""
+def trained_parameters(name: str, modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """Return the first module's own trained weight and bias by full name, those that all the modules share."""
     return {
         f"{name}.{key}" if name else key: parameter
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad and key in ("weight", "bias")
+        for key, parameter in modules[0].named_parameters(recurse=False)
+        if parameter.requires_grad
+        and key in ("weight", "bias")
+        and all(getattr(other, key, None) is parameter for other in modules)
     }
 
 
-def _as_autocast(inputs: Tensor) -> Tensor:
+def as_autocast(inputs: Tensor) -> Tensor:
+    """Return the input of a matrix product as autocast casts it."""
     device = inputs.device.type
     if not inputs.is_floating_point() or not torch.is_autocast_enabled(device):
         return inputs

@@ -29,8 +29,8 @@ class EmbeddingBlock(Block):
     diagonal A. The padding token has no gradient and therefore no frequency.
     """
 
-    def __init__(self, name: str, module: nn.Module, sharing: Sharing) -> None:
-        super().__init__(name, module, Sharing.EXPAND)
+    def __init__(self, name: str, module: nn.Module, sharing: Sharing, *, also: Sequence[nn.Module] = ()) -> None:
+        super().__init__(name, module, Sharing.EXPAND, also=also)
         layer = cast(nn.Embedding, module)
         self.factors = (
             FactorSpec(Side.A, layer.num_embeddings, kind=FactorKind.DIAGONAL),
@@ -40,7 +40,6 @@ class EmbeddingBlock(Block):
 
     def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
         """Add token frequencies and output gradients; see `Block.measure`."""
-        module = cast(nn.Embedding, self.module)
         terms: float | Tensor = 0.0
         kept = total = 0
         for use in uses:
@@ -48,7 +47,7 @@ class EmbeddingBlock(Block):
             rows = slice(batch.first_row(tokens.shape[1]), None, batch.stride)
             if Side.A in sides:
                 drawn = tokens.flatten()[rows]
-                sink.add_values(self.name, Side.A, _frequencies(drawn, module))
+                sink.add_values(self.name, Side.A, _frequencies(drawn, cast(nn.Embedding, use.source)))
                 sink.add_count(self.name, Side.A, float(drawn.shape[0]))
             if Side.G in sides and use.grad is not None:
                 grads = batch_first(use.grad, batch.batch_size)

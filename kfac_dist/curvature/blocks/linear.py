@@ -1,4 +1,4 @@
-"""`nn.Linear`: rows are what the layer was given, position by position."""
+"""`nn.Linear`, and transformers' `Conv1D`: the same layer with its weight stored input first."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from kfac_dist.curvature.factors import Side
 class LinearBlock(KroneckerBlock):
     """A: [d_in(+1)]², G: [d_out]²; the gradient matrix is the weight with the bias as its last column."""
 
-    def __init__(self, name: str, module: nn.Module, sharing: Sharing) -> None:
-        super().__init__(name, module, sharing)
+    def __init__(self, name: str, module: nn.Module, sharing: Sharing, *, also: Sequence[nn.Module] = ()) -> None:
+        super().__init__(name, module, sharing, also=also)
         self.has_bias = len(self.parameters) > 1
-        layer = cast(nn.Linear, module)
-        width = layer.in_features + self.has_bias
-        self.factors = (dense(Side.A, width), dense(Side.G, layer.out_features))
-        self.matrix_shape = (1, layer.out_features, width)
+        outputs, inputs = self.shape_of(cast(Tensor, module.weight))
+        self.factors = (dense(Side.A, inputs + self.has_bias), dense(Side.G, outputs))
+        self.matrix_shape = (1, outputs, inputs + self.has_bias)
+
+    def shape_of(self, weight: Tensor) -> tuple[int, int]:
+        """Return `(d_out, d_in)`."""
+        return weight.shape[0], weight.shape[1]
 
     def input_rows(self, inputs: Tensor, batch_size: int | None) -> Tensor:
         """Return `[1, B, T, d_in]`."""
@@ -34,3 +37,15 @@ class LinearBlock(KroneckerBlock):
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.matrix_views`."""
         return weight_and_bias_views(tensors, matrix)
+
+
+class InputFirstLinearBlock(LinearBlock):
+    """`transformers.pytorch_utils.Conv1D`, of GPT and GPT-2: weight `[d_in, d_out]`."""
+
+    def shape_of(self, weight: Tensor) -> tuple[int, int]:
+        """Return `(d_out, d_in)`."""
+        return weight.shape[1], weight.shape[0]
+
+    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.matrix_views`."""
+        return weight_and_bias_views([tensors[0].mT, *tensors[1:]], matrix)

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrizations import weight_norm
 
 from kfac_dist.config.schema import CurvatureConfig, Sharing
-from kfac_dist.curvature.blocks import BLOCK_TYPES, Coverage, find_blocks
+from kfac_dist.curvature.blocks import BLOCK_TYPES, Block, Coverage, find_blocks
+from kfac_dist.curvature.blocks.embedding import EmbeddingBlock
+from kfac_dist.curvature.blocks.linear import LinearBlock
+from kfac_dist.curvature.blocks.tied import TiedBlock
 from kfac_dist.errors import ModelError
 from tests.curvature.measured import build_kfac
 
@@ -24,11 +28,18 @@ def names(coverage: Coverage) -> list[str]:
 
 
 def assert_partition(model: nn.Module, coverage: Coverage) -> None:
-    """Every parameter is covered by exactly one block, or has a reason."""
-    covered = [name for block in coverage.blocks for name in block.parameters]
-    assert len(covered) == len(set(covered))
-    assert not set(covered) & set(coverage.uncovered)
-    assert set(covered) | set(coverage.uncovered) == {name for name, _ in model.named_parameters()}
+    """Every entry of every parameter is covered by exactly one block, or its parameter has a reason."""
+    counts = {
+        name: torch.zeros(() if isinstance(parameter, UninitializedParameter) else parameter.shape)
+        for name, parameter in model.named_parameters()
+    }
+    for block in coverage.blocks:
+        matrix = torch.zeros(block.matrix_shape)
+        for tensor, _ in block.matrix_views([counts[name] for name in block.parameters], matrix):
+            tensor += 1
+    for name, count in counts.items():
+        assert bool((count == (name not in coverage.uncovered)).all()), name
+    assert set(coverage.uncovered) <= set(counts)
 
 
 def encoder() -> nn.Module:
@@ -42,7 +53,8 @@ def test_every_table_row_makes_a_block() -> None:
         nn.LayerNorm: (2,), nn.RMSNorm: (2,), nn.GroupNorm: (1, 2), nn.BatchNorm1d: (2,), nn.BatchNorm2d: (2,),
         nn.BatchNorm3d: (2,), nn.SyncBatchNorm: (2,),
     }  # fmt: skip
-    assert set(arguments) == set(BLOCK_TYPES)
+    arguments[nn.MultiheadAttention] = (4, 2)
+    assert {kind for kind in BLOCK_TYPES if not isinstance(kind, str)} == set(arguments)
     for kind, positional in arguments.items():
         model = nn.Sequential(kind(*positional))
         coverage = find(model)
@@ -94,13 +106,76 @@ def test_frozen_parameters() -> None:
     assert_partition(model, coverage)
 
 
-def test_tied_weights_keep_the_plain_gradient() -> None:
-    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5))
-    model[2].weight = model[0].weight
+def tie(*layers: nn.Module, key: str = "weight") -> nn.Module:
+    for layer in layers[1:]:
+        setattr(layer, key, getattr(layers[0], key))
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "uncovered"),
+    [
+        (tie(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)), TiedBlock, {}),
+        (tie(nn.Embedding(5, 3), nn.Linear(3, 5)), TiedBlock, {"1.bias": "not part of what TiedBlock covers"}),
+        (tie(nn.Linear(3, 5), nn.Embedding(5, 3)), TiedBlock, {"0.bias": "not part of what TiedBlock covers"}),
+        (tie(nn.Embedding(5, 3), nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)), TiedBlock, {}),
+        (tie(nn.Embedding(5, 3), nn.Embedding(5, 3)), EmbeddingBlock, {}),
+        (tie(tie(nn.Linear(3, 3), nn.Linear(3, 3))[0], nn.Linear(3, 3)), LinearBlock, None),
+        (tie(*tie(nn.Linear(3, 3), nn.Linear(3, 3)), key="bias"), LinearBlock, {}),
+    ],
+)
+def test_modules_that_share_a_weight_are_one_block(
+    model: nn.Module, kind: type[Block], uncovered: dict[str, str] | None
+) -> None:
     coverage = find(model)
-    assert names(coverage) == ["1"]
-    assert coverage.uncovered["0.weight"] == "its weight is tied to that of 2"
-    assert coverage.uncovered["2.bias"] == "its weight is tied to that of 0"
+    assert [type(block) for block in coverage.blocks] == [kind]
+    assert coverage.uncovered == uncovered or uncovered is None
+    assert_partition(model, coverage)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "reason"),
+    [
+        (tie(nn.Conv1d(2, 2, 1), nn.Conv1d(2, 2, 1)), {}, "its weight is tied to that of 1"),
+        (tie(nn.Linear(2, 2), nn.Linear(2, 2), key="bias"), {}, "its weight is tied to that of 1"),
+        (
+            tie(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)),
+            {"exclude": ["1"]},
+            "its weight is tied to that of 1: m",
+        ),
+        (tie(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)), {"fisher": "input_only"}, "input_only measures no out"),
+        (tie(nn.LayerNorm(2), nn.Linear(2, 2), key="bias"), {}, "its weight is tied to that of 1"),
+    ],
+)
+def test_weights_that_no_block_can_share(model: nn.Module, config: dict[str, Any], reason: str) -> None:
+    coverage = find(nn.ModuleList([*model, nn.Linear(2, 2)]), **config)
+    assert names(coverage) == ["2"]
+    assert all(
+        found.startswith("its weight is tied") or found.startswith(reason) for found in coverage.uncovered.values()
+    )
+    assert any(found.startswith(reason) for found in coverage.uncovered.values())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"kdim": 3, "vdim": 5}, {"bias": False}, {"add_bias_kv": True}])
+@pytest.mark.parametrize("config", [{}, {"exclude": ["*.out_proj"]}, {"exclude": ["*.q"]}, {"exclude": ["*"]}])
+def test_attention_is_four_blocks(kwargs: dict[str, Any], config: dict[str, Any]) -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, **kwargs)})
+    coverage = find(model, **config)
+    expected = [f"attention.{name}" for name in ("in_proj.q", "in_proj.k", "in_proj.v", "out_proj")]
+    wanted = {"*.out_proj": expected[:3], "*.q": expected[3:], "*": []}
+    assert names(coverage) == wanted.get(next(iter(config.get("exclude", [""]))), expected)
+    assert_partition(model, coverage)
+    assert ("attention.bias_k" in coverage.uncovered) == ("add_bias_kv" in kwargs)
+
+
+def test_attention_with_frozen_parts() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    model["attention"].in_proj_weight.requires_grad_(False)
+    model["attention"].out_proj.bias.requires_grad_(False)
+    coverage = find(model)
+    assert names(coverage) == ["attention.out_proj"]
+    assert coverage.uncovered["attention.in_proj_weight"] == "frozen"
+    assert coverage.uncovered["attention.in_proj_bias"] == "not part of what AttentionBlock covers"
 
 
 def test_a_module_at_two_places_is_one_block() -> None:

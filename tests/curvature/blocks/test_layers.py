@@ -346,3 +346,36 @@ def test_reference_positions_are_what_they_say() -> None:
     outputs = noise(2, 3, 4, 5)
     assert positions_of(nn.Conv2d(1, 3, 1), outputs).shape == (2, 20, 3)
     assert positions_of(nn.Linear(1, 5), outputs).shape == (2, 12, 5)
+
+
+class Conv1D(nn.Module):
+    """What transformers' class of this name is; the table knows it by its name alone."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_input_first_linear(solver: str, sharing: str) -> None:
+    """The same as a linear layer with the transposed weight."""
+    torch.manual_seed(0)
+    given, usual = nn.Sequential(Conv1D(3, 4)), nn.Sequential(nn.Linear(4, 3))
+    usual.load_state_dict({"0.weight": given[0].weight.detach().mT, "0.bias": given[0].bias.detach()})
+    found = []
+    for model in (given, usual):
+        kfac = build_kfac(model, sharing=sharing, inversion={"solver": solver, "damping": 0.05})
+        mean_loss(5)(model(noise(5, 2, 4))).backward()
+        kfac.step()
+        found.append(factors(kfac))
+        kfac.remove()
+    assert_close(found[0]["0/A"], found[1]["0/A"])
+    assert_close(found[0]["0/G"], found[1]["0/G"])
+    assert_close(given[0].weight.grad.mT, usual[0].weight.grad, 1e-4)
+    assert_close(given[0].bias.grad, usual[0].bias.grad, 1e-4)

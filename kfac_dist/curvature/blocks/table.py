@@ -1,0 +1,43 @@
+"""The layer types that have a block, in one table; the next type is one class in one file and one row here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kfac_dist.curvature.blocks.attention import AttentionBlock
+from kfac_dist.curvature.blocks.base import Block
+from kfac_dist.curvature.blocks.convolution import ConvolutionBlock
+from kfac_dist.curvature.blocks.embedding import EmbeddingBlock
+from kfac_dist.curvature.blocks.linear import InputFirstLinearBlock, LinearBlock
+from kfac_dist.curvature.blocks.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock
+from kfac_dist.curvature.blocks.transposed import TransposedConvolutionBlock
+
+# A class of a package that need not be installed is named by its module and its name.
+BLOCK_TYPES: dict[type[nn.Module] | str, type[Block]] = {
+    nn.Linear: LinearBlock,
+    "transformers.pytorch_utils.Conv1D": InputFirstLinearBlock,
+    nn.Conv1d: ConvolutionBlock,
+    nn.Conv2d: ConvolutionBlock,
+    nn.Conv3d: ConvolutionBlock,
+    nn.ConvTranspose1d: TransposedConvolutionBlock,
+    nn.ConvTranspose2d: TransposedConvolutionBlock,
+    nn.ConvTranspose3d: TransposedConvolutionBlock,
+    nn.MultiheadAttention: AttentionBlock,
+    nn.Embedding: EmbeddingBlock,
+    nn.LayerNorm: LayerNormBlock,
+    nn.RMSNorm: LayerNormBlock,
+    nn.GroupNorm: GroupNormBlock,
+    nn.BatchNorm1d: BatchNormBlock,
+    nn.BatchNorm2d: BatchNormBlock,
+    nn.BatchNorm3d: BatchNormBlock,
+    nn.SyncBatchNorm: BatchNormBlock,
+}
+
+
+def block_class(module: nn.Module) -> type[Block] | None:
+    """Return the block of a module's type, or of the nearest type that it derives from; None if there is none."""
+    for base in type(module).__mro__:
+        for key in (base, f"{base.__module__}.{base.__qualname__}"):
+            if key in BLOCK_TYPES:
+                return BLOCK_TYPES[key]
+    return None
