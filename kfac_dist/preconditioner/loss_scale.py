@@ -137,7 +137,8 @@ class LossScaleWatch:
         found, problem = None, None
         if seen is not None:
             found = _scale(*seen, likelihood)
-            problem = None if found is None else explain_scale(found, _terms(*seen, communicator.size, scaled))
+            terms = _terms(*seen, communicator.size, scaled)
+            problem = _beyond_bound(*seen, likelihood) if found is None else explain_scale(found, terms)
         # An overflow of the loss scale makes the first gradients infinite: then the next measurement is asked.
         overflowed = seen is not None and not bool(torch.isfinite(seen[1]).all())
         answers = communicator.gather_objects((overflowed, problem), label="agreement")
@@ -180,15 +181,34 @@ def _scale(outputs: Tensor, gradient: Tensor, micro: MicroBatch, likelihood: Lik
     if likelihood is Likelihood.GAUSSIAN:
         return None
     scale = gradient_scale(outputs, gradient, likelihood)
-    if scale is None:
+    return None if scale is None else scale * _divisor(outputs, micro)
+
+
+def _beyond_bound(
+    outputs: Tensor, gradient: Tensor, micro: MicroBatch, likelihood: Likelihood | None
+) -> tuple[bool, str] | None:
+    """Say so if a term's gradient is larger than that of any label, soft ones included: |p − y| ≤ 1 in each output."""
+    if likelihood in (None, Likelihood.GAUSSIAN):
         return None
+    largest = float(gradient.abs().amax()) * _divisor(outputs, micro) if gradient.numel() else 0.0
+    if not 1 + TOLERANCE < largest < math.inf:
+        return None
+    return False, (
+        f"the loss's gradient reaches {largest:.4g} in an output, where that of a {likelihood} term is at most 1. If "
+        "the loss is a sum, divide it by its number of terms; if it is weighted on purpose, K-FAC's G carries the "
+        "square of that weight"
+    )
+
+
+def _divisor(outputs: Tensor, micro: MicroBatch) -> float:
+    """Return what K-FAC multiplies output gradients by."""
     divisor = micro.divisor
     if divisor is None:
         samples, positions = _sizes(outputs, micro)
         inferred = float(samples if micro.loss_terms is LossTerms.SAMPLE else samples * positions)
         divisor = inferred if micro.terms is None or micro.loss_terms is LossTerms.SAMPLE else micro.terms
     unscaled = 1.0 if micro.inverse_scale is None else float(micro.inverse_scale)
-    return scale * float(divisor) * unscaled
+    return float(divisor) * unscaled
 
 
 def _terms(outputs: Tensor, gradient: Tensor, micro: MicroBatch, ranks: int, scaled: bool) -> Terms:

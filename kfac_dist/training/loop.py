@@ -164,13 +164,22 @@ class Trainer:
         self.stopwatch = Stopwatch(checkpoint.facts["seconds"])
         self._begin_window()
 
-    def _take_step(self, batch: StepBatch) -> None:
-        set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
+    def backpropagate(self, batch: StepBatch) -> TermCounts:
+        """Pass the micro-batches of a step through the model, forward and back; collective.
+
+        Returns:
+            The step's loss terms; the averaged gradients are in the engine.
+        """
         counts = self._count_terms(batch)
         for micro, terms in zip(batch.micro_batches, counts.here, strict=True):
             last = micro is batch.micro_batches[-1]
             with self.parts.engine.synchronize(last):
                 self._forward_backward(micro, terms, counts.everywhere / self.communicator.size, last)
+        return counts
+
+    def _take_step(self, batch: StepBatch) -> None:
+        set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
+        counts = self.backpropagate(batch)
         if self.parts.kfac is not None:
             self.parts.kfac.step()
         if self.config.train.clip_grad_norm is not None:

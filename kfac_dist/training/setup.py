@@ -21,7 +21,7 @@ from kfac_dist.training.batches import Source, Stream, source_of
 from kfac_dist.training.passes import refuse_unused
 from kfac_dist.training.random_state import seed_everything
 from kfac_dist.training.sampler import Position, Sampler
-from kfac_dist.training.trial import WHERE, try_out
+from kfac_dist.training.trial import WHERE, check_targets, try_out
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,10 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
         sampler.check(communicator.size, Position())
         loss = build_loss(config.loss)
         trial = try_out(model.to(world.device), loss, train, test)
+        check_targets(loss, train, trial.outputs)
         if communicator.size > 1 and not config.engine.find_unused_parameters:
             refuse_unused(WHERE, trial.unused)
-    agree_on_plan(communicator, _shapes(model))
+    agree_on_plan(communicator, parameter_shapes(model))
     engine = build_engine(model, config.engine, world)
     _settle(engine, loss, train)
     optimizer = build_optimizer(engine.module.parameters(), config.optimizer)
@@ -85,8 +86,8 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
     return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps)
 
 
-def _shapes(model: nn.Module) -> list[tuple[str, str]]:
-    """Return what DDP takes to be the same on every rank; it would stop without a name."""
+def parameter_shapes(model: nn.Module) -> list[tuple[str, str]]:
+    """Return names and shapes, which DDP takes to be the same on every rank and would not name."""
     return [
         (name, f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}{'' if p.requires_grad else ', frozen'}")
         for name, p in model.named_parameters()

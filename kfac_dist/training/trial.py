@@ -47,7 +47,7 @@ def try_out(model: nn.Module, loss: Loss, data: Source, test: Source) -> Trial:
 
     Raises:
         ModelError: Nothing is trained, or the model returns no tensor.
-        DataError: The model or the loss refuses the data, or a target is none that the loss knows.
+        DataError: The model or the loss refuses the data.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError(
@@ -61,10 +61,7 @@ def try_out(model: nn.Module, loss: Loss, data: Source, test: Source) -> Trial:
             loss_total(loss, outputs, targets, model).backward()
         unused = unused_parameters(model)
         _try_evaluation(model, loss, test)
-    outputs = outputs.detach()
-    if isinstance(data, InMemorySource):
-        check_targets(loss, data.targets, outputs)
-    return Trial(outputs, unused)
+    return Trial(outputs.detach(), unused)
 
 
 @torch.no_grad()
@@ -78,27 +75,32 @@ def _try_evaluation(model: nn.Module, loss: Loss, test: Source) -> None:
     model.train(training)
 
 
-def check_targets(loss: Loss, targets: Tensor, outputs: Tensor, first: int = 0) -> None:
-    """Refuse targets that are no values of the loss's likelihood; waits for the device.
+def check_targets(loss: Loss, data: Source, outputs: Tensor) -> None:
+    """Refuse targets that are no values of the loss's likelihood, if the data is in memory; waits for the device.
 
     Args:
         loss: The loss.
-        targets: `[samples, ...]`.
+        data: The training data.
         outputs: Outputs of the model for any samples.
-        first: Index of the first sample, for the message.
 
     Raises:
         DataError: Names the first sample.
     """
-    outside = loss.outside(targets, outputs).flatten()
-    if not bool(outside.any()):
-        return
-    place = int(outside.to(torch.uint8).argmax())
-    sample = first + place // max(targets[0].numel(), 1)
-    raise DataError(
-        f"sample {sample} of the training data has the target {targets.flatten()[place].item():g}; "
-        f"expected {loss.allowed.format(last=outputs.shape[-1] - 1)}"
-    )
+    found = outside_targets(loss, data.targets, outputs) if isinstance(data, InMemorySource) else []
+    if found:
+        sample, value = found[0]
+        raise DataError(
+            f"sample {sample} of the training data has the target {value}; "
+            f"expected {loss.allowed.format(last=outputs.shape[-1] - 1)}"
+        )
+
+
+def outside_targets(loss: Loss, targets: Tensor, outputs: Tensor) -> list[tuple[int, str]]:
+    """Return the samples of `[samples, ...]` with a target that the loss doesn't know, each with the first of them."""
+    outside = loss.outside(targets, outputs).reshape(len(targets), -1)
+    rows = targets.reshape(len(targets), -1)
+    samples = outside.any(dim=1).nonzero().flatten().tolist()
+    return [(sample, f"{rows[sample][outside[sample]][0].item():g}") for sample in samples]
 
 
 @contextmanager
