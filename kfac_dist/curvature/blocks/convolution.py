@@ -71,11 +71,13 @@ class ConvolutionBlock(KroneckerBlock):
     def _measure_inputs(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink) -> None:
         inputs = (use.inputs for use in uses)
         images = [tensor.unsqueeze(0) if tensor.ndim == self._spatial + 1 else tensor for tensor in inputs]
-        if batch.stride > 1 or self.sharing is not Sharing.EXPAND or not all(map(self._correlates, images)):
+        whole = batch.stride == 1 or all(len(image) == batch.batch_size for image in images)
+        if not whole or self.sharing is not Sharing.EXPAND or not all(map(self._correlates, images)):
             super()._measure_inputs(uses, batch, sink)
             return
         for image in images:
-            gram, positions = self._correlate(image)
+            # Correlation has no rows to choose from: sampling takes whole images.
+            gram, positions = self._correlate(image[batch.first_row(1) :: batch.stride])
             sink.add_values(self.name, Side.A, gram)
             sink.add_count(self.name, Side.A, float(positions))
 
