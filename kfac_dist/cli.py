@@ -1,8 +1,8 @@
-"""The command line: `kfac-dist train|plan|version`. Each command reads its arguments and hands over.
+"""The command line: `kfac-dist train|plan|doctor|version`. Each command reads its arguments and hands over.
 
 Every rank of a launcher runs this file by itself. A mistake of the user's ends it with code 2 and one line a mistake,
-without a traceback; Ctrl-C with code 130; a bug keeps its traceback and code 1. What needs torch is imported inside
-the commands, so that `--help` and a refused configuration take no time.
+without a traceback; what the doctor found wrong with code 1; Ctrl-C with code 130; a bug keeps its traceback. What
+needs torch is imported inside the commands, so that `--help` and a refused configuration take no time.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from kfac_dist.errors import ConfigError, KFACError
 if TYPE_CHECKING:
     from torch import nn
 
+NOT_READY = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 1.0
 PIPE_WIDTH = 160
+DOCTOR_WIDTH = 110
 
 app = typer.Typer(
     name="kfac-dist",
@@ -101,6 +103,31 @@ def plan(
         )
         console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
         console.print(plan_view(planned, coverage.uncovered))
+
+
+@app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for; by default those that a launcher started, or 1.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Say what K-FAC does with each parameter, and check data, loss and curvature; code 1 if something is wrong."""
+    with _exit_codes():
+        resolved = _load(config, overrides, {})
+        from kfac_dist.doctor import examine
+        from kfac_dist.doctor.view import print_report
+
+        report = examine(resolved, world_size)
+        if os.environ.get("RANK", "0") == "0":
+            if as_json:
+                print(report.to_json())
+            else:
+                print_report(report, width=None if sys.stdout.isatty() else DOCTOR_WIDTH)
+    if not report.ready:
+        raise typer.Exit(NOT_READY)
 
 
 @app.command("version")

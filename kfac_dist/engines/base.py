@@ -65,5 +65,7 @@ class Engine(ABC):
     def finite(self) -> Tensor:
         """Return a 0-dim bool on the device: whether all averaged gradients are finite, the same on every rank."""
         gradients = [grad.coalesce().values() if grad.is_sparse else grad for grad in self.gradients().values()]
+        if not gradients:  # torch refuses an empty list
+            return torch.tensor(True)
         norms = torch._foreach_norm(gradients)
-        return torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()) if norms else torch.tensor(True)
+        return torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())

@@ -1,0 +1,16 @@
+"""`kfac-dist doctor`: what K-FAC would do with a run's model and data, and whether that is right.
+
+examine      the order of the checks, and the report
+parameters   one row a parameter: which block, why none, what it costs, who owns it
+samples      values that aren't finite, targets that the loss doesn't know
+plans        the same plan on every rank, the same blocks for any number of ranks
+scale        statistics of a batch against those of its samples, one by one
+curvature    the factors against the exact Gauss–Newton matrix
+findings     what is wrong, and what to write instead
+view         the report on a terminal
+"""
+
+from kfac_dist.doctor.examine import examine
+from kfac_dist.doctor.findings import Finding, Report, Severity
+
+__all__ = ["Finding", "Report", "Severity", "examine"]

@@ -1,0 +1,211 @@
+"""The factors of a micro-batch against the exact Gauss–Newton matrix: equal where they have to be, close elsewhere.
+
+With `type2` gradients K-FAC's block is the GGN's for one sample with one position, and a norm's unit-wise blocks always
+are: a difference there is an error. For more samples, or positions that share the weight, A ⊗ G is an approximation,
+whose distance is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config.schema import Config, Fisher, LossTerms, Sharing
+from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.factors import FactorKind, Side
+from kfac_dist.curvature.gram import complete
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.doctor.findings import CurvatureRow, Finding, Severity
+from kfac_dist.doctor.gauss_newton import ENTRIES, compare, hessian_rows
+from kfac_dist.doctor.measure import factors as measured_factors
+from kfac_dist.doctor.measure import measuring
+from kfac_dist.preconditioner.kfac import KFAC
+from kfac_dist.preconditioner.plan import block_units
+from kfac_dist.tasks import Loss
+from kfac_dist.training.batches import Source
+
+# Backward passes: one for each output of each term, at most so many.
+ROWS = 256
+SAMPLES = 8
+PARAMETERS = 5_000_000
+# fp32 statistics, and on GPUs products in TF32.
+TOLERANCE = 5e-3
+
+Micro = tuple[Tensor, Tensor]
+
+
+def examine_curvature(
+    config: Config, module: nn.Module, loss: Loss, data: Source, ranks: Communicator
+) -> tuple[list[Finding], tuple[CurvatureRow, ...]]:
+    """Compare one sample, then as many as `ROWS` backward passes allow; collective, on the same samples everywhere.
+
+    Args:
+        config: The run's configuration.
+        module: The bare model.
+        loss: The loss.
+        data: The training data.
+        ranks: The ranks.
+    """
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if trained > PARAMETERS:
+        text = f"not compared with the exact curvature: {trained:,} values, at most {PARAMETERS:,} are compared"
+        return [Finding("curvature", Severity.FINE, text)], ()
+    module.eval()
+    one = _first_position(config, module, _samples(config, data, 1))
+    with torch.no_grad():
+        columns = module(one[0])[0].numel()
+    if columns > ROWS:
+        text = f"not compared with the exact curvature: {columns:,} outputs a term, at most {ROWS} are compared"
+        return [Finding("curvature", Severity.FINE, text)], ()
+    rows = _compare(config, module, loss, one, ranks, sharing=Sharing.EXPAND)
+    many = _batch(config, module, data, one, columns)
+    if many is None:
+        return _judge(rows), rows
+    further = _compare(config, module, loss, many, ranks, sharing=None)
+    shown = (*(row for row in rows if row.exact), *(row for row in further if not row.exact))
+    return _judge((*rows, *further)), shown
+
+
+def _samples(config: Config, data: Source, count: int) -> Micro:
+    [(inputs, targets)] = data.fetch([torch.arange(min(count, len(data)))], seed=0)
+    if config.loss.name.loss_terms is LossTerms.TOKEN:
+        # K-FAC's own labels ignore no position; the Hessian doesn't depend on which label there is.
+        targets = targets.masked_fill(targets == config.loss.ignore_index, 0)
+    return inputs, targets
+
+
+def _first_position(config: Config, module: nn.Module, one: Micro) -> Micro:
+    """Keep one token of a sequence if the model takes so short a one."""
+    inputs, targets = one
+    if config.loss.name.loss_terms is LossTerms.SAMPLE or inputs.ndim < 2 or inputs.shape[1] != targets.shape[1]:
+        return one
+    short = inputs[:, :1], targets[:, :1]
+    try:
+        with torch.no_grad():
+            outputs = module(short[0])
+    except (RuntimeError, ValueError, IndexError):  # a model of one fixed length
+        return one
+    return short if outputs.shape[:-1].numel() == 1 else one
+
+
+def _batch(config: Config, module: nn.Module, data: Source, one: Micro, columns: int) -> Micro | None:
+    """Return more samples, and more of their positions where one was taken; None if one sample is all that fits."""
+    inputs, targets = _samples(config, data, SAMPLES)
+    if inputs.shape[1:] == one[0].shape[1:]:
+        count = min(SAMPLES, ROWS // columns)
+        return (inputs[:count], targets[:count]) if count > 1 and len(inputs) > 1 else None
+    terms = ROWS // columns
+    positions = min(inputs.shape[1], math.isqrt(terms))
+    count = min(len(inputs), terms // max(positions, 1))
+    return (inputs[:count, :positions], targets[:count, :positions]) if terms > 1 else None
+
+
+def _compare(
+    config: Config, module: nn.Module, loss: Loss, micro: Micro, ranks: Communicator, *, sharing: Sharing | None
+) -> tuple[CurvatureRow, ...]:
+    inputs, targets = micro
+    with measuring(module, config.kfac, Fisher.TYPE2, sharing=sharing) as kfac:
+        outputs = module(inputs)
+        kfac.fisher_backward(outputs)
+        kfac.step()
+        found = _factors(kfac)
+        blocks = [block for block in kfac.coverage.blocks if block.name in found]
+        others = [block for block in kfac.coverage.blocks if block.name not in found]
+        names = [block.name for block in kfac.coverage.blocks]
+    rows: list[CurvatureRow] = []
+    if ranks.rank == 0:
+        try:
+            rows = _rows(module, loss, inputs, targets, outputs.detach(), found, blocks)
+        except RuntimeError as error:  # torch can't differentiate this model in the ways that it would take
+            rows = [CurvatureRow("", len(inputs), 0, None, None, False, f"can't be computed: {error}".splitlines()[0])]
+        rows += [
+            CurvatureRow(block.name, len(inputs), 0, None, None, False, "no A ⊗ G to compare, or no gradient")
+            for block in others
+        ]
+        rows.sort(key=lambda row: names.index(row.block) if row.block else 0)
+    return tuple(ranks.gather_objects(rows, label="curvature")[0])
+
+
+def _rows(
+    module: nn.Module,
+    loss: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    outputs: Tensor,
+    found: Mapping[str, tuple[tuple[Tensor, ...], float]],
+    blocks: list[Block],
+) -> list[CurvatureRow]:
+    rows = []
+    vectors = hessian_rows(loss, outputs, targets)
+    matrices = {name: values for name, (values, _) in found.items()}
+    for block, result in compare(module, blocks, matrices, inputs, vectors, float(loss.count(targets))):
+        positions = round(found[block.name][1] / len(inputs))
+        row = CurvatureRow(block.name, len(inputs), positions, None, None, False, "")
+        if result is None:
+            size = torch.Size(block.matrix_shape).numel()
+            said = f"{len(vectors)} rows of {size:,} entries; at most {ENTRIES:,} are held"
+            rows.append(replace(row, expected=said))
+            continue
+        exact, said = _is_exact(block, len(inputs), positions), _expected(block, len(inputs), positions)
+        rows.append(replace(row, error=result.error, cosine=result.cosine, exact=exact, expected=said))
+    return rows
+
+
+def _factors(kfac: KFAC) -> dict[str, tuple[tuple[Tensor, ...], float]]:
+    """Return by block its factors, and the number of rows that made A (0 for unit-wise blocks)."""
+    units = measured_factors(kfac)
+    found: dict[str, tuple[tuple[Tensor, ...], float]] = {}
+    for block in kfac.coverage.blocks:
+        own = block_units(block, kfac.config)
+        entries: Mapping[Side, Tensor] = {
+            unit.side: _quotient(units[unit.name], unit.kind) for unit in own if float(units[unit.name]["scalars"][0])
+        }
+        if set(entries) == {Side.A, Side.G}:
+            a_unit = next(unit for unit in own if unit.side is Side.A)
+            copies = kfac.communicator.size  # every rank measures the same samples
+            found[block.name] = (entries[Side.A], entries[Side.G]), float(units[a_unit.name]["scalars"][0]) / copies
+        elif set(entries) == {Side.F} and own[0].kind is FactorKind.DENSE:
+            found[block.name] = (entries[Side.F],), 0.0
+    return found
+
+
+def _quotient(unit: Mapping[str, Tensor], kind: FactorKind) -> Tensor:
+    quotient = unit["sum"].double() / float(unit["scalars"][0])
+    return complete(quotient) if kind is FactorKind.DENSE else quotient
+
+
+def _is_exact(block: Block, samples: int, positions: int) -> bool:
+    return block.factors[0].side is Side.F or (samples == 1 and positions == 1)
+
+
+def _expected(block: Block, samples: int, positions: int) -> str:
+    if block.factors[0].side is Side.F:
+        return "equal, unit by unit"
+    if samples == 1 and positions == 1:
+        return "equal: one sample, one position"
+    if positions > 1:
+        return f"approximate: {positions} positions ({block.sharing})"
+    return "approximate: several samples"
+
+
+def _judge(rows: tuple[CurvatureRow, ...]) -> list[Finding]:
+    wrong = [row for row in rows if row.exact and row.error is not None and not row.error < TOLERANCE]
+    if wrong:
+        first = max(wrong, key=lambda row: row.error or math.inf)
+        names = ", ".join(dict.fromkeys(row.block for row in wrong))
+        text = (
+            f"{names}: A ⊗ G differs from the exact Gauss–Newton block where it must equal it (by {first.error:.2g} "
+            f"for {first.block}). Is the layer's output used as it is, by the loss of its own sample only? Otherwise "
+            "name it in kfac.curvature.exclude"
+        )
+        return [Finding("curvature", Severity.ERROR, text)]
+    exact = len({row.block for row in rows if row.exact and row.error is not None})
+    close = sorted(row.cosine for row in rows if not row.exact and row.cosine is not None)
+    text = f"{exact} blocks equal the exact Gauss–Newton matrix where they have to"
+    if close:
+        text += f"; {len(close)} approximate it, median cosine {close[len(close) // 2]:.2f}"
+    return [Finding("curvature", Severity.FINE, text)]

@@ -1,0 +1,220 @@
+"""The checks in their order: each needs what the one before it has shown to work.
+
+    environment ─ model, data ─ a trial pass ─ samples ─ blocks and plan ─ scale of the statistics ─ exact curvature
+
+A check that fails on one rank fails on all of them; the report is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from kfac_dist.config.schema import Config
+from kfac_dist.curvature.blocks import Coverage, find_blocks
+from kfac_dist.distributed.agreement import agree_on_plan, plan_digest
+from kfac_dist.distributed.bootstrap import World, bootstrap
+from kfac_dist.distributed.communicator import Communicator, build_communicator
+from kfac_dist.doctor.curvature import examine_curvature
+from kfac_dist.doctor.findings import CurvatureRow, Finding, Report, Severity
+from kfac_dist.doctor.parameters import coverage_finding, parameter_rows
+from kfac_dist.doctor.plans import examine_plan
+from kfac_dist.doctor.samples import examine_samples
+from kfac_dist.doctor.scale import examine_scale
+from kfac_dist.engines import build_engine
+from kfac_dist.errors import CollectiveError, ConfigError, DataError, KFACError, ModelError
+from kfac_dist.optimizers import build_optimizer
+from kfac_dist.preconditioner.plan import Plan, build_plan
+from kfac_dist.tasks import Loss, build_data, build_loss, build_model
+from kfac_dist.training.agreement import agreed
+from kfac_dist.training.batches import Source, Stream, source_of
+from kfac_dist.training.random_state import seed_everything
+from kfac_dist.training.sampler import Position, Sampler
+from kfac_dist.training.setup import Parts, parameter_shapes
+from kfac_dist.training.trial import Trial, try_out
+
+
+@dataclass
+class _Case:
+    """What is known so far."""
+
+    config: Config
+    world: World
+    ranks: Communicator
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        return not any(finding.severity is Severity.ERROR for finding in self.findings)
+
+
+def examine(config: Config, world_size: int | None = None) -> Report:
+    """Examine a run's configuration; called by every rank, which all return the same report.
+
+    Args:
+        config: The run, resolved (`kfac_dist.config.load.resolve`).
+        world_size: Ranks to plan for; by default those that there are.
+
+    Raises:
+        ConfigError: The model or the data can't be built as named, or `world_size` contradicts the launcher.
+        CollectiveError: The ranks did not meet, or lost each other.
+    """
+    with bootstrap(config.run.device, config.run.timeout_seconds) as world:
+        planned = _planned_ranks(world, world_size)
+        ranks = build_communicator(config.run.timeout_seconds)
+        try:
+            return _examine(_Case(config, world, ranks), planned)
+        finally:
+            ranks.close()
+
+
+def _planned_ranks(world: World, asked: int | None) -> int:
+    if asked is not None and world.world_size not in (1, asked):
+        raise ConfigError(
+            f"--world-size {asked}, but {world.place.launcher} started {world.world_size} ranks: leave it out"
+        )
+    return asked or world.world_size
+
+
+def _examine(case: _Case, planned: int) -> Report:
+    report = Report(case.config.run.name, _environment(case, planned))
+    built = _build(case)
+    if built is None:
+        return replace(report, findings=tuple(case.findings))
+    model, loss, train, test = built
+    trial = _try_out(case, model, loss, train, test)
+    _walk(case, loss, train, test, trial)
+    coverage = find_blocks(model, case.config.kfac.curvature)
+    plan = _plan(case, coverage, planned)
+    rows = parameter_rows(model, coverage, plan)
+    case.findings.append(coverage_finding(rows))
+    report = replace(report, parameters=rows)
+    if plan is not None:
+        report = replace(report, plan_hash=plan_digest(plan.rows()), load=tuple(plan.assignment.load()))
+        if case.healthy and trial is not None:
+            report = replace(report, curvature=_measure(case, model, loss, train, test))
+    return replace(report, findings=tuple(case.findings))
+
+
+def _environment(case: _Case, planned: int) -> dict[str, str]:
+    import numpy
+
+    from kfac_dist import __version__
+
+    there = case.world.describe()
+    return {
+        "ranks": there if planned == case.world.world_size else f"{there}; planned for {planned}",
+        "engine": str(case.config.engine.name),
+        "kfac_dist": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _build(case: _Case) -> tuple[nn.Module, Loss, Source, Source] | None:
+    """Build model and data as training does; what is wrong with their names or arguments is the configuration's."""
+    config = case.config
+    try:
+        with agreed(case.ranks):
+            seed_everything(config.run.seed, rank=0)
+            model = build_model(config.model).to(case.world.device)
+            splits = build_data(config.data)
+            train, test = (
+                source_of(part, case.world.device, config.train.loader_workers) for part in (splits.train, splits.test)
+            )
+            Sampler(len(train), config.train.batch_size, config.run.seed).check(case.ranks.size, Position())
+            if not len(test):
+                raise DataError("the test data has no samples")
+        agree_on_plan(case.ranks, parameter_shapes(model))
+    except (ConfigError, CollectiveError):
+        raise
+    except KFACError as error:
+        case.findings.append(Finding.of("data" if isinstance(error, DataError) else "model", error))
+        return None
+    return model, build_loss(config.loss), train, test
+
+
+def _try_out(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Source) -> Trial | None:
+    try:
+        with agreed(case.ranks):
+            trial = try_out(model, loss, train, test)
+    except CollectiveError:
+        raise
+    except KFACError as error:
+        case.findings.append(Finding.of("forward", error))
+        return None
+    shape = tuple(trial.outputs.shape[1:])
+    text = f"model and {case.config.loss.name} take the data; outputs {list(shape)} a sample"
+    case.findings.append(Finding("forward", Severity.FINE, text))
+    if trial.unused:
+        case.findings.append(_unused(case, trial.unused))
+    return trial
+
+
+def _unused(case: _Case, names: list[str]) -> Finding:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    waits = not case.config.engine.find_unused_parameters
+    fatal = waits and case.ranks.size > 1
+    said = f"the loss doesn't depend on {', '.join(names[:3])}{more}"
+    if waits:
+        said += (
+            "; on several ranks DDP waits for their gradients: set engine.find_unused_parameters: true, or freeze them"
+        )
+    return Finding("gradients", Severity.ERROR if fatal else Severity.WARNING, said)
+
+
+def _walk(case: _Case, loss: Loss, train: Source, test: Source, trial: Trial | None) -> None:
+    outputs = None if trial is None else trial.outputs
+    for what, data in (("training", train), ("test", test)):
+        try:
+            case.findings += examine_samples(what, data, loss, outputs, case.ranks)
+        except CollectiveError:
+            raise
+        except KFACError as error:
+            case.findings.append(Finding.of("data", error))
+
+
+def _plan(case: _Case, coverage: Coverage, planned: int) -> Plan | None:
+    """Plan for `planned` ranks, and check that all ranks of this world plan the same."""
+    config = case.config.kfac
+    try:
+        agree_on_plan(case.ranks, [(block.name, block.describe()) for block in coverage.blocks])
+        if not coverage.blocks:
+            raise ModelError(
+                "no layer gets a K-FAC block, for the reasons in the table: check kfac.curvature.include and exclude, "
+                "or train without K-FAC (kfac.enabled: false)"
+            )
+        local = case.world.local_world_size if planned == case.world.world_size else planned
+        plan = build_plan(coverage.blocks, config, world_size=planned, local_world_size=local)
+        agree_on_plan(case.ranks, [("configuration", repr(config)), *plan.rows()])
+    except CollectiveError:
+        raise
+    except KFACError as error:
+        case.findings.append(Finding.of("plan", error))
+        return None
+    case.findings += examine_plan(coverage.blocks, config, plan, local)
+    return plan
+
+
+def _measure(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Source) -> tuple[CurvatureRow, ...]:
+    """Run K-FAC's own measurements: on the bare model against the exact curvature, then the way that training goes."""
+    config, ranks = case.config, case.ranks
+    rows: tuple[CurvatureRow, ...] = ()
+    try:
+        findings, rows = examine_curvature(config, model, loss, train, ranks)
+        case.findings += findings
+        engine = build_engine(model, config.engine, case.world)
+        sampler = Sampler(len(train), config.train.batch_size, config.run.seed)
+        stream = Stream(train, sampler, rank=ranks.rank, world_size=ranks.size, accumulate=config.train.accumulate)
+        optimizer = build_optimizer(engine.module.parameters(), config.optimizer)
+        parts = Parts(engine, optimizer, None, loss, stream, train, test, 1)
+        case.findings += examine_scale(config, parts, ranks)
+    except CollectiveError:
+        raise
+    except KFACError as error:
+        case.findings.append(Finding.of("measurement", error))
+    return rows

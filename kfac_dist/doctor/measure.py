@@ -1,0 +1,47 @@
+"""A `KFAC` that measures once, remembers nothing else and touches no parameter: what the doctor's checks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from kfac_dist.config.schema import DType, Fisher, KFACConfig, Sharing, UpdateConfig
+from kfac_dist.engines import Engine
+from kfac_dist.preconditioner.kfac import KFAC
+
+
+@contextmanager
+def measuring(
+    model: nn.Module | Engine, config: KFACConfig, fisher: Fisher, *, sharing: Sharing | None = None
+) -> Iterator[KFAC]:
+    """Attach a `KFAC` whose factors are those of one measurement: all rows, whole factors, fp32; collective.
+
+    Args:
+        model: The model or its engine.
+        config: What the run says; kept as far as it says what a factor is.
+        fisher: Whose gradients make G.
+        sharing: Replaces the run's weight-sharing setting.
+    """
+    changes: dict[str, Any] = {"fisher": fisher, "factor_every": 1, "decay": 0.0, "sample_fraction": 1.0}
+    if sharing is not None:
+        changes |= {"sharing": sharing, "sharing_overrides": {}}
+    curvature = config.curvature.model_copy(update={**changes, "factor_dtype": DType.FLOAT32})
+    inversion = config.inversion.model_copy(
+        update={"inverse_every": 1, "stagger": 1, "inverse_lag": 0, "max_factor_dim": None}
+    )
+    distribution = config.distribution.model_copy(update={"communication_dtype": DType.FLOAT32})
+    parts = {"curvature": curvature, "inversion": inversion, "distribution": distribution}
+    kfac = KFAC(model, config.model_copy(update={**parts, "update": UpdateConfig(kl_clip=None)}))
+    try:
+        yield kfac
+    finally:
+        kfac.remove()
+
+
+def factors(kfac: KFAC) -> dict[str, Mapping[str, Tensor]]:
+    """Return every unit's `sum` and `scalars` (weight, trace), over all ranks; collective."""
+    units: dict[str, Mapping[str, Tensor]] = kfac.state_dict()["units"]
+    return units

@@ -1,0 +1,177 @@
+"""Is ĝ the gradient of a *term* of the loss? The statistics of a batch against those of its samples, one by one.
+
+The batch goes the way that it goes in training: engine, micro-batches, the loss divided over all ranks. The samples go
+through the bare model alone, each with the sum of its own terms, which no division can have spoiled. Both give each
+factor a trace; G's is quadratic in ĝ. Equal traces mean the right scale; a ratio says by what it is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from kfac_dist.config.schema import Config, Fisher
+from kfac_dist.curvature.factors import Side
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.doctor.findings import Finding, Severity
+from kfac_dist.doctor.measure import factors, measuring
+from kfac_dist.preconditioner.kfac import KFAC
+from kfac_dist.preconditioner.loss_scale import Terms, explain_scale
+from kfac_dist.reporting.progress import SilentProgress
+from kfac_dist.training.batches import StepBatch, Stream
+from kfac_dist.training.checkpoint import Checkpoints
+from kfac_dist.training.loop import Outputs, Trainer
+from kfac_dist.training.sampler import Position, Sampler
+from kfac_dist.training.setup import Parts
+
+SAMPLES_A_RANK = 8
+TOLERANCE = 0.02
+
+Units = Mapping[str, Mapping[str, Tensor]]
+
+
+def examine_scale(config: Config, parts: Parts, communicator: Communicator) -> list[Finding]:
+    """Measure a batch in two ways; collective.
+
+    Args:
+        config: The run's configuration.
+        parts: The run's parts; its `kfac` isn't used.
+        communicator: The ranks.
+    """
+    parts.engine.module.eval()
+    batch = _batch(config, parts, communicator)
+    with measuring(parts.engine, config.kfac, Fisher.EMPIRICAL) as kfac:
+        whole = _measure_batch(config, parts, communicator, kfac, batch)
+    with measuring(parts.engine.module, config.kfac, Fisher.EMPIRICAL) as kfac:
+        single = _measure_samples(parts, kfac, batch)
+    samples = batch.samples
+    ratios = {name: _ratio(entry["scalars"], single[name]["scalars"]) for name, entry in whole.items()}
+    findings = [*_idle_blocks(whole), *_constant_inputs(kfac, whole, samples)]
+    positions = max(targets_of(batch) // max(sum(len(micro.inputs) for micro in batch.micro_batches), 1), 1)
+    terms = Terms(samples, positions, communicator.size, config.loss.name.loss_terms, scaled=True)
+    return [*findings, *_judge(ratios, terms)]
+
+
+def targets_of(batch: StepBatch) -> int:
+    """Return the number of targets of this rank's part."""
+    return sum(micro.targets.numel() for micro in batch.micro_batches)
+
+
+def _batch(config: Config, parts: Parts, communicator: Communicator) -> StepBatch:
+    """Return the first samples of the run, fewer of them."""
+    samples = min(SAMPLES_A_RANK * communicator.size, config.train.batch_size, len(parts.train))
+    sampler = Sampler(len(parts.train), samples, config.run.seed)
+    accumulate = config.train.accumulate
+    stream = Stream(parts.train, sampler, rank=communicator.rank, world_size=communicator.size, accumulate=accumulate)
+    return next(stream.steps(Position()))
+
+
+def _measure_batch(config: Config, parts: Parts, communicator: Communicator, kfac: KFAC, batch: StepBatch) -> Units:
+    nowhere = Outputs(None, Checkpoints(Path(), 1, communicator), SilentProgress(), {})
+    trainer = Trainer(config, replace(parts, kfac=kfac), communicator, nowhere)
+    trainer.backpropagate(batch)
+    kfac.step()
+    parts.optimizer.zero_grad()
+    return factors(kfac)
+
+
+def _measure_samples(parts: Parts, kfac: KFAC, batch: StepBatch) -> Units:
+    loss, module = parts.loss, parts.engine.module
+    for micro in batch.micro_batches:
+        for index in range(len(micro.inputs)):
+            inputs, targets = micro.inputs[index : index + 1], micro.targets[index : index + 1]
+            last = micro is batch.micro_batches[-1] and index == len(micro.inputs) - 1
+            terms = loss.count(targets) if loss.counts_on_device else None
+            kfac.micro_batch(first_sample=micro.first_sample + index, divisor=1.0, terms=terms, last=last)
+            loss.total(module(inputs), targets).backward()
+    kfac.step()
+    parts.optimizer.zero_grad()
+    return factors(kfac)
+
+
+def _ratio(whole: Tensor, single: Tensor) -> float | None:
+    """Return the factor's trace by the batch over that by single samples; None where nothing was measured."""
+    (w1, t1), (w2, t2) = whole.tolist(), single.tolist()
+    return (t1 / w1) / (t2 / w2) if min(w1, t1, w2, t2) > 0 else None
+
+
+def _judge(ratios: Mapping[str, float | None], terms: Terms) -> list[Finding]:
+    coupled = [name for name, ratio in ratios.items() if _side(name) is Side.A and _off(ratio)]
+    wrong = {
+        name: math.sqrt(ratio)
+        for name, ratio in ratios.items()
+        if ratio is not None and _side(name) is not Side.A and _off(ratio)
+    }
+    if coupled:
+        return [
+            Finding(
+                "scale",
+                Severity.WARNING,
+                f"{_blocks(coupled)}: other inputs in a batch than alone, so that samples influence each other; the "
+                "run then depends on the number of ranks, and the scale of G can't be checked",
+            )
+        ]
+    if wrong:
+        factor = sorted(wrong.values())[len(wrong) // 2]
+        said = explain_scale(factor, terms)
+        if said is not None and said[0]:
+            return [Finding("scale", Severity.ERROR, f"{_blocks(list(wrong))}: {said[1]}")]
+        return [
+            Finding(
+                "scale",
+                Severity.ERROR,
+                f"{_blocks(list(wrong))}: the output gradients of {terms.samples} samples together are {factor:.4g} "
+                "times those of the samples alone. K-FAC takes samples to be the first dimension of the first tensor "
+                "that the model is called with: make it so",
+            )
+        ]
+    measured = sum(ratio is not None for ratio in ratios.values())
+    text = f"{measured} factors of {terms.samples} samples together equal those of the samples alone"
+    return [Finding("scale", Severity.FINE, text)]
+
+
+def _off(ratio: float | None) -> bool:
+    return ratio is not None and abs(math.sqrt(ratio) - 1) > TOLERANCE
+
+
+def _idle_blocks(units: Units) -> list[Finding]:
+    """Find blocks that no gradient reaches."""
+    idle = [name for name, entry in units.items() if _side(name) is not Side.A and not float(entry["scalars"][1]) > 0]
+    if not idle:
+        return []
+    text = f"{_blocks(idle)}: the loss of these samples doesn't depend on it, so that only damping acts there"
+    return [Finding("gradients", Severity.WARNING, text)]
+
+
+def _constant_inputs(kfac: KFAC, units: Units, samples: int) -> list[Finding]:
+    """Find layers whose input doesn't vary: A is then the outer product of its mean."""
+    constant = []
+    for block in kfac.coverage.blocks:
+        unit = units.get(f"{block.name}/A/0")
+        if unit is None or not getattr(block, "has_bias", False) or unit["sum"].ndim != 3 or samples < 2:
+            continue
+        weight = float(unit["scalars"][0])
+        a = unit["sum"].double() / max(weight, 1e-30)
+        diagonal, mean = a.diagonal(dim1=1, dim2=2)[:, :-1], a[:, :-1, -1]
+        spread = (diagonal - mean.square()).sum()
+        if weight > 1 and float(spread) <= 1e-6 * max(float(diagonal.sum()), 1e-30):
+            constant.append(f"{block.name}/A/0")
+    if not constant:
+        return []
+    text = (
+        f"{_blocks(constant)}: the input is the same for all {samples} samples, so that there is nothing to learn from"
+    )
+    return [Finding("inputs", Severity.WARNING, text)]
+
+
+def _side(unit: str) -> Side:
+    return Side(unit.rsplit("/", 2)[1])
+
+
+def _blocks(units: list[str]) -> str:
+    names = list(dict.fromkeys(unit.rsplit("/", 2)[0] for unit in units))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,101 @@
+"""The report on a terminal, from 80 columns on."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from kfac_dist.doctor.findings import CurvatureRow, ParameterRow, Report, Severity
+
+_MARKS = {Severity.FINE: ("✓", "green"), Severity.WARNING: ("!", "yellow"), Severity.ERROR: ("✗", "red")}
+
+
+def report_view(report: Report) -> RenderableType:
+    """Return the report, ready for rich to print: what there is first, the verdict last."""
+    parts: list[RenderableType] = [_environment(report)]
+    if report.parameters:
+        parts.append(parameter_table(report.parameters))
+    if report.curvature:
+        parts.append(curvature_table(report.curvature))
+    verdict = Text(f"{report.name}: {report.verdict}", style="bold green" if report.ready else "bold red")
+    return Group(*parts, _findings(report), "", verdict)
+
+
+def print_report(report: Report, *, width: int | None = None) -> None:
+    """Print the report, in the given width where the output is no terminal."""
+    Console(markup=False, highlight=False, width=width).print(report_view(report))
+
+
+def parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
+    """Return one row a parameter; a block's costs stand in its first parameter's row."""
+    table = _table("parameter", "shape", "block")
+    table.add_column("factors", overflow="fold")
+    for heading in ("bytes", "n³", "owner"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        shape = "×".join(map(str, row.shape)) or "scalar"
+        if row.block is None:
+            table.add_row(row.name, shape, "–", Text(row.reason, style="yellow"))
+            continue
+        if not row.factors:
+            table.add_row(row.name, shape, row.kind, Text("same block", style="dim"))
+            continue
+        owners = ",".join(map(str, row.owners))
+        table.add_row(
+            row.name, shape, row.kind, row.factors, _bytes(row.factor_bytes), f"{row.inversion_cost:.1e}", owners
+        )
+    factors, cost = sum(row.factor_bytes for row in rows), sum(row.inversion_cost for row in rows)
+    table.add_section()
+    table.add_row("all", "", "", "", _bytes(factors), f"{cost:.1e}", "")
+    return table
+
+
+def curvature_table(rows: tuple[CurvatureRow, ...]) -> Table:
+    """Return one row a comparison with the exact Gauss–Newton matrix."""
+    table = _table("A ⊗ G against the exact GGN")
+    for heading in ("samples", "error", "cosine"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("expected", overflow="fold")
+    for row in rows:
+        error = "–" if row.error is None else f"{row.error:.1e}" if row.error < 0.01 else f"{row.error:.2f}"
+        cosine = "–" if row.cosine is None else f"{row.cosine:.3f}"
+        table.add_row(row.block, str(row.samples), error, cosine, row.expected)
+    return table
+
+
+def _environment(report: Report) -> Table:
+    table = Table.grid(padding=(0, 2))
+    versions = [f"{name} {value}" for name, value in report.environment.items() if name not in ("ranks", "engine")]
+    table.add_row("run", report.name)
+    table.add_row("ranks", f"{report.environment['ranks']}, engine {report.environment['engine']}")
+    table.add_row("versions", ", ".join(versions))
+    if report.plan_hash:
+        table.add_row("plan", report.plan_hash)
+    return table
+
+
+def _findings(report: Report) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for finding in report.findings:
+        mark, style = _MARKS[finding.severity]
+        table.add_row(Text(mark, style=style), finding.check, Padding(Text(finding.text), 0))
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
