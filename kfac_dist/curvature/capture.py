@@ -34,6 +34,7 @@ from torch.utils import checkpoint
 
 from kfac_dist.curvature.blocks import Block, Use
 from kfac_dist.curvature.blocks.base import Handle
+from kfac_dist.curvature.broadcast import Samples, consumers_of, expand, samples_of
 from kfac_dist.errors import ModelError
 
 
@@ -91,10 +92,9 @@ class _Recorder:
         *,
         source: nn.Module,
         arrange: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    ) -> Tensor | None:
         """See `blocks.base.Recorder.record`."""
-        if self.watching:
-            self._capture.record(self._block, inputs, output, source, arrange)
+        return self._capture.record(self._block, inputs, output, source, arrange) if self.watching else None
 
 
 class Capture:
@@ -125,10 +125,13 @@ class Capture:
         self.passes = 0
         self._completed = completed
         self._own_backward = own_backward
+        self._samples: dict[str, Samples] | None = None
+        self._nodes: list[tuple[str, Any]] = []
         self._pending: dict[str, _Pending] = {block.name: _Pending() for block in blocks}
         self._blocks = {block.name: block for block in blocks}
         self._handles: list[Handle] = [
             model.register_forward_pre_hook(self._forward_begins, with_kwargs=True),
+            model.register_forward_hook(self._forward_ended),
             *(handle for block in blocks for handle in block.watch(_Recorder(self, block))),
         ]
 
@@ -146,6 +149,7 @@ class Capture:
             pending.ran_forward = False
         self.passes = 0
         self.batch_size = None
+        self._nodes.clear()
 
     def flush(self) -> None:
         """Measure blocks of which some uses got a gradient and others never will (outputs that no loss reads)."""
@@ -188,6 +192,26 @@ class Capture:
         self.batch_size = None if first is None else first.shape[0]
         self.passes += 1
 
+    def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Find, once, the layers whose outputs all samples share; see `broadcast`."""
+        if not self._nodes or self.batch_size is None or self.batch_size == 1 or _in_backward():
+            return
+        consumers = consumers_of(output)
+        self._samples = {}
+        for name, node in self._nodes:
+            samples = samples_of(node, consumers, self.batch_size)
+            if samples is not Samples.OWN and self._samples.get(name) is not Samples.SHARED:
+                self._samples[name] = samples
+                self._pending[name].clear()  # what was seen in this pass is of no use
+        self._nodes.clear()
+        if left := [name for name, samples in self._samples.items() if samples is Samples.SHARED]:
+            warnings.warn(
+                f"the outputs of {', '.join(left)} are shared by all samples of a batch, so that no sample has a "
+                "gradient of its own there: these layers keep their plain gradient. Expand their inputs over the batch "
+                "to have them preconditioned, or name them in kfac.curvature.exclude",
+                stacklevel=2,
+            )
+
     def record(
         self,
         block: Block,
@@ -195,8 +219,27 @@ class Capture:
         output: Tensor | None,
         source: nn.Module,
         arrange: Callable[[Tensor], Tensor] | None,
-    ) -> None:
+    ) -> Tensor | None:
         """Take note of one call of a block's layer; see `blocks.base.Recorder.record`."""
+        samples = Samples.OWN if self._samples is None else self._samples.get(block.name, Samples.OWN)
+        if samples is Samples.SHARED:
+            return None
+        if samples is Samples.OWN or self.batch_size is None:
+            self._take_note(block, inputs, output, source, arrange)
+            return None
+        inputs = expand(inputs, self.batch_size, samples)
+        output = None if output is None else expand(output, self.batch_size, samples)
+        self._take_note(block, inputs, output, source, arrange)
+        return output
+
+    def _take_note(
+        self,
+        block: Block,
+        inputs: Tensor,
+        output: Tensor | None,
+        source: nn.Module,
+        arrange: Callable[[Tensor], Tensor] | None,
+    ) -> None:
         region, pending = _checkpointed_region(), self._pending[block.name]
         if not _in_backward():
             pending.ran_forward = True
@@ -207,6 +250,8 @@ class Capture:
             return
         if output is None or not output.requires_grad:
             return
+        if self._samples is None and not _in_backward():
+            self._nodes.append((block.name, output.grad_fn))
         use = Use(source, output.shape, arrange=arrange)
         later = region is not None and not self._own_backward
         if not later:

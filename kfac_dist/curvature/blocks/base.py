@@ -129,7 +129,7 @@ class Recorder(Protocol):
         *,
         source: nn.Module,
         arrange: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    ) -> Tensor | None:
         """Take note of one call.
 
         Args:
@@ -138,6 +138,9 @@ class Recorder(Protocol):
                 forward pass of a region so, once it has what it needs).
             source: The module that was called.
             arrange: Turns the output's gradient into the layer's own, as a view: columns, order of dimensions.
+
+        Returns:
+            An equivalent of the output for the hook to return in its place, or None to leave the output as it is.
         """
 
 
@@ -191,16 +194,16 @@ class Block(ABC):
     def watch(self, recorder: Recorder) -> list[Handle]:
         """Put hooks on the layer that report its calls; by default one on each of the block's modules."""
 
-        def ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not recorder.watching:
-                return
+                return None
             if output is not None and not isinstance(output, Tensor):
                 raise ModelError(
                     f"layer {self.name} ({type(module).__name__}) returns {type(output).__name__}, not a tensor: "
                     "name it in kfac.curvature.exclude"
                 )
             inputs = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-            recorder.record(inputs, output, source=module)
+            return recorder.record(inputs, output, source=module)
 
         return [module.register_forward_hook(ran, with_kwargs=True, always_call=True) for module in self.modules]
 

@@ -1,0 +1,133 @@
+"""Outputs that all samples share, such as a table of positions looked up once and added to every sequence.
+
+Autograd brings such an output the *sum* of the samples' gradients. Squared, a sum depends on how the batch was cut into
+ranks and micro-batches, so that nothing right can be measured from it. The graph of a forward pass tells where it
+happens: an addition (or another elementwise operation) that is larger than the output in the samples' dimension.
+
+    positions [T, d] ─────────────┐
+                                  ├─ add [B, T, d]        the output enters directly: measured expanded to [B, T, d]
+    tokens [B, T] ── [B, T, d] ───┘
+    bias [q, k, h] ── permute ── add [B, h, q, k]         not directly: the layer keeps its plain gradient
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum, auto
+from typing import Any
+
+from torch import Tensor
+
+_ELEMENTWISE = ("Add", "Sub", "RSub", "Mul", "Div", "Expand", "Where", "MaskedFill")
+
+Node = Any  # torch.autograd.graph.Node; its metadata has no public name
+Consumers = Mapping[Node, list[Node]]
+Shape = tuple[int, ...]
+
+
+class Samples(Enum):
+    """How an output relates to the samples of a batch.
+
+    Attributes:
+        OWN: Samples have rows of their own.
+        SHARED: They share the output, and it can't be told apart.
+        EXPAND: They share it, and its first dimension, of size 1, may stand for them.
+        PREPEND: They share it, and a first dimension may be put in front for them.
+    """
+
+    OWN = auto()
+    SHARED = auto()
+    EXPAND = auto()
+    PREPEND = auto()
+
+
+def consumers_of(outputs: object) -> dict[Node, list[Node]]:
+    """Return which nodes of the graph behind a model's outputs read each node's result."""
+    todo = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
+    found: dict[Node, list[Node]] = {node: [] for node in todo}
+    while todo:
+        node = todo.pop()
+        for source, _ in node.next_functions:
+            if source is None:
+                continue
+            if source not in found:
+                found[source] = []
+                todo.append(source)
+            found[source].append(node)
+    return found
+
+
+def samples_of(node: Node, consumers: Consumers, batch_size: int) -> Samples:
+    """Say whether samples have rows of their own in a node's result.
+
+    Args:
+        node: What made a layer's output.
+        consumers: The graph, from `consumers_of`.
+        batch_size: B.
+    """
+    readers = consumers.get(node, [])
+    if not _is_shared(node, consumers, batch_size):
+        return Samples.OWN
+    shape = _shape(node)
+    spread = {_shape(reader) if _is(reader, _ELEMENTWISE) else () for reader in readers}
+    if spread == {(batch_size, *shape)}:
+        return Samples.PREPEND
+    return Samples.EXPAND if spread == {(batch_size, *shape[1:])} else Samples.SHARED
+
+
+def expand(tensor: Tensor, batch_size: int, samples: Samples) -> Tensor:
+    """Return `[1, ...]` (EXPAND) or `[...]` (PREPEND) as `[B, ...]`; nothing is copied."""
+    return tensor.expand(batch_size, *(tensor.shape if samples is Samples.PREPEND else tensor.shape[1:]))
+
+
+def _is_shared(node: Node, consumers: Consumers, batch_size: int) -> bool:
+    """Whether an operation behind a node spreads its result over the samples; follows it until samples appear."""
+    todo, seen = [node], {node}
+    while todo:
+        node = todo.pop()
+        own = _shape(node)
+        for reader in consumers.get(node, []):
+            spread = _shape(reader)
+            if _spreads(own, spread, batch_size, elementwise=_is(reader, _ELEMENTWISE)):
+                return True
+            further = not _has_samples(own, batch_size) and not _has_samples(spread, batch_size)
+            if further and reader not in seen:
+                seen.add(reader)
+                todo.append(reader)
+    return False
+
+
+def _spreads(own: Shape, spread: Shape, batch_size: int, *, elementwise: bool) -> bool:
+    if elementwise and len(own) < len(spread) and spread[0] == batch_size:
+        return True  # [T, d] beside [B, T, d]
+    if _has_samples(own, batch_size):
+        return False
+    if elementwise:
+        aligned = (1,) * (len(spread) - len(own)) + own
+        return any(a == 1 and b == batch_size for a, b in zip(aligned, spread, strict=True) if a != b)
+    # Any other operation that makes B of one, such as attention with a bias.
+    return len(own) == len(spread) > 2 and (own[0], spread[0]) == (1, batch_size)
+
+
+def _has_samples(shape: Shape, batch_size: int) -> bool:
+    """Whether the first dimension is the samples', or the second of `[T, B, d]`."""
+    return batch_size in shape[:1] or (len(shape) > 2 and shape[0] != 1 and shape[1] == batch_size)
+
+
+def _is(node: Node, kinds: tuple[str, ...]) -> bool:
+    return str(node.name()).rstrip("0123456789") in {f"{kind}Backward" for kind in kinds}
+
+
+def _shape(node: Node) -> Shape:
+    return tuple(node._input_metadata[0].shape)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
