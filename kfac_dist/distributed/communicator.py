@@ -10,8 +10,10 @@ that skips a collective because it has nothing to send hangs the others.
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -147,6 +149,16 @@ class SoloCommunicator(Communicator):
         return
 
 
+# gloo ends the process with an abort when Python drops the last reference to a group while it shuts down.
+_alive: weakref.WeakSet[TorchCommunicator] = weakref.WeakSet()
+
+
+@atexit.register
+def _let_go_of_groups() -> None:
+    for communicator in list(_alive):
+        communicator.let_go()
+
+
 class TorchCommunicator(Communicator):
     """A process group of torch.distributed, used by nobody else.
 
@@ -165,8 +177,9 @@ class TorchCommunicator(Communicator):
         *,
         destroy: bool = True,
     ) -> None:
-        self._group = group
+        self._group: dist.ProcessGroup | None = group
         self._destroy = destroy
+        _alive.add(self)
         self._timeout = timedelta(seconds=timeout_seconds)
         self._ranks = dist.get_process_group_ranks(group)
         self._children: list[TorchCommunicator] = []
@@ -266,7 +279,12 @@ class TorchCommunicator(Communicator):
         # The world may have been torn down before its communicators, at the end of a run.
         if self._destroy and dist.is_initialized():
             dist.destroy_process_group(self._group)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Drops the process group without a word to anyone; the communicator is of no use afterwards."""
         self._destroy = False
+        self._group = None
 
     def _start(
         self, launch: Callable[[], dist.Work | None], operation: str, label: str, nbytes: int, sent: int
