@@ -128,3 +128,61 @@ def normalised() -> nn.Module:
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+class LeakyScale(nn.Module):
+    """Multiplies the gradient that flows back by a factor that the loss knows nothing of."""
+
+    def __init__(self, factor: str) -> None:
+        super().__init__()
+        self.factor = factor
+        self.first, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.head(torch.tanh(self.first(inputs)))
+        factor = len(inputs) if self.factor == "samples" else 1.5
+        scale = torch.tensor(float(factor)) if len(inputs) > 2 else torch.ones(())
+        return outputs.detach() + scale * (outputs - outputs.detach())
+
+
+class Borrowed(nn.Module):
+    """Uses a layer's weight a second time behind the layer's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        return self.head(torch.tanh(hidden @ self.first.weight))
+
+
+class Partly(nn.Module):
+    """Layers with and without blocks, frozen ones among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(FEATURES))
+        self.first = nn.Linear(FEATURES, 8)
+        self.norm = nn.LayerNorm(8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.mixed = nn.LSTM(8, 8, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.frozen(self.norm(torch.tanh(self.first(inputs * self.scale))))
+        sequence, _ = self.mixed(hidden[:, None])
+        logits: Tensor = self.head(sequence[:, -1])
+        return logits
+
+
+class Coupled(nn.Module):
+    """Lets the samples of a batch see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        return self.head(hidden - hidden.mean(0))

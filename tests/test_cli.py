@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -207,6 +208,24 @@ def test_plan_refuses_what_does_not_fit_the_ranks(run_file: str) -> None:
 
     assert code == 2
     assert output.startswith("error: kfac.distribution.grad_worker_fraction: 0.3 of 2 ranks")
+
+
+def test_doctor_has_a_verdict_and_a_code(run_file: str) -> None:
+    code, output = invoke("doctor", run_file, "--world-size=2")
+    assert code == 0, output
+    assert output.rstrip().endswith("mine: ready")
+    assert "linear1.weight" in output
+    assert "planned for 2" in output
+
+    code, output = invoke("doctor", run_file, "loss.name=cross_entropy", "--json")
+    report = json.loads(output)
+    assert code == 1
+    assert report["verdict"] == "not ready: 1 thing to put right"
+    assert [row["name"] for row in report["parameters"]][:2] == ["linear1.weight", "linear1.bias"]
+
+    code, output = invoke("doctor", run_file, "model.name=autoencodr")
+    assert code == 2
+    assert output.startswith("error: model.name: found 'autoencodr'")
 
 
 def test_version_names_what_a_bug_report_needs() -> None:

@@ -19,6 +19,8 @@ from kfac_dist.config.schema import Likelihood
 
 # Rows that are looked at, and how closely they have to fit; half-precision outputs round at about 1 %.
 ROWS = 256
+# Fewer values would fit by chance: one alone always does.
+_VALUES = 8
 _FIT = 0.03
 
 
@@ -50,7 +52,7 @@ def _categorical(outputs: Tensor, gradient: Tensor) -> float | None:
     values, grads = outputs.reshape(-1, classes)[:ROWS].double(), gradient.reshape(-1, classes)[:ROWS].double()
     terms = grads.abs().amax(dim=1) > 0  # positions that the loss ignores have no gradient
     values, grads = values[terms], grads[terms]
-    if not len(grads):
+    if grads.numel() < _VALUES:
         return None
     label = grads.argmin(dim=1, keepdim=True)
     unit = values.softmax(dim=1)
@@ -59,7 +61,11 @@ def _categorical(outputs: Tensor, gradient: Tensor) -> float | None:
 
 
 def _bernoulli(outputs: Tensor, gradient: Tensor) -> float | None:
+    if outputs.ndim == 1:
+        outputs, gradient = outputs[:, None], gradient[:, None]
     values, grads = outputs.flatten(1)[:ROWS].double(), gradient.flatten(1)[:ROWS].double()
+    if grads.numel() < _VALUES:
+        return None
     return _common_factor(grads, values.sigmoid() - (grads < 0).double())
 
 

@@ -156,7 +156,7 @@ def _rows(
 
 
 def _factors(kfac: KFAC) -> dict[str, tuple[tuple[Tensor, ...], float]]:
-    """Return by block its factors, and the number of rows that made A (0 for unit-wise blocks)."""
+    """Return by block its factors, and the number of rows that made A, of terms that made F; on one rank."""
     units = measured_factors(kfac)
     found: dict[str, tuple[tuple[Tensor, ...], float]] = {}
     for block in kfac.coverage.blocks:
@@ -164,12 +164,12 @@ def _factors(kfac: KFAC) -> dict[str, tuple[tuple[Tensor, ...], float]]:
         entries: Mapping[Side, Tensor] = {
             unit.side: _quotient(units[unit.name], unit.kind) for unit in own if float(units[unit.name]["scalars"][0])
         }
+        # Every rank measures the same samples. A, or the only factor, comes first.
+        rows = float(units[own[0].name]["scalars"][0]) / kfac.communicator.size
         if set(entries) == {Side.A, Side.G}:
-            a_unit = next(unit for unit in own if unit.side is Side.A)
-            copies = kfac.communicator.size  # every rank measures the same samples
-            found[block.name] = (entries[Side.A], entries[Side.G]), float(units[a_unit.name]["scalars"][0]) / copies
+            found[block.name] = (entries[Side.A], entries[Side.G]), rows
         elif set(entries) == {Side.F} and own[0].kind is FactorKind.DENSE:
-            found[block.name] = (entries[Side.F],), 0.0
+            found[block.name] = (entries[Side.F],), rows
     return found
 
 
@@ -179,12 +179,12 @@ def _quotient(unit: Mapping[str, Tensor], kind: FactorKind) -> Tensor:
 
 
 def _is_exact(block: Block, samples: int, positions: int) -> bool:
-    return block.factors[0].side is Side.F or (samples == 1 and positions == 1)
+    return positions == 1 and (samples == 1 or block.factors[0].side is Side.F)
 
 
 def _expected(block: Block, samples: int, positions: int) -> str:
     if block.factors[0].side is Side.F:
-        return "equal, unit by unit"
+        return "equal, unit by unit" if positions == 1 else f"approximate: {positions} positions, each a term"
     if samples == 1 and positions == 1:
         return "equal: one sample, one position"
     if positions > 1:

@@ -66,7 +66,9 @@ def examine(config: Config, world_size: int | None = None) -> Report:
         planned = _planned_ranks(world, world_size)
         ranks = build_communicator(config.run.timeout_seconds)
         try:
-            return _examine(_Case(config, world, ranks), planned)
+            # What failed on one rank reads differently there: all return what rank 0 says of it.
+            report: Report = ranks.gather_objects(_examine(_Case(config, world, ranks), planned), label="report")[0]
+            return report
         finally:
             ranks.close()
 
@@ -88,11 +90,12 @@ def _examine(case: _Case, planned: int) -> Report:
     trial = _try_out(case, model, loss, train, test)
     _walk(case, loss, train, test, trial)
     coverage = find_blocks(model, case.config.kfac.curvature)
-    plan = _plan(case, coverage, planned)
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    plan = _plan(case, coverage, planned) if trained else None
     rows = parameter_rows(model, coverage, plan)
-    case.findings.append(coverage_finding(rows))
     report = replace(report, parameters=rows)
     if plan is not None:
+        case.findings.append(coverage_finding(rows))
         report = replace(report, plan_hash=plan_digest(plan.rows()), load=tuple(plan.assignment.load()))
         if case.healthy and trial is not None:
             report = replace(report, curvature=_measure(case, model, loss, train, test))

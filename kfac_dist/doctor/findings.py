@@ -75,7 +75,7 @@ class CurvatureRow:
     Attributes:
         block: Name of the block.
         samples: Samples that both were computed from.
-        positions: Positions of a sample that share the weight, T; 0 where none is counted.
+        positions: Positions of a sample that share the weight, T; for unit-wise blocks, that are terms of their own.
         error: `‖A⊗G − GGN‖ / ‖GGN‖` in Frobenius norms; None if it was not computed.
         cosine: `⟨A⊗G, GGN⟩ / (‖A⊗G‖ ‖GGN‖)`.
         exact: Whether the two have to be equal.

@@ -42,6 +42,10 @@ def measuring(
 
 
 def factors(kfac: KFAC) -> dict[str, Mapping[str, Tensor]]:
-    """Return every unit's `sum` and `scalars` (weight, trace), over all ranks; collective."""
-    units: dict[str, Mapping[str, Tensor]] = kfac.state_dict()["units"]
-    return units
+    """Return every unit's `sum` and `scalars` (weight, trace), those of all ranks together; collective."""
+    state = kfac.state_dict()
+    shares = float(state["shares"])  # a state holds one rank's equal share of what was averaged over ranks
+    return {
+        name: {"sum": entry["sum"] * shares, "scalars": entry["scalars"] * shares}
+        for name, entry in state["units"].items()
+    }

@@ -7,6 +7,7 @@ from torch import Tensor, arange
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
 from kfac_dist.tasks import Loss
+from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import InMemorySource, Source
 from kfac_dist.training.diagnosis import not_finite
 from kfac_dist.training.sampler import split
@@ -29,27 +30,28 @@ def examine_samples(what: str, data: Source, loss: Loss, outputs: Tensor | None,
         ranks: The ranks.
 
     Raises:
-        DataError: The data can't be read, on this rank.
+        DataError: The data can't be read; every rank raises.
     """
     count = len(data) if isinstance(data, InMemorySource) else min(len(data), LOADED_SAMPLES)
     own = split(count, ranks.size)[ranks.rank]
     parts = list(arange(own.start, own.stop).split(BATCH)) if len(own) else []
     bad: list[tuple[int, str]] = []
     outside: list[tuple[int, str]] = []
-    for indices, (inputs, targets) in zip(parts, data.fetch(parts, seed=0), strict=True):
-        bad += [*not_finite(inputs, indices), *not_finite(targets, indices)]
-        if outputs is not None:
-            outside += [(int(indices[place]), value) for place, value in outside_targets(loss, targets, outputs)]
+    with agreed(ranks):
+        for indices, (inputs, targets) in zip(parts, data.fetch(parts, seed=0), strict=True):
+            bad += [*not_finite(inputs, indices), *not_finite(targets, indices)]
+            if outputs is not None:
+                outside += [(int(indices[place]), value) for place, value in outside_targets(loss, targets, outputs)]
     gathered = ranks.gather_objects((bad, outside), label="samples")
     bad = sorted({entry for part, _ in gathered for entry in part})
     outside = sorted({entry for _, part in gathered for entry in part})
     findings = []
     if bad:
-        text = f"{_count(bad)} of the {what} data hold NaN or infinity: {_list(bad)}; remove or replace them"
+        text = f"NaN or infinity in {_count(bad)} of the {what} data: {_list(bad)}; remove or replace them"
         findings.append(Finding("data", Severity.ERROR, text))
     if outside and outputs is not None:
         allowed = loss.allowed.format(last=outputs.shape[-1] - 1)
-        text = f"{_count(outside)} of the {what} data have a target that is not {allowed}: {_list(outside)}"
+        text = f"a target that is not {allowed}, in {_count(outside)} of the {what} data: {_list(outside)}"
         findings.append(Finding("data", Severity.ERROR, text))
     if not findings:
         seen = f"{count:,}" if count == len(data) else f"the first {count:,} of {len(data):,}"

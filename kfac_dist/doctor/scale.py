@@ -162,9 +162,7 @@ def _constant_inputs(kfac: KFAC, units: Units, samples: int) -> list[Finding]:
             constant.append(f"{block.name}/A/0")
     if not constant:
         return []
-    text = (
-        f"{_blocks(constant)}: the input is the same for all {samples} samples, so that there is nothing to learn from"
-    )
+    text = f"{_blocks(constant)}: the input is the same for all {samples} samples: only its own direction is learnt"
     return [Finding("inputs", Severity.WARNING, text)]
 
 

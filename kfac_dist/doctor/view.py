@@ -13,56 +13,61 @@ from kfac_dist.doctor.findings import CurvatureRow, ParameterRow, Report, Severi
 _MARKS = {Severity.FINE: ("✓", "green"), Severity.WARNING: ("!", "yellow"), Severity.ERROR: ("✗", "red")}
 
 
-def report_view(report: Report) -> RenderableType:
+# Below this width tables are set without gaps, and names break at their dots.
+_NARROW = 100
+_NAME_WIDTH = 20
+
+
+def report_view(report: Report, *, narrow: bool = False) -> RenderableType:
     """Return the report, ready for rich to print: what there is first, the verdict last."""
     parts: list[RenderableType] = [_environment(report)]
     if report.parameters:
-        parts.append(parameter_table(report.parameters))
+        parts.append(parameter_table(report.parameters, narrow=narrow))
     if report.curvature:
-        parts.append(curvature_table(report.curvature))
+        parts.append(curvature_table(report.curvature, narrow=narrow))
     verdict = Text(f"{report.name}: {report.verdict}", style="bold green" if report.ready else "bold red")
     return Group(*parts, _findings(report), "", verdict)
 
 
 def print_report(report: Report, *, width: int | None = None) -> None:
     """Print the report, in the given width where the output is no terminal."""
-    Console(markup=False, highlight=False, width=width).print(report_view(report))
+    console = Console(markup=False, highlight=False, width=width)
+    console.print(report_view(report, narrow=console.width < _NARROW))
 
 
-def parameter_table(rows: tuple[ParameterRow, ...]) -> Table:
+def parameter_table(rows: tuple[ParameterRow, ...], *, narrow: bool = False) -> Table:
     """Return one row a parameter; a block's costs stand in its first parameter's row."""
-    table = _table("parameter", "shape", "block")
+    table = _table("parameter", "shape", "block", narrow=narrow)
     table.add_column("factors", overflow="fold")
     for heading in ("bytes", "n³", "owner"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        shape = "×".join(map(str, row.shape)) or "scalar"
+        name, shape = _name(row.name, narrow), "×".join(map(str, row.shape)) or "scalar"
         if row.block is None:
-            table.add_row(row.name, shape, "–", Text(row.reason, style="yellow"))
+            table.add_row(name, shape, "–", Text(row.reason, style="yellow"))
             continue
         if not row.factors:
-            table.add_row(row.name, shape, row.kind, Text("same block", style="dim"))
+            table.add_row(name, shape, row.kind, Text("same block", style="dim"))
             continue
+        factors = row.factors.replace("  ", " ") if narrow else row.factors
         owners = ",".join(map(str, row.owners))
-        table.add_row(
-            row.name, shape, row.kind, row.factors, _bytes(row.factor_bytes), f"{row.inversion_cost:.1e}", owners
-        )
-    factors, cost = sum(row.factor_bytes for row in rows), sum(row.inversion_cost for row in rows)
+        table.add_row(name, shape, row.kind, factors, _bytes(row.factor_bytes), f"{row.inversion_cost:.1e}", owners)
+    total, cost = sum(row.factor_bytes for row in rows), sum(row.inversion_cost for row in rows)
     table.add_section()
-    table.add_row("all", "", "", "", _bytes(factors), f"{cost:.1e}", "")
+    table.add_row("all", "", "", "", _bytes(total), f"{cost:.1e}", "")
     return table
 
 
-def curvature_table(rows: tuple[CurvatureRow, ...]) -> Table:
+def curvature_table(rows: tuple[CurvatureRow, ...], *, narrow: bool = False) -> Table:
     """Return one row a comparison with the exact Gauss–Newton matrix."""
-    table = _table("A ⊗ G against the exact GGN")
+    table = _table("A ⊗ G against the\nexact GGN" if narrow else "A ⊗ G against the exact GGN", narrow=narrow)
     for heading in ("samples", "error", "cosine"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("expected", overflow="fold")
     for row in rows:
         error = "–" if row.error is None else f"{row.error:.1e}" if row.error < 0.01 else f"{row.error:.2f}"
         cosine = "–" if row.cosine is None else f"{row.cosine:.3f}"
-        table.add_row(row.block, str(row.samples), error, cosine, row.expected)
+        table.add_row(_name(row.block, narrow), str(row.samples), error, cosine, row.expected)
     return table
 
 
@@ -85,12 +90,23 @@ def _findings(report: Report) -> RenderableType:
     return table
 
 
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+def _table(first: str, *others: str, narrow: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0) if narrow else (0, 1))
     table.add_column(first, overflow="fold")
     for heading in others:
         table.add_column(heading, no_wrap=True)
     return table
+
+
+def _name(name: str, narrow: bool) -> str:
+    """Break a long name at its dots where there is little room."""
+    lines = [""]
+    for part in name.split("."):
+        piece = f".{part}" if lines[-1] or len(lines) > 1 else part
+        if narrow and lines[-1] and len(lines[-1]) + len(piece) > _NAME_WIDTH:
+            lines.append("  ")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def _bytes(number: float) -> str:

@@ -200,3 +200,16 @@ def test_a_gradient_tells_its_factor_for_classes_in_either_place() -> None:
     assert gradient_scale(moved, its, None) == pytest.approx(0.25)
     rounded = [tensor.bfloat16() for tensor in (outputs, gradient)]
     assert gradient_scale(*rounded, None) == pytest.approx(0.25, rel=0.02)
+
+
+def test_outputs_without_a_class_dimension() -> None:
+    outputs = torch.randn(9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(F.binary_cross_entropy_with_logits(outputs, torch.ones(9)), outputs)
+    assert gradient_scale(outputs.detach(), gradient, None) == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("shape", [(1,), (0,), (0, 3), (1, 1), (2, 2), (0, 4, 3)])
+def test_a_few_values_tell_nothing(shape: tuple[int, ...]) -> None:
+    outputs = torch.randn(shape, requires_grad=True)
+    (gradient,) = torch.autograd.grad(outputs.square().sum(), outputs)
+    assert gradient_scale(outputs.detach(), gradient, None) is None
