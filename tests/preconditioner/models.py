@@ -55,7 +55,7 @@ def train(case: Case, config: Mapping[str, Any] | None = None) -> dict[str, Tens
     rank, size = place()
     torch.manual_seed(1)
     model = case.make()
-    wrapped = wrap(model, find_unused_parameters=True)
+    wrapped = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=case.scaled)
     options: dict[str, Any] = {

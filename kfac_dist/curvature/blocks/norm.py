@@ -29,6 +29,7 @@ from kfac_dist.curvature.blocks.base import (
     unscale,
 )
 from kfac_dist.curvature.factors import Side
+from kfac_dist.errors import ModelError
 
 
 class NormBlock(Block):
@@ -101,20 +102,45 @@ def _moments(columns: Tensor) -> Tensor:
 
 
 class LayerNormBlock(NormBlock):
-    """`nn.LayerNorm` and `nn.RMSNorm`: units are the normalised elements."""
+    """`nn.LayerNorm` and `nn.RMSNorm`: units are the normalised elements.
+
+    Subclasses that take images, `[B, C, H, W]`, and normalise their channels (torchvision's and timm's `LayerNorm2d`)
+    are measured channels last.
+    """
 
     def normalized(self, inputs: Tensor) -> Tensor:
         """See `NormBlock.normalized`."""
-        module = cast(nn.LayerNorm | nn.RMSNorm, self.module)
-        shape = list(module.normalized_shape)
+        module, rows = self._norm, self._channels_last(inputs)
         if isinstance(module, nn.RMSNorm):
-            return F.rms_norm(inputs, shape, eps=module.eps)
-        return F.layer_norm(inputs, shape, eps=module.eps)
+            found = F.rms_norm(rows, self._shape, eps=module.eps)
+        else:
+            found = F.layer_norm(rows, self._shape, eps=module.eps)
+        return found if rows is inputs else found.movedim(-1, 1)
 
     def positions(self, tensor: Tensor, batch_size: int | None) -> Tensor:
         """See `NormBlock.positions`."""
-        shape = cast(nn.LayerNorm | nn.RMSNorm, self.module).normalized_shape
-        return batch_first(tensor, batch_size, feature_dims=len(shape)).flatten(2)
+        return batch_first(self._channels_last(tensor), batch_size, feature_dims=len(self._shape)).flatten(2)
+
+    @property
+    def _norm(self) -> nn.LayerNorm | nn.RMSNorm:
+        return cast(nn.LayerNorm | nn.RMSNorm, self.module)
+
+    @property
+    def _shape(self) -> list[int]:
+        return list(self._norm.normalized_shape)
+
+    def _channels_last(self, tensor: Tensor) -> Tensor:
+        shape = self._shape
+        fits = list(tensor.shape[-len(shape) :]) == shape
+        own_forward = type(self._norm).forward not in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+        if len(shape) == 1 and tensor.ndim == 4 and tensor.shape[1] == shape[0] and (own_forward or not fits):
+            return tensor.movedim(1, -1)
+        if not fits:
+            raise ModelError(
+                f"layer {self.name} ({type(self._norm).__name__}) was given {list(tensor.shape)}, which doesn't end in "
+                f"its normalized_shape {shape}: name it in kfac.curvature.exclude"
+            )
+        return tensor
 
 
 class ChannelNormBlock(NormBlock):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from tests.curvature.measured import assert_close, build_kfac, factors
+from kfac_dist.errors import ModelError
+from tests.curvature.measured import assert_close, build_kfac, factors, measure
 
 DAMPING = 0.05
 
@@ -150,4 +151,41 @@ def test_uses_of_one_sample_add_up() -> None:
     (sum(per_sample_loss(row[None]) for row in model(inputs)) / 6).backward()
     kfac.step()
     assert_close(factors(kfac)["norm/F"], torch.einsum("bui,buj->uij", gradients, gradients) / 6)
+    kfac.remove()
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """As torchvision's and timm's."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4, 5), (3, 2, 4, 2)])  # the second could be read channels last, too
+def test_layer_norms_of_images(shape: tuple[int, ...]) -> None:
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+    def loss(outputs: Tensor) -> Tensor:
+        return (outputs.tanh() * torch.linspace(0.5, 2.0, outputs[0].numel()).view(outputs.shape[1:])).sum() / 3
+
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    wanted = measure(Permuted(), images, loss)["norm/F"]
+    assert_close(measure(nn.Sequential(LayerNorm2d(2)), images, loss)["0/F"], wanted)
+
+
+def test_a_norm_whose_input_does_not_fit_is_named() -> None:
+    class Odd(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    kfac = build_kfac(model := nn.Sequential(Odd(2)))
+    with pytest.raises(ModelError, match=r"layer 0 \(Odd\) was given \[3, 2, 4\].*exclude"):
+        model(torch.randn(3, 2, 4)).sum().backward()
     kfac.remove()
