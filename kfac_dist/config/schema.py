@@ -195,8 +195,8 @@ class InversionConfig(Section):
         stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once.
         inverse_lag: Steps between the refresh of an inverse and its first use, so that sharing overlaps training.
         max_factor_dim: Factors larger than this are cut into near-equal diagonal blocks (Block K-FAC).
-        inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; factors are solved
-            in fp32 all the same.
+        inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; solved they are
+            in fp32.
     """
 
     solver: Solver = Solver.CHOLESKY
