@@ -11,6 +11,7 @@ that skips a collective because it has nothing to send hangs the others.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import pickle
 import time
 import weakref
@@ -183,6 +184,7 @@ class TorchCommunicator(Communicator):
         self._timeout = timedelta(seconds=timeout_seconds)
         self._ranks = dist.get_process_group_ranks(group)
         self._children: list[TorchCommunicator] = []
+        self._unfinished: list[_PendingWork] = []
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         nccl = "nccl" in str(dist.get_backend(group))
@@ -284,7 +286,12 @@ class TorchCommunicator(Communicator):
     def let_go(self) -> None:
         """Drops the process group without a word to anyone; the communicator is of no use afterwards."""
         self._destroy = False
-        self._group = None
+        group, self._group = self._group, None
+        if group is not None and any(not pending.completed for pending in self._unfinished):
+            # A rank that fails leaves collectives behind which will never complete, and gloo's destructor waits for
+            # them: its reason would reach nobody before their timeout. The process's end closes the connections.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        self._unfinished.clear()
 
     def _start(
         self, launch: Callable[[], dist.Work | None], operation: str, label: str, nbytes: int, sent: int
@@ -292,6 +299,8 @@ class TorchCommunicator(Communicator):
         self.traffic.count(label, sent)
         pending = _PendingWork(f"{operation} ({nbytes} bytes)", self.rank, self.size)
         pending.start(launch)
+        self._unfinished = [other for other in self._unfinished if not other.completed]
+        self._unfinished.append(pending)
         return pending
 
 
@@ -311,6 +320,11 @@ class _PendingWork:
             self._work = launch()
         except RuntimeError as error:
             raise self._failure(error) from error
+
+    @property
+    def completed(self) -> bool:
+        """Whether it is over, or nothing is known against it."""
+        return self._work is None or self._work.is_completed()
 
     def wait(self) -> None:
         """Waits, once; later calls return at once."""

@@ -136,6 +136,22 @@ def test_rank_that_stays_away_is_an_error_that_says_what_waited() -> None:
     assert message.startswith("rank 0 of 2: all_reduce of factors (20 bytes) failed after 1.")
 
 
+def leave_with_a_collective_in_flight() -> float:
+    """Rank 0 starts what the others never join, and closes: only its timeout would end the collective."""
+    comm = build_communicator(60.0)
+    started = time.monotonic()
+    if comm.rank == 0:
+        comm.all_reduce(torch.ones(5), label="factors")
+        comm.close()
+    else:
+        time.sleep(3.0)  # alive, so that no connection closes
+    return time.monotonic() - started
+
+
+def test_closing_waits_for_no_collective_that_others_never_join() -> None:
+    assert run_ranks(2, leave_with_a_collective_in_flight)[0] < 2.0
+
+
 def splits_do_not_add_up() -> None:
     comm = build_communicator(20.0)
     with pytest.raises(ValueError, match=r"all_to_all of shards: splits \[1, 2\] and \[1, 1\] don't add up"):
