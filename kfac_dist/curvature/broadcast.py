@@ -8,6 +8,8 @@ happens: an addition (or another elementwise operation) that is larger than the 
                                   ├─ add [B, T, d]        the output enters directly: measured expanded to [B, T, d]
     tokens [B, T] ── [B, T, d] ───┘
     bias [q, k, h] ── permute ── add [B, h, q, k]         not directly: the layer keeps its plain gradient
+
+Inside of what torch.compile has compiled nothing can be seen: there, expand such inputs over the batch by hand.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def samples_of(node: Node, consumers: Consumers, batch_size: int) -> Samples:
         batch_size: B.
     """
     readers = consumers.get(node, [])
-    if not _is_shared(node, consumers, batch_size):
+    if _is_opaque(node) or not _is_shared(node, consumers, batch_size):
         return Samples.OWN
     shape = _shape(node)
     spread = {_shape(reader) if _is(reader, _ELEMENTWISE) else () for reader in readers}
@@ -87,6 +89,8 @@ def _is_shared(node: Node, consumers: Consumers, batch_size: int) -> bool:
         node = todo.pop()
         own = _shape(node)
         for reader in consumers.get(node, []):
+            if _is_opaque(reader):
+                continue
             spread = _shape(reader)
             if _spreads(own, spread, batch_size, elementwise=_is(reader, _ELEMENTWISE)):
                 return True
@@ -116,6 +120,11 @@ def _has_samples(shape: Shape, batch_size: int) -> bool:
 
 def _is(node: Node, kinds: tuple[str, ...]) -> bool:
     return str(node.name()).rstrip("0123456789") in {f"{kind}Backward" for kind in kinds}
+
+
+def _is_opaque(node: Node) -> bool:
+    """Whether a node is many operations in one, as what torch.compile makes: its shapes say nothing."""
+    return len(node._input_metadata) != 1 or str(node.name()).startswith("CompiledFunction")
 
 
 def _shape(node: Node) -> Shape:

@@ -19,23 +19,28 @@ ever computed for them, so nothing has to be thrown away. They hold inputs from 
 from __future__ import annotations
 
 import functools
-import inspect
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils import checkpoint
 
+from kfac_dist.curvature.autograd import below_view, checkpointed_region, in_backward
 from kfac_dist.curvature.blocks import Block, Use
 from kfac_dist.curvature.blocks.base import Handle
 from kfac_dist.curvature.broadcast import Samples, consumers_of, expand, samples_of
 from kfac_dist.errors import ModelError
+
+_NO_FULL_GRAPH = (
+    "K-FAC measures a layer between two compiled pieces of the model: leave out fullgraph=True, or compile only "
+    "modules without K-FAC blocks (kfac.curvature.exclude)"
+)
 
 
 @dataclass
@@ -94,7 +99,11 @@ class _Recorder:
         arrange: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | None:
         """See `blocks.base.Recorder.record`."""
-        return self._capture.record(self._block, inputs, output, source, arrange) if self.watching else None
+        if not self.watching:
+            return None
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=_NO_FULL_GRAPH)
+        return self._capture.record(self._block, inputs, output, source, arrange)
 
 
 class Capture:
@@ -134,6 +143,8 @@ class Capture:
             model.register_forward_hook(self._forward_ended),
             *(handle for block in blocks for handle in block.watch(_Recorder(self, block))),
         ]
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what was compiled before the hooks were there would never run them
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -185,7 +196,7 @@ class Capture:
             pending.clear()
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.active or not torch.is_grad_enabled() or (self.passes and _in_backward()):
+        if not self.active or not torch.is_grad_enabled() or (self.passes and in_backward()):
             return
         self.flush()  # what an earlier micro-batch has left open is its own, not this one's
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
@@ -194,7 +205,7 @@ class Capture:
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Find, once, the layers whose outputs all samples share; see `broadcast`."""
-        if not self._nodes or self.batch_size is None or self.batch_size == 1 or _in_backward():
+        if not self._nodes or self.batch_size is None or self.batch_size == 1 or in_backward():
             return
         consumers = consumers_of(output)
         self._samples = {}
@@ -240,8 +251,8 @@ class Capture:
         source: nn.Module,
         arrange: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        region, pending = _checkpointed_region(), self._pending[block.name]
-        if not _in_backward():
+        region, pending = checkpointed_region(), self._pending[block.name]
+        if not in_backward():
             pending.ran_forward = True
         elif pending.ran_forward:
             # Computed again for backward: nothing new, except for what was not held the first time.
@@ -250,8 +261,9 @@ class Capture:
             return
         if output is None or not output.requires_grad:
             return
-        if self._samples is None and not _in_backward():
+        if self._samples is None and not in_backward():
             self._nodes.append((block.name, output.grad_fn))
+        written, arrange = below_view(output, arrange)
         use = Use(source, output.shape, arrange=arrange)
         later = region is not None and not self._own_backward
         if not later:
@@ -259,10 +271,10 @@ class Capture:
         pending.uses.append(use)
         pending.regions.append(weakref.ref(region) if later else None)
         if self._own_backward:
-            use.edge = get_gradient_edge(output)
+            use.edge = get_gradient_edge(written)
         else:
             # The graph may outlive backward; what was measured must not.
-            output.register_hook(functools.partial(self._gradient_came, block, pending, weakref.ref(use)))
+            written.register_hook(functools.partial(self._gradient_came, block, pending, weakref.ref(use)))
 
     def _gradient_came(self, block: Block, pending: _Pending, reference: weakref.ref[Use], grad: Tensor) -> None:
         use = reference()
@@ -286,30 +298,6 @@ class Capture:
                 "can't be measured: make the operation that follows it out of place (x = x + y instead of x += y), or "
                 "name the layer in kfac.curvature.exclude"
             )
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread, as `torch.utils.checkpoint` asks it."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _checkpointed_region() -> object | None:
-    """Return what identifies the region of non-re-entrant activation checkpointing that runs now, or None.
-
-    `torch.utils.checkpoint` installs hooks on saved tensors that close over the region's frame: the frame itself in the
-    first forward pass, a weak reference to it when the region is computed again. Nothing public tells the region, and
-    an input that a checkpointed layer held would undo what checkpointing saves.
-    """
-    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if not hooks:
-        return None
-    pack = inspect.unwrap(hooks[0])
-    if pack.__module__ != checkpoint.__name__ or not pack.__closure__:
-        return None
-    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
-    if "frame" in cells:
-        return cast(object, cells["frame"].cell_contents)
-    return cast(object, cells["target_frame_ref"].cell_contents()) if "target_frame_ref" in cells else None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ class DDPEngine(Engine):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._ddp = model if isinstance(model, DistributedDataParallel) else None
-        self.module = model if self._ddp is None else self._ddp.module
+        bare = uncompiled(model)
+        self._ddp = bare if isinstance(bare, DistributedDataParallel) else None
+        self.module = bare if self._ddp is None else uncompiled(self._ddp.module)
         self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def communicator(self, timeout_seconds: float) -> Communicator:
@@ -58,3 +60,8 @@ class DDPEngine(Engine):
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
         """See `Engine.synchronize`."""
         return nullcontext() if enabled or self._ddp is None else self._ddp.no_sync()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module inside of what `torch.compile(model)` returned; it has the same parameters by shorter names."""
+    return cast(nn.Module, model._orig_mod) if type(model).__name__ == "OptimizedModule" else model

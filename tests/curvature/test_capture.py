@@ -77,6 +77,45 @@ def test_gradient_is_that_of_the_output_itself_also_under_in_place_activations(
     capture.remove()
 
 
+@pytest.mark.parametrize("own_backward", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 2, 3), (5, 2, 2, 3)])
+def test_in_place_activations_on_outputs_that_are_views(own_backward: bool, bias: bool, shape: tuple[int, ...]) -> None:
+    """A linear layer on tokens returns a view; overwriting it takes the view's own node out of the graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=bias), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    expected = output_gradient(model, x, lambda out: out.square().sum())
+    capture, seen = watch(model, own_backward=own_backward)
+    outputs = model(x)
+    if own_backward:
+        capture.backpropagate(outputs, [2 * outputs.detach()], lambda block, uses, _: seen[block.name].append(uses))
+    else:
+        outputs.square().sum().backward()
+    assert times(seen) == [1, 1]
+    grad = seen["0"][0][0].grad
+    assert grad is not None
+    assert_close(grad, expected)
+    capture.remove()
+
+
+def test_in_place_on_a_rearranged_output() -> None:
+    class ChannelsFirst(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mT
+
+    torch.manual_seed(0)
+    plain, given = nn.Linear(3, 4), ChannelsFirst(3, 4)
+    given.load_state_dict(plain.state_dict())
+    x, seen = torch.randn(5, 2, 3), []
+    for layer, activate in ((plain, torch.relu), (given, torch.relu_)):
+        capture, found = watch(nn.Sequential(layer))
+        activate(layer(x)).square().sum().backward()
+        seen.append(found["0"][0][0].grad)
+        capture.remove()
+    assert_close(seen[1], seen[0].mT)
+
+
 def test_inplace_residual_after_the_layer() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
