@@ -153,8 +153,10 @@ def _try_out(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Sou
     shape = tuple(trial.outputs.shape[1:])
     text = f"model and {case.config.loss.name} take the data; outputs {list(shape)} a sample"
     case.findings.append(Finding("forward", Severity.FINE, text))
-    if trial.unused:
-        case.findings.append(_unused(case, trial.unused))
+    # Of any rank: the ranks have to go on together.
+    unused = sorted({name for names in case.ranks.gather_objects(trial.unused, label="trial") for name in names})
+    if unused:
+        case.findings.append(_unused(case, unused))
     return trial
 
 
