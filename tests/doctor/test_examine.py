@@ -191,7 +191,7 @@ def _differing(what: str) -> tuple[str, str]:
     [
         ("shaped_by_rank", "model", r"plan different work, first at block 0 \(0.weight\)"),
         ("covered_by_rank", "model", "plan different work"),
-        ("Branches", "gradients", "doesn't depend on left.bias, left.weight, right.bias and 1 more; on several ranks DDP"),
+        ("Branches", "gradients", "depend on left.bias, left.weight, right.bias and 1 more; on several ranks"),
         ("world size", "", "--world-size 5, but torchrun started 3 ranks"),
     ],
 )
