@@ -170,6 +170,9 @@ class _Reader:
         except yaml.YAMLError as error:
             self.problems.append(self._bad_yaml(error))
             return {}
+        except RecursionError:
+            self.problems.append(f"{self.source}: nested too deeply to be a configuration")
+            return {}
         if node is None:
             self.places[path] = Place(self.source)
             return None

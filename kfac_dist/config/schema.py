@@ -25,6 +25,8 @@ Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Seconds = Annotated[float, Field(gt=0, le=1e7, strict=True, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Pattern = Annotated[str, Field(min_length=1)]
 
@@ -153,9 +155,9 @@ class CurvatureConfig(Section):
     exclude: tuple[Pattern, ...] = ()
     decay: BelowOne = 0.95
     factor_every: Count = 10
-    sample_fraction: Fraction = 1.0
+    sample_fraction: Annotated[float, Field(ge=1e-6, le=1, strict=True, allow_inf_nan=False)] = 1.0
     factor_dtype: DType = DType.FLOAT32
-    seed: CountOrZero = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _storage_can_follow(self) -> Self:
@@ -274,7 +276,7 @@ class DistributionConfig(Section):
     pack_triangles: Flag = False
     buckets: Count = 4
     overlap: Flag = True
-    timeout_seconds: Positive = 600.0
+    timeout_seconds: Seconds = 600.0
 
     @model_validator(mode="after")
     def _fraction_belongs_to_hybrid(self) -> Self:
@@ -362,9 +364,9 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     directory: str = "runs"
-    seed: CountOrZero = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_seconds: Positive = 600.0
+    timeout_seconds: Seconds = 600.0
 
 
 class LossName(StrEnum):

@@ -1,4 +1,4 @@
-"""What hooks have to ask autograd: in which pass they run, in which checkpointed region, and whose view an output is."""
+"""What hooks have to ask autograd: in which pass and checkpointed region they run, and whose view an output is."""
 
 from __future__ import annotations
 

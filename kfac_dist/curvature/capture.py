@@ -181,7 +181,7 @@ class Capture:
         live = [(name, use) for name, pending in self._pending.items() for use in pending.uses]
         edges = [use.edge for _, use in live if use.edge is not None]
         first = True
-        for column in columns:
+        for column in columns if edges else ():
             grads = torch.autograd.grad(outputs, edges, column, retain_graph=True, allow_unused=True)
             reached: dict[str, list[Use]] = {}
             for (name, use), grad in zip(live, grads, strict=True):

@@ -15,6 +15,7 @@ the unit's last good payload, and is counted.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,12 @@ def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], i
     for (eigen, _, _), members in batches.items():
         # Under `eigen`, unit-wise blocks are still inverted.
         method = Solver.CHOLESKY if solver is Solver.EIGEN and not eigen else solver
-        _solve_batch([tasks[index] for index in members], members, payloads, method)
+        try:
+            _solve_batch([tasks[index] for index in members], members, payloads, method)
+        except RuntimeError as error:  # out of memory above all: raised on one rank, it would leave the others waiting
+            warnings.warn(
+                f"inverting {len(members)} factors failed: {error}; the last good inverses stay", stacklevel=2
+            )
     failures = 0
     for index, task in enumerate(tasks):
         if payloads[index] is None:

@@ -296,6 +296,8 @@ class TorchCommunicator(Communicator):
     def _start(
         self, launch: Callable[[], dist.Work | None], operation: str, label: str, nbytes: int, sent: int
     ) -> Work:
+        if self._group is None:  # torch would take None for the whole world's group
+            raise CollectiveError(f"{operation}: the communicator is closed (KFAC.remove was called)")
         self.traffic.count(label, sent)
         pending = _PendingWork(f"{operation} ({nbytes} bytes)", self.rank, self.size)
         pending.start(launch)

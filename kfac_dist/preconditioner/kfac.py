@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schedules import value_at
-from kfac_dist.config.schema import CostModel, DType, KFACConfig, ReduceEvery, Reduction
+from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, ReduceEvery, Reduction
 from kfac_dist.curvature.blocks import Block, find_blocks
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.precondition import build_groups
@@ -96,6 +96,7 @@ class KFAC:
         self.plan = self._make_plan()
         self._assemble()
         self._overdue: set[int] = set()
+        self._refreshed: set[int] = set()
         self._kl_scale = torch.ones((), device=self._device)
         self._begin()
 
@@ -136,9 +137,20 @@ class KFAC:
                 over this micro-batch: its samples, or its tokens for token losses. With K accumulated micro-batches
                 and a loss divided by K: K times that.
             terms: Its loss terms, for token losses whose valid tokens shapes don't tell; a tensor stays on the device.
-            last: Whether the optimizer's step follows; reductions may start during the last backward only.
+            last: Whether the optimizer's step follows its backward. Only then may reductions overlap with backward:
+                without this call they start in `step`.
         """
         self._measurement.describe(Description(first_sample, divisor, terms, last))
+
+    def discard(self) -> None:
+        """Forget what this step has measured, such as a batch that will not be trained on after all.
+
+        Call it instead of `step`, on every rank; then go on with another batch.
+        """
+        if self._measurement.active:
+            self._measurement.discard()
+            self._overdue |= set(self._slots)
+            self._begin()
 
     def fisher_backward(self, outputs: Tensor) -> None:
         """Measure G by K-FAC's own backward passes (fisher `mc` and `type2`); does nothing otherwise.
@@ -189,7 +201,9 @@ class KFAC:
             CheckpointError: The state belongs to another model, or to other `max_factor_dim`.
         """
         self.steps = state.load(self._parts(), values)
-        self._overdue = state.overdue(self._parts(), values)
+        self._overdue = state.marked(self._parts(), values, "overdue")
+        self._refreshed = state.marked(self._parts(), values, "refreshed")
+        self._averages.discard()
         self._begin()
 
     def sharded_state_dict(self) -> dict[str, Any]:
@@ -215,6 +229,7 @@ class KFAC:
             lagged=self._cadence.lag > 0,
             step=self.steps,
             overdue=self._overdue,
+            refreshed=self._refreshed,
         )
 
     # ---- what step is made of
@@ -237,7 +252,11 @@ class KFAC:
             self._overdue |= set(self._slots)
             return
         self._overdue -= set(self._slots)
-        lag = self._cadence.lag if self.steps else 0
+        first = set(self._slots) - self._refreshed
+        # The first inverses are used at once; layers that had nothing measured for theirs are asked once more.
+        lag = 0 if first else self._cadence.lag
+        self._overdue |= self._refresh.unmeasured(self._slots, self._reduction.totals) & first
+        self._refreshed |= set(self._slots)
         self._refresh.start(self._slots, self._reduction.totals, self._total_damping, self.steps + lag)
 
     def _add_weight_decay(self) -> None:
@@ -285,15 +304,18 @@ class KFAC:
 
     def _make_plan(self) -> Plan:
         costs = self._measured_costs() if self.config.distribution.cost_model is CostModel.MEASURED else None
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        together = f"{local} ranks a node" if self.config.distribution.placement is Placement.NODE else ""
+        agree_on_plan(self.communicator, [("configuration", f"{self.config!r} {together}")])
         plan = build_plan(
             self._blocks,
             self.config,
             world_size=self.communicator.size,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            local_world_size=local,
             sharded=not self._engine.layout((), self.communicator.size).is_replicated,
             unit_cost=None if costs is None else (lambda unit: costs[unit.dim] * unit.batch),
         )
-        agree_on_plan(self.communicator, [("configuration", repr(self.config)), *plan.rows()])
+        agree_on_plan(self.communicator, plan.rows())
         return plan
 
     def _measured_costs(self) -> dict[int, float]:

@@ -1,8 +1,8 @@
 """Is the loss the mean that K-FAC takes it for? Asked once, of the first measured step, from the model's outputs.
 
 `curvature.scale` tells by what the terms' gradients were multiplied; here that number is compared with what the loop
-said, or with a mean over the micro-batch if it said nothing. A mismatch that has a name (n, T, W) stops every rank;
-another one is a warning, since a loss may be weighted on purpose.
+said, or with a mean over the micro-batch if it said nothing. A mismatch by n or T stops every rank; another one is a
+warning, since a loss may be weighted on purpose, also by a number that happens to be W.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ def explain_scale(scale: float, terms: Terms) -> tuple[bool, str] | None:
             "tokens, or set kfac.curvature.loss_terms: sample"
         )
     if terms.ranks > 1 and near(1 / terms.ranks):
-        return True, (
-            f"{found}: it was divided by the {terms.ranks} ranks once more. Leave that to the averaging of the "
+        return False, (
+            f"{found}: it looks divided by the {terms.ranks} ranks once more. Leave that to the averaging of the "
             "gradients (DDP does it)"
         )
     if terms.ranks > 1 and near(terms.ranks):
-        return True, (
-            f"{found}: it was multiplied by the {terms.ranks} ranks. Leave that out, or call "
+        return False, (
+            f"{found}: it looks multiplied by the {terms.ranks} ranks. Leave that out, or call "
             f"kfac.micro_batch(divisor=...) with the number that the sum of the terms is divided by"
         )
     if not terms.scaled and scale >= 2**8 and near(2.0 ** round(math.log2(scale))):

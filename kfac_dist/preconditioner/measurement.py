@@ -6,6 +6,7 @@ model's outputs; those carry neither the loss's divisor nor an AMP scale.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -120,13 +121,21 @@ class Measurement:
         """
         self._capture.flush()
         if self._own_backward and not self._went_back:
+            self._reduction.finish(torch.zeros_like(finite))  # the other ranks may be waiting there
             raise ModelError(
                 f"kfac.curvature.fisher is {self._config.fisher}: call kfac.fisher_backward(outputs) after the forward "
                 "pass, before loss.backward()"
             )
         if self._capture.passes > 1 and self._description is None:
             warn_of_accumulation(self._capture.passes)
+        late = self._reduction.late
         taken = self._reduction.finish(finite)
+        if late:
+            warnings.warn(
+                f"{', '.join(sorted(late))} ran backward again after the micro-batch that kfac.micro_batch(last=True) "
+                "had announced as the step's last; what came late was not measured",
+                stacklevel=3,
+            )
         if not self._scale.over:
             self._scale.judge(
                 self._config.likelihood,
@@ -136,6 +145,11 @@ class Measurement:
             )
         return taken
 
+    def discard(self) -> None:
+        """Forget what the step has measured; collective where this step reduces."""
+        self._capture.reset()
+        self._reduction.finish(torch.zeros((), dtype=torch.bool, device=self._averages.device))
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         self._capture.remove()
@@ -143,7 +157,11 @@ class Measurement:
 
     @property
     def _last(self) -> bool:
-        return self._description is None or self._description.last
+        """Whether the loop has promised that no other backward of this step follows.
+
+        Silence is no promise: a second loss, accumulation or an attack may follow, and what has been sent is closed.
+        """
+        return self._description is not None and self._description.last
 
     def _measure(self, block: Block, uses: list[Use]) -> None:
         if not self._reduction.accepts(block.name):

@@ -115,6 +115,11 @@ class FactorReduction:
             self._current.late.add(block)
         return not gone
 
+    @property
+    def late(self) -> set[str]:
+        """Blocks whose statistics came after their bucket had left."""
+        return set() if self._current is None else self._current.late
+
     def completed(self, block: str) -> None:
         """Take note that a block's statistics of this step are complete; send what can leave, in order."""
         current = self._current

@@ -96,6 +96,9 @@ class Refresh:
         if slots not in self._wires:
             self._wires[slots] = self._lay_out(slots)
         wire = self._wires[slots]
+        # What is still on its way for these slots is older than what comes now.
+        names = {unit.name for unit in wire.units}
+        self.pending = [other for other in self.pending if not names & {unit.name for unit, _ in self.arrived(other)}]
         own = [unit for unit in wire.units if self._plan.assignment.owners[unit.name] == self._rank]
         solved = list(zip(own, self._solve(own, totals, damping), strict=True))
         self.refreshes += 1
@@ -107,6 +110,12 @@ class Refresh:
             wire.put(buffer, unit, payload)
         work = share_segments(self._column, buffer, wire.layout, label=LABEL)
         self.pending.append(Refreshed(due, None, (wire, buffer, work)))
+
+    def unmeasured(self, slots: tuple[int, ...], totals: Tensor) -> set[int]:
+        """Return those of the slots that have a unit which no rank has measured yet."""
+        weights = totals[0].tolist()
+        empty = {unit.block for unit, weight in zip(self._plan.units, weights, strict=True) if weight <= 0}
+        return {self._plan.blocks[block].slot for block in empty} & set(slots)
 
     def activate(self, step: int) -> None:
         """Load the payloads that are due."""
@@ -158,7 +167,7 @@ class Refresh:
         solved, failures = solve(tasks, self._solver)
         self.failures += failures
         fresh = iter(
-            self._fold_identity(task.unit, payload, weights, traces, damping)
+            payload if payload is task.previous else self._fold_identity(task.unit, payload, weights, traces, damping)
             for task, payload in zip(tasks, solved, strict=True)
             if payload is not None
         )

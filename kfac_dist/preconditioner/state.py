@@ -5,6 +5,7 @@
     units/<name>/sum                the running sum S
     units/<name>/payload            what preconditioning uses now
     units/<name>/overdue            whether its refresh was due and has not happened
+    units/<name>/refreshed          whether it has ever been refreshed
     units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
 
 Between refreshes every rank has its own sums. Saving adds them up first (the average is linear, so this changes them by
@@ -47,6 +48,7 @@ class Parts:
     lagged: bool
     step: int
     overdue: set[int]
+    refreshed: set[int]
 
     def owns(self, unit: Unit) -> bool:
         """Whether this rank inverts the unit."""
@@ -63,6 +65,7 @@ def held(parts: Parts) -> dict[str, Any]:
         entry = {
             "scalars": parts.reduction.consolidated_scalars(unit).clone(),
             "overdue": torch.tensor(parts.plan.blocks[unit.block].slot in parts.overdue),
+            "refreshed": torch.tensor(parts.plan.blocks[unit.block].slot in parts.refreshed),
         }
         if parts.reduction.keeps(unit):
             entry["sum"] = parts.averages.sums(unit).clone()
@@ -113,9 +116,9 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
     return int(values["step"])
 
 
-def overdue(parts: Parts, values: Mapping[str, Any]) -> set[int]:
-    """Return the slots of which a unit's refresh is still due."""
-    return {parts.plan.blocks[unit.block].slot for unit in parts.plan.units if values["units"][unit.name]["overdue"]}
+def marked(parts: Parts, values: Mapping[str, Any], mark: str) -> set[int]:
+    """Return the slots of which a unit carries a mark, `overdue` or `refreshed`."""
+    return {parts.plan.blocks[unit.block].slot for unit in parts.plan.units if values["units"][unit.name][mark]}
 
 
 def _pending(parts: Parts) -> dict[str, tuple[Tensor, int]]:

@@ -367,3 +367,73 @@ def test_measured_costs_make_one_plan_on_all_ranks() -> None:
     first, second = run_ranks(2, measured_owners)
     assert first == second
     assert set(first.values()) == {0, 1}
+
+
+def discarding(overlap: bool) -> list[int]:
+    """Measure a batch, discard it, and take the step with another: the statistics of the second alone."""
+    run = Run("mlp", {**EVERY_STEP, "distribution": {"overlap": overlap}})
+    run.gradients(0, lambda inputs: inputs * 100)
+    run.kfac.discard()
+    run.step(0)
+    factors = run.factors()
+    run.close()
+    other = Run("mlp", {**EVERY_STEP, "distribution": {"overlap": overlap}})
+    other.step(0)
+    wanted = other.factors()
+    other.close()
+    return [int(torch.equal(factors[name], wanted[name])) for name in wanted]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_discarded_batch_leaves_no_trace(overlap: bool) -> None:
+    assert all(all(same) for same in run_ranks(2, discarding, overlap))
+
+
+def fails_to_solve() -> tuple[bool, float]:
+    """Run out of memory on one rank in the second refresh: the last inverses stay, and nobody waits."""
+    import torch.distributed as dist
+
+    from kfac_dist.curvature import solvers
+
+    run = Run("mlp", EVERY_STEP)
+    run.step(0)
+    solve_batch = solvers._solve_batch
+
+    def out_of_memory(*args: Any) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    if dist.get_rank() == 1:
+        solvers._solve_batch = out_of_memory
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.step(1)
+    finally:
+        solvers._solve_batch = solve_batch
+    said = any("planted" in str(warning.message) for warning in caught)
+    failures = run.kfac.metrics()["failed_inversions"]
+    run.close()
+    return said, failures
+
+
+def test_a_solve_that_runs_out_of_memory_hangs_nobody() -> None:
+    (quiet, none), (said, some) = run_ranks(2, fails_to_solve)
+    assert (quiet, none) == (False, 0)
+    assert said
+    assert some > 0
+
+
+def after_remove() -> str:
+    run = Run("mlp", EVERY_STEP)
+    run.step(0)
+    run.close()
+    run.gradients(1)
+    try:
+        run.kfac.step()
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_removed_kfac_does_not_talk_on_the_groups_of_others() -> None:
+    assert all("closed" in message for message in run_ranks(2, after_remove))

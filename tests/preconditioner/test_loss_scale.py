@@ -125,8 +125,8 @@ CASES: list[tuple[Loss, dict[str, Any], str, str | None]] = [
     (summed_over_tokens, TOKEN, "error: .* 7 times .* a sum over the 7 positions of a sample", None),
     (weighted, {}, "the loss's gradient is 1.7 times that of a mean .*micro_batch", None),
     (amp_scaled, {}, r"error: .*AMP loss scale. Pass KFAC\(..., grad_scaler=scaler\)", None),
-    (divided_by_ranks_again, {}, "", "error: .* 0.3333 times .* divided by the 3 ranks once more"),
-    (multiplied_by_ranks, {}, "", "error: .* 3 times .* multiplied by the 3 ranks"),
+    (divided_by_ranks_again, {}, "", "the loss's gradient is 0.3333 times .* divided by the 3 ranks once more"),
+    (multiplied_by_ranks, {}, "", "the loss's gradient is 3 times .* multiplied by the 3 ranks"),
 ]
 
 

@@ -39,6 +39,7 @@ def step(model: nn.Module, kfac: KFAC) -> dict[str, tuple[int, int]]:
     kfac.communicator.traffic.reset()
     model.zero_grad()
     inputs = torch.randn(4, 6)
+    kfac.micro_batch(divisor=4.0)
     F.cross_entropy(model(inputs), torch.randint(0, CLASSES, (4,))).backward()
     kfac.step()
     return kfac.communicator.traffic.snapshot()
