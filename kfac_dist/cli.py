@@ -102,7 +102,7 @@ def plan(
             coverage.blocks, resolved.kfac, world_size=world_size, local_world_size=node_size or world_size
         )
         console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-        console.print(plan_view(planned, coverage.uncovered))
+        console.print(plan_view(planned, coverage.uncovered, resolved.kfac.curvature.uncovered))
 
 
 @app.command()

@@ -118,6 +118,13 @@ class Likelihood(StrEnum):
     GAUSSIAN = "gaussian"
 
 
+class Uncovered(StrEnum):
+    """What happens to the gradients of parameters that no block covers."""
+
+    PLAIN = "plain"
+    DIAGONAL = "diagonal"
+
+
 class DType(StrEnum):
     """Floating-point formats that factors may be stored or sent in."""
 
@@ -138,7 +145,8 @@ class CurvatureConfig(Section):
         sharing: Weight-sharing setting of every block that `sharing_overrides` does not match.
         sharing_overrides: Pattern (`fnmatch`, on module names) to setting; the first match wins.
         include: Patterns of module names that get K-FAC blocks.
-        exclude: Patterns of module names that keep the plain gradient; wins over `include`.
+        exclude: Patterns of module names that get none; wins over `include`.
+        uncovered: What no block covers keeps its `plain` gradient, or is divided by a `diagonal` Fisher.
         decay: β of the running average, applied once every `factor_every` steps.
         factor_every: Steps between measurements.
         sample_fraction: Share of rows (samples, or tokens) that enter the factors: 1/k, every k-th row.
@@ -153,6 +161,7 @@ class CurvatureConfig(Section):
     sharing_overrides: dict[str, Sharing] = Field(default_factory=dict)
     include: tuple[Pattern, ...] = ("*",)
     exclude: tuple[Pattern, ...] = ()
+    uncovered: Uncovered = Uncovered.PLAIN
     decay: BelowOne = 0.95
     factor_every: Count = 10
     sample_fraction: Annotated[float, Field(ge=1e-6, le=1, strict=True, allow_inf_nan=False)] = 1.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schedules import value_at
-from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, ReduceEvery, Reduction
+from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, ReduceEvery, Reduction, Uncovered
 from kfac_dist.curvature.blocks import Block, find_blocks
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.precondition import build_groups
@@ -31,6 +31,7 @@ from kfac_dist.distributed.cost import measure_costs
 from kfac_dist.engines import Engine, as_engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner import state
+from kfac_dist.preconditioner.diagonal import DiagonalFisher
 from kfac_dist.preconditioner.measurement import Description, Measurement
 from kfac_dist.preconditioner.plan import Plan, block_units, build_plan
 from kfac_dist.preconditioner.reduction import FactorReduction
@@ -58,7 +59,7 @@ class KFAC:
         total_steps: Length of the run, for damping schedules that span it.
 
     Attributes:
-        coverage: The blocks, and why other parameters keep their plain gradient.
+        coverage: The blocks, and why other parameters have none.
         plan: Who does what.
         communicator: The ranks; its `traffic` counts what was sent.
         steps: Steps taken.
@@ -114,9 +115,12 @@ class KFAC:
         self._refresh.activate(self.steps)
         self._add_weight_decay()
         self._transport.collect()
+        self._rest.collect()
         updates = [group.apply(self._total_damping) for group in self._groups]
-        self._clip(updates)
+        rest = self._rest.apply(self._total_damping)
+        self._clip(updates, rest)
         self._transport.deliver(updates)
+        self._rest.deliver(rest)
         self.steps += 1
         self._begin()
 
@@ -227,6 +231,7 @@ class KFAC:
             refresh=self._refresh,
             communicator=self.communicator,
             lagged=self._cadence.lag > 0,
+            rest=self._rest,
             step=self.steps,
             overdue=self._overdue,
             refreshed=self._refreshed,
@@ -246,6 +251,7 @@ class KFAC:
     def _update_curvature(self) -> None:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
         taken = self._measurement.finish(self._engine.finite())
+        self._rest.measure(self._measurement.terms, taken)
         if not self._slots:
             return
         if not bool(taken):  # the step will be skipped: as if it had never been, and the refresh stays due
@@ -266,18 +272,20 @@ class KFAC:
         gradients, parameters = self._engine.gradients(), self._engine.parameters()
         torch._foreach_add_(list(gradients.values()), [parameters[name] for name in gradients], alpha=l2)
 
-    def _clip(self, updates: list[Tensor]) -> None:
-        """Scale the update to the trust region `ν = min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩)))`; all on the device."""
+    def _clip(self, updates: list[Tensor], rest: Tensor) -> None:
+        """Scale all updates to the trust region `ν = min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩)))`; all on the device."""
         clip = self.config.update.kl_clip
         if clip is None:
             return
         dots = [torch.dot(u.flatten(), g.gradient.flatten()) for u, g in zip(updates, self._groups, strict=True)]
+        if self._rest.names and self._row.rank == 0:  # every rank has the whole rest: it counts once
+            dots.append(torch.dot(rest, self._rest.gradient))
         total = torch.stack(dots).sum() if dots else torch.zeros((), device=self._device)
         self._row.all_reduce(total, label="kl_clip").wait()
         lr = self._lr()
         self._kl_scale = (clip / (total * lr**2).clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
-        if updates:
-            torch._foreach_mul_(updates, self._kl_scale)
+        if scaled := [*updates, *([rest] if self._rest.names else [])]:
+            torch._foreach_mul_(scaled, self._kl_scale)
 
     def _lr(self) -> float | Tensor:
         """Return the lr of the KL clip: the largest of the groups, so that the trust region holds for all of them."""
@@ -354,6 +362,13 @@ class KFAC:
             _DTYPES[inversion.inverse_dtype],
         )
         self._row = _split(comm, plan.grid.rows())
+        trained = self._engine.parameters() if curvature.uncovered is Uncovered.DIAGONAL else ()
+        self._rest = DiagonalFisher(
+            self._engine,
+            [name for name in self.coverage.uncovered if name in trained],
+            decay=curvature.decay,
+            communicator=comm,
+        )
         self._refresh = Refresh(
             self._averages,
             plan,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.config.schema import CurvatureConfig, Fisher
+from kfac_dist.config.schema import CurvatureConfig, Fisher, LossTerms
 from kfac_dist.curvature.blocks import Block, MicroBatch, Use
 from kfac_dist.curvature.capture import Capture, warn_of_accumulation
 from kfac_dist.curvature.factors import Side
@@ -72,6 +72,7 @@ class Measurement:
         self._capture = Capture(model, blocks, self._measure, own_backward=self._own_backward)
         self._scale = LossScaleWatch(model, lambda: self._micro_batch(own=False))
         self._step = 0
+        self._positions = 0.0
         self._description: Description | None = None
         self._went_back = False
 
@@ -85,9 +86,19 @@ class Measurement:
         self._step = step
         self._description = None
         self._went_back = False
+        self._positions = 0.0
         self._capture.reset()
         self._capture.active = active
         self._scale.begin(active=active)
+
+    @property
+    def terms(self) -> float | Tensor:
+        """What the mean of this rank's loss runs over in this step, as far as the loop or shapes tell; 0 if nothing."""
+        if self._description is not None and self._description.divisor is not None:
+            return self._description.divisor
+        if self._config.loss_terms is LossTerms.SAMPLE or not self._positions:
+            return float(self._capture.batch_size or 0)
+        return self._positions
 
     def describe(self, description: Description) -> None:
         """Take the loop's word on its next micro-batch."""
@@ -98,6 +109,7 @@ class Measurement:
         """Measure by K-FAC's own passes from the model's outputs, if the Fisher needs them and this step measures."""
         if not self.active or not self._own_backward:
             return
+        self._positions = outputs.numel() / max(outputs.shape[-1], 1)
         micro = self._micro_batch(own=True)
 
         def measure(block: Block, uses: list[Use], first: bool) -> None:
@@ -166,6 +178,8 @@ class Measurement:
     def _measure(self, block: Block, uses: list[Use]) -> None:
         if not self._reduction.accepts(block.name):
             return
+        if not self._positions and uses[0].grad is not None:  # the layer nearest to the loss comes first
+            self._positions = uses[0].grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
         block.measure(uses, self._micro_batch(own=False), self._averages, self._sides)
         if self._last:
             self._reduction.completed(block.name)

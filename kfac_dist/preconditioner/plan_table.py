@@ -9,16 +9,20 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from kfac_dist.config.schema import Uncovered
 from kfac_dist.curvature.factors import FactorKind, Unit
 from kfac_dist.preconditioner.plan import Plan
 
+_TREATMENTS = {Uncovered.PLAIN: "Plain gradient", Uncovered.DIAGONAL: "Diagonal Fisher"}
 
-def plan_view(plan: Plan, uncovered: Mapping[str, str]) -> Group:
+
+def plan_view(plan: Plan, uncovered: Mapping[str, str], treatment: Uncovered = Uncovered.PLAIN) -> Group:
     """Return the plan's tables, ready for rich to print.
 
     Args:
         plan: What is shown.
         uncovered: Parameters without a block, and why they have none.
+        treatment: What becomes of their gradients.
     """
     summary = (
         f"{len(plan.blocks)} blocks, {len(plan.units)} units, {plan.grid.world_size} ranks. "
@@ -26,7 +30,7 @@ def plan_view(plan: Plan, uncovered: Mapping[str, str]) -> Group:
     )
     parts: list[Table | str] = [_block_table(plan), "", _rank_table(plan), "", summary]
     if uncovered:
-        parts += ["", f"Plain gradient for {len(uncovered)} parameters:"]
+        parts += ["", f"{_TREATMENTS[treatment]} for {len(uncovered)} parameters:"]
         parts += [f"  {name}: {reason}" for name, reason in uncovered.items()]
     return Group(*parts)
 

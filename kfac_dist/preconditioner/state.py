@@ -7,6 +7,7 @@
     units/<name>/overdue            whether its refresh was due and has not happened
     units/<name>/refreshed          whether it has ever been refreshed
     units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
+    diagonal                        the diagonal Fisher of parameters without a block, if there is one
 
 Between refreshes every rank has its own sums. Saving adds them up first (the average is linear, so this changes them by
 rounding at most) and every rank goes on with the result, as the resumed run will.
@@ -27,6 +28,7 @@ from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments
 from kfac_dist.errors import CheckpointError
+from kfac_dist.preconditioner.diagonal import DiagonalFisher
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.reduction import FactorReduction
 from kfac_dist.preconditioner.refresh import Refresh, Refreshed
@@ -46,6 +48,7 @@ class Parts:
     refresh: Refresh
     communicator: Communicator
     lagged: bool
+    rest: DiagonalFisher
     step: int
     overdue: set[int]
     refreshed: set[int]
@@ -79,6 +82,7 @@ def held(parts: Parts) -> dict[str, Any]:
         "step": torch.tensor(parts.step),
         "shares": torch.tensor(parts.reduction.shares),
         "units": units,
+        **({"diagonal": parts.rest.state_dict()} if parts.rest.names else {}),
     }
 
 
@@ -101,6 +105,7 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
         CheckpointError: A unit is missing or has another shape.
     """
     _check(parts, values)
+    parts.rest.load_state_dict(values.get("diagonal"))
     scale = float(values["shares"]) / parts.reduction.shares
     groups = {unit.name: group for group in parts.groups for unit in group.units}
     parts.refresh.pending.clear()

@@ -27,6 +27,7 @@ class Case:
         inputs: The global batch `[GLOBAL_BATCH, ...]`.
         tokens: T, labels of a sample; 0 for one label a sample. A third of a token's labels is ignored, unevenly.
         curvature: Options of `kfac.curvature`.
+        placement: Option of `kfac.distribution`.
         autocast: Precision of the forward pass.
         scaled: Whether the loss is scaled, as for fp16.
         steps: How many.
@@ -36,6 +37,7 @@ class Case:
     inputs: Callable[[torch.Generator], Tensor]
     tokens: int = 0
     curvature: Mapping[str, Any] = field(default_factory=dict)
+    placement: str = "auto"
     autocast: torch.dtype | None = None
     scaled: bool = False
     steps: int = 6
@@ -50,7 +52,7 @@ class Case:
         return inputs, labels.where(torch.arange(self.tokens) < lengths, IGNORED)
 
 
-def train(case: Case, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+def train(case: Case) -> dict[str, Tensor]:
     """Parameters after the case's steps; the ranks' shares of the batch are uneven."""
     rank, size = place()
     torch.manual_seed(1)
@@ -67,7 +69,7 @@ def train(case: Case, config: Mapping[str, Any] | None = None) -> dict[str, Tens
             **case.curvature,
         },
         "inversion": {"inverse_every": 2, "damping": 0.05},
-        **(config or {}),
+        "distribution": {"placement": case.placement},
     }
     kfac = KFAC(wrapped, options, optimizer=optimizer, grad_scaler=scaler)
     for step in range(case.steps):

@@ -181,6 +181,11 @@ CASES: dict[str, Case] = {
     "u-net": Case(UNet, images, tokens=36),
     "convnext": Case(ConvNeXt, images),
     "lstm": Case(Recurrent, words, tokens=4),
+    "lstm, diagonal": Case(Recurrent, words, tokens=4, curvature={"uncovered": "diagonal"}),
+    "lstm, diagonal, drawn labels": Case(
+        Recurrent, words, tokens=4, curvature={"uncovered": "diagonal", "fisher": "mc"}, placement="owner"
+    ),
+    "convnext, diagonal": Case(ConvNeXt, images, curvature={"uncovered": "diagonal"}, placement="owner"),
     "transposed convolution": Case(up_and_down, lambda g: torch.randn(GLOBAL_BATCH, 2, 6, 6, generator=g)),
     "attention": Case(Attends, lambda g: torch.randint(0, 7, (GLOBAL_BATCH, 4), generator=g), tokens=4),
     "attention, reduce": Case(

@@ -1,0 +1,125 @@
+"""A diagonal Fisher for parameters without a block: positions as bare parameters, learned scales, recurrent layers.
+
+    S ← βS + (1−β)·n·ḡ²,   w ← βw + (1−β)        ḡ: the gradient of the mean loss, n: its terms on all ranks
+    Δ = ḡ / (S/w + λ)
+
+A batch's gradient is a mean of n terms' gradients of (nearly) zero mean, so that E[n ḡ²] is the diagonal of the Fisher,
+in the unit of every block's: λ means the same. It is estimated from what the ranks have averaged already, so each of
+them computes the same values and nothing but n is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.statistics import zero_unless
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.engines import Engine
+from kfac_dist.errors import CheckpointError
+
+LABEL = "loss_terms"
+
+
+class DiagonalFisher:
+    """Preconditions the gradients of some parameters, in one flat buffer.
+
+    Args:
+        engine: Where the gradients are; every rank holds them whole.
+        names: The parameters; none makes everything here do nothing.
+        decay: β.
+        communicator: The ranks that average gradients.
+    """
+
+    def __init__(self, engine: Engine, names: Sequence[str], *, decay: float, communicator: Communicator) -> None:
+        self.names = tuple(names)
+        parameters = engine.parameters()
+        self._engine = engine
+        self._decay = decay
+        self._communicator = communicator
+        self._shapes = {name: parameters[name].shape for name in self.names}
+        device = parameters[self.names[0]].device if self.names else None
+        self._sum = torch.zeros(sum(shape.numel() for shape in self._shapes.values()), device=device)
+        self._weight = torch.zeros((), device=device)
+        self.gradient = torch.zeros_like(self._sum)
+
+    def measure(self, terms: float | Tensor, taken: Tensor) -> None:
+        """Move the average by this step's gradients; one small sum over the ranks.
+
+        Args:
+            terms: What the mean of this rank's loss runs over; 0 if it had no data.
+            taken: 0-dim bool: whether the optimizer takes this step. If not, the average stays.
+        """
+        if not self.names:
+            return
+        total = torch.ones_like(self._weight) * terms
+        self._communicator.all_reduce(total, label=LABEL).wait()
+        self.collect()
+        new = self.gradient.square() * total
+        known = taken & (total > 0)
+        zero_unless(known, new)
+        rate = (1 - self._decay) * known.float()
+        self._sum.lerp_(new, rate)
+        self._weight.lerp_(torch.ones_like(rate), rate)
+
+    def collect(self) -> None:
+        """Fill `gradient` with the parameters' averaged gradients, zero where no rank used a parameter."""
+        if not self.names:
+            return
+        gradients = self._engine.gradients()
+        found = [name for name in self.names if name in gradients]
+        if len(found) < len(self.names):
+            self.gradient.zero_()
+        if found:
+            views = self._views(self.gradient)
+            torch._foreach_copy_([views[name] for name in found], [gradients[name] for name in found])
+
+    def apply(self, damping: float) -> Tensor:
+        """Return the preconditioned `gradient`, a new flat tensor; the plain one before anything was measured."""
+        if not self.names:
+            return self.gradient
+        measured = self._weight > 0
+        fisher = self._sum / torch.where(measured, self._weight, 1.0)
+        return self.gradient / torch.where(measured, fisher + damping, 1.0)
+
+    def deliver(self, update: Tensor) -> None:
+        """Write a preconditioned gradient into the engine's gradients."""
+        if not self.names:
+            return
+        gradients, views = self._engine.gradients(), self._views(update)
+        found = [name for name in self.names if name in gradients]
+        if found:
+            torch._foreach_copy_([gradients[name] for name in found], [views[name] for name in found])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average by parameter name, the same on every rank."""
+        return {
+            "weight": self._weight.clone(),
+            "sums": {name: view.clone() for name, view in self._views(self._sum).items()},
+        }
+
+    def load_state_dict(self, values: dict[str, Any] | None) -> None:
+        """Take what `state_dict` returned.
+
+        Raises:
+            CheckpointError: It has no average for one of the parameters, or one of another shape.
+        """
+        sums = {} if values is None else values["sums"]
+        for name, shape in self._shapes.items():
+            if name not in sums or sums[name].shape != shape:
+                raise CheckpointError(
+                    f"the K-FAC state has no diagonal Fisher of shape {list(shape)} for {name!r}: it belongs to "
+                    "another model, or was saved with kfac.curvature.uncovered: plain"
+                )
+        if values is not None and self.names:
+            self._weight.copy_(values["weight"])
+            views = self._views(self._sum)
+            for name, view in views.items():
+                view.copy_(sums[name])
+
+    def _views(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = torch.split(flat, [shape.numel() for shape in self._shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
