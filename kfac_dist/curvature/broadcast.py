@@ -15,7 +15,7 @@ Inside of what torch.compile has compiled nothing can be seen: there, expand suc
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from enum import Enum, auto
+from enum import IntEnum
 from typing import Any
 
 from torch import Tensor
@@ -27,8 +27,8 @@ Consumers = Mapping[Node, list[Node]]
 Shape = tuple[int, ...]
 
 
-class Samples(Enum):
-    """How an output relates to the samples of a batch.
+class Samples(IntEnum):
+    """How an output relates to the samples of a batch; checkpoints hold the numbers, 0 for what isn't known yet.
 
     Attributes:
         OWN: Samples have rows of their own.
@@ -37,10 +37,10 @@ class Samples(Enum):
         PREPEND: They share it, and a first dimension may be put in front for them.
     """
 
-    OWN = auto()
-    SHARED = auto()
-    EXPAND = auto()
-    PREPEND = auto()
+    OWN = 1
+    SHARED = 2
+    EXPAND = 3
+    PREPEND = 4
 
 
 def consumers_of(outputs: object) -> dict[Node, list[Node]]:

@@ -119,6 +119,7 @@ class Capture:
         active: Whether forward passes are being watched; the owner sets it once a step.
         batch_size: Samples that the model was last called with, None if it was not called itself.
         passes: Forward passes of the model since `reset`.
+        samples: Blocks whose outputs all samples share; None until a forward pass has shown which.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Capture:
         self.passes = 0
         self._completed = completed
         self._own_backward = own_backward
-        self._samples: dict[str, Samples] | None = None
+        self.samples: dict[str, Samples] | None = None
         self._nodes: list[tuple[str, Any]] = []
         self._pending: dict[str, _Pending] = {block.name: _Pending() for block in blocks}
         self._blocks = {block.name: block for block in blocks}
@@ -208,14 +209,14 @@ class Capture:
         if not self._nodes or self.batch_size is None or self.batch_size == 1 or in_backward():
             return
         consumers = consumers_of(output)
-        self._samples = {}
+        self.samples = {}
         for name, node in self._nodes:
             samples = samples_of(node, consumers, self.batch_size)
-            if samples is not Samples.OWN and self._samples.get(name) is not Samples.SHARED:
-                self._samples[name] = samples
+            if samples is not Samples.OWN and self.samples.get(name) is not Samples.SHARED:
+                self.samples[name] = samples
                 self._pending[name].clear()  # what was seen in this pass is of no use
         self._nodes.clear()
-        if left := [name for name, samples in self._samples.items() if samples is Samples.SHARED]:
+        if left := [name for name, samples in self.samples.items() if samples is Samples.SHARED]:
             warnings.warn(
                 f"the outputs of {', '.join(left)} are shared by all samples of a batch, so that no sample has a "
                 "gradient of its own there: these layers keep their plain gradient. Expand their inputs over the batch "
@@ -232,7 +233,7 @@ class Capture:
         arrange: Callable[[Tensor], Tensor] | None,
     ) -> Tensor | None:
         """Take note of one call of a block's layer; see `blocks.base.Recorder.record`."""
-        samples = Samples.OWN if self._samples is None else self._samples.get(block.name, Samples.OWN)
+        samples = Samples.OWN if self.samples is None else self.samples.get(block.name, Samples.OWN)
         if samples is Samples.SHARED:
             return None
         if samples is Samples.OWN or self.batch_size is None:
@@ -261,7 +262,7 @@ class Capture:
             return
         if output is None or not output.requires_grad:
             return
-        if self._samples is None and not in_backward():
+        if self.samples is None and not in_backward():
             self._nodes.append((block.name, output.grad_fn))
         written, arrange = below_view(output, arrange)
         use = Use(source, output.shape, arrange=arrange)

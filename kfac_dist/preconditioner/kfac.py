@@ -207,6 +207,7 @@ class KFAC:
         self.steps = state.load(self._parts(), values)
         self._overdue = state.marked(self._parts(), values, "overdue")
         self._refreshed = state.marked(self._parts(), values, "refreshed")
+        self._measurement.load_samples(state.samples(self._parts(), values))
         self._averages.discard()
         self._begin()
 
@@ -235,6 +236,7 @@ class KFAC:
             step=self.steps,
             overdue=self._overdue,
             refreshed=self._refreshed,
+            samples=self._measurement.samples(),
         )
 
     # ---- what step is made of

@@ -7,7 +7,7 @@ model's outputs; those carry neither the loss's divisor nor an AMP scale.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import CurvatureConfig, Fisher, LossTerms
 from kfac_dist.curvature.blocks import Block, MicroBatch, Use
+from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.curvature.capture import Capture, warn_of_accumulation
 from kfac_dist.curvature.factors import Side
 from kfac_dist.curvature.fisher import hessian_columns, label_gradient
@@ -90,6 +91,16 @@ class Measurement:
         self._capture.reset()
         self._capture.active = active
         self._scale.begin(active=active)
+
+    def samples(self) -> dict[str, int]:
+        """Return how each block's output relates to the samples, a number of `broadcast.Samples`; 0 if not known."""
+        known = self._capture.samples
+        return {b.name: 0 if known is None else int(known.get(b.name, Samples.OWN)) for b in self._blocks}
+
+    def load_samples(self, values: Mapping[str, int]) -> None:
+        """Take what `samples` returned, so that a resumed run needn't find it out again."""
+        known = all(values.get(block.name, 0) for block in self._blocks)
+        self._capture.samples = {name: Samples(number) for name, number in values.items()} if known else None
 
     @property
     def terms(self) -> float | Tensor:

@@ -6,6 +6,7 @@
     units/<name>/payload            what preconditioning uses now
     units/<name>/overdue            whether its refresh was due and has not happened
     units/<name>/refreshed          whether it has ever been refreshed
+    units/<name>/samples            how samples share its layer's output (`broadcast.Samples`), 0 if not known yet
     units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
     diagonal                        the diagonal Fisher of parameters without a block, if there is one
 
@@ -52,6 +53,7 @@ class Parts:
     step: int
     overdue: set[int]
     refreshed: set[int]
+    samples: Mapping[str, int]
 
     def owns(self, unit: Unit) -> bool:
         """Whether this rank inverts the unit."""
@@ -69,6 +71,7 @@ def held(parts: Parts) -> dict[str, Any]:
             "scalars": parts.reduction.consolidated_scalars(unit).clone(),
             "overdue": torch.tensor(parts.plan.blocks[unit.block].slot in parts.overdue),
             "refreshed": torch.tensor(parts.plan.blocks[unit.block].slot in parts.refreshed),
+            "samples": torch.tensor(parts.samples[unit.block]),
         }
         if parts.reduction.keeps(unit):
             entry["sum"] = parts.averages.sums(unit).clone()
@@ -124,6 +127,11 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
 def marked(parts: Parts, values: Mapping[str, Any], mark: str) -> set[int]:
     """Return the slots of which a unit carries a mark, `overdue` or `refreshed`."""
     return {parts.plan.blocks[unit.block].slot for unit in parts.plan.units if values["units"][unit.name][mark]}
+
+
+def samples(parts: Parts, values: Mapping[str, Any]) -> dict[str, int]:
+    """Return how samples share each block's output, as far as the state knows."""
+    return {unit.block: int(values["units"][unit.name].get("samples", 0)) for unit in parts.plan.units}
 
 
 def _pending(parts: Parts) -> dict[str, tuple[Tensor, int]]:

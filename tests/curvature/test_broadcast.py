@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfac_dist import KFAC
 from kfac_dist.curvature.broadcast import Samples, consumers_of, samples_of
 from tests.curvature.measured import assert_close, build_kfac, factors
 
@@ -105,3 +106,25 @@ def test_nothing_is_said_of_models_without() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         two_steps("each", (4,))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_resumed_run_knows_what_is_shared(after: int) -> None:
+    """It measures what the run that never stopped measures, from its first step on."""
+    tokens = torch.randint(7, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
+
+    def step(kfac: KFAC, model: nn.Module) -> None:
+        model.zero_grad()
+        (model(tokens).square().sum() / tokens.numel()).backward()
+        kfac.step()
+
+    models = [Positions("none"), Positions("none")]
+    kfacs = [build_kfac(model, decay=0.5, loss_terms="token") for model in models]
+    for _ in range(after):
+        step(kfacs[0], models[0])
+    kfacs[1].load_state_dict(kfacs[0].state_dict())
+    for kfac, model in zip(kfacs, models, strict=True):
+        step(kfac, model)
+        kfac.remove()
+    for name, value in factors(kfacs[0]).items():
+        assert torch.equal(value.nan_to_num(-1), factors(kfacs[1])[name].nan_to_num(-1)), name
