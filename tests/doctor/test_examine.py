@@ -71,7 +71,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         {"model": "LeakyScale", "args": {"factor": "samples"}},
         "scale",
         # By the samples of a rank: 8 alone, 3 of 9 on three ranks, where it could be a weight that happens to be W.
-        "head, first: the (loss's gradient is 8 times that of a mean over 8 samples|output gradients of .* are 3 times)",
+        "head, first: the (loss's gradient is 8 times that of a mean over 8 sa|output gradients of .* are 3 times)",
     ),
     "scale": (
         {"model": "LeakyScale", "args": {"factor": "other"}},
