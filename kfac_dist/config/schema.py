@@ -271,7 +271,8 @@ class DistributionConfig(Section):
         communication_dtype: Precision of factors on the wire.
         pack_triangles: Send only one triangle of symmetric matrices: half the bytes for two copies; pays on slow links.
         buckets: Number of collectives that one reduction is cut into, so that it overlaps with backward.
-        overlap: Start reducing during backward; off reduces in `step()`.
+        overlap: Start reducing during the backward that the loop has announced as the step's last, by
+            `kfac.micro_batch(last=True)`; off, or without that word, reduces in `step()`.
         timeout_seconds: How long a collective of K-FAC may wait before it fails on every rank.
     """
 

@@ -86,7 +86,8 @@ def _imported(name: str, kind: Kind) -> Callable[..., Any]:
         found, owner = getattr(found, part), f"{owner}.{part}"
     if not callable(found):
         raise ConfigError(f"{where}, which is {type(found).__name__}, not something to call")
-    return found  # type: ignore[no-any-return]
+    target: Callable[..., Any] = found
+    return target
 
 
 def _check_arguments(found: Callable[..., Any], target: Target, kind: Kind) -> None:

@@ -28,7 +28,7 @@ def agreed(communicator: Communicator, error_type: type[KFACError] = KFACError, 
         raise  # the ranks have lost each other: there is nothing left to agree on
     except KFACError as error:
         failure = error
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other ranks must hear of it before this one leaves
         reason = str(error).strip() or type(error).__name__
         failure = error_type(f"{what}: {reason}" if what else f"{type(error).__name__}: {reason}")
         failure.__cause__ = error

@@ -111,7 +111,8 @@ class Checkpoints:
         with agreed(self.communicator, CheckpointError, f"can't read {self.directory}"):
             if self.communicator.rank == 0:
                 found = next((found for path in self._by_age() if (found := self._read_or_notice(path))), None)
-        return self.communicator.gather_objects(found, label="newest checkpoint")[0]  # type: ignore[no-any-return]
+        newest: Checkpoint | None = self.communicator.gather_objects(found, label="newest checkpoint")[0]
+        return newest
 
     def contents(self, checkpoint: Checkpoint) -> Metadata:
         """Return the table of contents: name, shape and type of every tensor; collective.
