@@ -6,6 +6,8 @@ layout of the gradient matrix `[d_out, d_in + 1]`, flattened, in which K-FAC's b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -140,14 +142,38 @@ def test_reduce_is_exact_for_a_layer_that_a_forward_pass_uses_twice() -> None:
     assert_blocks_are_the_ggn(Twice().double(), torch.randn(9, 8).double(), "gaussian", sharing="reduce")
 
 
+class OwnRMSNorm(nn.Module):
+    """An RMS norm as people write it; `offset` 1 is Gemma's."""
+
+    def __init__(self, width: int, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.offset, self.variance_epsilon = offset, 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.pow(2).mean(-1, keepdim=True)
+        return (self.offset + self.weight) * (x * torch.rsqrt(variance + self.variance_epsilon))
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "layer norm": lambda: nn.LayerNorm(6),
+    "without shift": lambda: nn.LayerNorm(6, bias=False),
+    "torch's rms norm": lambda: nn.RMSNorm(6, eps=1e-3),
+    "own rms norm": lambda: OwnRMSNorm(6),
+    "rms norm with an offset": lambda: OwnRMSNorm(6, offset=1.0),
+}
+
+
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
-def test_unit_wise_blocks_are_the_ggn_unit_by_unit(likelihood: str) -> None:
-    """A norm's 2×2 blocks are exact for any number of samples: they are the GGN's entries of (γ_u, β_u)."""
+@pytest.mark.parametrize("norm", NORMS)
+def test_unit_wise_blocks_are_the_ggn_unit_by_unit(norm: str, likelihood: str) -> None:
+    """A norm's 2×2 or 1×1 blocks are exact for any number of samples: they are the GGN's entries of (γ_u, β_u)."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 6), NORMS[norm](), nn.Tanh(), nn.Linear(6, 3)).double()
     inputs = torch.randn(8, 4).double()
     kfac = build_kfac(model, fisher="type2", likelihood=likelihood, include=["1"])
     found = measure(model, inputs, lambda out: out.sum(), kfac=kfac)["1/F"]
     (block,) = kfac.coverage.blocks
-    whole = ggn_block(model, inputs, block, likelihood).view(6, 2, 6, 2)
+    width = len(block.parameters)
+    whole = ggn_block(model, inputs, block, likelihood).view(6, width, 6, width)
     assert_close(found, torch.stack([whole[u, :, u] for u in range(6)]))

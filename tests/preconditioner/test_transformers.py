@@ -24,15 +24,15 @@ BLOCKS = {
     "gpt2": {"TiedBlock": 1, "EmbeddingBlock": 1, "LayerNormBlock": 5, "InputFirstLinearBlock": 8},
     "bert": {"EmbeddingBlock": 3, "LayerNormBlock": 5, "LinearBlock": 14},
     "vit": {"ConvolutionBlock": 1, "LayerNormBlock": 5, "LinearBlock": 13},
-    "t5": {"TiedBlock": 1, "EmbeddingBlock": 2, "LinearBlock": 16},
-    "llama": {"EmbeddingBlock": 1, "LinearBlock": 15},
+    "t5": {"TiedBlock": 1, "EmbeddingBlock": 2, "RMSNormBlock": 7, "LinearBlock": 16},
+    "llama": {"EmbeddingBlock": 1, "RMSNormBlock": 5, "LinearBlock": 15},
 }
 REASONS = {
     "gpt2": set(),
     "bert": set(),
     "vit": {"ViTEmbeddings has no block"},
-    "t5": {"T5LayerNorm has no block"},
-    "llama": {"LlamaRMSNorm has no block"},
+    "t5": set(),
+    "llama": set(),
 }
 
 

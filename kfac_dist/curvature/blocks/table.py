@@ -10,6 +10,7 @@ from kfac_dist.curvature.blocks.convolution import ConvolutionBlock
 from kfac_dist.curvature.blocks.embedding import EmbeddingBlock
 from kfac_dist.curvature.blocks.linear import InputFirstLinearBlock, LinearBlock
 from kfac_dist.curvature.blocks.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock
+from kfac_dist.curvature.blocks.rms_norm import RMSNormBlock, is_rms_norm
 from kfac_dist.curvature.blocks.transposed import TransposedConvolutionBlock
 
 # A class of a package that need not be installed is named by its module and its name.
@@ -35,9 +36,12 @@ BLOCK_TYPES: dict[type[nn.Module] | str, type[Block]] = {
 
 
 def block_class(module: nn.Module) -> type[Block] | None:
-    """Return the block of a module's type, or of the nearest type that it derives from; None if there is none."""
+    """Return the block of a module's type, or of the nearest type that it derives from; None if there is none.
+
+    RMS norms of no known type are recognised by what they compute.
+    """
     for base in type(module).__mro__:
         for key in (base, f"{base.__module__}.{base.__qualname__}"):
             if key in BLOCK_TYPES:
                 return BLOCK_TYPES[key]
-    return None
+    return RMSNormBlock if is_rms_norm(module) else None
