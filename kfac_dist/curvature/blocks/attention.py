@@ -42,11 +42,6 @@ class Projection:
     start: int
     stop: int
 
-    @property
-    def rows(self) -> slice:
-        """The rows."""
-        return slice(self.start, self.stop)
-
 
 def projections(module: nn.MultiheadAttention) -> tuple[Projection, ...]:
     """Return a module's projections, in the order in which a forward pass computes them."""
@@ -107,11 +102,15 @@ class AttentionBlock(KroneckerBlock):
         """Return `[1, B, T, E]`."""
         return batch_first(grad, batch_size).unsqueeze(0)
 
-    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.matrix_views`: this projection's rows only."""
-        rows = self.projection.rows
-        parts = [tensors[0] if self._weight_is_own else tensors[0][rows], *(bias[rows] for bias in tensors[1:])]
-        return weight_and_bias_views(parts, matrix)
+    def rows(self, parameter: str) -> tuple[int, int] | None:
+        """See `Block.rows`: the bias of the inner projections is one vector even where their weights are apart."""
+        if self.projection.name == "out_proj" or (parameter.endswith("_proj_weight") and self._weight_is_own):
+            return None
+        return self.projection.start, self.projection.stop
+
+    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.own_views`."""
+        return weight_and_bias_views(tensors, matrix)
 
     @property
     def _weight_is_own(self) -> bool:

@@ -214,9 +214,19 @@ class Block(ABC):
         """
         return inputs
 
-    @abstractmethod
+    def rows(self, parameter: str) -> tuple[int, int] | None:
+        """Return which rows `[first, last)` of a parameter are this block's, where it shares one; None: all of it."""
+        return None
+
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Pair views of parameter-shaped tensors with the views of the gradient matrix that hold the same values."""
+        rows = [self.rows(name) for name in self.parameters]
+        own = [tensor if own is None else tensor[own[0] : own[1]] for tensor, own in zip(tensors, rows, strict=True)]
+        return self.own_views(own, matrix)
+
+    @abstractmethod
+    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Do what `matrix_views` does for tensors that hold this block's `rows` of its parameters alone."""
 
     @abstractmethod
     def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:

@@ -106,8 +106,8 @@ class ConvolutionBlock(KroneckerBlock):
             gram[:, -1, -1] = images.shape[0] * outputs
         return gram, images.shape[0] * outputs
 
-    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.matrix_views`."""
+    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.own_views`."""
         return weight_and_bias_views(tensors, matrix)
 
 

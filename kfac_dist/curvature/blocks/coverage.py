@@ -24,6 +24,9 @@ from kfac_dist.curvature.blocks.tied import TiedBlock
 
 Named = tuple[str, nn.Module]
 
+# Why a parameter that isn't trained has no block.
+FROZEN = "frozen"
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -61,7 +64,7 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
         blocks += found
         covered |= {key for block in found for key in block.parameters}
         for parameter in own.values():
-            reasons.setdefault(names[id(parameter)], reason if parameter.requires_grad else "frozen")
+            reasons.setdefault(names[id(parameter)], reason if parameter.requires_grad else FROZEN)
     return Coverage(tuple(blocks), {name: reasons[name] for name in names.values() if name not in covered})
 
 

@@ -59,8 +59,8 @@ class EmbeddingBlock(Block):
         if Side.G in sides and total:
             sink.add_count(self.name, Side.G, terms * (kept / total))
 
-    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.matrix_views`: the table is stored input first."""
+    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.own_views`: the table is stored input first."""
         return [(tensors[0].mT, matrix[0])]
 
 

@@ -34,8 +34,8 @@ class LinearBlock(KroneckerBlock):
         """Return `[1, B, T, d_out]`."""
         return batch_first(grad, batch_size).unsqueeze(0)
 
-    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.matrix_views`."""
+    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.own_views`."""
         return weight_and_bias_views(tensors, matrix)
 
 
@@ -46,6 +46,6 @@ class InputFirstLinearBlock(LinearBlock):
         """Return `(d_out, d_in)`."""
         return weight.shape[1], weight.shape[0]
 
-    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.matrix_views`."""
+    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.own_views`."""
         return weight_and_bias_views([tensors[0].mT, *tensors[1:]], matrix)

@@ -83,8 +83,8 @@ class NormBlock(Block):
             total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
         sink.add_count(self.name, Side.F, terms * (kept_total / max(total, 1)))
 
-    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.matrix_views`."""
+    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.own_views`."""
         return [(tensor.flatten(), matrix[:, 0, column]) for column, tensor in enumerate(tensors)]
 
 

@@ -97,6 +97,6 @@ class TiedBlock(Block):
         scaled = inputs * torch.linalg.vector_norm(grads, dim=-1, keepdim=True)
         sink.add_rows(self.name, Side.G, scaled.unsqueeze(0), scale=scale, ones=False)
 
-    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.matrix_views`: width first."""
+    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.own_views`: width first."""
         return [(tensors[0].mT, matrix[0])]

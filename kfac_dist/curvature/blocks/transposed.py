@@ -47,8 +47,8 @@ class TransposedConvolutionBlock(ConvolutionBlock):
         patches = patches.flip(tuple(range(2 + self._spatial, 2 + 2 * self._spatial)))
         return fold_samples(self._rows_of(patches), batch_size)
 
-    def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.matrix_views`."""
+    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """See `Block.own_views`."""
         weight = tensors[0].unflatten(0, (self.groups, -1)).transpose(1, 2)  # [groups, c_out, c_in, *kernel]
         pairs = [(weight, matrix[:, :, : weight[0, 0].numel()].unflatten(2, weight.shape[2:]))]
         if len(tensors) > 1:
