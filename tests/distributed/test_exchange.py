@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
-from kfac_dist.distributed.exchange import Exchange, plan_exchange
+from kfac_dist.distributed.exchange import Exchange, Part, plan_exchange
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices, Slice
 from tests.harness import run_ranks
 
@@ -56,6 +56,18 @@ def owners_for(size: int) -> dict[str, int]:
     return {name: ranks[index % len(ranks)] for index, name in enumerate(SHAPES) if name != "plain"}
 
 
+def parts_of(layout: GradientLayout, owners: dict[str, int]) -> list[Part]:
+    """One part a parameter; `conv` is cut into runs of rows with owners of their own, as fused attention's q, k, v."""
+    parts = []
+    for name, owner in owners.items():
+        if name == "conv":
+            first = Part("conv/first", name, (2, 2, 3), owner)
+            parts += [first, Part("conv/rest", name, (3, 2, 3), (owner + 1) % layout.size, start=first.stop)]
+        else:
+            parts.append(Part.whole(layout[name], owner))
+    return parts
+
+
 def gradient(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     seed = torch.Generator().manual_seed(len(name) * 7 + ord(name[0]))
     return torch.randn(SHAPES[name], generator=seed).to(dtype)
@@ -74,13 +86,15 @@ def there_and_back(kind: str, dtype: torch.dtype, wire: torch.dtype) -> dict[str
         for name, piece in layout.held_by(comm.rank).items()
     }
     memory = {name: view.data_ptr() for name, view in local.items()}
-    plan = plan_exchange(layout, owners_for(comm.size), comm.rank)
+    plan = plan_exchange(layout, parts_of(layout, owners_for(comm.size)), comm.rank)
     exchange = Exchange(comm, plan, wire_dtype=wire)
     assembled = {}
     for _ in range(2):  # the second time through used buffers
-        full = exchange.to_owners(local)
+        exchange.to_owners(local)
+        full = exchange.assembled()
         assembled = {name: tensor.clone() for name, tensor in full.items()}
-        exchange.to_shards({name: preconditioned(tensor) for name, tensor in full.items()}, local)
+        exchange.to_shards({name: preconditioned(tensor) for name, tensor in full.items()})
+        exchange.delivered(local, torch.tensor(0.5))
         after = {name: view.clone() for name, view in local.items()}
         for name, piece in layout.held_by(comm.rank).items():
             local[name].copy_(gradient(name, dtype).flatten()[piece.start : piece.stop])
@@ -97,28 +111,42 @@ def there_and_back(kind: str, dtype: torch.dtype, wire: torch.dtype) -> dict[str
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_with_real_ranks(size: int, kind: str, dtype: torch.dtype) -> None:
-    layout, owners = LAYOUTS[kind](size), owners_for(size)
+    layout = LAYOUTS[kind](size)
+    parts = parts_of(layout, owners_for(size))
     for rank, result in enumerate(run_ranks(size, there_and_back, kind, dtype, torch.float32)):
-        assert set(result["assembled"]) == {name for name, owner in owners.items() if owner == rank}
-        for name, full in result["assembled"].items():
-            assert full.dtype is torch.float32
-            assert torch.equal(full, gradient(name, dtype).float())
+        assert set(result["assembled"]) == {part.name for part in parts if part.owner == rank}
+        expected = {name: gradient(name, dtype) for name in SHAPES}
+        for part in parts:
+            own = gradient(part.parameter, dtype).flatten()[part.start : part.stop].view(part.shape).float()
+            update = preconditioned(own) / 2
+            expected[part.parameter].view(-1)[part.start : part.stop] = update.to(dtype).flatten()
+            if part.owner == rank:
+                assert result["assembled"][part.name].dtype is torch.float32
+                assert torch.equal(result["assembled"][part.name], own)
         for name, piece in layout.held_by(rank).items():
-            whole = gradient(name, dtype)
-            expected = preconditioned(whole.float()) if name in owners else whole
-            assert torch.equal(result["after"][name], expected.to(dtype).flatten()[piece.start : piece.stop])
+            assert torch.equal(result["after"][name], expected[name].flatten()[piece.start : piece.stop])
         if size > 1:
-            held = layout.held_by(rank)
-            out = sum(piece.numel for name, piece in held.items() if owners.get(name, rank) != rank)
-            back = sum(
-                piece.numel
-                for name, owner in owners.items()
-                if owner == rank
-                for piece in layout[name].slices or ()
-                if piece.rank != rank
-            )
+            out = sum(overlap(layout, part, rank) for part in parts if part.owner != rank)
+            back = sum(overlap(layout, p, r) for p in parts if p.owner == rank for r in range(size) if r != rank)
             assert result["planned"] == (out, back)
             assert result["traffic"] == (4, 2 * (out + back) * 4)
+
+
+def overlap(layout: GradientLayout, part: Part, rank: int) -> int:
+    """How many of a part's elements a rank holds."""
+    held = layout[part.parameter].held_by(rank)
+    return 0 if held is None else max(0, min(held.stop, part.stop) - max(held.start, part.start))
+
+
+def test_missing_gradients_count_as_zero_and_stay_away() -> None:
+    layout = rows(1)
+    exchange = Exchange(SoloCommunicator(), plan_exchange(layout, [Part.whole(layout["fc"], 0)], 0))
+    exchange.to_owners({"fc": gradient("fc").flatten()})
+    exchange.assembled()
+    exchange.to_shards({"fc": gradient("fc")})
+    exchange.delivered({})
+    exchange.to_owners({})
+    assert not exchange.assembled()["fc"].any()
 
 
 def test_bf16_wire_halves_the_bytes() -> None:
@@ -147,31 +175,32 @@ def layouts(draw: st.DrawFn) -> tuple[GradientLayout, dict[str, int]]:
 @given(layouts())
 def test_plans_of_all_ranks_fit_together(problem: tuple[GradientLayout, dict[str, int]]) -> None:
     layout, owners = problem
-    plans = [plan_exchange(layout, owners, rank) for rank in range(layout.size)]
+    parts = [Part.whole(layout[name], owner) for name, owner in owners.items()]
+    plans = [plan_exchange(layout, parts, rank) for rank in range(layout.size)]
     for sender, receiver in itertools.product(range(layout.size), repeat=2):
         # What one sends is what the other expects: the same pieces, in the same order.
-        sent = [(c.name, c.piece) for c in plans[sender].shard_copies if owners[c.name] == receiver]
-        expected = [(c.name, c.piece) for c in plans[receiver].owner_copies if c.piece.rank == sender]
-        assert sent == expected
-        assert sum(piece.numel for _, piece in sent) == plans[sender].shard_splits[receiver]
-        assert plans[sender].shard_splits[receiver] == plans[receiver].owner_splits[sender]
-    for plan in plans:
-        for copies in (plan.shard_copies, plan.owner_copies):
-            ends = itertools.accumulate((copy.piece.numel for copy in copies), initial=0)
-            assert [copy.offset for copy in copies] == list(ends)[: len(copies)]
+        sent = [copy for copy in plans[sender].shards if owners[copy.part] == receiver]
+        assert sent == [copy for copy in plans[receiver].pieces if copy.holder == sender]
+        assert sum(copy.numel for copy in sent) == plans[sender].shard_splits[receiver]
+        assert plans[sender].shard_splits[receiver] == plans[receiver].piece_splits[sender]
+    for name, owner in owners.items():  # what an owner gets tiles the part
+        pieces = sorted((c.offset, c.offset + c.numel) for c in plans[owner].pieces if c.part == name)
+        assert [0, *(stop for _, stop in pieces)] == [*(start for start, _ in pieces), layout[name].numel]
 
 
 def test_what_cannot_be_exchanged_is_refused() -> None:
     layout = GradientLayout((ParameterSlices.replicated("all", (2,)), ParameterSlices.rows("w", (2,), 2)), 2)
     for name in ("all", "unknown"):
         with pytest.raises(ValueError, match=f"{name} is not a sharded parameter"):
-            plan_exchange(layout, {name: 0}, 0)
+            plan_exchange(layout, [Part(name, name, (2,), 0)], 0)
     with pytest.raises(ValueError, match="its owner 2 is none of 2 ranks"):
-        plan_exchange(layout, {"w": 2}, 0)
+        plan_exchange(layout, [Part("w", "w", (2,), 2)], 0)
+    with pytest.raises(ValueError, match="elements 1 to 3 exceed w's 2"):
+        plan_exchange(layout, [Part("w", "w", (2,), 0, start=1)], 0)
 
 
 def test_shard_of_the_wrong_size_is_refused() -> None:
     layout = rows(1)
-    exchange = Exchange(SoloCommunicator(), plan_exchange(layout, {"fc": 0}, 0))
-    with pytest.raises(ValueError, match=r"fc: .* has 21 elements, not \(7, 3\)"):
+    exchange = Exchange(SoloCommunicator(), plan_exchange(layout, [Part.whole(layout["fc"], 0)], 0))
+    with pytest.raises(ValueError, match=r"fc: .* 21 elements or more .* shape \(7, 3\)"):
         exchange.to_owners({"fc": gradient("fc")})
