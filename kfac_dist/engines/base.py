@@ -11,13 +11,38 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.layout import GradientLayout
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """What an engine does to the loss of the micro-batch at hand, beyond what the loop does.
+
+    Attributes:
+        scale: What it multiplies the loss by before its backward: a loss scale, 1 / accumulated micro-batches.
+        index: Micro-batches of this optimizer step before it.
+        last: Whether it is the step's last; None where only the loop knows.
+    """
+
+    scale: float = 1.0
+    index: int = 0
+    last: bool | None = None
+
+
+class Handle(Protocol):
+    """What takes a callback off."""
+
+    def remove(self) -> None:
+        """Take it off."""
 
 
 class Engine(ABC):
@@ -26,29 +51,68 @@ class Engine(ABC):
     Attributes:
         model: What the training loop calls.
         module: The bare module; its names identify parameters and blocks.
+        sharded: Whether `gradients` are flat slices rather than whole tensors.
+        optimizer: The optimizer that the engine drives, if it drives one: its `param_groups` have the learning rates.
     """
 
     model: nn.Module
     module: nn.Module
+    sharded: bool = False
+    optimizer: torch.optim.Optimizer | None = None
 
     @abstractmethod
-    def communicator(self, timeout_seconds: float) -> Communicator:
+    def communicator(self, timeout_seconds: float, backend: Backend = Backend.TORCH) -> Communicator:
         """Return a communicator over the ranks that average gradients; collective."""
 
+    def shard_size(self, size: int) -> int:
+        """Return how many consecutive ones of `size` ranks together hold each gradient once: 1 if each holds all."""
+        return 1
+
     @abstractmethod
-    def layout(self, names: Iterable[str], size: int) -> GradientLayout:
-        """Return which of `size` ranks holds which slices of these parameters' gradients; the same on every rank."""
+    def layout(self, names: Iterable[str]) -> GradientLayout:
+        """Return who holds which slices of these parameters' gradients; the same on every rank.
+
+        Ranks are counted within the `shard_size` consecutive ones.
+        """
 
     @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
-        """Return writable views of the averaged gradients (or of this rank's slices) by parameter name.
+        """Return writable views of the averaged gradients by parameter name: whole, or this rank's flat slices.
 
-        Valid between the last backward of a step and the optimizer's step. Parameters that no rank used are missing.
+        Valid between the last backward of a step and the optimizer's step. Parameters that no rank used are missing,
+        and those of which this rank holds nothing.
         """
 
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
-        """Return the parameters (or this rank's slices), shaped like `gradients`."""
+        """Return the trained parameters in the precision that the optimizer steps, shaped like `gradients`."""
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The precision in which `gradients` are held."""
+        return torch.float32
+
+    @property
+    def gradient_scale(self) -> float:
+        """The factor that `gradients` carry until the optimizer's step: the loss scale of an engine that has one."""
+        return 1.0
+
+    @property
+    def stepping(self) -> bool:
+        """Whether the optimizer's step comes next, rather than another micro-batch."""
+        return True
+
+    def backward_pass(self) -> BackwardPass:
+        """Return what the engine does to the micro-batch whose forward or backward runs now."""
+        return BackwardPass()
+
+    def before_step(self, callback: Callable[[], None]) -> Handle | None:
+        """Have `callback` called before each step of the optimizer that the engine drives; None if it drives none."""
+        return None
+
+    def whole_shapes(self) -> AbstractContextManager[None]:
+        """Return a context in which every parameter shows its whole shape, whatever its memory holds."""
+        return nullcontext()
 
     @abstractmethod
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
@@ -63,9 +127,9 @@ class Engine(ABC):
         """
 
     def finite(self) -> Tensor:
-        """Return a 0-dim bool on the device: whether all averaged gradients are finite, the same on every rank."""
+        """Return a 0-dim bool on the device: whether the averaged gradients that this rank holds are finite."""
         gradients = [grad.coalesce().values() if grad.is_sparse else grad for grad in self.gradients().values()]
         if not gradients:  # torch refuses an empty list
-            return torch.tensor(True)
+            return torch.tensor(True, device=next(self.module.parameters()).device)
         norms = torch._foreach_norm(gradients)
         return torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())

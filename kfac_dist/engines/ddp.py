@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
 from kfac_dist.engines.base import Engine
@@ -25,14 +26,14 @@ class DDPEngine(Engine):
         self.module = bare if self._ddp is None else uncompiled(self._ddp.module)
         self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def communicator(self, timeout_seconds: float) -> Communicator:
+    def communicator(self, timeout_seconds: float, backend: Backend = Backend.TORCH) -> Communicator:
         """See `Engine.communicator`."""
-        return build_communicator(timeout_seconds, None if self._ddp is None else self._ddp.process_group)
+        return build_communicator(timeout_seconds, None if self._ddp is None else self._ddp.process_group, backend)
 
-    def layout(self, names: Iterable[str], size: int) -> GradientLayout:
+    def layout(self, names: Iterable[str]) -> GradientLayout:
         """See `Engine.layout`."""
         whole = (ParameterSlices.replicated(name, self._trained[name].shape) for name in names)
-        return GradientLayout(tuple(whole), size)
+        return GradientLayout(tuple(whole), 1)
 
     def gradients(self) -> dict[str, Tensor]:
         """See `Engine.gradients`."""

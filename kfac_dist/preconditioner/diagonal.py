@@ -85,10 +85,17 @@ class DiagonalFisher:
         fisher = self._sum / torch.where(measured, self._weight, 1.0)
         return self.gradient / torch.where(measured, fisher + damping, 1.0)
 
-    def deliver(self, update: Tensor) -> None:
-        """Write a preconditioned gradient into the engine's gradients."""
+    def products(self, update: Tensor, row: Communicator) -> list[Tensor]:
+        """Return this rank's share of ⟨update, gradient⟩ over a row: whole gradients count once, slices all."""
+        if not self.names or (row.rank > 0 and not self._engine.sharded):
+            return []
+        return [torch.dot(update, self.gradient)]
+
+    def deliver(self, update: Tensor, scale: Tensor | None) -> None:
+        """Write a preconditioned gradient, times a 0-dim factor, into the engine's gradients."""
         if not self.names:
             return
+        update = update if scale is None else update * scale
         gradients, views = self._engine.gradients(), self._views(update)
         found = [name for name in self.names if name in gradients]
         if found:

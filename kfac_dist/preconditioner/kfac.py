@@ -4,6 +4,12 @@
     ...
     loss.backward(); kfac.step(); optimizer.step()
 
+An engine that drives its optimizer itself (DeepSpeed) calls `step` on its own, between reduction and update:
+
+    kfac = KFAC(engine, config)
+    ...
+    engine.backward(loss); engine.step()
+
 `step` reads in the order in which data flows: close the statistics that backward measured, refresh what is due, then
 collect, precondition, clip and deliver the gradients.
 """
@@ -11,7 +17,7 @@ collect, precondition, clip and deliver the gradients.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +28,7 @@ from kfac_dist.config.schedules import value_at
 from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, ReduceEvery, Reduction, Uncovered
 from kfac_dist.curvature.blocks import Block, find_blocks
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
-from kfac_dist.curvature.precondition import build_groups
+from kfac_dist.curvature.precondition import Group, build_groups
 from kfac_dist.curvature.solvers import Task, solve
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.agreement import agree_on_plan
@@ -33,11 +39,11 @@ from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner import state
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
 from kfac_dist.preconditioner.measurement import Description, Measurement
-from kfac_dist.preconditioner.plan import Plan, block_units, build_plan
+from kfac_dist.preconditioner.plan import Plan, block_units, build_plan, exchange_buckets
 from kfac_dist.preconditioner.reduction import FactorReduction
 from kfac_dist.preconditioner.refresh import Refresh
 from kfac_dist.preconditioner.schedule import Cadence
-from kfac_dist.preconditioner.transport import ReplicatedTransport
+from kfac_dist.preconditioner.transport import ReplicatedTransport, ShardedTransport, Transport
 
 _DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
 # Parameters whose reason is shown when none has a block.
@@ -50,11 +56,11 @@ class KFAC:
     Collective: every rank constructs it with the same model and configuration.
 
     Args:
-        model: The model, wrapped or not, or its engine.
+        model: The model as the loop calls it: bare, in DDP, sharded by `fully_shard`, or a DeepSpeed engine.
         config: What to do; defaults are K-FAC with Cholesky, empirical Fisher, statistics every 10 and inverses every
             100 steps. A mapping is validated.
-        optimizer: The optimizer that takes the step; its current lr enters the KL clip. Needed unless
-            `update.kl_clip` is null or `update.kl_clip_lr` is a number.
+        optimizer: The optimizer that takes the step; its current lr enters the KL clip. Needed unless the engine has
+            it, `update.kl_clip` is null or `update.kl_clip_lr` is a number.
         grad_scaler: The AMP scaler, if there is one; call `unscale_` before `step`.
         total_steps: Length of the run, for damping schedules that span it.
 
@@ -81,16 +87,18 @@ class KFAC:
     ) -> None:
         self.config = parse_kfac(config)
         self.steps = 0
-        self._optimizer = optimizer
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._total_steps = total_steps
+        self._engine = as_engine(model)
+        self._optimizer = self._engine.optimizer if optimizer is None else optimizer
         self._check_lr()
 
-        self._engine = as_engine(model)
-        self.coverage = find_blocks(self._engine.module, self.config.curvature)
+        with self._engine.whole_shapes():
+            self.coverage = find_blocks(self._engine.module, self.config.curvature)
         self._blocks = self.coverage.blocks
         self._cadence = Cadence.of(self.config)
-        self.communicator = self._engine.communicator(self.config.distribution.timeout_seconds)
+        distribution = self.config.distribution
+        self.communicator = self._engine.communicator(distribution.timeout_seconds, distribution.backend)
         # Compared before anything can fail on one rank alone: with other layers, or with none.
         agree_on_plan(self.communicator, [(block.name, block.describe()) for block in self._blocks])
         self._device = _device_of(self._blocks, self.coverage.uncovered)
@@ -100,6 +108,9 @@ class KFAC:
         self._refreshed: set[int] = set()
         self._kl_scale = torch.ones((), device=self._device)
         self._begin()
+        # An engine that drives its optimizer may be stepped by the user's unchanged loop.
+        self._done = False
+        self._attached = self._engine.before_step(self._step_once)
 
     # ---- the step
 
@@ -107,21 +118,30 @@ class KFAC:
     def step(self) -> None:
         """Precondition the gradients in place. Call it after backward (and `unscale_`), before the optimizer's step.
 
+        With a DeepSpeed engine it needn't be called, and does nothing before the last micro-batch of a step.
+
         Raises:
             ModelError: On every rank: in the first measured step, the loss shows to be a sum where a mean was expected.
         """
+        if not self._engine.stepping:
+            return
         if self._measurement.active:
             self._update_curvature()
         self._refresh.activate(self.steps)
         self._add_weight_decay()
         self._transport.collect()
         self._rest.collect()
-        updates = [group.apply(self._total_damping) for group in self._groups]
+        products = []
+        for groups in self._transport.arriving():
+            updates = [group.apply(self._total_damping) for group in groups]
+            products += [_dot(update, group.gradient) for update, group in zip(updates, groups, strict=True)]
+            self._transport.send(groups, updates)
         rest = self._rest.apply(self._total_damping)
-        self._clip(updates, rest)
-        self._transport.deliver(updates)
-        self._rest.deliver(rest)
+        scale = self._trust(products, rest)
+        self._transport.deliver(scale)
+        self._rest.deliver(rest, scale)
         self.steps += 1
+        self._done = True
         self._begin()
 
     def micro_batch(
@@ -186,6 +206,8 @@ class KFAC:
 
     def remove(self) -> None:
         """Take K-FAC off the model: its hooks and its process groups."""
+        if self._attached is not None:
+            self._attached.remove()
         self._measurement.remove()
         self.communicator.close()
 
@@ -252,7 +274,7 @@ class KFAC:
 
     def _update_curvature(self) -> None:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
-        taken = self._measurement.finish(self._engine.finite())
+        taken = self._measurement.finish(self._finite())
         self._rest.measure(self._measurement.terms, taken)
         if not self._slots:
             return
@@ -262,32 +284,50 @@ class KFAC:
         self._overdue -= set(self._slots)
         first = set(self._slots) - self._refreshed
         # The first inverses are used at once; layers that had nothing measured for theirs are asked once more.
-        lag = 0 if first else self._cadence.lag
+        lag = 0 if first else self._cadence.lag_after(self.steps)
         self._overdue |= self._refresh.unmeasured(self._slots, self._reduction.totals) & first
         self._refreshed |= set(self._slots)
         self._refresh.start(self._slots, self._reduction.totals, self._total_damping, self.steps + lag)
 
+    def _finite(self) -> Tensor:
+        """Return whether all gradients are finite, 0-dim bool, the same on every rank."""
+        finite = self._engine.finite()
+        if not self._engine.sharded:
+            return finite
+        bad = (~finite).float().view(1)  # elsewhere there may be another slice's infinity
+        self.communicator.all_reduce(bad, label="finite").wait()
+        return bad[0] == 0
+
+    def _step_once(self) -> None:
+        """Take the step, unless the user's loop has called it already."""
+        if not self._done:
+            self.step()
+        self._done = False
+
     def _add_weight_decay(self) -> None:
-        l2 = self.config.update.l2
+        l2 = self.config.update.l2 * self._engine.gradient_scale
         if not l2:
             return
         gradients, parameters = self._engine.gradients(), self._engine.parameters()
-        torch._foreach_add_(list(gradients.values()), [parameters[name] for name in gradients], alpha=l2)
+        if gradients:
+            torch._foreach_add_(list(gradients.values()), [parameters[name] for name in gradients], alpha=l2)
 
-    def _clip(self, updates: list[Tensor], rest: Tensor) -> None:
-        """Scale all updates to the trust region `ν = min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩)))`; all on the device."""
+    def _trust(self, products: list[Tensor], rest: Tensor) -> Tensor | None:
+        """Return the scale of all updates, `ν = min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩)))`, on the device; None without a clip.
+
+        Args:
+            products: ⟨Δ, ∇⟩ of this rank's groups.
+            rest: Δ of the parameters without a block.
+        """
         clip = self.config.update.kl_clip
         if clip is None:
-            return
-        dots = [torch.dot(u.flatten(), g.gradient.flatten()) for u, g in zip(updates, self._groups, strict=True)]
-        if self._rest.names and self._row.rank == 0:  # every rank has the whole rest: it counts once
-            dots.append(torch.dot(rest, self._rest.gradient))
-        total = torch.stack(dots).sum() if dots else torch.zeros((), device=self._device)
+            return None
+        products = [*products, *self._rest.products(rest, self._row)]
+        total = torch.stack(products).sum() if products else torch.zeros((), device=self._device)
         self._row.all_reduce(total, label="kl_clip").wait()
-        lr = self._lr()
-        self._kl_scale = (clip / (total * lr**2).clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
-        if scaled := [*updates, *([rest] if self._rest.names else [])]:
-            torch._foreach_mul_(scaled, self._kl_scale)
+        length = self._lr() / self._engine.gradient_scale
+        self._kl_scale = (clip / (total * length**2).clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
+        return self._kl_scale
 
     def _lr(self) -> float | Tensor:
         """Return the lr of the KL clip: the largest of the groups, so that the trust region holds for all of them."""
@@ -322,7 +362,7 @@ class KFAC:
             self.config,
             world_size=self.communicator.size,
             local_world_size=local,
-            sharded=not self._engine.layout((), self.communicator.size).is_replicated,
+            shard_size=self._engine.shard_size(self.communicator.size),
             unit_cost=None if costs is None else (lambda unit: costs[unit.dim] * unit.batch),
         )
         agree_on_plan(self.communicator, plan.rows())
@@ -354,16 +394,10 @@ class KFAC:
             transient_window=lean,
         )
         self._reduction = FactorReduction(self._averages, plan, comm, distribution)
-        mine = set(plan.column_blocks(plan.grid.column_of(comm.rank)))
-        units = {name: block.units for name, block in plan.blocks.items()}
-        self._groups = build_groups(
-            [block for block in self._blocks if block.name in mine],
-            units,
-            inversion.solver,
-            self._device,
-            _DTYPES[inversion.inverse_dtype],
-        )
         self._row = _split(comm, plan.grid.rows())
+        columns = exchange_buckets(plan, distribution.buckets if self._engine.sharded else 1)
+        buckets = [self._groups_of(names) for names in columns[plan.grid.column_of(comm.rank)]]
+        self._groups = [group for groups in buckets for group in groups]
         trained = self._engine.parameters() if curvature.uncovered is Uncovered.DIAGONAL else ()
         self._rest = DiagonalFisher(
             self._engine,
@@ -380,9 +414,9 @@ class KFAC:
             inversion.solver,
             pack=distribution.pack_triangles,
         )
-        self._transport = ReplicatedTransport(self._engine, self._blocks, self._groups, plan, self._row)
+        self._transport = self._build_transport(buckets, columns)
         self._measurement = Measurement(
-            self._engine.module,
+            self._engine,
             self._blocks,
             self._averages,
             self._reduction,
@@ -390,6 +424,23 @@ class KFAC:
             communicator=comm,
             scaler=self._scaler,
         )
+
+    def _groups_of(self, names: Sequence[str]) -> list[Group]:
+        inversion = self.config.inversion
+        blocks = {block.name: block for block in self._blocks}
+        units = {name: self.plan.blocks[name].units for name in names}
+        dtype = _DTYPES[inversion.inverse_dtype]
+        return build_groups([blocks[name] for name in names], units, inversion.solver, self._device, dtype)
+
+    def _build_transport(self, buckets: Sequence[Sequence[Group]], columns: Sequence[Sequence[list[str]]]) -> Transport:
+        if not self._engine.sharded:
+            return ReplicatedTransport(self._engine, self._blocks, self._groups, self.plan, self._row)
+        names = [[name for part in bucket for name in part] for bucket in zip(*columns, strict=True)]
+        return ShardedTransport(self._engine, self._blocks, buckets, names, self.plan, self._row, self._device)
+
+
+def _dot(update: Tensor, gradient: Tensor) -> Tensor:
+    return torch.dot(update.flatten(), gradient.flatten())
 
 
 def _split(comm: Communicator, groups: tuple[tuple[int, ...], ...]) -> Communicator:

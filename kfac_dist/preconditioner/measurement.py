@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac_dist.config.schema import CurvatureConfig, Fisher, LossTerms
 from kfac_dist.curvature.blocks import Block, MicroBatch, Use
@@ -21,6 +21,7 @@ from kfac_dist.curvature.factors import Side
 from kfac_dist.curvature.fisher import hessian_columns, label_gradient
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.loss_scale import LossScaleWatch
 from kfac_dist.preconditioner.reduction import FactorReduction
@@ -42,7 +43,7 @@ class Measurement:
     """Hands what hooks capture to the blocks, and tells the reduction when a block is complete.
 
     Args:
-        model: The bare model.
+        engine: The model, and what is done to its losses.
         blocks: Its blocks.
         averages: Where statistics go.
         reduction: Sends them.
@@ -53,7 +54,7 @@ class Measurement:
 
     def __init__(
         self,
-        model: nn.Module,
+        engine: Engine,
         blocks: tuple[Block, ...],
         averages: RunningAverages,
         reduction: FactorReduction,
@@ -62,6 +63,7 @@ class Measurement:
         communicator: Communicator,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
+        self._engine = engine
         self._blocks = blocks
         self._averages = averages
         self._reduction = reduction
@@ -70,8 +72,8 @@ class Measurement:
         self._scaler = scaler
         self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
         self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
-        self._capture = Capture(model, blocks, self._measure, own_backward=self._own_backward)
-        self._scale = LossScaleWatch(model, lambda: self._micro_batch(own=False))
+        self._capture = Capture(engine.module, blocks, self._measure, own_backward=self._own_backward)
+        self._scale = LossScaleWatch(engine.module, lambda: self._micro_batch(own=False))
         self._step = 0
         self._positions = 0.0
         self._description: Description | None = None
@@ -149,7 +151,7 @@ class Measurement:
                 f"kfac.curvature.fisher is {self._config.fisher}: call kfac.fisher_backward(outputs) after the forward "
                 "pass, before loss.backward()"
             )
-        if self._capture.passes > 1 and self._description is None:
+        if self._capture.passes > 1 and self._description is None and self._engine.backward_pass().last is None:
             warn_of_accumulation(self._capture.passes)
         late = self._reduction.late
         taken = self._reduction.finish(finite)
@@ -180,11 +182,13 @@ class Measurement:
 
     @property
     def _last(self) -> bool:
-        """Whether the loop has promised that no other backward of this step follows.
+        """Whether loop or engine has promised that no other backward of this step follows.
 
         Silence is no promise: a second loss, accumulation or an attack may follow, and what has been sent is closed.
         """
-        return self._description is not None and self._description.last
+        if self._description is not None:
+            return self._description.last
+        return bool(self._engine.backward_pass().last)
 
     def _measure(self, block: Block, uses: list[Use]) -> None:
         if not self._reduction.accepts(block.name):
@@ -207,24 +211,26 @@ class Measurement:
     def _micro_batch(self, *, own: bool) -> MicroBatch:
         """Return what blocks need to know; gradients of K-FAC's `own` passes carry no divisor and no scale."""
         said = self._description or Description()
-        batch_size, rank = self._capture.batch_size, self._communicator.rank
-        scaled = self._scaler is not None and not own
+        done = self._engine.backward_pass()
+        batch_size, comm = self._capture.batch_size, self._communicator
+        first_sample = (done.index * comm.size + comm.rank) * (batch_size or 0)
         stride = round(1 / self._config.sample_fraction)
         return MicroBatch(
             loss_terms=self._config.loss_terms,
             batch_size=batch_size,
-            first_sample=rank * (batch_size or 0) if said.first_sample is None else said.first_sample,
+            first_sample=first_sample if said.first_sample is None else said.first_sample,
             divisor=1.0 if own else said.divisor,
-            inverse_scale=self._inverse_scale() if scaled else None,
+            inverse_scale=None if own else self._inverse_scale(done.scale),
             terms=None if own else said.terms,  # drawn labels ignore no position
             stride=stride,
             phase=self._step // self._config.factor_every % stride,
         )
 
-    def _inverse_scale(self) -> Tensor:
-        assert self._scaler is not None
-        one = torch.ones((), device=self._averages.device)
-        return self._scaler.scale(one).reciprocal()
+    def _inverse_scale(self, scale: float) -> float | Tensor | None:
+        """Return what undoes an AMP loss scale, or the engine's own; None where there is none."""
+        if self._scaler is not None:
+            return self._scaler.scale(torch.ones((), device=self._averages.device)).reciprocal()
+        return None if scale == 1.0 else 1.0 / scale
 
 
 class _SumsOnly:

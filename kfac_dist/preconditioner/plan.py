@@ -6,6 +6,7 @@ hash of its rows is compared before anything else travels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from kfac_dist.curvature.factors import Side, Unit, units_of
 from kfac_dist.curvature.solvers import payload_numel
 from kfac_dist.distributed.assignment import Assignment, WorkItem, assign
 from kfac_dist.distributed.grid import Grid, build_grid
+from kfac_dist.distributed.segments import split_buckets
+from kfac_dist.errors import ConfigError
 
 _FLOAT = 4
 
@@ -52,6 +55,11 @@ class BlockPlan:
     def factor_bytes(self) -> int:
         """Bytes of the block's factors in fp32."""
         return _FLOAT * sum(unit.numel for unit in self.units)
+
+    @property
+    def likeness(self) -> tuple[object, ...]:
+        """What blocks have in common that one batched product can precondition."""
+        return self.matrix_shape, tuple((u.side, u.start, u.stop, u.batch, u.kind) for u in self.units)
 
     @property
     def row(self) -> tuple[str, str]:
@@ -100,7 +108,7 @@ def build_plan(
     *,
     world_size: int,
     local_world_size: int = 1,
-    sharded: bool = False,
+    shard_size: int = 1,
     unit_cost: Callable[[Unit], float] | None = None,
 ) -> Plan:
     """Plan the work of `world_size` ranks.
@@ -110,17 +118,15 @@ def build_plan(
         config: What is asked.
         world_size: Ranks that share the work.
         local_world_size: Ranks of one node, for placement `node`.
-        sharded: Whether the engine shards gradients; decides what placement `auto` means.
+        shard_size: How many consecutive ranks together hold each gradient once: they are the rows of the grid, and what
+            placement `auto` means is theirs to say. 1 if every rank holds all.
         unit_cost: Cost of one inversion; n³ by default, measured seconds for `cost_model: measured`.
 
     Raises:
-        ConfigError: The placement doesn't fit the number of ranks.
+        ConfigError: The placement doesn't fit the number of ranks, or the engine's shards.
     """
     distribution = config.distribution
-    placement = distribution.placement
-    if placement is Placement.AUTO:
-        placement = Placement.OWNER if sharded else Placement.REPLICATED
-    grid = build_grid(placement, world_size, distribution.grad_worker_fraction, local_world_size)
+    grid = _grid(config, world_size, local_world_size, shard_size)
     units = {block.name: block_units(block, config) for block in blocks}
     cost = unit_cost or (lambda unit: unit.cost)
     items = [
@@ -146,6 +152,38 @@ def build_plan(
     backward = list(reversed(blocks))
     backward.sort(key=lambda block: slots[block.name])
     return Plan(rows, tuple(unit for block in backward for unit in units[block.name]), assignment, grid)
+
+
+def _grid(config: KFACConfig, world_size: int, local_world_size: int, shard_size: int) -> Grid:
+    distribution = config.distribution
+    placement = distribution.placement
+    if shard_size > 1:
+        if placement not in (Placement.AUTO, Placement.OWNER):
+            raise ConfigError(
+                f"kfac.distribution.placement: {placement} needs every gradient whole on every rank, but this engine "
+                f"leaves each of {shard_size} ranks with a slice: use owner or auto"
+            )
+        return Grid(world_size, shard_size)
+    if placement is Placement.AUTO:
+        placement = Placement.REPLICATED
+    return build_grid(placement, world_size, distribution.grad_worker_fraction, local_world_size)
+
+
+def exchange_buckets(plan: Plan, count: int) -> list[list[list[str]]]:
+    """Cut what sharded engines exchange into buckets of near-equal elements: names by column and bucket.
+
+    Blocks of one shape stay together where they can, so that they are preconditioned by one batched product. Every
+    column has the same number of buckets, of which the last may be empty.
+    """
+    columns = []
+    for column in range(plan.grid.columns):
+        names = plan.column_blocks(column)
+        first = {plan.blocks[name].likeness: place for place, name in reversed(list(enumerate(names)))}
+        names.sort(key=lambda name: first[plan.blocks[name].likeness])
+        cuts = split_buckets([math.prod(plan.blocks[name].matrix_shape) for name in names], count)
+        columns.append([names[start:stop] for start, stop in cuts])
+    most = max((len(buckets) for buckets in columns), default=0)
+    return [buckets + [[]] * (most - len(buckets)) for buckets in columns]
 
 
 def block_units(block: Block, config: KFACConfig) -> tuple[Unit, ...]:

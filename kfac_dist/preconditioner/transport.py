@@ -1,16 +1,25 @@
-"""Gradients reach who preconditions them, and the results come back into `.grad`, in place.
+"""Gradients reach who preconditions them, and the results come back into the gradients' own memory.
+
+    collect    gradients set out
+    arriving   ... and come, a few groups at a time: they are preconditioned while others are on their way
+    send       results set out
+    deliver    ... and are scaled and written where the gradients were
 
 Under a replicated engine every rank has every gradient, so only results travel, and only along the rows of the grid:
 
             column 0   column 1
     row 0    ●───────▶ ◀───────●       each rank preconditions its column's blocks, then hands them to its row:
     row 1    ●───────▶ ◀───────●       one broadcast a column, none when there is one column (placement replicated)
+
+Under a sharded engine a row is the ranks that together hold each gradient once, and an exchange along the row takes a
+block's slices to its column and back. There are as many exchanges as `distribution.buckets`, however many layers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +27,7 @@ from torch import Tensor
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.precondition import Group
 from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.exchange import Exchange, Part, plan_exchange
 from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments
 from kfac_dist.engines.base import Engine
 from kfac_dist.preconditioner.plan import Plan
@@ -30,14 +40,27 @@ class Transport(ABC):
 
     @abstractmethod
     def collect(self) -> None:
-        """Fill the groups' `gradient` workspaces with the averaged gradients."""
+        """Start to bring the averaged gradients to those who precondition them."""
 
     @abstractmethod
-    def deliver(self, updates: Sequence[Tensor]) -> None:
-        """Write the groups' preconditioned gradients into the engine's gradients, on every rank.
+    def arriving(self) -> Iterator[Sequence[Group]]:
+        """Yield the groups of this rank, some at a time, once their `gradient` workspaces are full."""
+
+    @abstractmethod
+    def send(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
+        """Take what became of the groups that `arriving` yielded last; collective.
 
         Args:
-            updates: One tensor a group, shaped like its `gradient`.
+            groups: The groups.
+            updates: Their preconditioned gradients, one tensor a group, shaped like its `gradient`.
+        """
+
+    @abstractmethod
+    def deliver(self, scale: Tensor | None) -> None:
+        """Write the preconditioned gradients into the engine's gradients, on every rank.
+
+        Args:
+            scale: 0-dim factor for all of them.
         """
 
 
@@ -61,6 +84,7 @@ class ReplicatedTransport(Transport):
         self._row = row
         self._layout: SegmentLayout | None = None
         self._buffer: Tensor | None = None
+        self._updates: list[Tensor] = []
         if row.size > 1:
             self._layout = SegmentLayout(
                 [
@@ -91,8 +115,19 @@ class ReplicatedTransport(Transport):
         if into:
             torch._foreach_copy_(into, out)
 
-    def deliver(self, updates: Sequence[Tensor]) -> None:
+    def arriving(self) -> Iterator[Sequence[Group]]:
+        """See `Transport.arriving`: everything is here."""
+        yield self._groups
+
+    def send(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
+        """See `Transport.send`: nothing leaves before it has its scale."""
+        self._updates = list(updates)
+
+    def deliver(self, scale: Tensor | None) -> None:
         """See `Transport.deliver`."""
+        updates, self._updates = self._updates, []
+        if scale is not None and updates:
+            torch._foreach_mul_(updates, scale)
         matrices = {
             block.name: group.matrix(update, index)
             for group, update in zip(self._groups, updates, strict=True)
@@ -116,6 +151,112 @@ class ReplicatedTransport(Transport):
             torch._foreach_copy_([layout.view(buffer, name).view_as(m) for name, m in own.items()], list(own.values()))
         share_segments(self._row, buffer, layout, label=LABEL).wait()
         return {name: layout.view(buffer, name).view(block.matrix_shape) for name, block in self._blocks.items()}
+
+
+@dataclass
+class _Bucket:
+    """What one exchange carries, and the groups of this rank that need it."""
+
+    exchange: Exchange
+    groups: Sequence[Group]
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class ShardedTransport(Transport):
+    """Transport for engines whose ranks hold slices.
+
+    On CUDA the exchanges run on the stream of their process group, beside the preconditioning of what has come already.
+
+    Args:
+        engine: Where the gradients are.
+        blocks: All blocks.
+        buckets: The groups of this rank's column, bucket by bucket.
+        names: The blocks of each bucket, over all columns; the same on every rank.
+        plan: Which column preconditions which block.
+        row: The ranks that together hold each gradient once; the position in it is the column.
+        device: Where preconditioning happens.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        blocks: Sequence[Block],
+        buckets: Sequence[Sequence[Group]],
+        names: Sequence[Sequence[str]],
+        plan: Plan,
+        row: Communicator,
+        device: torch.device,
+    ) -> None:
+        self._engine = engine
+        layout = engine.layout([name for block in blocks for name in block.parameters])
+        by_name = {block.name: block for block in blocks}
+        # Gradients in bf16 are rounded to it anyway when the results come back; half precision would overflow.
+        wire = torch.bfloat16 if engine.gradient_dtype is torch.bfloat16 else torch.float32
+        self._buckets = []
+        for groups, inside in zip(buckets, names, strict=True):
+            parts = [
+                part_of(by_name[name], parameter, layout[parameter].shape, plan.blocks[name].column)
+                for name in inside
+                for parameter in by_name[name].parameters
+            ]
+            exchange = Exchange(
+                row, plan_exchange(layout, parts, row.rank), device=device, wire_dtype=wire, label=LABEL
+            )
+            self._buckets.append(_Bucket(exchange, groups))
+        self._current: _Bucket | None = None
+
+    def collect(self) -> None:
+        """See `Transport.collect`."""
+        gradients = self._engine.gradients()
+        for bucket in self._buckets:
+            bucket.exchange.to_owners(gradients)
+
+    def arriving(self) -> Iterator[Sequence[Group]]:
+        """See `Transport.arriving`: bucket by bucket."""
+        for bucket in self._buckets:
+            self._current = bucket
+            bucket.full = bucket.exchange.assembled()
+            pairs = [
+                pair
+                for group in bucket.groups
+                for index, block in enumerate(group.blocks)
+                for pair in block.own_views(_own(block, bucket.full), group.matrix(group.gradient, index))
+            ]
+            if pairs:
+                torch._foreach_copy_([view for _, view in pairs], [tensor for tensor, _ in pairs])
+            yield bucket.groups
+
+    def send(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
+        """See `Transport.send`."""
+        bucket = self._current
+        assert bucket is not None
+        pairs = [
+            pair
+            for group, update in zip(groups, updates, strict=True)
+            for index, block in enumerate(group.blocks)
+            for pair in block.own_views(_own(block, bucket.full), group.matrix(update, index))
+        ]
+        if pairs:
+            torch._foreach_copy_([tensor for tensor, _ in pairs], [view for _, view in pairs])
+        bucket.exchange.to_shards(bucket.full)
+
+    def deliver(self, scale: Tensor | None) -> None:
+        """See `Transport.deliver`."""
+        gradients = self._engine.gradients()
+        for bucket in self._buckets:
+            bucket.exchange.delivered(gradients, scale)
+
+
+def part_of(block: Block, parameter: str, shape: Sequence[int], owner: int) -> Part:
+    """Return what travels of a parameter to its block's owner: all of it, or the block's own rows."""
+    rows = block.rows(parameter)
+    first, last = (0, shape[0]) if rows is None else rows
+    row = torch.Size(shape[1:]).numel()
+    return Part(f"{block.name}/{parameter}", parameter, (last - first, *shape[1:]), owner, first * row)
+
+
+def _own(block: Block, full: Mapping[str, Tensor]) -> list[Tensor]:
+    return [full[f"{block.name}/{parameter}"] for parameter in block.parameters]
 
 
 def _gradients_of(block: Block, gradients: dict[str, Tensor]) -> list[Tensor] | None:

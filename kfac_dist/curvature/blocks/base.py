@@ -95,7 +95,7 @@ class MicroBatch:
         first_sample: Index of the first of them in the optimizer step's global batch.
         divisor: Number d by which the sum of the per-term losses was divided, so that ĝ = d·∂L/∂s; None infers n. A
             tensor when only the device knows it (valid tokens).
-        inverse_scale: 0-dim tensor that undoes an AMP loss scale; None without one.
+        inverse_scale: What undoes a loss scale: a 0-dim tensor where only the device knows it; None without one.
         terms: Loss terms of this micro-batch on this rank; None infers them from shapes.
         stride: One row in `stride` enters the factors.
         phase: Which one; rotates from measurement to measurement.
@@ -105,7 +105,7 @@ class MicroBatch:
     batch_size: int | None = None
     first_sample: int = 0
     divisor: float | Tensor | None = None
-    inverse_scale: Tensor | None = None
+    inverse_scale: float | Tensor | None = None
     terms: float | Tensor | None = None
     stride: int = 1
     phase: int = 0
