@@ -257,10 +257,19 @@ class ReduceEvery(StrEnum):
     STEP = "step"
 
 
+class Backend(StrEnum):
+    """What carries K-FAC's own collectives; gradients always travel as the engine sends them."""
+
+    TORCH = "torch"
+    MPI = "mpi"
+
+
 class DistributionConfig(Section):
     """Who does it, and what crosses the network.
 
     Attributes:
+        backend: What carries factors and inverses: `torch` (gloo, NCCL), or `mpi` for CPU clusters whose network only
+            MPI drives; the ranks are then started by mpirun.
         assignment: Which rank inverts which unit.
         cost_model: Cost that `balanced` equalises.
         placement: Who holds inverses and preconditions; `auto` is `replicated` under DDP, `owner` when sharded.
@@ -276,6 +285,7 @@ class DistributionConfig(Section):
         timeout_seconds: How long a collective of K-FAC may wait before it fails on every rank.
     """
 
+    backend: Backend = Backend.TORCH
     assignment: AssignmentStrategy = AssignmentStrategy.ROUND_ROBIN
     cost_model: CostModel = CostModel.CUBIC
     placement: Placement = Placement.AUTO

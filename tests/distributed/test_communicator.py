@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from kfac_dist.distributed import cost
-from kfac_dist.distributed.communicator import Communicator, SoloCommunicator, TorchCommunicator, build_communicator
+from kfac_dist.distributed.communicator import Communicator, SoloCommunicator, build_communicator
+from kfac_dist.distributed.process_group import TorchCommunicator
 from kfac_dist.errors import CollectiveError
 from tests.harness import run_ranks
 
