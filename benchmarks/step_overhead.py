@@ -45,7 +45,7 @@ DAMPING, LR = 0.1, 1e-5
 def sections(workload: Workload, **changes: Any) -> dict[str, Any]:
     return {
         "curvature": {"factor_every": 2, "loss_terms": workload.loss_terms, **changes.get("curvature", {})},
-        "inversion": {"inverse_every": 4, "damping": DAMPING, **changes.get("inversion", {})},
+        "inversion": {"inverse_every": 4, "early_refresh": 0, "damping": DAMPING, **changes.get("inversion", {})},
         "distribution": changes.get("distribution", {}),
     }
 

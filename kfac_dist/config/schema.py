@@ -205,6 +205,8 @@ class InversionConfig(Section):
         inverse_every: Steps between refreshes of one block's inverses (T_inv); a multiple of `factor_every`.
         stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once.
         inverse_lag: Steps between the refresh of an inverse and its first use, so that sharing overlaps training.
+        early_refresh: At the start, inverses also refresh at this step and at 2, 4, 8, … times it, until the regular
+            refreshes begin; those steps measure, too. 0 keeps the first batch's inverses until then.
         max_factor_dim: Factors larger than this are cut into near-equal diagonal blocks (Block K-FAC).
         inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; solved they are
             in fp32.
@@ -215,6 +217,7 @@ class InversionConfig(Section):
     inverse_every: Count = 100
     stagger: Count = 1
     inverse_lag: CountOrZero = 0
+    early_refresh: CountOrZero = 1
     max_factor_dim: Annotated[int, Field(ge=2, strict=True)] | None = None
     inverse_dtype: DType = DType.FLOAT32
 

@@ -119,9 +119,10 @@ class Refresh:
 
     def activate(self, step: int) -> None:
         """Load the payloads that are due."""
-        while self.pending and self.pending[0].due <= step:
-            arrived = self.pending.pop(0)
-            for unit, payload in self.arrived(arrived):
+        due = [refreshed for refreshed in self.pending if refreshed.due <= step]
+        self.pending = [refreshed for refreshed in self.pending if refreshed.due > step]
+        for refreshed in due:
+            for unit, payload in self.arrived(refreshed):
                 self._groups[unit.name].load(unit, payload)
 
     def arrived(self, refreshed: Refreshed) -> list[tuple[Unit, Tensor]]:

@@ -1,4 +1,10 @@
-"""At which steps K-FAC measures and refreshes: pure, so that every rank and every resumed run agrees."""
+"""At which steps K-FAC measures and refreshes: pure, so that every rank and every resumed run agrees.
+
+factor_every 10, inverse_every 50, early_refresh 1
+step        0 1 2   4       8   10        16        20  …  30  32  …  40  …  50  …  60  …
+measures    ● ● ●   ●       ●   ●         ●         ●      ●   ●      ●      ●      ●
+refreshes   ● ● ●   ●       ●             ●                    ●             ●
+"""
 
 from __future__ import annotations
 
@@ -14,34 +20,66 @@ class Cadence:
     With `stagger` slots, slot s refreshes at its own offset in every window of `inverse_every` steps, so that no step
     inverts everything. The very first step measures and refreshes all slots: nothing is preconditioned by a guess.
 
+    Inverses of one batch at the initial parameters are a poor guide for long, so that until a slot's regular refreshes
+    begin it also refreshes at `early`, 2·`early`, 4·`early`, … Those steps measure, too, and their inverses are used at
+    once: there are few of them, and a lag would outlive them.
+
     Attributes:
         factor_every: Steps between measurements.
         inverse_every: Steps between refreshes of one slot.
         slots: Number of slots.
-        lag: Steps between a refresh and its first use.
+        lag: Steps between a regular refresh and its first use.
+        early: First of the early refreshes; 0 for none.
     """
 
     factor_every: int
     inverse_every: int
     slots: int
     lag: int
+    early: int
 
     @classmethod
     def of(cls, config: KFACConfig) -> Cadence:
         """Return the cadence of a configuration."""
         inversion = config.inversion
-        return cls(config.curvature.factor_every, inversion.inverse_every, inversion.stagger, inversion.inverse_lag)
+        return cls(
+            config.curvature.factor_every,
+            inversion.inverse_every,
+            inversion.stagger,
+            inversion.inverse_lag,
+            inversion.early_refresh,
+        )
 
     def measures(self, step: int) -> bool:
         """Whether statistics are measured in this step's backward pass."""
-        return step % self.factor_every == 0
+        return step % self.factor_every == 0 or self.starting(step)
 
     def due(self, step: int) -> tuple[int, ...]:
         """Return the slots whose inverses are refreshed after this step's measurement."""
         if step == 0:
             return tuple(range(self.slots))
-        return tuple(slot for slot in range(self.slots) if step % self.inverse_every == self._offset(slot))
+        early = self.starting(step)
+        return tuple(
+            slot
+            for slot in range(self.slots)
+            if step % self.inverse_every == self._offset(slot) or (early and step < self._regular(slot))
+        )
+
+    def starting(self, step: int) -> bool:
+        """Whether this is a step of early refreshes, `early`·2ᵏ before the first whole window is over."""
+        if not self.early or step % self.early or step >= self.inverse_every:
+            return False
+        times = step // self.early
+        return times > 0 and times & (times - 1) == 0
+
+    def lag_after(self, step: int) -> int:
+        """Return the steps between this step's refreshes and their first use."""
+        return 0 if self.starting(step) else self.lag
 
     def _offset(self, slot: int) -> int:
         measurements = self.inverse_every // self.factor_every
         return slot * measurements // self.slots * self.factor_every
+
+    def _regular(self, slot: int) -> int:
+        """Return the slot's first regular refresh after step 0."""
+        return self._offset(slot) or self.inverse_every

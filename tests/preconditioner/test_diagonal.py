@@ -32,7 +32,7 @@ class Scaled(nn.Module):
 def attach(model: nn.Module, *, uncovered: str = "diagonal", kl_clip: float | None = None, **curvature: Any) -> KFAC:
     config = {
         "curvature": {"factor_every": 2, "decay": DECAY, "uncovered": uncovered, **curvature},
-        "inversion": {"inverse_every": 2, "damping": DAMPING},
+        "inversion": {"inverse_every": 2, "damping": DAMPING, "early_refresh": 0},
         "update": {"kl_clip": kl_clip},
     }
     return KFAC(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=LR))

@@ -126,7 +126,7 @@ def host_reads(distribution: dict[str, Any], solver: str) -> list[int]:
     try:
         config = {
             "curvature": {"factor_every": 2},
-            "inversion": {"inverse_every": 4, "damping": 0.1, "solver": solver},
+            "inversion": {"inverse_every": 4, "damping": 0.1, "solver": solver, "early_refresh": 0},
             "distribution": distribution,
         }
         run = Run("mlp", config)

@@ -27,7 +27,7 @@ PLACEMENTS = [
 def start(model: nn.Module, **distribution: Any) -> tuple[nn.Module, KFAC]:
     config = {
         "curvature": {"factor_every": 2},
-        "inversion": {"inverse_every": 4, "damping": 0.1},
+        "inversion": {"inverse_every": 4, "damping": 0.1, "early_refresh": 0},
         "distribution": distribution,
     }
     wrapped = DistributedDataParallel(model)

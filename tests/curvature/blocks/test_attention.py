@@ -219,7 +219,7 @@ def test_a_failing_forward_pass_leaves_no_mode_behind() -> None:
 
 def test_steps_that_do_not_measure_enter_no_mode() -> None:
     model, depth = Attends(need_weights=False), []
-    kfac = build_kfac(model, inversion={"inverse_every": 2}, factor_every=2)
+    kfac = build_kfac(model, inversion={"inverse_every": 2, "early_refresh": 0}, factor_every=2)
     model.attention.register_forward_pre_hook(lambda module, args: depth.append(torch._C._len_torch_function_stack()))
     for _ in range(3):
         loss(model(*operands("self", {}))).backward()
