@@ -245,6 +245,18 @@ class KFAC:
         """
         self.load_state_dict(values)
 
+    def local_statistics(self) -> dict[str, Tensor]:
+        """Return the statistics as this rank alone has them, before a `state_dict` adds the ranks' up.
+
+        That changes them by a rounding. A run that is to go on as if it had never been saved, on as many ranks and
+        with the same configuration, loads these on top of its state.
+        """
+        return self._reduction.local()
+
+    def load_local_statistics(self, values: Mapping[str, Tensor]) -> None:
+        """Take this rank's own `local_statistics`, after a state of the same moment."""
+        self._reduction.restore_local(values)
+
     def _parts(self) -> state.Parts:
         return state.Parts(
             plan=self.plan,

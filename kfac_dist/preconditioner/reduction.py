@@ -19,7 +19,7 @@ rank's vote on the step travel together in one small fp32 sum.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -282,6 +282,24 @@ class FactorReduction:
             else:
                 averages.sums(unit).zero_()
         self._dirty.zero_()
+
+    def local(self) -> dict[str, Tensor]:
+        """Return copies of what this rank alone holds, not consolidated."""
+        return {name: values.clone() for name, values in self._local().items()}
+
+    def restore_local(self, values: Mapping[str, Tensor]) -> None:
+        """Take what `local` returned on this rank."""
+        for name, own in self._local().items():
+            own.copy_(values[name])
+
+    def _local(self) -> dict[str, Tensor]:
+        averages = self._averages
+        return {
+            "average": averages.average,
+            "scalars": averages.scalars,
+            "totals": self.totals,
+            "dirty": self._dirty,
+        }
 
     # ---- layout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from kfac_dist.errors import DataError
 from kfac_dist.training.passes import user_line
+from kfac_dist.training.preemption import SIGNALS
 from kfac_dist.training.sampler import Position, Sampler, micro_batches, split
 
 
@@ -97,6 +99,7 @@ class LoadedSource:
             pin_memory=self.device.type == "cuda",
             # Its own generator: the loader's base seed must not advance the run's random state.
             generator=torch.Generator().manual_seed(seed),
+            worker_init_fn=_leave_signals_to_the_rank,
         )
         for item in self._items(loader):
             if not (isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(x, Tensor) for x in item)):
@@ -184,6 +187,15 @@ def evaluation_batches(
     mine = split(samples, world_size)[rank]
     indices = torch.arange(mine.start, mine.stop)
     return source.fetch(indices.split(batch_size) if len(indices) else [], seed=0)
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """Go on when a scheduler signals all processes of a job: the rank needs its samples up to the next boundary.
+
+    A worker ends when its rank says so, or is gone.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _describe(item: object) -> str:

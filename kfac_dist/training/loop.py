@@ -1,7 +1,7 @@
 """The training loop: a step, and what surrounds steps (log, evaluate, save).
 
     batch ─▶ for each micro-batch: forward, backward ─▶ kfac.step ─▶ clip ─▶ optimizer.step ─▶ window
-    at some steps: log (one reduction, one host sync), evaluate, save
+    at some steps: log (one reduction, one host sync), evaluate, save; before each: does a scheduler want us to stop?
 
 A step that doesn't log waits for nothing on the host.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from kfac_dist.training.diagnosis import blame_data
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
 from kfac_dist.training.metrics import MetricsWriter, peak_memory_bytes
 from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused, unused_parameters
+from kfac_dist.training.preemption import Preempted, Preemption, StopSignals
 from kfac_dist.training.run_state import capture_state, restore_state
 from kfac_dist.training.sampler import Position
 from kfac_dist.training.setup import Parts
@@ -51,12 +52,14 @@ class Outputs:
         checkpoints: Where state is saved.
         progress: What the user sees.
         configuration: The resolved configuration, saved with each checkpoint.
+        signals: What this process has been told by its scheduler.
     """
 
     writer: MetricsWriter | None
     checkpoints: Checkpoints
     progress: ProgressDisplay
     configuration: dict[str, Any]
+    signals: StopSignals = field(default_factory=StopSignals)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Trainer:
         self._window = Window(self._device)
         self._window_began = 0.0
         self._window_positions: list[Position] = []
+        self._saved_at = 0
         self._all_used = communicator.size > 1 and not config.engine.find_unused_parameters
         self._trained = [p for p in parts.engine.module.parameters() if p.requires_grad]
 
@@ -111,18 +115,23 @@ class Trainer:
             DivergedError: The loss is not finite.
             CollectiveError: Another rank has failed.
             CheckpointError: A checkpoint can't be written.
+            Preempted: A rank was told to stop; the state is saved.
         """
         self.parts.stream.sampler.check(self.communicator.size, self.position)
         self.parts.engine.module.train()
         steps = self.parts.stream.steps(self.position)
+        preemption = Preemption(self.outputs.signals, self.communicator)
         self.stopwatch.start()
         while self.step < self.parts.total_steps:
+            if preemption.due():
+                self._preempt()
             batch = next(steps)
             self._window_positions.append(self.position)
             self._take_step(batch)
             self.step += 1
             self.position = batch.after
             self._after_step()
+        preemption.finish()
         self.stopwatch.stop()
 
     def evaluate(self, source: Source, samples: int | None = None) -> Evaluation:
@@ -132,10 +141,15 @@ class Trainer:
         samples = len(source) if samples is None else min(samples, len(source))
         return evaluate(self.parts.engine.module, self.parts.loss, source, samples, batch_size, self.communicator)
 
-    def save(self) -> None:
+    def save(self, *, unforeseen: bool = False) -> None:
         """Write a checkpoint; collective.
 
-        It also closes the window of the logged loss, so that a run resumed here logs what this one goes on to log.
+        Saving adds up what ranks measured for themselves, and begins a new window of the logged loss: a resumed run
+        goes on exactly as this one does.
+
+        Args:
+            unforeseen: This run stops here, where no schedule foresaw a checkpoint. What each rank has for itself is
+                saved too, so that the resumed run equals one that was never stopped.
         """
         share_buffers(self.parts.engine.module, self.communicator)
         facts = {
@@ -145,8 +159,17 @@ class Trainer:
             "world_size": self.communicator.size,
             "config": self.outputs.configuration,
         }
+        own = self._own_state() if unforeseen else {}
         state = capture_state(self.parts.engine, self.parts.optimizer, self.parts.kfac, self.communicator.rank)
+        if unforeseen:
+            state["own"] = {f"rank{self.communicator.rank}": own}
+            facts["window"] = {
+                "counts": self._window.counts(),
+                "began": self._window_began,
+                "positions": [[position.epoch, position.offset] for position in self._window_positions],
+            }
         self.outputs.checkpoints.save(self.step, state, facts)
+        self._saved_at = self.step
         self._begin_window()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -155,14 +178,44 @@ class Trainer:
         Raises:
             CheckpointError: It can't be read, or is of another model.
         """
-        parts = self.parts
-        restore_state(
-            self.outputs.checkpoints, checkpoint, parts.engine, parts.optimizer, parts.kfac, self.communicator.rank
+        parts, facts = self.parts, checkpoint.facts
+        own = restore_state(
+            self.outputs.checkpoints,
+            checkpoint,
+            parts.engine,
+            parts.optimizer,
+            parts.kfac,
+            self.communicator.rank,
+            self._own_state() if self._continues_exactly(facts) else {},
         )
-        self.step = checkpoint.step
-        self.position = Position(checkpoint.facts["epoch"], checkpoint.facts["offset"])
-        self.stopwatch = Stopwatch(checkpoint.facts["seconds"])
+        self.step = self._saved_at = checkpoint.step
+        self.position = Position(facts["epoch"], facts["offset"])
+        self.stopwatch = Stopwatch(facts["seconds"])
         self._begin_window()
+        if own:
+            self._restore_own(own, facts["window"])
+
+    def _own_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return what this rank has for itself."""
+        kfac = self.parts.kfac
+        return {"window": self._window.state()} | ({"kfac": kfac.local_statistics()} if kfac is not None else {})
+
+    def _restore_own(self, own: dict[str, dict[str, Tensor]], window: dict[str, Any]) -> None:
+        if self.parts.kfac is not None:
+            self.parts.kfac.load_local_statistics(own["kfac"])
+        self._window.restore(own["window"], window["counts"])
+        self._window_began = window["began"]
+        self._window_positions = [Position(*position) for position in window["positions"]]
+
+    def _continues_exactly(self, facts: dict[str, Any]) -> bool:
+        """Whether a checkpoint holds ranks' own state, and these ranks divide the work as those did."""
+        same = ("kfac", "engine", "data", "train", "loss")
+        config = self.outputs.configuration
+        return (
+            "window" in facts
+            and facts["world_size"] == self.communicator.size
+            and all(facts["config"].get(section) == config[section] for section in same)
+        )
 
     def backpropagate(self, batch: StepBatch) -> TermCounts:
         """Pass the micro-batches of a step through the model, forward and back; collective.
@@ -222,6 +275,13 @@ class Trainer:
             self._paused(self._log_evaluation)
         if (every and self.step % every == 0) or last:
             self._paused(self.save)
+
+    def _preempt(self) -> None:
+        """Save what isn't saved yet, and stop."""
+        self.stopwatch.stop()
+        if self.step > self._saved_at:
+            self.save(unforeseen=True)
+        raise Preempted(self.step)
 
     def _log(self) -> None:
         totals = self._window.close(self.communicator, lambda: self.stopwatch.seconds - self._window_began)

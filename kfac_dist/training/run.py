@@ -4,8 +4,10 @@
       config.yaml      the resolved configuration      metrics.jsonl, tensorboard/   what was logged
       checkpoints/     see `training.checkpoint`       loss.png                      losses per step and second
       result.json      final figures                   compare-<entry>/              the same for each compared run
+      state.json       running, preempted, finished or failed
 
-A fresh run moves the files of an earlier one of its name to `runs/<name>.previous`.
+A fresh run moves the files of an earlier one of its name to `runs/<name>.previous`. SIGTERM or SIGUSR1 on any rank
+makes all of them save a checkpoint and return.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints, read_manifest
 from kfac_dist.training.loop import DivergedError, Outputs, Trainer
 from kfac_dist.training.metrics import MetricsWriter, read_metrics
+from kfac_dist.training.preemption import Preempted, StopSignals
+from kfac_dist.training.run_file import RunFile
 from kfac_dist.training.setup import build_parts
 
 
@@ -41,11 +45,13 @@ class TrainResult:
 
     Attributes:
         directory: Where its files are.
-        runs: The run itself, then those that it was compared with.
+        runs: The run itself, then those that it was compared with; without those that it didn't come to.
+        preempted_at: Step at which it was told to stop, its state saved; None if it is complete.
     """
 
     directory: Path
     runs: tuple[RunSummary, ...]
+    preempted_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Session:
     world: World
     communicator: Communicator
     progress: ProgressDisplay
+    signals: StopSignals
 
     @property
     def leads(self) -> bool:
@@ -78,12 +85,13 @@ def train(config: Config, *, compare: bool = False, quiet: bool = False) -> Trai
         with agreed(session.communicator, what=f"can't prepare {directory}"):
             if session.leads:
                 _prepare(directory, config)
-        runs = [_train_one(config, "kfac" if config.kfac.enabled else str(config.optimizer.name), directory, session)]
-        for name, optimizer in config.compare.items() if compare else ():
-            runs.append(_train_compared(config, name, optimizer, directory, session))
-        with agreed(session.communicator, what=f"can't finish {directory}"):
-            if session.leads:
-                _report(config, runs, directory, session.progress)
+        record = RunFile(directory if session.leads else None, session.communicator.size)
+        runs: list[RunSummary] = []
+        with record.failures():
+            try:
+                _train_all(config, compare, directory, session, record, runs)
+            except Preempted as stop:
+                return _preempted(stop, directory, session, record, runs)
         return TrainResult(directory, tuple(runs))
 
 
@@ -93,13 +101,42 @@ def _session(config: Config, *, quiet: bool) -> Iterator[Session]:
         communicator = build_communicator(config.run.timeout_seconds)
         progress = build_progress(rank=world.rank, quiet=quiet)
         try:
-            yield Session(world, communicator, progress)
+            with StopSignals() as signals:
+                yield Session(world, communicator, progress, signals)
         finally:
             progress.stop()
             communicator.close()
 
 
-def _train_one(config: Config, name: str, directory: Path, session: Session) -> RunSummary:
+def _train_all(
+    config: Config, compare: bool, directory: Path, session: Session, record: RunFile, runs: list[RunSummary]
+) -> None:
+    """Train the run and those that it is compared with, one after the other, into `runs`."""
+    with agreed(session.communicator, what=f"can't write {directory}"):
+        record.running()
+    name = "kfac" if config.kfac.enabled else str(config.optimizer.name)
+    runs.append(_train_one(config, name, directory, session, record))
+    for entry, optimizer in config.compare.items() if compare else ():
+        runs.append(_train_compared(config, entry, optimizer, directory, session, record))
+    with agreed(session.communicator, what=f"can't finish {directory}"):
+        if session.leads:
+            _report(config, runs, directory, session.progress)
+        record.finished()
+
+
+def _preempted(
+    stop: Preempted, directory: Path, session: Session, record: RunFile, runs: list[RunSummary]
+) -> TrainResult:
+    caught = session.communicator.gather_objects(session.signals.caught, label="preemption")
+    rank, name = next((rank, name) for rank, name in enumerate(caught) if name)
+    with agreed(session.communicator, what=f"can't write {directory}"):
+        record.preempted(stop.step, f"{name} on rank {rank}")
+        if session.leads:
+            print(f"{stop} by {name} on rank {rank}; --resume auto continues {directory}", flush=True)
+    return TrainResult(directory, tuple(runs), preempted_at=stop.step)
+
+
+def _train_one(config: Config, name: str, directory: Path, session: Session, record: RunFile) -> RunSummary:
     parts = build_parts(config, session.world, session.communicator)
     try:
         checkpoints = Checkpoints(
@@ -107,11 +144,14 @@ def _train_one(config: Config, name: str, directory: Path, session: Session) -> 
         )
         start = _start(config, checkpoints)
         with _writer(directory, start, session) as writer:
-            outputs = Outputs(writer, checkpoints, session.progress, config.model_dump(mode="json"))
+            values = config.model_dump(mode="json")
+            outputs = Outputs(writer, checkpoints, session.progress, values, session.signals)
             trainer = Trainer(config, parts, session.communicator, outputs)
             if start is not None:
                 trainer.restore(start)
                 session.progress.note(f"{name}: resumed from {start.path}")
+            with agreed(session.communicator, what=f"can't write {directory}"):
+                record.running(parts.total_steps)
             session.progress.start(name, parts.total_steps, trainer.step)
             trainer.train()
         summary = _summarize(name, trainer)
@@ -126,7 +166,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session) -> 
 
 
 def _train_compared(
-    config: Config, name: str, optimizer: OptimizerConfig, directory: Path, session: Session
+    config: Config, name: str, optimizer: OptimizerConfig, directory: Path, session: Session, record: RunFile
 ) -> RunSummary:
     """Train with another optimizer; that it diverges is a result, not an error."""
     # A checkpoint that the user named is the main run's; the compared ones resume from their own, or not at all.
@@ -145,7 +185,7 @@ def _train_compared(
             own.mkdir(exist_ok=True)
             (own / "config.yaml").write_text(dump_yaml(compared))
     try:
-        return _train_one(compared, name, own, session)
+        return _train_one(compared, name, own, session, record)
     except DivergedError as error:
         session.progress.note(f"{name}: {error}")
         records = _losses(own)

@@ -1,6 +1,7 @@
 """What a checkpoint holds of a run, by name: from live objects to nested dictionaries of tensors, and back.
 
     model.<parameter or buffer>        optimizer.<parameter>.<state>        kfac.<block>…        rng.rank<r>.<generator>
+    own.rank<r>.<part>.<tensor>, if the run stopped where no schedule foresaw it
 
 Learning rates, momentum and the like are not saved: they come from the configuration, schedules being pure functions
 of the step.
@@ -40,10 +41,23 @@ def restore_state(
     optimizer: torch.optim.Optimizer,
     kfac: KFAC | None,
     rank: int,
-) -> None:
+    own: dict[str, dict[str, Tensor]],
+) -> dict[str, dict[str, Tensor]]:
     """Put a checkpoint's state into a run; collective.
 
     Ranks that the checkpoint doesn't know (it was written by fewer) keep their freshly seeded random generators.
+
+    Args:
+        checkpoints: Reads it.
+        checkpoint: What to restore.
+        engine: The model.
+        optimizer: Its optimizer.
+        kfac: Its preconditioner, if there is one.
+        rank: This rank.
+        own: What this rank has for itself and takes from the checkpoint, if any.
+
+    Returns:
+        `own` as the checkpoint has it.
 
     Raises:
         CheckpointError: It can't be read, or is of another model.
@@ -53,6 +67,7 @@ def restore_state(
         "model": engine.module.state_dict(),
         "optimizer": _optimizer_template(engine.module, optimizer, held),
         "rng": {f"rank{rank}": capture_random_state()} if f"rng.rank{rank}.torch" in held.state_dict_metadata else {},
+        "own": {f"rank{rank}": _like_saved(own, held, f"own.rank{rank}.")} if own else {},
     }
     if kfac is not None:
         state["kfac"] = kfac.sharded_state_dict()
@@ -64,6 +79,8 @@ def restore_state(
         kfac.load_sharded_state_dict(state["kfac"])
     if state["rng"]:
         restore_random_state(state["rng"][f"rank{rank}"])
+    restored: dict[str, dict[str, Tensor]] = state["own"].get(f"rank{rank}", {})
+    return restored
 
 
 def _optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -92,6 +109,19 @@ def _optimizer_template(
                 assert isinstance(entry, TensorStorageMetadata)
                 template.setdefault(name, {})[key] = _like(parameter, entry)
     return template
+
+
+def _like_saved(own: dict[str, dict[str, Tensor]], held: Metadata, prefix: str) -> dict[str, dict[str, Tensor]]:
+    """Return tensors like `own`, sized as in the checkpoint: a window grows with its steps."""
+
+    def sized(name: str, value: Tensor) -> Tensor:
+        entry = held.state_dict_metadata.get(name)
+        return torch.zeros_like(value) if not isinstance(entry, TensorStorageMetadata) else value.new_zeros(entry.size)
+
+    return {
+        part: {name: sized(f"{prefix}{part}.{name}", value) for name, value in tensors.items()}
+        for part, tensors in own.items()
+    }
 
 
 def _like(parameter: nn.Parameter, entry: TensorStorageMetadata) -> Tensor:

@@ -83,6 +83,19 @@ class Window:
         self._terms_on_device.zero_()
         self._terms = self._samples = self._steps = 0
 
+    def state(self) -> dict[str, Tensor]:
+        """Return this rank's part of an open window, for a checkpoint; its length doubles as the window's shape."""
+        return {"losses": self._losses.clone(), "terms": self._terms_on_device.clone()}
+
+    def counts(self) -> dict[str, int]:
+        """Return what every rank counts alike in an open window, as plain values."""
+        return {"steps": self._steps, "terms": self._terms, "samples": self._samples}
+
+    def restore(self, state: dict[str, Tensor], counts: dict[str, int]) -> None:
+        """Go on with the window that `state` and `counts` describe."""
+        self._losses, self._terms_on_device = (state[name].to(self._losses.device) for name in ("losses", "terms"))
+        self._steps, self._terms, self._samples = (counts[name] for name in ("steps", "terms", "samples"))
+
     def _first_bad(self, communicator: Communicator) -> int | None:
         finite = torch.isfinite(self._losses).tolist()
         own = finite.index(False) if False in finite else None

@@ -39,6 +39,7 @@ def test_a_run_leaves_its_files_and_a_comparison(tmp_path: Path, capsys: pytest.
         "loss.png",
         "metrics.jsonl",
         "result.json",
+        "state.json",
         "tensorboard",
     ]
     assert Config.model_validate(yaml.safe_load((directory / "config.yaml").read_text())) == _compared(tmp_path)

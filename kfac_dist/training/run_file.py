@@ -1,0 +1,140 @@
+"""`state.json` in a run's directory: what the run is doing or how it ended, for those who look from outside.
+
+Written by rank 0 alone. A process that is killed leaves "running" behind, with the host, process and SLURM job by which
+one can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from kfac_dist.errors import KFACError
+
+STATE_FILE = "state.json"
+
+
+class State(StrEnum):
+    """What a run is doing, or how it ended."""
+
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `state.json` holds.
+
+    Attributes:
+        state: What the run is doing.
+        reason: Why it stopped before its end; empty otherwise.
+        step: Steps done when it stopped; None while it runs.
+        total_steps: Length of the run; None before that is known.
+        ranks: Number of ranks.
+        host: Where rank 0 runs.
+        pid: Rank 0's process.
+        job: SLURM's number of the job; None outside of SLURM.
+        restarts: How often SLURM has requeued the job.
+        changed: When this was written, in seconds since 1970.
+    """
+
+    state: State
+    reason: str
+    step: int | None
+    total_steps: int | None
+    ranks: int
+    host: str
+    pid: int
+    job: str | None
+    restarts: int
+    changed: float
+
+
+class RunFile:
+    """Keeps `state.json` up to date.
+
+    Args:
+        directory: The run's directory, which exists; None on ranks other than 0, which write nothing.
+        ranks: Number of ranks.
+    """
+
+    def __init__(self, directory: Path | None, ranks: int) -> None:
+        self._path = None if directory is None else directory / STATE_FILE
+        self._record = RunRecord(
+            State.RUNNING,
+            reason="",
+            step=None,
+            total_steps=None,
+            ranks=ranks,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            job=os.environ.get("SLURM_JOB_ID"),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            changed=time.time(),
+        )
+
+    def running(self, total_steps: int | None = None) -> None:
+        """Write that the run is under way."""
+        self._write(State.RUNNING, total_steps=total_steps)
+
+    def finished(self) -> None:
+        """Write that the run is complete."""
+        self._write(State.FINISHED, step=self._record.total_steps)
+
+    def preempted(self, step: int, reason: str) -> None:
+        """Write that the run stopped because it was told to, with its state saved."""
+        self._write(State.PREEMPTED, step=step, reason=reason)
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Write down what ends the block before its end."""
+        try:
+            yield
+        except BaseException as error:
+            reason = str(error) if isinstance(error, KFACError) else f"{type(error).__name__}: {error}"
+            # A full disk may be what the run failed of: that error is the one to see.
+            with suppress(OSError):
+                self._write(State.FAILED, reason=reason)
+            raise
+
+    def _write(
+        self, state: State, *, reason: str = "", step: int | None = None, total_steps: int | None = None
+    ) -> None:
+        self._record = replace(
+            self._record,
+            state=state,
+            reason=reason,
+            step=step,
+            total_steps=total_steps or self._record.total_steps,
+            changed=time.time(),
+        )
+        if self._path is None:
+            return
+        written = self._path.with_suffix(".json.writing")
+        written.write_text(json.dumps(asdict(self._record), indent=1) + "\n")
+        written.replace(self._path)
+
+
+def read_record(directory: Path) -> RunRecord | None:
+    """Return what a run's `state.json` says; None if it has none.
+
+    Raises:
+        KFACError: It can't be read.
+    """
+    path = directory / STATE_FILE
+    try:
+        values = json.loads(path.read_text())
+        return RunRecord(**{**values, "state": State(values["state"])})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KFACError(f"{path}: can't be read: {error}") from error
