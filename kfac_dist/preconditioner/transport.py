@@ -188,7 +188,7 @@ class ShardedTransport(Transport):
         device: torch.device,
     ) -> None:
         self._engine = engine
-        layout = engine.layout([name for block in blocks for name in block.parameters])
+        layout = engine.layout(dict.fromkeys(name for block in blocks for name in block.parameters))
         by_name = {block.name: block for block in blocks}
         # Gradients in bf16 are rounded to it anyway when the results come back; half precision would overflow.
         wire = torch.bfloat16 if engine.gradient_dtype is torch.bfloat16 else torch.float32
