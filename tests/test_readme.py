@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from kfac_dist.config.schema import KFACConfig
@@ -54,6 +56,19 @@ def test_staged_adoption_selects_layers() -> None:
 
     assert config.curvature.include == from_yaml.curvature.include
     assert config.curvature.exclude == from_yaml.curvature.exclude
+
+
+def test_a_model_of_ones_own_gives_logits() -> None:
+    from tests.preconditioner import transformer_models
+
+    assert transformer_models.CASES  # imported first: it looks after a torchvision that doesn't fit
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'kfac_dist[hf]'")
+    names: dict[str, Any] = {}
+    exec(the_block("python", "LlamaForCausalLM"), names)
+
+    model = names["llama"](layers=1, width=16, heads=2, context=8)
+
+    assert model(torch.zeros(2, 8, dtype=torch.long)).shape == (2, 8, 256)
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"configs/[a-z0-9_]+\.yaml", README)) - {"configs/mine.yaml"}))

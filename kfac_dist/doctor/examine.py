@@ -92,10 +92,11 @@ def _examine(case: _Case, planned: int) -> Report:
     coverage = find_blocks(model, case.config.kfac.curvature)
     trained = any(parameter.requires_grad for parameter in model.parameters())
     plan = _plan(case, coverage, planned) if trained else None
-    rows = parameter_rows(model, coverage, plan)
+    uncovered = case.config.kfac.curvature.uncovered
+    rows = parameter_rows(model, coverage, plan, uncovered)
     report = replace(report, parameters=rows)
     if plan is not None:
-        case.findings.append(coverage_finding(rows))
+        case.findings.append(coverage_finding(rows, uncovered))
         report = replace(report, plan_hash=plan_digest(plan.rows()), load=tuple(plan.assignment.load()))
         if case.healthy and trial is not None:
             report = replace(report, curvature=_measure(case, model, loss, train, test))

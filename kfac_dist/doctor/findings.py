@@ -47,11 +47,11 @@ class ParameterRow:
         shape: Its shape.
         dtype: Its type.
         block: Name of its block; None if it has none.
-        kind: The block's kind.
+        kind: The block's kind; `Diagonal` where `kfac.curvature.uncovered: diagonal` stands in for one.
         factors: Sizes of the block's factors, such as `A 65  G 100`; on the block's first parameter only, as are
             `factor_bytes`, `inversion_cost` and `owners`.
         reason: Why no block covers it, and so what happens to it.
-        factor_bytes: Bytes of the block's factors.
+        factor_bytes: Bytes of the block's factors, or of the diagonal.
         inversion_cost: Σ n³ over what is inverted.
         owners: The ranks that invert.
     """

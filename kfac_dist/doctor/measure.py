@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import DType, Fisher, KFACConfig, Sharing, UpdateConfig
+from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.engines import Engine
 from kfac_dist.preconditioner.kfac import KFAC
 
@@ -49,3 +50,16 @@ def factors(kfac: KFAC) -> dict[str, Mapping[str, Tensor]]:
         name: {"sum": entry["sum"] * shares, "scalars": entry["scalars"] * shares}
         for name, entry in state["units"].items()
     }
+
+
+def found_shared(kfac: KFAC) -> dict[str, Samples]:
+    """Return the blocks whose outputs all samples share, as the first measured pass of several samples found them.
+
+    They have no statistics from that pass: from the next one on they are measured, unless they are
+    `Samples.SHARED`. Collective.
+    """
+    units = kfac.state_dict()["units"]
+    known = {
+        block.name: int(units[unit.name]["samples"]) for block in kfac.plan.blocks.values() for unit in block.units
+    }
+    return {name: Samples(number) for name, number in known.items() if number not in (0, Samples.OWN)}

@@ -6,19 +6,27 @@ from itertools import groupby
 
 from torch import nn
 
+from kfac_dist.config.schema import Uncovered
 from kfac_dist.curvature.blocks import Coverage
+from kfac_dist.curvature.blocks.coverage import FROZEN
 from kfac_dist.curvature.factors import FactorKind, Unit
 from kfac_dist.doctor.findings import Finding, ParameterRow, Severity
 from kfac_dist.preconditioner.plan import BlockPlan, Plan
 
+# Its diagonal Fisher is kept in fp32.
+FLOAT_BYTES = 4
 
-def parameter_rows(model: nn.Module, coverage: Coverage, plan: Plan | None) -> tuple[ParameterRow, ...]:
+
+def parameter_rows(
+    model: nn.Module, coverage: Coverage, plan: Plan | None, uncovered: Uncovered
+) -> tuple[ParameterRow, ...]:
     """Return the rows in the model's order.
 
     Args:
         model: The bare model.
         coverage: Its blocks.
         plan: Who owns them; None if there are none.
+        uncovered: What parameters without a block get.
     """
     owners = {name: block for block in coverage.blocks for name in block.parameters}
     shown: set[str] = set()
@@ -28,25 +36,45 @@ def parameter_rows(model: nn.Module, coverage: Coverage, plan: Plan | None) -> t
         block = owners.get(name)
         if block is None or plan is None:
             reason = coverage.uncovered.get(name, "no block covers it")
-            rows.append(_replace(row, reason=reason))
+            # Without a plan there is no K-FAC, and nothing happens to anything.
+            said = {} if reason == FROZEN or plan is None else _without_block(reason, uncovered, parameter)
+            rows.append(_replace(row, **{"reason": reason, **said}))
             continue
         kind = type(block).__name__.removesuffix("Block")
         rows.append(_replace(row, block=block.name, kind=kind, **_costs(plan.blocks[block.name], shown)))
     return tuple(rows)
 
 
-def coverage_finding(rows: tuple[ParameterRow, ...]) -> Finding:
-    """Say how much of the model is preconditioned."""
+def coverage_finding(rows: tuple[ParameterRow, ...], uncovered: Uncovered) -> Finding:
+    """Say how much of the model is preconditioned, and what the rest gets."""
     sizes = {row.name: _numel(row) for row in rows}
     covered = sum(sizes[row.name] for row in rows if row.block is not None)
-    trained = sum(sizes[row.name] for row in rows if row.reason != "frozen")
+    trained = sum(sizes[row.name] for row in rows if row.reason != FROZEN)
     blocks = len({row.block for row in rows if row.block is not None})
     share = covered / max(trained, 1)
     percent = "all" if covered == trained else f"{100 * share:.3g} %"
     text = f"{blocks} blocks precondition {percent} of {trained:,} trained values"
+    if covered == trained:
+        return Finding("coverage", Severity.FINE, text)
+    if uncovered is Uncovered.DIAGONAL:
+        text += "; the others are divided by a diagonal Fisher (kfac.curvature.uncovered: diagonal)"
+        return Finding("coverage", Severity.FINE, text)
+    text += "; the others keep their plain gradient, see their rows"
     if share >= 0.5:
         return Finding("coverage", Severity.FINE, text)
-    return Finding("coverage", Severity.WARNING, f"{text}; the others keep their plain gradient, see their rows")
+    return Finding(
+        "coverage", Severity.WARNING, f"{text}, or have a diagonal Fisher (kfac.curvature.uncovered: diagonal)"
+    )
+
+
+def _without_block(reason: str, uncovered: Uncovered, parameter: nn.Parameter) -> dict[str, object]:
+    if uncovered is Uncovered.PLAIN:
+        return {"reason": f"{reason}; plain gradient"}
+    return {
+        "kind": "Diagonal",
+        "reason": f"{reason}; uncovered: diagonal",
+        "factor_bytes": FLOAT_BYTES * parameter.numel(),
+    }
 
 
 def _replace(row: ParameterRow, **values: object) -> ParameterRow:

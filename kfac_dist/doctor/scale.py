@@ -8,17 +8,18 @@ factor a trace; G's is quadratic in ĝ. Equal traces mean the right scale; a rat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from kfac_dist.config.schema import Config, Fisher
+from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.curvature.factors import Side
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
-from kfac_dist.doctor.measure import factors, measuring
+from kfac_dist.doctor.measure import factors, found_shared, measuring
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.loss_scale import Terms, explain_scale
 from kfac_dist.reporting.progress import SilentProgress
@@ -46,11 +47,15 @@ def examine_scale(config: Config, parts: Parts, communicator: Communicator) -> l
     batch = _batch(config, parts, communicator)
     with measuring(parts.engine, config.kfac, Fisher.EMPIRICAL) as kfac:
         whole = _measure_batch(config, parts, communicator, kfac, batch)
+        shared = found_shared(kfac)
+        if any(samples is not Samples.SHARED for samples in shared.values()):
+            whole = _measure_batch(config, parts, communicator, kfac, batch)
     with measuring(parts.engine.module, config.kfac, Fisher.EMPIRICAL) as kfac:
         single = _measure_samples(parts, kfac, batch)
     samples = batch.samples
     ratios = {name: _ratio(entry["scalars"], single[name]["scalars"]) for name, entry in whole.items()}
-    findings = [*_idle_blocks(whole), *_constant_inputs(kfac, whole, samples)]
+    shared_blocks = [name for name, kind in shared.items() if kind is Samples.SHARED]
+    findings = [*_idle_blocks(whole, shared_blocks), *_constant_inputs(kfac, whole, samples)]
     positions = max(targets_of(batch) // max(sum(len(micro.inputs) for micro in batch.micro_batches), 1), 1)
     terms = Terms(samples, positions, communicator.size, config.loss.name.loss_terms, scaled=True)
     return [*findings, *_judge(ratios, terms)]
@@ -138,13 +143,20 @@ def _off(ratio: float | None) -> bool:
     return ratio is not None and abs(math.sqrt(ratio) - 1) > TOLERANCE
 
 
-def _idle_blocks(units: Units) -> list[Finding]:
-    """Find blocks that no gradient reaches."""
+def _idle_blocks(units: Units, shared: Collection[str]) -> list[Finding]:
+    """Find blocks that no gradient reaches, or none of a single sample."""
     idle = [name for name, entry in units.items() if _side(name) is not Side.A and not float(entry["scalars"][1]) > 0]
-    if not idle:
-        return []
-    text = f"{_blocks(idle)}: the loss of these samples doesn't depend on it, so that only damping acts there"
-    return [Finding("gradients", Severity.WARNING, text)]
+    findings = []
+    if unmeasured := [name for name in idle if _block(name) in shared]:
+        text = (
+            f"{_blocks(unmeasured)}: all samples share its output, so that none has a gradient of its own there: it "
+            "keeps its plain gradient. Expand its input over the batch to have it preconditioned"
+        )
+        findings.append(Finding("gradients", Severity.WARNING, text))
+    if idle := [name for name in idle if _block(name) not in shared]:
+        text = f"{_blocks(idle)}: the loss of these samples doesn't depend on it, so that only damping acts there"
+        findings.append(Finding("gradients", Severity.WARNING, text))
+    return findings
 
 
 def _constant_inputs(kfac: KFAC, units: Units, samples: int) -> list[Finding]:
@@ -170,6 +182,10 @@ def _side(unit: str) -> Side:
     return Side(unit.rsplit("/", 2)[1])
 
 
+def _block(unit: str) -> str:
+    return unit.rsplit("/", 2)[0]
+
+
 def _blocks(units: list[str]) -> str:
-    names = list(dict.fromkeys(unit.rsplit("/", 2)[0] for unit in units))
+    names = list(dict.fromkeys(map(_block, units)))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

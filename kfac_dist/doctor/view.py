@@ -44,7 +44,8 @@ def parameter_table(rows: tuple[ParameterRow, ...], *, narrow: bool = False) -> 
     for row in rows:
         name, shape = _name(row.name, narrow), "×".join(map(str, row.shape)) or "scalar"
         if row.block is None:
-            table.add_row(name, shape, "–", Text(row.reason, style="yellow"))
+            size = _bytes(row.factor_bytes) if row.factor_bytes else ""
+            table.add_row(name, shape, row.kind or "–", Text(row.reason, style="yellow"), size)
             continue
         if not row.factors:
             table.add_row(name, shape, row.kind, Text("same block", style="dim"))

@@ -1,0 +1,133 @@
+"""The doctor names every parameter of whole models: each has a block, or a reason and what it gets instead."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from kfac_dist.config.schema import Config, Uncovered
+from kfac_dist.doctor import Report, Severity, examine
+from kfac_dist.tasks import build_model
+from tests.preconditioner import transformer_models
+from tests.training.runs import small_config
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'kfac_dist[hf]'")
+
+TRANSFORMERS, OWN = f"{transformer_models.__name__}:", "tests.preconditioner.test_models:"
+DATA = "tests.doctor.whole_models:"
+TOKENS, IMAGES = {"length": 5, "vocabulary": 11, "classes": 11}, {"size": 6, "classes": 5}
+
+# Model → data and its arguments; options of kfac.curvature.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    TRANSFORMERS + "gpt2": ("tokens", TOKENS),
+    TRANSFORMERS + "bert": ("tokens", {**TOKENS, "classes": 5, "labels": "sample"}),
+    TRANSFORMERS + "vit": ("images", {**IMAGES, "size": 8}),
+    TRANSFORMERS + "t5": ("tokens", TOKENS),
+    TRANSFORMERS + "llama": ("tokens", TOKENS),
+    OWN + "UNet": ("images", {**IMAGES, "labels": "token"}),
+    OWN + "ConvNeXt": ("images", IMAGES),
+    OWN + "Recurrent": ("tokens", {"length": 4, "vocabulary": 7, "classes": 5}),
+}
+# What has no block, and why; everything else has one.
+UNCOVERED = {
+    TRANSFORMERS + "vit": {
+        f"model.vit.embeddings.{key}": "ViTEmbeddings has no block; plain gradient"
+        for key in ("cls_token", "position_embeddings")
+    },
+    OWN + "ConvNeXt": {"scale": "ConvNeXt has no block; plain gradient"},
+    OWN + "Recurrent": {
+        f"lstm.{kind}_{side}_l0": "LSTM has no block; plain gradient"
+        for kind in ("weight", "bias")
+        for side in ("ih", "hh")
+    },
+}
+
+
+def config(model: str) -> Config:
+    data, arguments = MODELS[model]
+    term = arguments.get("labels", "token" if data == "tokens" else "sample")
+    return small_config(
+        "/nowhere",
+        kfac=True,
+        model={"name": model, "args": {}},
+        data={"name": DATA + data, "args": arguments},
+        loss={"name": "token_cross_entropy" if term == "token" else "cross_entropy"},
+        train={"batch_size": 9},
+    )
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Report]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # T5's relative positions can't be measured, and say so
+        return {model: examine(config(model)) for model in MODELS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_has_a_row(model: str, reports: dict[str, Report]) -> None:
+    report = reports[model]
+    parameters = dict(build_model(config(model).model).named_parameters())
+    assert [(row.name, row.shape) for row in report.parameters] == [(k, tuple(p.shape)) for k, p in parameters.items()]
+    assert {row.name: row.reason for row in report.parameters if row.block is None} == UNCOVERED.get(model, {})
+    first = {row.block: row for row in reversed(report.parameters) if row.block is not None}
+    for row in first.values():
+        assert row.kind
+        assert row.factors
+        assert row.factor_bytes > 0
+        assert row.inversion_cost > 0
+        assert row.owners == (0,)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_is_ready(model: str, reports: dict[str, Report]) -> None:
+    report = reports[model]
+    assert report.ready, report.findings
+    exact = [row.error for row in report.curvature if row.exact]
+    assert exact or model.endswith(":UNet")  # whose layers all share their weights among positions
+    assert all(error is not None and error < 1e-4 for error in exact)
+    assert all(row.error is not None for row in report.curvature) or model.endswith(":t5")
+    assert [f.check for f in report.findings if f.severity is Severity.WARNING] == {
+        TRANSFORMERS + "t5": ["gradients"],
+        OWN + "Recurrent": ["coverage"],
+    }.get(model, [])
+
+
+def test_what_all_samples_share_is_told_from_what_the_loss_ignores(reports: dict[str, Report]) -> None:
+    """GPT-2's positions are measured from the second pass on; T5's relative ones never."""
+    positions = [row for row in reports[TRANSFORMERS + "gpt2"].curvature if row.block == "model.transformer.wpe"]
+    assert {row.samples for row in positions} > {1}
+    [found] = [finding for finding in reports[TRANSFORMERS + "t5"].findings if finding.check == "gradients"]
+    for stack in ("encoder", "decoder"):
+        assert f"model.{stack}.block.0.layer.0.SelfAttention.relative_attention_bias" in found.text
+    assert "all samples share its output" in found.text
+
+
+@pytest.mark.parametrize(("model", "block"), [("gpt2", "model.transformer.wte"), ("t5", "model.shared")])
+def test_a_tied_weight_is_divided_by_the_trace(model: str, block: str, reports: dict[str, Report]) -> None:
+    """L ⊗ R / tr F has the trace of the exact block, so that it can't be far from it in norm."""
+    rows = [row for row in reports[TRANSFORMERS + model].curvature if row.block == block]
+    assert rows
+    for row in rows:
+        assert not row.exact
+        assert "tr F" in row.expected
+        assert row.error is not None
+        assert row.error < 1
+
+
+def test_a_diagonal_fisher_is_named_where_it_stands_in() -> None:
+    plain = config(OWN + "Recurrent")
+    curvature = plain.kfac.curvature.model_copy(update={"uncovered": Uncovered.DIAGONAL})
+    report = examine(plain.model_copy(update={"kfac": plain.kfac.model_copy(update={"curvature": curvature})}))
+    rows = {row.name: row for row in report.parameters if row.block is None}
+    assert set(rows) == set(UNCOVERED[OWN + "Recurrent"])
+    for row in rows.values():
+        assert row.reason == "LSTM has no block; uncovered: diagonal"
+        assert row.kind == "Diagonal"
+        assert row.factor_bytes == 4 * torch.Size(row.shape).numel()
+    [coverage] = [finding for finding in report.findings if finding.check == "coverage"]
+    assert coverage.severity is Severity.FINE
+    assert "divided by a diagonal Fisher" in coverage.text
+    assert report.verdict == "ready"
