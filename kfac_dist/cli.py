@@ -1,4 +1,4 @@
-"""The command line: `kfac-dist train|plan|doctor|version`. Each command reads its arguments and hands over.
+"""The command line: `kfac-dist train|launch|plan|doctor|version`. Each command reads its arguments and hands over.
 
 Every rank of a launcher runs this file by itself. A mistake of the user's ends it with code 2 and one line a mistake,
 without a traceback; what the doctor found wrong with code 1; Ctrl-C with code 130; a bug keeps its traceback. What
@@ -23,7 +23,9 @@ import typer
 from kfac_dist.config.document import override
 from kfac_dist.config.load import load_config, resolve
 from kfac_dist.config.schema import Config, Target
+from kfac_dist.distributed.place import Place, find_place
 from kfac_dist.errors import ConfigError, KFACError
+from kfac_dist.launching import LauncherName, launch_command, overrides_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +70,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the result only.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Check the configuration, and train nothing.")] = False,
 ) -> None:
-    """Train a model. Start it under torchrun (see `make train`) to train on several ranks."""
+    """Train a model. Start it under torchrun, srun or mpirun (see `launch`) to train on several ranks."""
     with _exit_codes():
         resolved = _load(config, overrides, {"checkpoint.resume": resume, "run.name": name})
         if check:
@@ -79,6 +81,25 @@ def train(
         from kfac_dist.training.run import train as run
 
         run(resolved, compare=compare, quiet=quiet)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def launch(
+    context: typer.Context,
+    config: ConfigFile,
+    launcher: Annotated[LauncherName, typer.Option("--with", help="What starts the ranks.", show_default=False)],
+) -> None:
+    """Train on ranks that torchrun, SLURM, mpirun or DeepSpeed starts.
+
+    Runs the scripts of launch/, whose own options (launch/*.sh --help) and KEY=VALUE overrides follow CONFIG: --with
+    torchrun CONFIG --nproc-per-node 2 train.steps=100 --dry-run. With slurm they are those of `kfac-dist submit`.
+    """
+    with _exit_codes():
+        if str(config).startswith("-"):
+            raise ConfigError(f"found {str(config)!r}, expected a configuration: options follow it")
+        # A mistake is told before the launcher starts, which would wrap it in its own report.
+        _load(config, overrides_in(context.args), {})
+        launch_command(launcher, config, context.args).replace_this_process()
 
 
 @app.command()
@@ -121,7 +142,7 @@ def doctor(
         from kfac_dist.doctor.view import print_report
 
         report = examine(resolved, world_size)
-        if os.environ.get("RANK", "0") == "0":
+        if _leads():
             if as_json:
                 print(report.to_json())
             else:
@@ -186,10 +207,11 @@ def _exit_codes() -> Iterator[None]:
 
 def _report(error: KFACError) -> None:
     """Print an error: once a host where its ranks must have the same one, else on each rank with its number."""
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    place = _place()
+    distributed = place is not None and place.world_size > 1
     same_everywhere = isinstance(error, ConfigError)
-    if not (distributed and same_everywhere and os.environ.get("LOCAL_RANK", "0") != "0"):
-        label = f"error [rank {os.environ['RANK']}]" if distributed and not same_everywhere else "error"
+    if place is None or not (distributed and same_everywhere and place.local_rank != 0):
+        label = f"error [rank {place.rank}]" if place and distributed and not same_everywhere else "error"
         # One write, so that ranks that share a terminal don't cut each other's lines.
         sys.stderr.write("".join(f"{label}: {line}\n" for line in str(error).splitlines()))
         sys.stderr.flush()
@@ -198,3 +220,16 @@ def _report(error: KFACError) -> None:
         # Ignored rather than handled, because Python drops its handlers before a process is really over.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(GRACE_SECONDS)
+
+
+def _leads() -> bool:
+    place = _place()
+    return place is None or place.rank == 0
+
+
+def _place() -> Place | None:
+    """This process's place among the ranks; None where the launcher contradicts itself, which is then the error."""
+    try:
+        return find_place(os.environ)
+    except ConfigError:
+        return None

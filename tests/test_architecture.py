@@ -43,7 +43,18 @@ MAY_IMPORT = {
         "training",
         "__init__",
     },
-    "cli": {"config", "curvature", "doctor", "errors", "preconditioner", "tasks", "training"},
+    "launching": {"errors"},
+    "cli": {
+        "config",
+        "curvature",
+        "distributed",
+        "doctor",
+        "errors",
+        "launching",
+        "preconditioner",
+        "tasks",
+        "training",
+    },
     "__main__": {"cli"},
     "__init__": {"config", "errors", "preconditioner"},
 }
@@ -51,6 +62,7 @@ MAY_IMPORT = {
 # Prefix of a path → prefixes of modules that nothing there imports, and why.
 NEVER = [
     ("kfac_dist/curvature/", "torch.distributed", "curvature knows no ranks"),
+    ("kfac_dist/distributed/place.py", "torch", "a command line finds its place in milliseconds"),
     ("kfac_dist/config/", "torch", "a configuration is checked in milliseconds"),
     ("kfac_dist/errors.py", "torch", "errors are plain"),
     ("kfac_dist/preconditioner/", "kfac_dist.engines.ddp", "K-FAC sees engines through their base class"),

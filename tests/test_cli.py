@@ -92,13 +92,21 @@ def test_options_win_over_overrides(run_file: str, recorder: Recorder) -> None:
     assert recorder.config.run.name == "b"
 
 
+def torchrun(rank: int, local_rank: int) -> dict[str, str]:
+    places = {"RANK": rank, "WORLD_SIZE": 6, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29500}
+    return {"MASTER_ADDR": "localhost"} | {name: str(value) for name, value in places.items()}
+
+
 @pytest.mark.parametrize(
     ("error", "environment", "code", "output"),
     [
         (ConfigError("key: wrong\nother: wrong"), {}, 2, "error: key: wrong\nerror: other: wrong\n"),
-        (ConfigError("key: wrong"), {"WORLD_SIZE": "2", "RANK": "4", "LOCAL_RANK": "0"}, 2, "error: key: wrong\n"),
-        (ConfigError("key: wrong"), {"WORLD_SIZE": "2", "RANK": "5", "LOCAL_RANK": "1"}, 2, ""),
-        (CollectiveError("lost"), {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, 2, "error [rank 1]: lost\n"),
+        (ConfigError("key: wrong"), torchrun(rank=4, local_rank=0), 2, "error: key: wrong\n"),
+        (ConfigError("key: wrong"), torchrun(rank=5, local_rank=1), 2, ""),
+        (ConfigError("key: wrong"), {"PMI_RANK": "5", "PMI_SIZE": "6", "MPI_LOCALRANKID": "1"}, 2, ""),
+        (ConfigError("RANK: wrong"), {"RANK": "1"}, 2, "error: RANK: wrong\n"),
+        (CollectiveError("lost"), torchrun(rank=1, local_rank=1), 2, "error [rank 1]: lost\n"),
+        (CollectiveError("lost"), {"PMI_RANK": "1", "PMI_SIZE": "2"}, 2, "error [rank 1]: lost\n"),
         (CollectiveError("lost"), {}, 2, "error: lost\n"),
         (KeyboardInterrupt(), {}, 130, ""),
     ],

