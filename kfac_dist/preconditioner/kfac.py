@@ -16,8 +16,7 @@ collect, precondition, clip and deliver the gradients.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,29 +24,15 @@ from torch import Tensor, nn
 
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schedules import value_at
-from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, ReduceEvery, Reduction, Uncovered
-from kfac_dist.curvature.blocks import Block, find_blocks
-from kfac_dist.curvature.factors import FactorKind, Side, Unit
-from kfac_dist.curvature.precondition import Group, build_groups
-from kfac_dist.curvature.solvers import Task, solve
-from kfac_dist.curvature.statistics import RunningAverages
+from kfac_dist.config.schema import KFACConfig
+from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.distributed.agreement import agree_on_plan
-from kfac_dist.distributed.communicator import Communicator
-from kfac_dist.distributed.cost import measure_costs
 from kfac_dist.engines import Engine, as_engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner import state
-from kfac_dist.preconditioner.diagonal import DiagonalFisher
+from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
 from kfac_dist.preconditioner.measurement import Description, Measurement
-from kfac_dist.preconditioner.plan import Plan, block_units, build_plan, exchange_buckets
-from kfac_dist.preconditioner.reduction import FactorReduction
-from kfac_dist.preconditioner.refresh import Refresh
 from kfac_dist.preconditioner.schedule import Cadence
-from kfac_dist.preconditioner.transport import ReplicatedTransport, ShardedTransport, Transport
-
-_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
-# Parameters whose reason is shown when none has a block.
-_REASONS = 5
 
 
 class KFAC:
@@ -101,9 +86,9 @@ class KFAC:
         self.communicator = self._engine.communicator(distribution.timeout_seconds, distribution.backend)
         # Compared before anything can fail on one rank alone: with other layers, or with none.
         agree_on_plan(self.communicator, [(block.name, block.describe()) for block in self._blocks])
-        self._device = _device_of(self._blocks, self.coverage.uncovered)
-        self.plan = self._make_plan()
-        self._assemble()
+        self._device = device_of(self.coverage)
+        self.plan = make_plan(self._engine, self._blocks, self.config, self.communicator, self._device)
+        self._build()
         self._overdue: set[int] = set()
         self._refreshed: set[int] = set()
         self._kl_scale = torch.ones((), device=self._device)
@@ -356,6 +341,21 @@ class KFAC:
 
     # ---- construction
 
+    def _build(self) -> None:
+        parts = assemble(self._engine, self.coverage, self.config, self.communicator, self.plan, self._device)
+        self._averages, self._reduction = parts.averages, parts.reduction
+        self._groups, self._row, self._rest = parts.groups, parts.row, parts.rest
+        self._refresh, self._transport = parts.refresh, parts.transport
+        self._measurement = Measurement(
+            self._engine,
+            self._blocks,
+            self._averages,
+            self._reduction,
+            self.config.curvature,
+            communicator=self.communicator,
+            scaler=self._scaler,
+        )
+
     def _check_lr(self) -> None:
         update = self.config.update
         if update.kl_clip is not None and update.kl_clip_lr == "current" and self._optimizer is None:
@@ -364,117 +364,6 @@ class KFAC:
                 "kfac.update.kl_clip_lr to a number, or switch it off with kfac.update.kl_clip: null"
             )
 
-    def _make_plan(self) -> Plan:
-        costs = self._measured_costs() if self.config.distribution.cost_model is CostModel.MEASURED else None
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        together = f"{local} ranks a node" if self.config.distribution.placement is Placement.NODE else ""
-        agree_on_plan(self.communicator, [("configuration", f"{self.config!r} {together}")])
-        plan = build_plan(
-            self._blocks,
-            self.config,
-            world_size=self.communicator.size,
-            local_world_size=local,
-            shard_size=self._engine.shard_size(self.communicator.size),
-            unit_cost=None if costs is None else (lambda unit: costs[unit.dim] * unit.batch),
-        )
-        agree_on_plan(self.communicator, plan.rows())
-        return plan
-
-    def _measured_costs(self) -> dict[int, float]:
-        units = [unit for block in self._blocks for unit in block_units(block, self.config)]
-        return measure_costs(self.communicator, {unit.dim for unit in units}, self._trial_solve)
-
-    def _trial_solve(self, dim: int) -> None:
-        unit = Unit("trial", Side.A, 0, 0, dim, 1, FactorKind.DENSE)
-        factor = torch.eye(dim, device=self._device)[None]
-        solve([Task(unit, factor, 1.0, None)], self.config.inversion.solver)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def _assemble(self) -> None:
-        """Build what the plan asks of this rank."""
-        distribution, curvature, inversion = self.config.distribution, self.config.curvature, self.config.inversion
-        comm, plan = self.communicator, self.plan
-        scatter = distribution.reduction is Reduction.REDUCE_SCATTER
-        lean = scatter and distribution.reduce_every is ReduceEvery.STEP and comm.size > 1
-        self._averages = RunningAverages(
-            plan.units,
-            plan.owned(comm.rank) if lean else plan.units,
-            decay=curvature.decay,
-            device=self._device,
-            dtype=_DTYPES[curvature.factor_dtype],
-            transient_window=lean,
-        )
-        self._reduction = FactorReduction(self._averages, plan, comm, distribution)
-        self._row = _split(comm, plan.grid.rows())
-        columns = exchange_buckets(plan, distribution.buckets if self._engine.sharded else 1)
-        buckets = [self._groups_of(names) for names in columns[plan.grid.column_of(comm.rank)]]
-        self._groups = [group for groups in buckets for group in groups]
-        trained = self._engine.parameters() if curvature.uncovered is Uncovered.DIAGONAL else ()
-        self._rest = DiagonalFisher(
-            self._engine,
-            [name for name in self.coverage.uncovered if name in trained],
-            decay=curvature.decay,
-            communicator=comm,
-        )
-        self._refresh = Refresh(
-            self._averages,
-            plan,
-            self._groups,
-            _split(comm, plan.grid.worker_groups()),
-            comm.rank,
-            inversion.solver,
-            pack=distribution.pack_triangles,
-        )
-        self._transport = self._build_transport(buckets, columns)
-        self._measurement = Measurement(
-            self._engine,
-            self._blocks,
-            self._averages,
-            self._reduction,
-            curvature,
-            communicator=comm,
-            scaler=self._scaler,
-        )
-
-    def _groups_of(self, names: Sequence[str]) -> list[Group]:
-        inversion = self.config.inversion
-        blocks = {block.name: block for block in self._blocks}
-        units = {name: self.plan.blocks[name].units for name in names}
-        dtype = _DTYPES[inversion.inverse_dtype]
-        return build_groups([blocks[name] for name in names], units, inversion.solver, self._device, dtype)
-
-    def _build_transport(self, buckets: Sequence[Sequence[Group]], columns: Sequence[Sequence[list[str]]]) -> Transport:
-        if not self._engine.sharded:
-            return ReplicatedTransport(self._engine, self._blocks, self._groups, self.plan, self._row)
-        names = [[name for part in bucket for name in part] for bucket in zip(*columns, strict=True)]
-        return ShardedTransport(self._engine, self._blocks, buckets, names, self.plan, self._row, self._device)
-
 
 def _dot(update: Tensor, gradient: Tensor) -> Tensor:
     return torch.dot(update.flatten(), gradient.flatten())
-
-
-def _split(comm: Communicator, groups: tuple[tuple[int, ...], ...]) -> Communicator:
-    """Return the communicator of this rank's group; the whole one when there is only one group."""
-    return comm if len(groups) == 1 else comm.split(groups)
-
-
-def _device_of(blocks: tuple[Block, ...], uncovered: Mapping[str, str]) -> torch.device:
-    if not blocks:
-        reasons = [f"  {name}: {reason}" for name, reason in uncovered.items()]
-        more = [f"  and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
-        raise ModelError(
-            "\n".join(
-                [
-                    "no layer of the model gets a K-FAC block: check kfac.curvature.include and exclude, and that its "
-                    "layers are of a covered type with trainable weights",
-                    *reasons[:_REASONS],
-                    *more,
-                ]
-            )
-        )
-    devices = {parameter.device for block in blocks for parameter in block.parameters.values()}
-    if len(devices) > 1:
-        raise ModelError(f"the model's layers lie on several devices ({', '.join(map(str, devices))}); K-FAC needs one")
-    return devices.pop()

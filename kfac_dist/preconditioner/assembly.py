@@ -1,0 +1,183 @@
+"""From a configuration and an engine to the parts that `KFAC.step` drives: the plan, then what it asks of this rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, ReduceEvery, Reduction, Uncovered
+from kfac_dist.curvature.blocks import Block, Coverage
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.precondition import Group, build_groups
+from kfac_dist.curvature.solvers import Task, solve
+from kfac_dist.curvature.statistics import RunningAverages
+from kfac_dist.distributed.agreement import agree_on_plan
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.cost import measure_costs
+from kfac_dist.engines import Engine
+from kfac_dist.errors import ModelError
+from kfac_dist.preconditioner.diagonal import DiagonalFisher
+from kfac_dist.preconditioner.plan import Plan, block_units, build_plan, exchange_buckets
+from kfac_dist.preconditioner.reduction import FactorReduction
+from kfac_dist.preconditioner.refresh import Refresh
+from kfac_dist.preconditioner.transport import ReplicatedTransport, ShardedTransport, Transport
+
+_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
+# Parameters whose reason is shown when none has a block.
+_REASONS = 5
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What one rank works with.
+
+    Attributes:
+        averages: Its statistics.
+        reduction: Adds the ranks' statistics up.
+        row: The ranks that hand each other gradients.
+        groups: The blocks that it preconditions.
+        rest: What it does with parameters that have no block.
+        refresh: Keeps the groups' inverses up to date.
+        transport: Moves gradients to the groups and back.
+    """
+
+    averages: RunningAverages
+    reduction: FactorReduction
+    row: Communicator
+    groups: Sequence[Group]
+    rest: DiagonalFisher
+    refresh: Refresh
+    transport: Transport
+
+
+def make_plan(
+    engine: Engine, blocks: Sequence[Block], config: KFACConfig, comm: Communicator, device: torch.device
+) -> Plan:
+    """Plan the work of all ranks, and compare the plans; collective.
+
+    Raises:
+        ConfigError: The placement doesn't fit the number of ranks, or the engine's shards.
+        PlanMismatchError: The ranks were given different models or configurations.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    together = f"{local} ranks a node" if config.distribution.placement is Placement.NODE else ""
+    agree_on_plan(comm, [("configuration", f"{config!r} {together}")])
+    measured = config.distribution.cost_model is CostModel.MEASURED
+    costs = _measured_costs(blocks, config, comm, device) if measured else None
+    plan = build_plan(
+        blocks,
+        config,
+        world_size=comm.size,
+        local_world_size=local,
+        shard_size=engine.shard_size(comm.size),
+        unit_cost=None if costs is None else (lambda unit: costs[unit.dim] * unit.batch),
+    )
+    agree_on_plan(comm, plan.rows())
+    return plan
+
+
+def assemble(
+    engine: Engine, coverage: Coverage, config: KFACConfig, comm: Communicator, plan: Plan, device: torch.device
+) -> Assembly:
+    """Build what the plan asks of this rank; collective, because ranks are split into rows and columns."""
+    distribution, curvature = config.distribution, config.curvature
+    scatter = distribution.reduction is Reduction.REDUCE_SCATTER
+    lean = scatter and distribution.reduce_every is ReduceEvery.STEP and comm.size > 1
+    averages = RunningAverages(
+        plan.units,
+        plan.owned(comm.rank) if lean else plan.units,
+        decay=curvature.decay,
+        device=device,
+        dtype=_DTYPES[curvature.factor_dtype],
+        transient_window=lean,
+    )
+    row = _split(comm, plan.grid.rows())
+    columns = exchange_buckets(plan, distribution.buckets if engine.sharded else 1)
+    buckets = [
+        _groups_of(coverage.blocks, names, plan, config, device) for names in columns[plan.grid.column_of(comm.rank)]
+    ]
+    groups = [group for bucket in buckets for group in bucket]
+    refresh = Refresh(
+        averages,
+        plan,
+        groups,
+        _split(comm, plan.grid.worker_groups()),
+        comm.rank,
+        config.inversion.solver,
+        pack=distribution.pack_triangles,
+    )
+    transport: Transport
+    if engine.sharded:
+        names = [[name for part in bucket for name in part] for bucket in zip(*columns, strict=True)]
+        transport = ShardedTransport(engine, coverage.blocks, buckets, names, plan, row, device)
+    else:
+        transport = ReplicatedTransport(engine, coverage.blocks, groups, plan, row)
+    rest = DiagonalFisher(engine, _uncovered(engine, coverage, config), decay=curvature.decay, communicator=comm)
+    return Assembly(
+        averages, FactorReduction(averages, plan, comm, distribution), row, groups, rest, refresh, transport
+    )
+
+
+def _uncovered(engine: Engine, coverage: Coverage, config: KFACConfig) -> list[str]:
+    """Return the trained parameters that get a diagonal Fisher, the same on every rank whatever it holds of them."""
+    if config.curvature.uncovered is not Uncovered.DIAGONAL:
+        return []
+    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    return [name for name in coverage.uncovered if name in trained]
+
+
+def _groups_of(
+    blocks: Sequence[Block], names: Sequence[str], plan: Plan, config: KFACConfig, device: torch.device
+) -> list[Group]:
+    by_name = {block.name: block for block in blocks}
+    units = {name: plan.blocks[name].units for name in names}
+    inversion = config.inversion
+    dtype = _DTYPES[inversion.inverse_dtype]
+    return build_groups([by_name[name] for name in names], units, inversion.solver, device, dtype)
+
+
+def _measured_costs(
+    blocks: Sequence[Block], config: KFACConfig, comm: Communicator, device: torch.device
+) -> dict[int, float]:
+    """Return the seconds of one inversion by size, agreed by the ranks."""
+
+    def trial(dim: int) -> None:
+        unit = Unit("trial", Side.A, 0, 0, dim, 1, FactorKind.DENSE)
+        solve([Task(unit, torch.eye(dim, device=device)[None], 1.0, None)], config.inversion.solver)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return measure_costs(comm, {unit.dim for block in blocks for unit in block_units(block, config)}, trial)
+
+
+def _split(comm: Communicator, groups: tuple[tuple[int, ...], ...]) -> Communicator:
+    """Return the communicator of this rank's group; the whole one when there is only one group."""
+    return comm if len(groups) == 1 else comm.split(groups)
+
+
+def device_of(coverage: Coverage) -> torch.device:
+    """Return the device on which a model's blocks lie.
+
+    Raises:
+        ModelError: There is no block, or they lie on several devices.
+    """
+    if not coverage.blocks:
+        reasons = [f"  {name}: {reason}" for name, reason in coverage.uncovered.items()]
+        more = [f"  and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
+        raise ModelError(
+            "\n".join(
+                [
+                    "no layer of the model gets a K-FAC block: check kfac.curvature.include and exclude, and that its "
+                    "layers are of a covered type with trainable weights",
+                    *reasons[:_REASONS],
+                    *more,
+                ]
+            )
+        )
+    devices = {parameter.device for block in coverage.blocks for parameter in block.parameters.values()}
+    if len(devices) > 1:
+        raise ModelError(f"the model's layers lie on several devices ({', '.join(map(str, devices))}); K-FAC needs one")
+    return devices.pop()
