@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,7 +15,19 @@ from kfac_dist.engines.ddp import DDPEngine
 
 def as_engine(model: nn.Module | Engine) -> Engine:
     """Return the engine of a model that the user has wrapped already (or not at all)."""
-    return model if isinstance(model, Engine) else DDPEngine(model)
+    if isinstance(model, Engine):
+        return model
+    if not _fully_sharded(model):
+        return DDPEngine(model)
+    from kfac_dist.engines.fsdp2 import FSDP2Engine
+
+    return FSDP2Engine(model)
+
+
+def _fully_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied; who did that has imported its package, which takes a second."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def build_engine(model: nn.Module, config: EngineConfig, world: World) -> Engine:

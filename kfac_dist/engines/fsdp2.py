@@ -1,0 +1,161 @@
+"""FSDP2: a model to which the user has applied `torch.distributed.fsdp.fully_shard`; rank r holds rows of everything.
+
+one mesh dimension      W = S ranks hold each gradient once
+(replicate, shard)      W = R × S: each row of the mesh, S consecutive ranks, holds each gradient once
+
+        shard 0   shard 1
+row 0      0         1          rank = row * S + shard; gradients are averaged over all of them, so that every row
+row 1      2         3          holds the same values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from kfac_dist.config.schema import Backend
+from kfac_dist.distributed.communicator import Communicator, build_communicator
+from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
+from kfac_dist.engines.base import Engine
+from kfac_dist.engines.ddp import uncompiled
+from kfac_dist.errors import ModelError
+
+
+class FSDP2Engine(Engine):
+    """A model whose trained parameters `fully_shard` has cut along their first dimension, over one mesh.
+
+    Args:
+        model: What the training loop calls: the sharded module, or what `torch.compile` made of it.
+
+    Raises:
+        ModelError: A trained parameter is not sharded, or not by rows, or over another mesh than the others; or it is
+            offloaded to a CPU while the model runs elsewhere.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.module = uncompiled(model)
+        self._sharded_modules = [module for module in self.module.modules() if isinstance(module, FSDPModule)]
+        for module in self._sharded_modules:
+            module.reshard()  # after a forward pass alone, the outermost module still has whole parameters
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._trained = {name: _checked(name, parameter) for name, parameter in trained.items()}
+        self._mesh = _common_mesh(self._trained)
+        self._shards = self._mesh.size(self._mesh.ndim - 1)
+        self.sharded = self._shards > 1
+        self._group: dist.ProcessGroup | None = None
+
+    def communicator(self, timeout_seconds: float, backend: Backend = Backend.TORCH) -> Communicator:
+        """See `Engine.communicator`: over all ranks of the mesh."""
+        ranks = self._mesh.mesh.flatten().tolist()
+        if self._group is None and len(ranks) < dist.get_world_size():
+            # A group of one mesh dimension is there already, one of both isn't.
+            self._group = (
+                self._mesh.get_group()
+                if self._mesh.ndim == 1
+                else dist.new_group(ranks, use_local_synchronization=True)
+            )
+        return build_communicator(timeout_seconds, self._group, backend)
+
+    def shard_size(self, size: int) -> int:
+        """See `Engine.shard_size`."""
+        return self._shards
+
+    def layout(self, names: Iterable[str]) -> GradientLayout:
+        """See `Engine.layout`."""
+        rows = (
+            ParameterSlices.rows(name, self._trained[name].shape, self._shards)
+            if self.sharded
+            else ParameterSlices.replicated(name, self._trained[name].shape)
+            for name in names
+        )
+        return GradientLayout(tuple(rows), self._shards)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """See `Engine.gradients`."""
+        return self._held({name: p.grad for name, p in self._trained.items() if isinstance(p.grad, DTensor)})
+
+    def parameters(self) -> dict[str, Tensor]:
+        """See `Engine.parameters`."""
+        return self._held(self._trained)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """See `Engine.gradient_dtype`: that of the parameters, whatever the mixed precision policy computes in."""
+        kinds = {parameter.dtype for parameter in self._trained.values()}
+        return kinds.pop() if len(kinds) == 1 else torch.float32
+
+    @contextmanager
+    def _without_reduction(self) -> Iterator[None]:
+        for module in self._sharded_modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in self._sharded_modules:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
+        """See `Engine.synchronize`."""
+        return super().whole_shapes() if enabled else self._without_reduction()
+
+    @torch.no_grad()  # or `to_local` would be an operation of autograd's
+    def _held(self, tensors: dict[str, DTensor]) -> dict[str, Tensor]:
+        """Return what this rank holds: flat where it is a slice; nothing of what it has no rows of."""
+        local = {name: tensor.to_local() for name, tensor in tensors.items()}
+        if not self.sharded:
+            return local
+        return {name: rows.view(-1) for name, rows in local.items() if rows.numel()}
+
+
+def _checked(name: str, parameter: nn.Parameter) -> DTensor:
+    """Return a parameter that is sharded as the engine expects it."""
+    if not isinstance(parameter, DTensor):
+        raise ModelError(
+            f"{name} is trained, but not sharded: fully_shard averages gradients over the ranks only for what it "
+            "shards. Apply fully_shard to the whole model as well (after its layers), leave the parameter out of "
+            "ignored_params, or freeze it"
+        )
+    *outer, last = parameter.placements
+    if not (isinstance(last, Shard) and type(last) is Shard and last.dim == 0) or any(
+        not isinstance(placement, Replicate) for placement in outer
+    ):
+        raise ModelError(
+            f"{name} is placed as {tuple(parameter.placements)}: K-FAC takes parameters that are sharded by rows, "
+            "Shard(0) over one mesh dimension or (Replicate(), Shard(0)) over two; leave out shard_placement_fn and "
+            "tensor parallelism"
+        )
+    if parameter.device.type != parameter.device_mesh.device_type:
+        raise ModelError(
+            f"{name} lies on {parameter.device.type}, but the model runs on {parameter.device_mesh.device_type}: K-FAC "
+            "preconditions where the layers run; leave out CPUOffloadPolicy"
+        )
+    return parameter
+
+
+def _common_mesh(parameters: dict[str, DTensor]) -> DeviceMesh:
+    """Return the one mesh of all parameters, whose ranks ascend."""
+    if not parameters:
+        raise ModelError("the model has no trained parameter")
+    meshes = {name: parameter.device_mesh for name, parameter in parameters.items()}
+    first, mesh = next(iter(meshes.items()))
+    other = next((name for name, found in meshes.items() if found != mesh), None)
+    if other is not None:
+        raise ModelError(
+            f"{first} and {other} are sharded over different meshes, {mesh} and {meshes[other]}: K-FAC needs one mesh "
+            "for all parameters"
+        )
+    ranks = mesh.mesh.flatten().tolist()
+    if mesh.ndim > 2 or ranks != sorted(ranks):
+        raise ModelError(
+            f"the mesh of the model's parameters has ranks {mesh.mesh.tolist()}: K-FAC needs one dimension, or "
+            "(replicate, shard), with ranks in ascending order; make it with init_device_mesh"
+        )
+    return mesh
