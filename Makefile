@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "kfac_dist needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing)." \
 	    "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,dev,mlxtend,hf]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,dev,mlxtend,hf,mpi]'
 	@touch $@
 
 train: setup ## Train CONFIG with distributed K-FAC on NPROC ranks
@@ -43,10 +43,11 @@ test: setup ## Run the tests; fail below 90 % coverage of the package
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-lint: setup ## Check style, formatting and types
+lint: setup ## Check style, formatting, types and shell scripts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x launch/*.sh
 
 format: setup ## Apply the style
 	$(BIN)/ruff check --fix
