@@ -115,7 +115,14 @@ def assemble(
         transport = ShardedTransport(engine, coverage.blocks, buckets, names, plan, row, device)
     else:
         transport = ReplicatedTransport(engine, coverage.blocks, groups, plan, row)
-    rest = DiagonalFisher(engine, _uncovered(engine, coverage, config), decay=curvature.decay, communicator=comm)
+    rest = DiagonalFisher(
+        engine,
+        _uncovered(engine, coverage, config),
+        decay=curvature.decay,
+        communicator=comm,
+        row=row,
+        device=device,
+    )
     return Assembly(
         averages, FactorReduction(averages, plan, comm, distribution), row, groups, rest, refresh, transport
     )

@@ -4,8 +4,8 @@
     Δ = ḡ / (S/w + λ)
 
 A batch's gradient is a mean of n terms' gradients of (nearly) zero mean, so that E[n ḡ²] is the diagonal of the Fisher,
-in the unit of every block's: λ means the same. It is estimated from what the ranks have averaged already, so each of
-them computes the same values and nothing but n is sent.
+in the unit of every block's: λ means the same. It is estimated from what the ranks have averaged already, so nothing
+but n is sent; where gradients are sharded, each rank has the diagonal of its own slices.
 """
 
 from __future__ import annotations
@@ -18,31 +18,51 @@ from torch import Tensor
 
 from kfac_dist.curvature.statistics import zero_unless
 from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.slices import gather_slices
 from kfac_dist.engines import Engine
 from kfac_dist.errors import CheckpointError
 
 LABEL = "loss_terms"
+LABEL_STATE = "checkpoint"
 
 
 class DiagonalFisher:
     """Preconditions the gradients of some parameters, in one flat buffer.
 
     Args:
-        engine: Where the gradients are; every rank holds them whole.
-        names: The parameters; none makes everything here do nothing.
+        engine: Where the gradients are.
+        names: The parameters, the same on every rank; none makes everything here do nothing.
         decay: β.
         communicator: The ranks that average gradients.
+        row: The ranks that together hold each gradient once, if the engine is sharded.
+        device: Where the gradients live.
     """
 
-    def __init__(self, engine: Engine, names: Sequence[str], *, decay: float, communicator: Communicator) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        names: Sequence[str],
+        *,
+        decay: float,
+        communicator: Communicator,
+        row: Communicator,
+        device: torch.device,
+    ) -> None:
         self.names = tuple(names)
-        parameters = engine.parameters()
         self._engine = engine
         self._decay = decay
         self._communicator = communicator
-        self._shapes = {name: parameters[name].shape for name in self.names}
-        device = parameters[self.names[0]].device if self.names else None
-        self._sum = torch.zeros(sum(shape.numel() for shape in self._shapes.values()), device=device)
+        self._row = row
+        self._layout = engine.layout(self.names)
+        self._pieces = {
+            name: piece
+            for name in self.names
+            if (piece := self._layout[name].held_by(row.rank if engine.sharded else 0)) is not None
+        }
+        self._shapes = {
+            name: (piece.numel,) if engine.sharded else self._layout[name].shape for name, piece in self._pieces.items()
+        }
+        self._sum = torch.zeros(sum(piece.numel for piece in self._pieces.values()), device=device)
         self._weight = torch.zeros((), device=device)
         self.gradient = torch.zeros_like(self._sum)
 
@@ -58,7 +78,7 @@ class DiagonalFisher:
         total = torch.ones_like(self._weight) * terms
         self._communicator.all_reduce(total, label=LABEL).wait()
         self.collect()
-        new = self.gradient.square() * total
+        new = self.gradient.square() * (total / self._engine.gradient_scale**2)
         known = taken & (total > 0)
         zero_unless(known, new)
         rate = (1 - self._decay) * known.float()
@@ -70,8 +90,8 @@ class DiagonalFisher:
         if not self.names:
             return
         gradients = self._engine.gradients()
-        found = [name for name in self.names if name in gradients]
-        if len(found) < len(self.names):
+        found = [name for name in self._pieces if name in gradients]
+        if len(found) < len(self._pieces):
             self.gradient.zero_()
         if found:
             views = self._views(self.gradient)
@@ -85,9 +105,9 @@ class DiagonalFisher:
         fisher = self._sum / torch.where(measured, self._weight, 1.0)
         return self.gradient / torch.where(measured, fisher + damping, 1.0)
 
-    def products(self, update: Tensor, row: Communicator) -> list[Tensor]:
+    def products(self, update: Tensor) -> list[Tensor]:
         """Return this rank's share of ⟨update, gradient⟩ over a row: whole gradients count once, slices all."""
-        if not self.names or (row.rank > 0 and not self._engine.sharded):
+        if not self.names or (self._row.rank > 0 and not self._engine.sharded):
             return []
         return [torch.dot(update, self.gradient)]
 
@@ -97,16 +117,15 @@ class DiagonalFisher:
             return
         update = update if scale is None else update * scale
         gradients, views = self._engine.gradients(), self._views(update)
-        found = [name for name in self.names if name in gradients]
+        found = [name for name in self._pieces if name in gradients]
         if found:
             torch._foreach_copy_([gradients[name] for name in found], [views[name] for name in found])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average by parameter name, the same on every rank."""
-        return {
-            "weight": self._weight.clone(),
-            "sums": {name: view.clone() for name, view in self._views(self._sum).items()},
-        }
+        """Return the average by parameter name, whole and the same on every rank; collective where it is sharded."""
+        views = self._views(self._sum)
+        sums = gather_slices(self._row, self._layout, views, device=self._sum.device, label=LABEL_STATE)
+        return {"weight": self._weight.clone(), "sums": sums}
 
     def load_state_dict(self, values: dict[str, Any] | None) -> None:
         """Take what `state_dict` returned.
@@ -115,18 +134,19 @@ class DiagonalFisher:
             CheckpointError: It has no average for one of the parameters, or one of another shape.
         """
         sums = {} if values is None else values["sums"]
-        for name, shape in self._shapes.items():
-            if name not in sums or sums[name].shape != shape:
+        for name in self.names:
+            shape = self._layout[name].shape
+            if name not in sums or tuple(sums[name].shape) != shape:
                 raise CheckpointError(
                     f"the K-FAC state has no diagonal Fisher of shape {list(shape)} for {name!r}: it belongs to "
                     "another model, or was saved with kfac.curvature.uncovered: plain"
                 )
         if values is not None and self.names:
             self._weight.copy_(values["weight"])
-            views = self._views(self._sum)
-            for name, view in views.items():
-                view.copy_(sums[name])
+            for name, view in self._views(self._sum).items():
+                piece = self._pieces[name]
+                view.copy_(sums[name].flatten()[piece.start : piece.stop].view_as(view))
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = torch.split(flat, [shape.numel() for shape in self._shapes.values()])
+        parts = torch.split(flat, [piece.numel for piece in self._pieces.values()]) if self._pieces else ()
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}

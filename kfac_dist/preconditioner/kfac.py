@@ -319,7 +319,7 @@ class KFAC:
         clip = self.config.update.kl_clip
         if clip is None:
             return None
-        products = [*products, *self._rest.products(rest, self._row)]
+        products = [*products, *self._rest.products(rest)]
         total = torch.stack(products).sum() if products else torch.zeros((), device=self._device)
         self._row.all_reduce(total, label="kl_clip").wait()
         length = self._lr() / self._engine.gradient_scale
