@@ -9,8 +9,9 @@ doesn't matter.
     checkpoint, non-entrant   forward: output only                backward: gradient; input, as it is computed again
     checkpoint, re-entrant    forward: nothing (no gradients)     backward: input, output, gradient → measure
 
-An input is held only as long as autograd holds it, too: under activation checkpointing not at all, and under autocast
-in the precision that autograd keeps.
+An input is held only as long as autograd holds it, too: under activation checkpointing not at all, under autocast in
+the precision that autograd keeps, and no longer than the graph, so that a forward pass whose outputs are dropped leaves
+nothing behind.
 
 K-FAC's own backward passes (`mc`, `type2`) ask autograd for the gradients at the outputs only: no parameter gradient is
 ever computed for them, so nothing has to be thrown away. They hold inputs from forward to `fisher_backward`.
@@ -68,6 +69,13 @@ class _Pending:
         self.uses.clear()
         self.regions.clear()
 
+    def forget(self, use: Use) -> None:
+        """Let go of a call whose graph is gone, unless its gradient has come already."""
+        for index, other in enumerate(self.uses):
+            if other is use and use.grad is None:
+                del self.uses[index], self.regions[index]
+                return
+
     def provide(self, region: object, inputs: Tensor, block: Block) -> bool:
         """Give the first call of a region that still waits its input, now that the region is computed again."""
         for index, waiting in enumerate(self.regions):
@@ -76,6 +84,13 @@ class _Pending:
                 self.uses[index].keep(block.kept(inputs))
                 return True
         return False
+
+
+class _Graph:
+    """Held by the graph of one call and by nothing else: when it goes, no gradient can come any more."""
+
+    def __init__(self, forward_pass: int) -> None:
+        self.forward_pass = forward_pass
 
 
 class _Recorder:
@@ -119,6 +134,7 @@ class Capture:
         active: Whether forward passes are being watched; the owner sets it once a step.
         batch_size: Samples that the model was last called with, None if it was not called itself.
         passes: Forward passes of the model since `reset`.
+        passes_back: Those of them that the user's backward has come back to, by number.
         samples: Blocks whose outputs all samples share; None until a forward pass has shown which.
     """
 
@@ -133,6 +149,7 @@ class Capture:
         self.active = False
         self.batch_size: int | None = None
         self.passes = 0
+        self.passes_back: set[int] = set()
         self._completed = completed
         self._own_backward = own_backward
         self.samples: dict[str, Samples] | None = None
@@ -160,6 +177,7 @@ class Capture:
             pending.clear()
             pending.ran_forward = False
         self.passes = 0
+        self.passes_back.clear()
         self.batch_size = None
         self._nodes.clear()
 
@@ -275,12 +293,17 @@ class Capture:
             use.edge = get_gradient_edge(written)
         else:
             # The graph may outlive backward; what was measured must not.
-            written.register_hook(functools.partial(self._gradient_came, block, pending, weakref.ref(use)))
+            graph, reference = _Graph(self.passes), weakref.ref(use)
+            weakref.finalize(graph, _graph_went, pending, reference).atexit = False
+            written.register_hook(functools.partial(self._gradient_came, block, pending, reference, graph))
 
-    def _gradient_came(self, block: Block, pending: _Pending, reference: weakref.ref[Use], grad: Tensor) -> None:
+    def _gradient_came(
+        self, block: Block, pending: _Pending, reference: weakref.ref[Use], graph: _Graph, grad: Tensor
+    ) -> None:
         use = reference()
         if use is None or not any(use is other for other in pending.uses):
             return  # a second backward through a graph that was measured already
+        self.passes_back.add(graph.forward_pass)
         use.take(grad.detach())
         if pending.complete:
             self._finish(block, pending)
@@ -299,6 +322,12 @@ class Capture:
                 "can't be measured: make the operation that follows it out of place (x = x + y instead of x += y), or "
                 "name the layer in kfac.curvature.exclude"
             )
+
+
+def _graph_went(pending: _Pending, reference: weakref.ref[Use]) -> None:
+    use = reference()
+    if use is not None:
+        pending.forget(use)
 
 
 @contextmanager

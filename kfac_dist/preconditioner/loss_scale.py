@@ -99,6 +99,9 @@ def explain_scale(scale: float, terms: Terms) -> tuple[bool, str] | None:
 class LossScaleWatch:
     """Takes outputs and their gradient from the first measured backward pass.
 
+    Forward passes that no backward follows (a look at the model before training begins) are passed over, as are whole
+    steps whose gradients don't reach the model's outputs, up to `_STEPS` of them.
+
     Args:
         model: The bare model.
         describe: Tells what the loop said of the micro-batch that is under way.
@@ -109,6 +112,7 @@ class LossScaleWatch:
         self._describe = describe
         self._seen: tuple[Tensor, Tensor, MicroBatch] | None = None
         self._watching = False
+        self._unseen = 0
         self._handle: torch.utils.hooks.RemovableHandle | None = model.register_forward_hook(self._forward_ran)
 
     @property
@@ -141,9 +145,11 @@ class LossScaleWatch:
             problem = _beyond_bound(*seen, likelihood) if found is None else explain_scale(found, terms)
         # An overflow of the loss scale makes the first gradients infinite: then the next measurement is asked.
         overflowed = seen is not None and not bool(torch.isfinite(seen[1]).all())
-        answers = communicator.gather_objects((overflowed, problem), label="agreement")
-        proofs = [message for _, said in answers if said is not None for proven, message in [said] if proven]
-        if not proofs and any(again for again, _ in answers):
+        answers = communicator.gather_objects((overflowed, seen is None, problem), label="agreement")
+        self._unseen += all(unseen for _, unseen, _ in answers)
+        again = any(over for over, *_ in answers) or 0 < self._unseen < _STEPS
+        proofs = [message for *_, said in answers if said is not None for proven, message in [said] if proven]
+        if not proofs and again:
             return
         self.stop()
         if proofs:
@@ -162,22 +168,28 @@ class LossScaleWatch:
         outputs = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not self._watching or not isinstance(outputs, Tensor) or not outputs.requires_grad or not outputs.ndim:
             return
-        self._watching = False
         values = outputs.detach().clone() if outputs.numel() < _COPIED else outputs.detach()
 
         def gradient_came(gradient: Tensor) -> None:
-            if not self.paused and self._seen is None:
+            if self._watching and not self.paused:
+                self._watching = False
                 self._seen = (values, gradient.detach(), self._describe())
 
         outputs.register_hook(gradient_came)
 
 
+# Measured steps that may bring nothing before the question is dropped: each of them waits for the device once.
+_STEPS = 3
 # Outputs of more values are not copied; one that the loss changes in place then no longer fits its gradient.
 _COPIED = 2**22
 
 
 def _scale(outputs: Tensor, gradient: Tensor, micro: MicroBatch, likelihood: Likelihood | None) -> float | None:
-    """Return by what K-FAC's output gradients differ from the terms' own."""
+    """Return by what K-FAC's output gradients differ from the terms' own.
+
+    A Gaussian's gradient c·(s − y) tells nothing of c while y may be any number: there the doctor's comparison of a
+    batch with its samples has to do.
+    """
     if likelihood is Likelihood.GAUSSIAN:
         return None
     scale = gradient_scale(outputs, gradient, likelihood)

@@ -151,8 +151,10 @@ class Measurement:
                 f"kfac.curvature.fisher is {self._config.fisher}: call kfac.fisher_backward(outputs) after the forward "
                 "pass, before loss.backward()"
             )
-        if self._capture.passes > 1 and self._description is None and self._engine.backward_pass().last is None:
-            warn_of_accumulation(self._capture.passes)
+        # Of the user's own backward: a look at the model that no backward follows is no accumulation.
+        passes = self._capture.passes if self._own_backward else len(self._capture.passes_back)
+        if passes > 1 and self._description is None and self._engine.backward_pass().last is None:
+            warn_of_accumulation(passes)
         late = self._reduction.late
         taken = self._reduction.finish(finite)
         if late:
@@ -165,7 +167,7 @@ class Measurement:
             self._scale.judge(
                 self._config.likelihood,
                 self._communicator,
-                passes=self._capture.passes,
+                passes=passes,
                 scaled=self._scaler is not None,
             )
         return taken

@@ -233,6 +233,35 @@ def test_uses_whose_gradients_never_come_are_forgotten_at_reset() -> None:
     capture.remove()
 
 
+def test_a_graph_that_is_dropped_takes_its_activations_along() -> None:
+    """A validation loss without no_grad, on a step that measures: nothing of it is left, and nothing of it measured."""
+    model = chain()
+    capture, seen = watch(model)
+    kept: list[StorageWeakRef] = []
+    model[1].register_forward_hook(lambda module, args, output: kept.append(StorageWeakRef(output.untyped_storage())))
+    validation = model(inputs()).square().sum()
+    assert not kept[0].expired()
+    del validation
+    assert kept[0].expired()
+    model(inputs()).sum().backward()
+    assert times(seen) == [1, 1]  # in backward, without waiting for what will not come
+    assert [len(uses) for found in seen.values() for uses in found] == [1, 1]
+    assert capture.passes_back == {2}
+    capture.remove()
+
+
+def test_a_use_that_has_its_gradient_outlives_its_graph() -> None:
+    """Two calls of one layer in one pass, whose graphs go at different times."""
+    model = nn.Linear(3, 2)
+    capture, seen = watch(nn.Sequential(model))
+    first, second = model(inputs()), model(2 * inputs())
+    first.sum().backward()
+    del first
+    second.sum().backward()
+    assert [len(uses) for uses in seen["0"]] == [2]
+    capture.remove()
+
+
 def test_flush_measures_the_uses_that_did_get_a_gradient() -> None:
     """A head whose second output no loss reads."""
 

@@ -213,3 +213,41 @@ def test_a_few_values_tell_nothing(shape: tuple[int, ...]) -> None:
     outputs = torch.randn(shape, requires_grad=True)
     (gradient,) = torch.autograd.grad(outputs.square().sum(), outputs)
     assert gradient_scale(outputs.detach(), gradient, None) is None
+
+
+def looked_at_first(loss: Loss) -> KFAC:
+    """A model that was run once for nothing, before the first step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES))
+    kfac = KFAC(model, {"update": {"kl_clip": None}})
+    kept = model(torch.randn(2, FEATURES))
+    assert kept.requires_grad
+    loss(model(torch.randn(SAMPLES, FEATURES)), 1).backward()
+    return kfac
+
+
+def test_a_forward_pass_for_nothing_disarms_nothing() -> None:
+    with pytest.raises(ModelError, match="8 times that of a mean over 8 samples: the loss is a sum"):
+        looked_at_first(summed).step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_forward_pass_for_nothing_is_no_accumulation() -> None:
+    looked_at_first(mean).step()
+
+
+def test_steps_that_show_nothing_postpone_the_question_three_times_at_most() -> None:
+    class Boxed(nn.Linear):
+        def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+            return [super().forward(x)]
+
+    model = nn.Sequential(nn.Linear(FEATURES, 4), Boxed(4, CLASSES))
+    config = {"curvature": {"factor_every": 1, "exclude": ["1"]}, "update": {"kl_clip": None}}
+    kfac = KFAC(model, config)
+    watch = kfac._measurement._scale
+    for number in range(3):
+        assert not watch.over, number
+        model.zero_grad()
+        mean(model(torch.randn(SAMPLES, FEATURES))[0], 1).backward()
+        kfac.step()
+    assert watch.over
