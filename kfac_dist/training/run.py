@@ -100,6 +100,7 @@ def _session(config: Config, *, quiet: bool) -> Iterator[Session]:
     with bootstrap(config.run.device, config.run.timeout_seconds) as world:
         communicator = build_communicator(config.run.timeout_seconds)
         progress = build_progress(rank=world.rank, quiet=quiet)
+        progress.note(world.describe())
         try:
             with StopSignals() as signals:
                 yield Session(world, communicator, progress, signals)

@@ -56,6 +56,7 @@ def test_a_run_leaves_its_files_and_a_comparison(tmp_path: Path, capsys: pytest.
     assert plain[2]["note"] == "diverged"
     assert plain[2]["train_loss"] is None
     shown = capsys.readouterr().out
+    assert shown.startswith("1 process on cpu\n")
     for text in ("kfac", "adamw", "diverged", "ms/step", "step 12/12", "test loss"):
         assert text in shown
 
