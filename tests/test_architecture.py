@@ -74,7 +74,7 @@ NEVER = [
 
 # Module → the only paths that import it: optional packages stay behind one door.
 ONLY = {
-    "deepspeed": ("kfac_dist/engines/zero.py",),
+    "deepspeed": ("kfac_dist/engines/zero",),
     "mpi4py": ("kfac_dist/distributed/",),
     "typer": ("kfac_dist/cli.py",),
     "transformers": (),

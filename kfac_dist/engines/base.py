@@ -10,7 +10,7 @@ Activations and output gradients are ordinary tensors under all of them, so noth
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -109,6 +109,13 @@ class Engine(ABC):
     def before_step(self, callback: Callable[[], None]) -> Handle | None:
         """Have `callback` called before each step of the optimizer that the engine drives; None if it drives none."""
         return None
+
+    def own_passes(self, vectors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield vectors that the caller sends back from the model's outputs by itself, no further than to activations.
+
+        Between one vector and the next the engine keeps out of the backward pass: it isn't the loop's.
+        """
+        return iter(vectors)
 
     def whole_shapes(self) -> AbstractContextManager[None]:
         """Return a context in which every parameter shows its whole shape, whatever its memory holds."""

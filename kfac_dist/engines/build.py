@@ -11,12 +11,15 @@ from kfac_dist.config.schema import EngineConfig, EngineName
 from kfac_dist.distributed.bootstrap import World
 from kfac_dist.engines.base import Engine
 from kfac_dist.engines.ddp import DDPEngine
+from kfac_dist.engines.zero import ZeroEngine, is_deepspeed_engine
 
 
 def as_engine(model: nn.Module | Engine) -> Engine:
     """Return the engine of a model that the user has wrapped already (or not at all)."""
     if isinstance(model, Engine):
         return model
+    if is_deepspeed_engine(model):
+        return ZeroEngine(model)
     if not _fully_sharded(model):
         return DDPEngine(model)
     from kfac_dist.engines.fsdp2 import FSDP2Engine

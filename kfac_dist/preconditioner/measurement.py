@@ -131,7 +131,8 @@ class Measurement:
                 block.measure(uses, micro, sink, _EVERY_SIDE if first else _EVERY_SIDE - {Side.A})
 
         self._scale.paused = True
-        self._capture.backpropagate(outputs, self._columns(outputs, micro.first_sample), measure)
+        columns = self._engine.own_passes(self._columns(outputs, micro.first_sample))
+        self._capture.backpropagate(outputs, columns, measure)
         self._scale.paused = False
         self._went_back = True
         if self._last:
