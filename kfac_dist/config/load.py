@@ -30,7 +30,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, top: Iterabl
     Raises:
         ConfigError: One line for each mistake: place, dotted path, value found, values allowed.
     """
-    document = _read(Path(path), ())
+    return merged(_read(Path(path), ()), overrides, top=top)
+
+
+def merged(document: Document, overrides: Sequence[str] = (), *, top: Iterable[Document] = ()) -> Config:
+    """Merge and check a configuration that has been read; see `load_config`.
+
+    Raises:
+        ConfigError: One line for each mistake.
+    """
     problems = []
     for argument in overrides:
         try:

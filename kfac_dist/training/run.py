@@ -29,13 +29,13 @@ from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.errors import CheckpointError
 from kfac_dist.reporting.curves import Curve, draw_losses
 from kfac_dist.reporting.progress import ProgressDisplay, build_progress
+from kfac_dist.reporting.run_file import RunFile
 from kfac_dist.reporting.summary import RunSummary, result_table
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints, read_manifest
 from kfac_dist.training.loop import DivergedError, Outputs, Trainer
 from kfac_dist.training.metrics import MetricsWriter, read_metrics
 from kfac_dist.training.preemption import Preempted, StopSignals
-from kfac_dist.training.run_file import RunFile
 from kfac_dist.training.setup import build_parts
 
 

@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from kfac_dist.config.load import dump_yaml
 from kfac_dist.config.schema import Config
 from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
+from kfac_dist.reporting.run_file import State, read_record
 from kfac_dist.tasks import DataSplits
 from kfac_dist.training import train
 from kfac_dist.training.preemption import POLL_SECONDS, Preemption, StopSignals
-from kfac_dist.training.run_file import State, read_record
 from tests.harness import run_ranks
 from tests.training.runs import DropoutNet, final_model, launched, losses, random_pixels, small_config
 
