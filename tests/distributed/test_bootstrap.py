@@ -4,7 +4,6 @@ import os
 import socket
 import time
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from kfac_dist.distributed.bootstrap import bootstrap, choose_device
 from kfac_dist.distributed.place import Launcher, Place
-from kfac_dist.distributed.rendezvous import EPOCH, fresh_store
+from kfac_dist.distributed.rendezvous import EPOCH
 from kfac_dist.errors import CollectiveError, ConfigError
 from tests.harness import run_ranks
 
@@ -100,14 +99,6 @@ def test_restarted_workers_do_not_read_the_dead_ones_addresses() -> None:
     # The agent's store outlives the workers, and agents count their restarts differently: no count is used.
     agent = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     assert run_ranks(3, meet_after_a_false_start, agent.port, process_group=False) == [[3.0, 3.0]] * 3
-
-
-def test_ranks_that_miss_one_say_which() -> None:
-    store = dist.HashStore()
-    with pytest.raises(dist.DistStoreError, match="rank 1 has not come"):
-        fresh_store(store, 0, 2, timedelta(seconds=0.05))
-    with pytest.raises(dist.DistStoreError, match="rank 0 has not come"):
-        fresh_store(store, 1, 2, timedelta(seconds=0.05))
 
 
 def test_alone_there_is_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
