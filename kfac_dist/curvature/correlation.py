@@ -22,8 +22,11 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 Pair = tuple[int, int]
+# Terms of one sum in fp32.
+_POSITIONS = 8192
 
 
 def patch_gram(images: Tensor, kernel: Pair, padding: tuple[Pair, Pair]) -> Tensor:
@@ -65,22 +68,24 @@ def correlation_is_cheaper(image: Sequence[int], kernel: Sequence[int]) -> bool:
 
 
 def _correlations(images: Tensor, kernel: Pair) -> Tensor:
-    """Return `R[δ]` for every displacement: `[groups, 2kh−1, 2kw−1, C, C]`."""
+    """Return `R[δ]` for every displacement: `[groups, 2kh−1, 2kw−1, C, C]`.
+
+    R is what a convolution's weight would have for a gradient, if the images were its input and its output's gradient:
+    a kernel that libraries have tuned. Displacements downwards are enough, R[−δ] = R[δ]ᵀ.
+    """
     height, width = kernel
     groups, channels = images.shape[:2]
-    # Zeros behind each row and each image: a shift in the flattened image then never reaches a neighbour.
-    extended = F.pad(images, (0, width - 1, 0, height - 1))
-    row = extended.shape[-1]
-    flat = extended.reshape(groups, channels, -1)
-    length = flat.shape[-1]
-    out = flat.new_empty(groups, 2 * height - 1, 2 * width - 1, channels, channels)
-    for down in range(height):
-        for right in range(0 if down == 0 else 1 - width, width):
-            shift = down * row + right
-            found = torch.bmm(flat[..., : length - shift], flat[..., shift:].mT)
-            out[:, height - 1 + down, width - 1 + right] = found
-            out[:, height - 1 - down, width - 1 - right] = found.mT
-    return out
+    plain = images.permute(2, 0, 1, 3, 4).flatten(1, 2)  # [B, groups·C, H, W]
+    below = F.pad(plain, (0, 0, 0, height - 1))
+    shape = (groups * channels, channels, height, 2 * width - 1)
+    found = images.new_zeros(shape)
+    # A few images at a time: one long fp32 sum would round too much.
+    some = max(1, _POSITIONS // max(1, plain[0, 0].numel()))
+    for images_in, padded in zip(plain.split(some), below.split(some), strict=True):
+        found += conv2d_weight(padded, shape, images_in, padding=(0, width - 1), groups=groups)
+    down = found.view(groups, channels, channels, height, 2 * width - 1).permute(0, 3, 4, 1, 2)
+    up = down[:, 1:].flip(1, 2).mT
+    return torch.cat([up, down], dim=1)
 
 
 def _toeplitz(correlations: Tensor, kernel: Pair) -> Tensor:

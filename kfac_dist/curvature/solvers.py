@@ -29,6 +29,7 @@ from kfac_dist.curvature.gram import complete
 _RAISES = (1.0, 10.0, 100.0, 1000.0)
 # On a CPU, larger matrices gain nothing from a batch, and stacking them costs a copy.
 _LARGEST_BATCHED = 256
+_SMALL = 140
 _NEWTON_SCHULZ_STEPS = 60
 _NEWTON_SCHULZ_RESIDUAL = 1e-4
 
@@ -39,15 +40,21 @@ class Task:
 
     Attributes:
         unit: The unit.
-        factor: `[batch, n, n]` (upper triangle is enough) or `[batch, n]`; fp32, undamped. It is overwritten.
-        damping: δ, added to the diagonal; unused by `eigen` on Kronecker factors.
+        sums: `[batch, n, n]` (upper triangle is enough) or `[batch, n]`: the factor times its weight; only read.
+        damping: δ, added to the factor's diagonal; unused by `eigen` on Kronecker factors.
         previous: Last good payload of the unit, or None.
+        weight: What the sums are divided by.
     """
 
     unit: Unit
-    factor: Tensor
+    sums: Tensor
     damping: float
     previous: Tensor | None
+    weight: float = 1.0
+
+    def factor(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the factor itself, a new tensor."""
+        return self.sums.to(dtype) / self.weight
 
 
 def is_eigen(unit: Unit, solver: Solver) -> bool:
@@ -87,11 +94,12 @@ def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], i
     batches: dict[tuple[bool, int, int], list[int]] = {}
     for index, task in enumerate(tasks):
         if task.unit.kind is FactorKind.DIAGONAL:
-            diagonal = task.factor if is_eigen(task.unit, solver) else 1 / (task.factor + task.damping)
-            finite = torch.isfinite(task.factor.sum() + diagonal.sum())
+            factor = task.factor()
+            diagonal = factor if is_eigen(task.unit, solver) else 1 / (factor + task.damping)
+            finite = torch.isfinite(factor.sum() + diagonal.sum())
             payloads[index] = diagonal.flatten() if bool(finite) else None
         else:
-            alone = task.factor.device.type == "cpu" and task.unit.dim > _LARGEST_BATCHED
+            alone = task.sums.device.type == "cpu" and task.unit.dim > _LARGEST_BATCHED
             key = (is_eigen(task.unit, solver), task.unit.dim, index if alone else -1)
             batches.setdefault(key, []).append(index)
     for (eigen, _, _), members in batches.items():
@@ -114,7 +122,7 @@ def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], i
 def _solve_batch(tasks: list[Task], positions: list[int], payloads: list[Tensor | None], solver: Solver) -> None:
     """Solve dense units of one size; leaves None where the result isn't finite."""
     sizes = [task.unit.batch for task in tasks]
-    matrices = torch.cat([task.factor for task in tasks]) if len(tasks) > 1 else tasks[0].factor
+    matrices = _stack([task.factor() for task in tasks])
     if solver is not Solver.CHOLESKY:  # which reads the upper triangle alone
         complete(matrices)
     if solver is Solver.EIGEN:
@@ -125,54 +133,66 @@ def _solve_batch(tasks: list[Task], positions: list[int], payloads: list[Tensor 
                 payloads[position] = torch.cat([q.flatten(), d.flatten()])
         return
     damping = torch.cat([torch.full((task.unit.batch,), task.damping, dtype=torch.float64) for task in tasks])
-    start = _stack_previous(tasks) if solver is Solver.NEWTON_SCHULZ else None
-    inverse, good = _inverse(matrices, damping.to(matrices.device), solver, start)
+    inverse, good = _inverse(matrices, damping.to(matrices.device), tasks, solver)
     for position, part, ok in zip(positions, torch.split(inverse, sizes), torch.split(good, sizes), strict=True):
         if bool(ok.all()):
             payloads[position] = part.flatten()
 
 
+def _stack(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _stack_previous(tasks: list[Task]) -> Tensor:
     known = [
-        task.factor.new_zeros(task.unit.shape) if task.previous is None else task.previous.view(task.unit.shape)
+        task.sums.new_zeros(task.unit.shape, dtype=torch.float32)
+        if task.previous is None
+        else task.previous.view(task.unit.shape)
         for task in tasks
     ]
     return torch.cat(known)
 
 
-def _inverse(matrices: Tensor, damping: Tensor, solver: Solver, start: Tensor | None) -> tuple[Tensor, Tensor]:
+def _inverse(matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solver) -> tuple[Tensor, Tensor]:
     """Return `(M + δI)⁻¹` for `[k, n, n]` and which of them are good, escalating for those that aren't.
 
-    The matrices are overwritten by the damped ones.
+    The matrices are overwritten; those that fail are made again from their tasks, in float64.
     """
-    # Only the diagonal is changed, so only that has to be kept, undamped and unrounded, for a second try.
     diagonal = matrices.diagonal(dim1=-2, dim2=-1).double()
     matrices.diagonal(dim1=-2, dim2=-1).copy_(diagonal + damping[:, None])
-    if start is not None:
-        inverse, good = newton_schulz(matrices, start)
+    # An infinite diagonal has the finite inverse 0, which is no inverse to use.
+    finite = torch.isfinite(diagonal.sum(-1))
+    if solver is Solver.NEWTON_SCHULZ:
+        inverse, good = newton_schulz(matrices, _stack_previous(tasks))
     else:
         inverse, good = _cholesky_inverse(matrices)
+    good &= finite
+    if bool(good.all()):
+        return inverse, good
+    exact = _stack([task.factor(torch.float64) for task in tasks])
     for factor in _RAISES:
-        if bool(good.all()):
-            break
         failed = (~good).nonzero().flatten()
-        retry = matrices[failed].double()
-        retry.diagonal(dim1=-2, dim2=-1).copy_(diagonal[failed] + damping[failed, None] * factor)
+        retry = exact[failed]
+        retry.diagonal(dim1=-2, dim2=-1).add_(damping[failed, None] * factor)
         redone, ok = _cholesky_inverse(retry)
+        ok &= finite[failed]
         inverse[failed[ok]] = redone[ok].to(inverse.dtype)
         good[failed[ok]] = True
+        if bool(good.all()):
+            break
     return inverse, good
 
 
 def _cholesky_inverse(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    factor, info = torch.linalg.cholesky_ex(matrices, upper=True)
-    # A failed factor may hold zeros on its diagonal; the identity keeps the inverse of the others' batch defined.
+    """Return the inverses of `[k, n, n]`, from the upper triangles, and which of them are good."""
+    # The upper triangle is the lower one of the transpose, which LAPACK factorises quicker when it is not small.
+    lower = matrices.shape[-1] > _SMALL
+    factor, info = torch.linalg.cholesky_ex(matrices.mT if lower else matrices, upper=not lower)
     failed = info != 0
-    factor[failed] = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    inverse = torch.cholesky_inverse(factor, upper=True)
-    # An infinite diagonal has the finite inverse 0, which is no inverse to use.
-    finite = torch.isfinite((inverse + matrices).diagonal(dim1=-2, dim2=-1).sum(-1))
-    return inverse, ~failed & finite
+    if bool(failed.any()):  # the identity keeps the inverse of the others' batch defined
+        factor[failed] = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    inverse = torch.cholesky_inverse(factor.mT if lower else factor, upper=True)
+    return inverse, ~failed & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
 def newton_schulz(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

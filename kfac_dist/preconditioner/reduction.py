@@ -153,6 +153,8 @@ class FactorReduction:
             taken = self._exchange_scalars([bucket.span for bucket in current.buckets], taken)
         for span in current.local:
             self._averages.advance(span, taken)
+        if self._comm.size == 1:
+            self.totals.copy_(self._averages.scalars)
         # A refresh looks at the answer anyway; averages that are global at every step must move without asking.
         proceed = not self.blending or not current.buckets or bool(taken)
         for bucket in current.buckets:
@@ -308,7 +310,9 @@ class FactorReduction:
         return self._reduction is Reduction.REDUCE_SCATTER and self._comm.size > 1
 
     def _lay_out(self, slots: tuple[int, ...]) -> tuple[list[tuple[Span, UnitWire | None]], list[Span]]:
-        """Return what is reduced when these slots refresh, and what stays local."""
+        """Return what is reduced when these slots refresh, and what stays local: everything, on one rank alone."""
+        if self._comm.size == 1:
+            return [], [self._averages.layout.span(0, len(self._plan.units))]
         everything = not self.blending
         ranges = [self._plan.slot_units((slot,)) for slot in self._slots()]
         chosen = [r for slot, r in enumerate(ranges) if everything or slot in slots]

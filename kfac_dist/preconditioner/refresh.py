@@ -162,8 +162,8 @@ class Refresh:
             if weight <= 0:  # never measured on any rank: the plain gradient stays
                 kept.append(previous)
                 continue
-            factor = self._averages.sums(unit).float() / weight
-            tasks.append(Task(unit, factor, self._damping(unit, weights, traces, damping), previous))
+            delta = self._damping(unit, weights, traces, damping)
+            tasks.append(Task(unit, self._averages.sums(unit), delta, previous, weight))
             kept.append(None)
         solved, failures = solve(tasks, self._solver)
         self.failures += failures

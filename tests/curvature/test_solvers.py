@@ -117,6 +117,20 @@ def test_equal_sizes_share_a_batch_without_mixing_anything() -> None:
                 assert_close(payload.view(task.unit.shape), damped_inverse(matrix, task.damping), 1e-4)
 
 
+@pytest.mark.parametrize("n", [40, 300])
+@pytest.mark.parametrize("solver", list(Solver))
+def test_sums_are_divided_by_their_weight_and_left_alone(n: int, solver: Solver) -> None:
+    """The running average is what is handed over: nothing may write into it."""
+    sums = stale_below(positive(n) * 8)
+    before = sums.clone()
+    (payload,), _ = solve([Task(unit_of(n), sums, 0.1, None, weight=8.0)], solver)
+    (plain,), _ = solve([Task(unit_of(n), sums / 8, 0.1, None)], solver)
+    assert payload is not None
+    assert plain is not None
+    assert torch.equal(payload, plain)
+    assert torch.equal(sums, before)
+
+
 # ---- failures
 
 
@@ -158,6 +172,16 @@ def test_a_failure_keeps_the_last_payload_and_harms_nobody(kind: str, solver: So
         assert payload is not None
         assert alone is not None
         assert_close(payload, alone)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -1e6])
+def test_a_large_unit_that_fails_keeps_its_last_payload(value: float) -> None:
+    matrix = positive(300).float()
+    matrix[0, 200, 200] = value
+    previous = torch.ones(300 * 300)
+    (payload,), failures = solve([Task(unit_of(300), matrix, 0.1, previous)], Solver.CHOLESKY)
+    assert payload is previous
+    assert failures == 1
 
 
 @pytest.mark.parametrize("solver", list(Solver))
