@@ -47,7 +47,7 @@ lint: setup ## Check style, formatting, types and shell scripts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x launch/*.sh
+	$(BIN)/shellcheck -x launch/*.sh slurm/*.sbatch
 
 format: setup ## Apply the style
 	$(BIN)/ruff check --fix

@@ -44,6 +44,7 @@ MAY_IMPORT = {
         "__init__",
     },
     "launching": {"errors"},
+    "slurm": {"config", "errors", "reporting", "training"},
     "cli": {
         "config",
         "curvature",
@@ -52,6 +53,7 @@ MAY_IMPORT = {
         "errors",
         "launching",
         "preconditioner",
+        "slurm",
         "tasks",
         "training",
     },
@@ -192,7 +194,7 @@ def test_no_module_is_named_after_nothing() -> None:
     assert [path for path, file in MODULES.items() if file.stem in nothing] == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], ["version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], ["version"], ["submit", "no.yaml"]])
 def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
     program = (
         "import sys\n"

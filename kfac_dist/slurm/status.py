@@ -1,0 +1,216 @@
+"""`kfac-dist status`: how a run stands, from the files in its directory and, where SLURM is, from its queue.
+
+What a run wrote last may be outdated: a killed process leaves "running" behind. SLURM's word on the job settles it,
+else whether the process still exists, which only its own host can tell.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from kfac_dist.errors import CheckpointError, KFACError
+from kfac_dist.reporting.progress import duration
+from kfac_dist.reporting.run_file import RunRecord, State, read_record
+from kfac_dist.slurm.submission import submitted
+from kfac_dist.training.checkpoint import MANIFEST, read_manifest
+from kfac_dist.training.metrics import read_metrics
+
+_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"}
+_UNDER_WAY = {"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED"}
+
+
+class Standing(StrEnum):
+    """How a run stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Something that a run wrote.
+
+    Attributes:
+        step: At which step.
+        age: Seconds since.
+    """
+
+    step: int
+    age: float
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What can be told of a run.
+
+    Attributes:
+        directory: The run's directory.
+        standing: How it stands.
+        reason: Why it stopped, or why it is believed to have; empty while it goes on.
+        logged: The last logged step; None so far.
+        loss: The loss logged there.
+        total_steps: Length of the run, if it is known yet.
+        checkpoint: The newest complete checkpoint; None so far.
+        ranks: Number of ranks; None before the first start.
+        host: Where rank 0 is or was.
+        job: SLURM's number of the job.
+        job_state: SLURM's word for it.
+        restarts: How often SLURM has requeued it.
+    """
+
+    directory: str
+    standing: Standing
+    reason: str
+    logged: Logged | None
+    loss: float | None
+    total_steps: int | None
+    checkpoint: Logged | None
+    ranks: int | None
+    host: str | None
+    job: str | None
+    job_state: str | None
+    restarts: int
+
+    def describe(self) -> str:
+        """Return a few lines for a person."""
+        lines = [f"{self.directory}: {self.standing}{f' ({self.reason})' if self.reason else ''}"]
+        if self.logged is not None:
+            of = f" of {self.total_steps}, {self.logged.step / self.total_steps:.0%}" if self.total_steps else ""
+            lines.append(f"  step        {self.logged.step}{of}")
+            lines.append(f"  loss        {self.loss:.5g}, logged {duration(self.logged.age)} ago")
+        saved = self.checkpoint
+        age = "none" if saved is None else f"step {saved.step}, saved {duration(saved.age)} ago"
+        lines.append(f"  checkpoint  {age}")
+        if self.ranks is not None:
+            lines.append(f"  ranks       {self.ranks}, rank 0 on {self.host}")
+        if self.job is not None:
+            again = f", requeued {self.restarts} times" if self.restarts else ""
+            lines.append(f"  SLURM job   {self.job} {self.job_state or '(SLURM no longer knows it)'}{again}")
+        return "\n".join(lines)
+
+
+def run_statuses(directory: Path) -> list[RunStatus]:
+    """Return the status of a run, or of each run of a sweep.
+
+    Raises:
+        KFACError: There is no run in the directory.
+    """
+    job = submitted(directory)
+    if job is not None and job.tasks:
+        tasks = [(directory.with_name(f"{directory.name}-{task}"), f"{job.job}_{task}") for task in range(job.tasks)]
+        return [run_status(task, number) for task, number in tasks]
+    return [run_status(directory, None if job is None else job.job)]
+
+
+def run_status(directory: Path, job: str | None, job_state: Callable[[str], str | None] | None = None) -> RunStatus:
+    """Return the status of one run.
+
+    Args:
+        directory: Its directory.
+        job: The job that was submitted for it, if any.
+        job_state: Asks SLURM for a job's state.
+
+    Raises:
+        KFACError: There is no run in the directory.
+    """
+    record = read_record(directory)
+    if record is None and job is None:
+        raise KFACError(f"{directory}: no run is here; expected a run's directory, such as runs/digits-autoencoder")
+    # By the job's own word if it has begun: a directory may have been copied, or a job started by hand.
+    number = job if record is None or (job is not None and "_" in job) else record.job or job
+    told = None if number is None else (job_state or slurm_state)(number)
+    standing, reason = _standing(record, told)
+    metrics = directory / "metrics.jsonl"
+    losses = [entry for entry in read_metrics(metrics) if "loss" in entry]
+    return RunStatus(
+        directory=str(directory),
+        standing=standing,
+        reason=reason,
+        logged=Logged(losses[-1]["step"], _age(metrics)) if losses else None,
+        loss=losses[-1]["loss"] if losses else None,
+        total_steps=None if record is None else record.total_steps,
+        checkpoint=_newest(directory / "checkpoints"),
+        ranks=None if record is None else record.ranks,
+        host=None if record is None else record.host,
+        job=number,
+        job_state=told,
+        restarts=0 if record is None else record.restarts,
+    )
+
+
+def slurm_state(job: str) -> str | None:
+    """Return SLURM's word for a job: from the queue, else from the accounts; None if neither knows it or is there."""
+    for program, command in (
+        ("squeue", ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"]),
+        ("sacct", ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State"]),
+    ):
+        if shutil.which(program) is None:
+            continue
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        if told.returncode == 0 and told.stdout.strip():  # both fail where no job has the number any more
+            return told.stdout.split()[0]  # "CANCELLED by 0" is one word too many
+    return None
+
+
+def _standing(record: RunRecord | None, job_state: str | None) -> tuple[Standing, str]:
+    if record is None:
+        return _without_record(job_state)
+    match record.state:
+        case State.FINISHED:
+            return Standing.FINISHED, ""
+        case State.FAILED if job_state not in _WAITING:
+            return Standing.FAILED, record.reason
+        case State.PREEMPTED:
+            again = "; queued again" if job_state in _WAITING else ""
+            return Standing.PREEMPTED, record.reason + again
+        case _ if job_state in _WAITING:
+            return Standing.QUEUED, "again"
+        case _ if job_state is not None:
+            alive = job_state in _UNDER_WAY
+            return (Standing.RUNNING, "") if alive else (Standing.FAILED, f"SLURM says {job_state}")
+    if record.host == socket.gethostname() and not _exists(record.pid):
+        return Standing.FAILED, "its process is gone, without a word"
+    return Standing.RUNNING, ""
+
+
+def _without_record(job_state: str | None) -> tuple[Standing, str]:
+    if job_state in _WAITING:
+        return Standing.QUEUED, ""
+    if job_state in _UNDER_WAY:
+        return Standing.RUNNING, "its ranks still start"
+    return Standing.FAILED, f"it never began to train; SLURM says {job_state or 'nothing'}"
+
+
+def _newest(checkpoints: Path) -> Logged | None:
+    for path in sorted(checkpoints.glob("step-*"), reverse=True):
+        try:
+            found = read_manifest(path)
+            return Logged(found.step, _age(path / MANIFEST))
+        except (CheckpointError, FileNotFoundError):  # being written, or being removed
+            continue
+    return None
+
+
+def _age(path: Path) -> float:
+    return max(0.0, time.time() - path.stat().st_mtime)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
