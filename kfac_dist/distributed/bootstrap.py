@@ -9,6 +9,8 @@ World                what came of it; leaving its context leaves the process gro
 from __future__ import annotations
 
 import os
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -21,6 +23,10 @@ from torch.distributed import Store, TCPStore
 from kfac_dist.distributed.place import Launcher, Place, find_place
 from kfac_dist.distributed.rendezvous import fresh_store
 from kfac_dist.errors import CollectiveError, ConfigError
+
+# How long a name server may be out of order, and how often it is asked.
+NAME_SECONDS = 10.0
+NAME_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,7 @@ def choose_device(device: Literal["auto", "cpu", "cuda"], place: Place) -> torch
 def _join(place: Place, address: tuple[str, int], backend: str, timeout_seconds: float) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     host, port = address
+    _check_name(place, host, min(timeout_seconds, NAME_SECONDS))
     try:
         store = _store(place, host, port, timeout)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
@@ -177,6 +184,22 @@ def _join(place: Place, address: tuple[str, int], backend: str, timeout_seconds:
             f"rank {place.rank} of {place.world_size} did not meet the others at {host}:{port} "
             f"(MASTER_ADDR, MASTER_PORT) within {timeout_seconds:g} s: {error}"
         ) from error
+
+
+def _check_name(place: Place, host: str, seconds: float) -> None:
+    """A host without an address is an error at once: torch would look for it until the timeout, a page a try."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() + NAME_PAUSE_SECONDS > deadline:
+                raise CollectiveError(
+                    f"rank {place.rank} of {place.world_size} finds no address of {host!r}, where the ranks shall meet "
+                    f"({place.launcher}): {error}; set MASTER_ADDR to a name or an address that every node knows"
+                ) from error
+        time.sleep(NAME_PAUSE_SECONDS)
 
 
 def _store(place: Place, host: str, port: int, timeout: timedelta) -> Store:

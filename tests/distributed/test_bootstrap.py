@@ -117,6 +117,13 @@ def test_ranks_that_never_meet_are_told_where(monkeypatch: pytest.MonkeyPatch) -
         bootstrap("cpu", 1.0)
 
 
+def test_a_host_without_an_address_is_told_without_torch_s_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (TORCHRUN | {"MASTER_ADDR": "node1.invalid"}).items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(CollectiveError, match=r"rank 1 of 4 finds no address of 'node1.invalid', .*; set MASTER_ADDR"):
+        bootstrap("cpu", 0.5)
+
+
 def joined_by_others() -> str:
     place = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(place)
