@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -74,6 +75,24 @@ def test_a_model_of_ones_own_gives_logits() -> None:
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"configs/[a-z0-9_]+\.yaml", README)) - {"configs/mine.yaml"}))
 def test_named_configurations_exist(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+LAUNCHES = re.findall(r"^((?:launch/|kfac-dist launch ).*?) *(?:#.*)?$", "\n".join(blocks("sh")), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_launch_commands_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    for folder in ("launch", "configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
+    (tmp_path / "mpirun").write_text("#!/bin/sh\n")  # where none is installed: it only says its version
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}{os.pathsep}{tmp_path}")
+    words = [*command.split(), "--dry-run"]
+    if words[0] == "kfac-dist":
+        words[:1] = [sys.executable, "-m", "kfac_dist"]
+
+    run(words, tmp_path)
 
 
 def test_named_make_targets_exist() -> None:
