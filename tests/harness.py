@@ -214,6 +214,15 @@ def _run(task: _Task) -> _Result | _Failure:
         # Only now: the end of this rank's connections makes the others fail, and the first failure is the one to see.
         if dist.is_initialized():
             dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Empties DTensor's caches: they hand out the mesh of an earlier world, whose groups are gone."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
 
 
 @atexit.register
