@@ -178,7 +178,10 @@ class KFAC:
         return value_at(self.config.inversion.damping, self.steps, self._total_steps)
 
     def metrics(self) -> dict[str, float]:
-        """Return numbers worth logging; waits for the device."""
+        """Return numbers worth logging; waits for the device.
+
+        All but `failed_inversions` and `bytes_sent` are the same on every rank: these are its own, and add up.
+        """
         traffic = self.communicator.traffic
         return {
             "damping": self.damping,
