@@ -76,6 +76,7 @@ class Measurement:
         self._scale = LossScaleWatch(engine.module, lambda: self._micro_batch(own=False))
         self._step = 0
         self._positions = 0.0
+        self._pass = 0
         self._description: Description | None = None
         self._went_back = False
 
@@ -89,7 +90,7 @@ class Measurement:
         self._step = step
         self._description = None
         self._went_back = False
-        self._positions = 0.0
+        self._positions, self._pass = 0.0, 0
         self._capture.reset()
         self._capture.active = active
         self._scale.begin(active=active)
@@ -196,6 +197,8 @@ class Measurement:
     def _measure(self, block: Block, uses: list[Use]) -> None:
         if not self._reduction.accepts(block.name):
             return
+        if self._pass != self._capture.passes:
+            self._pass, self._positions = self._capture.passes, 0.0
         if not self._positions and uses[0].grad is not None:  # the layer nearest to the loss comes first
             self._positions = uses[0].grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
         block.measure(uses, self._micro_batch(own=False), self._averages, self._sides)
@@ -224,10 +227,17 @@ class Measurement:
             first_sample=first_sample if said.first_sample is None else said.first_sample,
             divisor=1.0 if own else said.divisor,
             inverse_scale=None if own else self._inverse_scale(done.scale),
-            terms=None if own else said.terms,  # drawn labels ignore no position
+            terms=self._tokens() if own or said.terms is None else said.terms,  # drawn labels ignore no position
             stride=stride,
             phase=self._step // self._config.factor_every % stride,
         )
+
+    def _tokens(self) -> float | None:
+        """Return the tokens of the pass that is measured, for token losses, as the layer nearest to the loss has them.
+
+        Other layers may see more rows (a norm of heads) or fewer (an encoder's), all for the same loss.
+        """
+        return self._positions or None if self._config.loss_terms is LossTerms.TOKEN else None
 
     def _inverse_scale(self, scale: float) -> float | Tensor | None:
         """Return what undoes an AMP loss scale, or the engine's own; None where there is none."""

@@ -335,6 +335,47 @@ def test_a_true_fisher_needs_no_labels_and_ignores_the_number_of_valid_ones(fish
     assert_same(at(7.0), at(None))
 
 
+class TwoLengths(nn.Module):
+    """Tokens that attend to a shorter memory, by heads that are normalised: three numbers of rows for one loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.memory = nn.Embedding(9, 6), nn.Linear(6, 6)
+        self.heads, self.head = nn.RMSNorm(3), nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.table(tokens)
+        memory = self.memory(hidden[:, :2].detach()).tanh()
+        queries = self.heads(hidden.unflatten(-1, (2, 3))).flatten(-2)
+        return self.head(queries + (queries @ memory.mT).softmax(-1) @ memory)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "type2", "mc"])
+@pytest.mark.parametrize("lengths", [(5,), (5, 3)])
+def test_every_layer_counts_the_tokens_of_the_loss(fisher: str, lengths: tuple[int, ...]) -> None:
+    """Whatever rows a layer sees, n is the number of the loss's terms, as it is where the loop says so."""
+    model, batches = TwoLengths(), [text(6, length)[0] % 9 for length in lengths]
+
+    def run(*, told: bool) -> Factors:
+        kfac = build_kfac(model, fisher=fisher, likelihood="categorical", loss_terms="token")
+        model.zero_grad()
+        for tokens in batches:
+            n = float(tokens.numel())
+            kfac.micro_batch(**({"divisor": n, "terms": n} if told else {}))
+            outputs = model(tokens)
+            kfac.fisher_backward(outputs)
+            (token_loss(outputs, tokens % 4, "sum") / n).backward()
+        kfac.step()
+        found, units = factors(kfac), kfac.state_dict()["units"]
+        kfac.remove()
+        weights = {float(unit["scalars"][0]) for name, unit in units.items() if "/A/" not in name}
+        assert weights == {float(sum(tokens.numel() for tokens in batches))}
+        return found
+
+    assert_same(run(told=False), run(told=True))
+
+
 # ---- sampling
 
 
