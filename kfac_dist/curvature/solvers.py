@@ -29,7 +29,6 @@ from kfac_dist.curvature.gram import complete
 _RAISES = (1.0, 10.0, 100.0, 1000.0)
 # On a CPU, larger matrices gain nothing from a batch, and stacking them costs a copy.
 _LARGEST_BATCHED = 256
-_SMALL = 140
 _NEWTON_SCHULZ_STEPS = 60
 _NEWTON_SCHULZ_RESIDUAL = 1e-4
 
@@ -184,14 +183,16 @@ def _inverse(matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solve
 
 
 def _cholesky_inverse(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inverses of `[k, n, n]`, from the upper triangles, and which of them are good."""
-    # The upper triangle is the lower one of the transpose, which LAPACK factorises quicker when it is not small.
-    lower = matrices.shape[-1] > _SMALL
-    factor, info = torch.linalg.cholesky_ex(matrices.mT if lower else matrices, upper=not lower)
+    """Return the inverses of `[k, n, n]`, from the upper triangles, and which of them are good; overwrites them."""
+    # LAPACK's columns are our rows: its lower triangle is the upper one, and on a CPU it works where the matrices are.
+    columns = matrices.mT
+    in_place = columns if columns.device.type == "cpu" else torch.empty_like(columns)
+    info = torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
+    factor, _ = torch.linalg.cholesky_ex(columns, out=(in_place, info))
     failed = info != 0
     if bool(failed.any()):  # the identity keeps the inverse of the others' batch defined
         factor[failed] = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    inverse = torch.cholesky_inverse(factor.mT if lower else factor, upper=True)
+    inverse = torch.cholesky_inverse(factor, out=factor).mT
     return inverse, ~failed & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
