@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kfac_dist import KFAC
 from kfac_dist.engines import as_engine
-from tests.preconditioner.transformer_models import gpt2
 from tests.preconditioner.workloads import CLASSES, GLOBAL_BATCH, MODELS, part, place
 
 WIDTH = 8
@@ -80,6 +80,12 @@ class CheckpointedNet(nn.Module):
         return self.head(torch.tanh(again))
 
 
+def _gpt2() -> nn.Module:
+    from tests.preconditioner.transformer_models import gpt2  # transformers takes seconds to import
+
+    return gpt2()
+
+
 MAKE: dict[str, Callable[[], nn.Module]] = {
     **MODELS,
     "attention": AttentionNet,
@@ -87,7 +93,7 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
     "scaled": ScaledNet,
     "checkpointed": lambda: CheckpointedNet(reentrant=False),
     "reentrant": lambda: CheckpointedNet(reentrant=True),
-    "gpt2": gpt2,
+    "gpt2": _gpt2,
 }
 TOKENS = {"token": 5, "tied": 5, "gpt2": 5}
 # Modules that are sharded by themselves, inside of the model as a whole.
@@ -145,11 +151,11 @@ def sharded(
 
 
 class Training:
-    """A model in training with K-FAC: bare without a mesh, else under `fully_shard`.
+    """A model in training with K-FAC: under `fully_shard`, or under DDP or bare without a mesh.
 
     Args:
         case: What.
-        mesh: Its ranks; the world's if there is none.
+        mesh: Its ranks; the world's, which may be one process, if there is none.
         weights: Parameters to start from, whole.
     """
 
@@ -162,9 +168,12 @@ class Training:
         for name in case.frozen:
             self.model.get_submodule(name).requires_grad_(False)
         self.rank, self.size = place() if mesh is None else (_place_in(mesh), mesh.size())
+        self.wrapped = self.model
         if mesh is not None:
             sharded(self.model, mesh, WRAPPED.get(case.model, ()), case.policy)
-        self.engine = as_engine(self.model)
+        elif self.size > 1:
+            self.wrapped = DistributedDataParallel(self.model, find_unused_parameters=case.model == "scaled")
+        self.engine = as_engine(self.wrapped)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.02) if case.adam else torch.optim.SGD(trained, lr=0.1)
         self.kfac = KFAC(self.engine, case.config, optimizer=self.optimizer)
@@ -181,7 +190,7 @@ class Training:
             terms = float(labels[first:stop].numel())
             self.kfac.micro_batch(first_sample=first, divisor=divisor, terms=terms, last=last)
             with self.engine.synchronize(last):
-                outputs = self.model(inputs[first:stop]).float()
+                outputs = self.wrapped(inputs[first:stop]).float()
                 wrong = F.cross_entropy(outputs.flatten(0, -2), labels[first:stop].flatten(), reduction="sum")
                 self.kfac.fisher_backward(outputs)
                 (wrong / divisor).backward()
