@@ -43,11 +43,12 @@ test: setup ## Run the tests; fail below 90 % coverage of the package
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-lint: setup ## Check style, formatting, types and shell scripts
+lint: setup ## Check style, formatting, types, shell scripts and image builds
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x launch/*.sh slurm/*.sbatch
+	$(BIN)/shellcheck -x launch/*.sh slurm/*.sbatch docker/*.sh
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 format: setup ## Apply the style
 	$(BIN)/ruff check --fix
