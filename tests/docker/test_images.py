@@ -77,7 +77,11 @@ def test_two_containers_make_one_run() -> None:
         pytest.skip("the rest needs docker compose (Debian: docker-compose)")
     # Without a daemon: the schema, and every variable has a default.
     ended = subprocess.run(
-        [*command, "-f", str(DOCKER / "compose.yaml"), "config"], capture_output=True, text=True, check=False
+        [*command, "-f", str(DOCKER / "compose.yaml"), "config"],
+        env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert yaml.safe_load(ended.stdout)["services"]["node1"]["build"]["args"]["BASE_IMAGE"].startswith("python:3.11")
