@@ -60,10 +60,14 @@ def collectives(comm: Communicator) -> dict[str, Any]:
     return {
         "kind": type(comm).__name__,
         "tensors": results,
-        "same": [len(set(comm.gather_objects(t.sum().item()))) == 1 for n, t in results.items() if "sum" in n],
+        "same": [len(set(comm.gather_objects(bits(t), label="bits"))) == 1 for n, t in results.items() if "sum" in n],
         "objects": objects,
         "traffic": {label: comm.traffic.snapshot()[label] for label in ("sum", "last", "uneven", "empty", "objects")},
     }
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.view(torch.uint8).numpy().tobytes()
 
 
 def splits(comm: Communicator) -> list[tuple[str, int, int, float]]:

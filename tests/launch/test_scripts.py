@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -217,4 +218,12 @@ def test_mpirun_gives_torchrun_s_losses(tmp_path: Path, by_torchrun: list[float]
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs pip install 'kfac_dist[deepspeed]'")
 def test_deepspeed_gives_torchrun_s_losses(tmp_path: Path, by_torchrun: list[float]) -> None:
-    assert losses(tmp_path, "deepspeed", "deepspeed.sh", "--num-ranks", "2") == by_torchrun
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # As started by hand on each node of a hostfile, of which this is the only one.
+    nodes = ["--hostfile", str(hosts), "--no-ssh", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}"]
+
+    assert losses(tmp_path, "deepspeed", "deepspeed.sh", *nodes) == by_torchrun
