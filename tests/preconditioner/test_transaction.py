@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist import KFAC
 from tests.harness import run_ranks
@@ -111,18 +112,19 @@ def test_a_rank_that_drops_its_batch_leaves_the_average_of_the_others() -> None:
             torch.testing.assert_close(g, (gradients.T @ gradients / len(gradients)).triu(), msg=str(mode))
 
 
-@pytest.mark.parametrize("reduce_every", ["refresh", "step"])
-def test_a_grad_scaler_that_overflows_leaves_kfac_untouched(reduce_every: str) -> None:
+def overflowing_steps(reduce_every: str) -> tuple[list[str], list[str]]:
+    """Two steps, one whose scaled loss overflows on the last rank alone, and a good one; what changed when."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1000)
     config = {**EVERY_STEP, "distribution": {"reduce_every": reduce_every}}
-    kfac = KFAC(model, config, optimizer=optimizer, grad_scaler=scaler)
+    wrapped = DistributedDataParallel(model)
+    kfac = KFAC(wrapped, config, optimizer=optimizer, grad_scaler=scaler)
 
     def step(factor: float) -> None:
         optimizer.zero_grad()
-        loss = model(torch.randn(8, 4)).square().sum(1).mean() * factor
+        loss = wrapped(torch.randn(8, 4)).square().sum(1).mean() * factor
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         kfac.step()
@@ -132,10 +134,19 @@ def test_a_grad_scaler_that_overflows_leaves_kfac_untouched(reduce_every: str) -
     step(1.0)
     step(1.0)
     state, parameters = flat(kfac.state_dict()), copy.deepcopy(model.state_dict())
-    step(float("inf"))
+    step(float("inf") if dist.get_rank() == dist.get_world_size() - 1 else 1.0)
     after = flat(kfac.state_dict())
     changed = [key for key in state if not torch.equal(state[key], after[key])]
-    assert all(key == "/step" or key.endswith("/overdue") for key in changed)
-    assert all(torch.equal(value, parameters[key]) for key, value in model.state_dict().items())
+    changed += [key for key, value in model.state_dict().items() if not torch.equal(value, parameters[key])]
     step(1.0)
-    assert not any(value.any() for key, value in flat(kfac.state_dict()).items() if key.endswith("/overdue"))
+    overdue = [key for key, value in flat(kfac.state_dict()).items() if key.endswith("/overdue") and value.any()]
+    kfac.remove()
+    return changed, overdue
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("reduce_every", ["refresh", "step"])
+def test_a_grad_scaler_that_overflows_leaves_kfac_untouched(reduce_every: str, size: int) -> None:
+    for changed, overdue in run_ranks(size, overflowing_steps, reduce_every):
+        assert all(key == "/step" or key.endswith("/overdue") for key in changed), changed
+        assert not overdue
