@@ -16,26 +16,25 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-# Strict: neither "5" nor true is a number, whatever Python thinks; a whole number is still a fine float.
-Fraction = Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-CountOrZero = Annotated[int, Field(ge=0, strict=True)]
-Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-Seconds = Annotated[float, Field(gt=0, le=1e7, strict=True, allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
-Pattern = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A frozen section that refuses unknown keys and silent type coercion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
-
+from kfac_dist.config.engine import EngineConfig as EngineConfig
+from kfac_dist.config.engine import EngineName as EngineName
+from kfac_dist.config.engine import FSDP2Config as FSDP2Config
+from kfac_dist.config.engine import Precision as Precision
+from kfac_dist.config.section import (
+    BelowOne,
+    Count,
+    CountOrZero,
+    Flag,
+    Fraction,
+    NonNegative,
+    Pattern,
+    Positive,
+    Seconds,
+    Seed,
+)
+from kfac_dist.config.section import Section as Section
 
 # ---------------------------------------------------------------------------------------------- schedules
 
@@ -457,21 +456,6 @@ class OptimizerConfig(Section):
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum > 0")
         return self
-
-
-class EngineName(StrEnum):
-    """How the model's parameters are distributed."""
-
-    DDP = "ddp"
-
-
-class EngineConfig(Section):
-    """How the model's parameters are distributed, and what DDP is told."""
-
-    name: EngineName = EngineName.DDP
-    bucket_cap_mb: Positive = 25.0
-    find_unused_parameters: Flag = False
-    sync_batchnorm: Flag = False
 
 
 class TrainConfig(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -163,7 +164,7 @@ def _try_out(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Sou
 
 def _unused(case: _Case, names: list[str]) -> Finding:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    waits = not case.config.engine.find_unused_parameters
+    waits = case.config.engine.waits_for_every_gradient
     fatal = waits and case.ranks.size > 1
     said = f"the loss doesn't depend on {', '.join(names[:3])}{more}"
     if waits:
@@ -213,10 +214,11 @@ def _measure(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Sou
     try:
         findings, rows = examine_curvature(config, model, loss, train, ranks)
         case.findings += findings
-        engine = build_engine(model, config.engine, case.world)
+        engine, optimizer = build_engine(
+            model, config.engine, config.train, case.world, partial(build_optimizer, config=config.optimizer)
+        )
         sampler = Sampler(len(train), config.train.batch_size, config.run.seed)
         stream = Stream(train, sampler, rank=ranks.rank, world_size=ranks.size, accumulate=config.train.accumulate)
-        optimizer = build_optimizer(engine.module.parameters(), config.optimizer)
         parts = Parts(engine, optimizer, None, loss, stream, train, test, 1)
         case.findings += examine_scale(config, parts, ranks)
     except CollectiveError:

@@ -1,6 +1,6 @@
 """Engines: where a parameter's gradient lives. They know ranks and shards, but nothing of K-FAC."""
 
 from kfac_dist.engines.base import Engine
-from kfac_dist.engines.build import as_engine, build_engine
+from kfac_dist.engines.build import as_engine, build_engine, check_engine, check_sections
 
-__all__ = ["Engine", "as_engine", "build_engine"]
+__all__ = ["Engine", "as_engine", "build_engine", "check_engine", "check_sections"]

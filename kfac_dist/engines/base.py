@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.layout import GradientLayout
+from kfac_dist.engines.holding import Holding, holdings_of
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,45 @@ class Engine(ABC):
     @abstractmethod
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
         """Return a context for one micro-batch's forward and backward; only the last of a step averages gradients."""
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """Return a model's inputs in the precision that it computes in, where it doesn't see to that by itself."""
+        return inputs
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate a micro-batch's loss, which is divided already by all that it should be divided by."""
+        loss.backward()
+
+    def take_step(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
+        """Clip the norm of all gradients together, step the optimizer and forget the gradients.
+
+        Args:
+            optimizer: The optimizer that was built for this engine.
+            max_norm: Norm to which the gradient that the optimizer sees is clipped; None leaves it.
+        """
+        if max_norm is not None:
+            trained = [p for p in self.module.parameters() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(trained, max_norm, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def unused(self) -> list[str]:
+        """Return the trained parameters that the last backward left out, if other ranks then wait for them."""
+        return []
+
+    def holdings(self) -> list[Holding]:
+        """Return what this rank holds of all parameters, between steps, for a checkpoint."""
+        return list(holdings_of(self.module.named_parameters()))
+
+    def restored(self) -> None:  # noqa: B027  most engines compute with what `holdings` views
+        """Take up weights that were written into `holdings`; collective."""
+
+    def counters(self) -> dict[str, Tensor]:
+        """Return what the engine itself counts, such as a loss scale; the same on every rank."""
+        return {}
+
+    def load_counters(self, values: dict[str, Tensor]) -> None:  # noqa: B027
+        """Take `counters` of an engine of this kind."""
 
     def settle(self, backward: Callable[[], None]) -> None:  # noqa: B027  most engines need none
         """Run a backward pass whose results are thrown away, if the engine needs one before its first step.

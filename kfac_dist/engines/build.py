@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfac_dist.config.schema import EngineConfig, EngineName
+from kfac_dist.config.schema import EngineConfig, EngineName, TrainConfig
 from kfac_dist.distributed.bootstrap import World
 from kfac_dist.engines.base import Engine
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.engines.zero import ZeroEngine, is_deepspeed_engine
+from kfac_dist.errors import ConfigError
+
+OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def as_engine(model: nn.Module | Engine) -> Engine:
@@ -33,17 +38,68 @@ def _fully_sharded(model: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
-def build_engine(model: nn.Module, config: EngineConfig, world: World) -> Engine:
-    """Move a model to this rank's device and distribute it as the configuration says; collective."""
-    match config.name:
-        case EngineName.DDP:
-            return _build_ddp(model, config, world)
+def check_engine(config: EngineConfig, train: TrainConfig, world: World) -> None:
+    """Refuse what can be refused before there is a model.
+
+    Raises:
+        ConfigError: A sharded engine without a launcher; DeepSpeed is missing, or refuses its section.
+    """
+    if config.name is not EngineName.DDP and world.backend is None:
+        raise ConfigError(
+            f"engine.name: {config.name} needs ranks that a launcher started, if only one: torchrun --standalone "
+            "--nproc-per-node 1 -m kfac_dist train ..."
+        )
+    check_sections(config, train, on_cpu=world.device.type == "cpu")
 
 
-def _build_ddp(model: nn.Module, config: EngineConfig, world: World) -> Engine:
+def check_sections(config: EngineConfig, train: TrainConfig, *, on_cpu: bool) -> None:
+    """Refuse what needs neither ranks nor a model to be refused.
+
+    Raises:
+        ConfigError: DeepSpeed is missing, or refuses its section.
+    """
+    if config.name.zero_stage is not None:
+        from kfac_dist.engines.zero_config import check_settings
+
+        check_settings(config, train, on_cpu=on_cpu)
+
+
+def build_engine(
+    model: nn.Module, config: EngineConfig, train: TrainConfig, world: World, build_optimizer: OptimizerOf
+) -> tuple[Engine, torch.optim.Optimizer]:
+    """Move a model to this rank's device, distribute it as the configuration says, and build its optimizer; collective.
+
+    Args:
+        model: The model; what is returned may be made of it.
+        config: How it is distributed.
+        train: Batches and clipping, which DeepSpeed is told at its start.
+        world: The ranks.
+        build_optimizer: Makes an optimizer of the parameters: those of the distributed model, or the model's own if
+            the engine wants to distribute them itself.
+
+    Raises:
+        ConfigError: See `check_engine`; FSDP2's options don't fit the model or the number of ranks.
+    """
+    check_engine(config, train, world)
     if config.sync_batchnorm and world.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(world.device)
+    engine: Engine
+    match config.name:
+        case EngineName.DDP:
+            engine = _build_ddp(model, config, world)
+        case EngineName.FSDP2:
+            from kfac_dist.engines.fsdp2_build import build_fsdp2
+
+            engine = build_fsdp2(model, config.fsdp2, config.precision, world.device)
+        case EngineName.ZERO1 | EngineName.ZERO2 | EngineName.ZERO3:
+            from kfac_dist.engines.zero_loop import build_zero
+
+            return build_zero(model, config, train, world, build_optimizer)
+    return engine, build_optimizer(engine.module.parameters())
+
+
+def _build_ddp(model: nn.Module, config: EngineConfig, world: World) -> Engine:
     if world.world_size == 1:
         return DDPEngine(model)
     wrapped = DistributedDataParallel(

@@ -43,6 +43,12 @@ class DDPEngine(Engine):
         """See `Engine.parameters`."""
         return {name: p.detach() for name, p in self._trained.items()}
 
+    def unused(self) -> list[str]:
+        """See `Engine.unused`: DDP waits, unless it was told to look for them."""
+        if self._ddp is None or self._ddp.find_unused_parameters:
+            return []
+        return [name for name, parameter in self._trained.items() if parameter.grad is None]
+
     def settle(self, backward: Callable[[], None]) -> None:
         """See `Engine.settle`: DDP rebuilds its buckets in the order in which the first gradients came.
 

@@ -182,11 +182,19 @@ class Stream:
 
 def evaluation_batches(
     source: Source, samples: int, batch_size: int, rank: int, world_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's part of the first `samples` samples, in order, in batches of at most `batch_size`."""
-    mine = split(samples, world_size)[rank]
-    indices = torch.arange(mine.start, mine.stop)
-    return source.fetch(indices.split(batch_size) if len(indices) else [], seed=0)
+) -> Iterator[tuple[bool, Tensor, Tensor]]:
+    """Yield this rank's part of the first `samples` samples, in order, in batches of at most `batch_size`.
+
+    Every rank gets as many batches as the one that has the most, because under sharded engines a forward pass is a
+    collective. The first value tells whether a batch counts: those that only make up the number hold the first sample.
+    """
+    parts = split(samples, world_size)
+    most = max(-(-len(part) // batch_size) for part in parts)
+    mine = torch.arange(parts[rank].start, parts[rank].stop)
+    plan = list(mine.split(batch_size)) if len(mine) else []
+    batches = source.fetch([*plan, *[torch.arange(1)] * (most - len(plan))], seed=0)
+    for place, (inputs, targets) in enumerate(batches):
+        yield place < len(plan), inputs, targets
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

@@ -18,9 +18,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,13 @@ class Checkpoints:
         with agreed(self.communicator, CheckpointError, f"can't read {checkpoint.path}"):
             return SafeReader(checkpoint.path).read_metadata()
 
-    def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    def load(self, checkpoint: Checkpoint, state: dict[str, Any], pieces: Iterable[dict[str, Any]] = ()) -> None:
         """Fill the tensors of `state`, in place, whatever number of ranks wrote them.
+
+        Args:
+            checkpoint: What to load.
+            state: Nested dictionaries with string keys; dots in a key stand for nesting.
+            pieces: More of them, each filled before the next is asked for; ranks may have different numbers of them.
 
         Raises:
             CheckpointError: The checkpoint can't be read, or is of another model: names the first tensor that differs.
@@ -132,17 +138,17 @@ class Checkpoints:
         reader = SafeReader(checkpoint.path)
         with agreed(self.communicator, CheckpointError, f"can't read {checkpoint.path}"):
             check_fit(state, reader.read_metadata(), checkpoint.path)
-        with agreed(self.communicator, CheckpointError, f"can't load {checkpoint.path}"), self._alone() as alone:
-            dcp.load(state, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=alone)
+        with agreed(self.communicator, CheckpointError, f"can't load {checkpoint.path}"), self._alone():
+            for piece in chain([state], pieces):
+                # Each rank reads for itself: there is nothing to plan together.
+                dcp.load(piece, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
         """Tell whether this process is the only one, and keep DCP from warning that it is."""
-        alone = self.communicator.size == 1
         with warnings.catch_warnings():
-            if alone:
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            yield alone
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            yield self.communicator.size == 1
 
     def _by_age(self) -> list[Path]:
         if not self.directory.is_dir():

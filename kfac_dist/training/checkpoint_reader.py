@@ -84,7 +84,7 @@ def check_fit(state: dict[str, Any], metadata: Metadata, path: Path) -> None:
     """Compare what is to be loaded with what a checkpoint holds.
 
     Raises:
-        CheckpointError: Names the first tensor that the checkpoint lacks, has in another shape, or has too much.
+        CheckpointError: Names the first tensor that the checkpoint lacks, or has in another shape.
     """
     held = metadata.state_dict_metadata
     wanted = dict(flatten(state))
@@ -97,10 +97,6 @@ def check_fit(state: dict[str, Any], metadata: Metadata, path: Path) -> None:
                 f"{path}: {name} has shape {tuple(entry.size)}, in this run {tuple(value.shape)}: "
                 "it is of another model or configuration"
             )
-    for name in held:
-        # Of K-FAC and the random generators, other ranks may hold what this one doesn't.
-        if name.startswith("model.") and name not in wanted:
-            raise CheckpointError(f"{path}: has {name}, which this run lacks: it is of another model or configuration")
 
 
 def flatten(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

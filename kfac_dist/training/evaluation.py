@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.engines import Engine
 from kfac_dist.tasks.losses import Loss
 from kfac_dist.training.batches import Source, evaluation_batches
-from kfac_dist.training.passes import explained, forward
+from kfac_dist.training.passes import explained, forward, full_precision
 
 
 @dataclass(frozen=True)
@@ -27,32 +28,37 @@ class Evaluation:
 
 
 def evaluate(
-    module: nn.Module, loss: Loss, source: Source, samples: int, batch_size: int, communicator: Communicator
+    engine: Engine, loss: Loss, source: Source, samples: int, batch_size: int, communicator: Communicator
 ) -> Evaluation:
     """Evaluate the first `samples` samples; collective.
 
     Every rank takes a part and evaluates rank 0's buffers (running averages of BatchNorm differ between ranks), so
-    that the result is that of one model.
+    that the result is that of one model. Ranks take the same number of forward passes: under a sharded engine a pass is
+    a collective, so that one with nothing left passes the first sample once more and doesn't count it.
 
     Args:
-        module: The bare model; its train/eval mode is put back.
+        engine: The model; its train/eval mode is put back.
         loss: Loss and metric.
         source: The data.
         samples: How many of its samples.
         batch_size: Samples of a forward pass on one rank.
         communicator: The ranks.
     """
+    module = engine.module
     share_buffers(module, communicator)
     was_training = module.training
     module.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=next(module.parameters()).device)
     with torch.no_grad():
-        for inputs, targets in evaluation_batches(source, samples, batch_size, communicator.rank, communicator.size):
+        for counted, inputs, targets in evaluation_batches(
+            source, samples, batch_size, communicator.rank, communicator.size
+        ):
             with explained("evaluation", module, inputs, targets):
-                outputs = forward(module, inputs)
-                sums[0] += loss.total(outputs, targets)
-                sums[1] += loss.metric_sum(outputs, targets)
-                sums[2] += loss.count(targets)
+                outputs = full_precision(forward(module, engine.prepared(inputs)))
+                if counted:
+                    sums[0] += loss.total(outputs, targets)
+                    sums[1] += loss.metric_sum(outputs, targets)
+                    sums[2] += loss.count(targets)
     module.train(was_training)
     communicator.all_reduce(sums, label="evaluation").wait()
     total, metric, terms = sums.tolist()

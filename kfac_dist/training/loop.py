@@ -1,12 +1,14 @@
 """The training loop: a step, and what surrounds steps (log, evaluate, save).
 
-    batch ─▶ for each micro-batch: forward, backward ─▶ kfac.step ─▶ clip ─▶ optimizer.step ─▶ window
+    batch ─▶ for each micro-batch: forward, backward ─▶ kfac.step ─▶ clip, optimizer.step ─▶ window
     at some steps: log (one reduction, one host sync), evaluate, save; before each: does a scheduler want us to stop?
 
 A step that doesn't log waits for nothing on the host.
 
-How the loss is divided: DDP averages gradients over W ranks with equal weights, yet ranks may have unequal parts of a
-batch. Each rank therefore backpropagates `Σℓ · W / n`, with n the terms of the whole step over all ranks and
+Where gradients and weights are is the engine's business: the loop is the same under DDP, FSDP2 and ZeRO.
+
+How the loss is divided: engines average gradients over W ranks with equal weights, yet ranks may have unequal parts of
+a batch. Each rank therefore backpropagates `Σℓ · W / n`, with n the terms of the whole step over all ranks and
 micro-batches; the average is then the gradient of the mean over n, whatever W and the number of micro-batches.
 """
 
@@ -31,7 +33,7 @@ from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
 from kfac_dist.training.diagnosis import blame_data
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
 from kfac_dist.training.metrics import MetricsWriter, peak_memory_bytes
-from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused, unused_parameters
+from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
 from kfac_dist.training.preemption import Preempted, Preemption, StopSignals
 from kfac_dist.training.run_state import capture_state, restore_state
 from kfac_dist.training.sampler import Position
@@ -103,8 +105,6 @@ class Trainer:
         self._window_began = 0.0
         self._window_positions: list[Position] = []
         self._saved_at = 0
-        self._all_used = communicator.size > 1 and not config.engine.find_unused_parameters
-        self._trained = [p for p in parts.engine.module.parameters() if p.requires_grad]
 
     def train(self) -> None:
         """Run the steps that are left.
@@ -139,7 +139,7 @@ class Trainer:
         settings = self.config.train
         batch_size = max(1, settings.batch_size // (settings.accumulate * self.communicator.size))
         samples = len(source) if samples is None else min(samples, len(source))
-        return evaluate(self.parts.engine.module, self.parts.loss, source, samples, batch_size, self.communicator)
+        return evaluate(self.parts.engine, self.parts.loss, source, samples, batch_size, self.communicator)
 
     def save(self, *, unforeseen: bool = False) -> None:
         """Write a checkpoint; collective.
@@ -235,25 +235,22 @@ class Trainer:
         counts = self.backpropagate(batch)
         if self.parts.kfac is not None:
             self.parts.kfac.step()
-        if self.config.train.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._trained, self.config.train.clip_grad_norm, foreach=True)
-        self.parts.optimizer.step()
-        self.parts.optimizer.zero_grad()
+        self.parts.engine.take_step(self.parts.optimizer, self.config.train.clip_grad_norm)
         self._window.add_step(batch.samples, counts.everywhere)
 
     def _forward_backward(self, micro: MicroBatch, terms: Tensor | None, divisor: float | Tensor, last: bool) -> None:
-        kfac = self.parts.kfac
+        kfac, engine = self.parts.kfac, self.parts.engine
         if kfac is not None:
             kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last)
-        where, module = f"step {self.step + 1}", self.parts.engine.module
+        where, module = f"step {self.step + 1}", engine.module
         with explained(where, module, micro.inputs, micro.targets):
-            outputs = forward(self.parts.engine.model, micro.inputs)
+            outputs = forward(engine.model, engine.prepared(micro.inputs))
             if kfac is not None:
                 kfac.fisher_backward(outputs)
             total = loss_total(self.parts.loss, outputs, micro.targets, module)
-            (total / divisor).backward()
-        if last and self._all_used:
-            refuse_unused(where, unused_parameters(module))
+            engine.backward(total / divisor)
+        if last:
+            refuse_unused(where, engine.unused())
         self._window.add_loss(total)
 
     def _count_terms(self, batch: StepBatch) -> TermCounts:

@@ -39,12 +39,12 @@ def forward(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def loss_total(loss: Loss, outputs: Tensor, targets: Tensor, module: nn.Module) -> Tensor:
-    """Return the sum of the loss's terms.
+    """Return the sum of the loss's terms, in float32 whatever the model computes in.
 
     Raises:
         ModelError: It doesn't depend on any trained parameter.
     """
-    total = loss.total(outputs, targets)
+    total = loss.total(full_precision(outputs), full_precision(targets))
     if not total.requires_grad:
         frozen = not any(parameter.requires_grad for parameter in module.parameters())
         raise ModelError(
@@ -53,6 +53,11 @@ def loss_total(loss: Loss, outputs: Tensor, targets: Tensor, module: nn.Module) 
             else "the loss doesn't depend on any trained parameter: does the model detach its outputs?"
         )
     return total
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 if it has less."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 @contextmanager

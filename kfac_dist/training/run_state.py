@@ -1,7 +1,12 @@
 """What a checkpoint holds of a run, by name: from live objects to nested dictionaries of tensors, and back.
 
     model.<parameter or buffer>        optimizer.<parameter>.<state>        kfac.<block>…        rng.rank<r>.<generator>
+    engine.<counter>, such as a loss scale
     own.rank<r>.<part>.<tensor>, if the run stopped where no schedule foresaw it
+
+Parameters and their state are saved as each rank holds them, whole or in runs of elements (`training.slices`), in the
+precision that the optimizer steps: what one engine saved on W ranks, another loads on any number of them, and no rank
+ever has the whole model unless it trains it whole.
 
 Learning rates, momentum and the like are not saved: they come from the configuration, schedules being pure functions
 of the step.
@@ -9,24 +14,34 @@ of the step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kfac_dist.engines import Engine
+from kfac_dist.engines.holding import Holding
+from kfac_dist.errors import CheckpointError
 from kfac_dist.preconditioner.kfac import KFAC
+from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
 from kfac_dist.training.random_state import capture_random_state, restore_random_state
+from kfac_dist.training.slices import SavedRun, Wanted, piecewise, run_name, saved_runs, straight
+
+Saved = dict[str, list[SavedRun]]
 
 
 def capture_state(engine: Engine, optimizer: torch.optim.Optimizer, kfac: KFAC | None, rank: int) -> dict[str, Any]:
     """Return the state of a run as nested dictionaries; collective, because K-FAC's part is."""
+    holdings = engine.holdings()
     state: dict[str, Any] = {
-        "model": engine.module.state_dict(),
-        "optimizer": _optimizer_state(engine.module, optimizer),
+        "model": {run_name(h.name, h.start, h.values, whole=h.whole): h.values for h in holdings} | _buffers(engine),
+        "optimizer": {h.name: held for h in holdings if (held := _optimizer_state(h, optimizer))},
+        "engine": engine.counters(),
         "rng": {f"rank{rank}": capture_random_state()},
     }
     if kfac is not None:
@@ -63,18 +78,24 @@ def restore_state(
         CheckpointError: It can't be read, or is of another model.
     """
     held = checkpoints.contents(checkpoint)
+    saved = saved_runs(held)
+    holdings = engine.holdings()
+    with agreed(checkpoints.communicator, CheckpointError, f"can't read {checkpoint.path}"):
+        _check_model(engine, holdings, saved, checkpoint.path)
+    wanted = [Wanted(f"model.{h.name}", h.start, h.values) for h in holdings]
+    wanted += [want for h in holdings for want in _optimizer_wants(h, optimizer, saved)]
     state: dict[str, Any] = {
-        "model": engine.module.state_dict(),
-        "optimizer": _optimizer_template(engine.module, optimizer, held),
-        "rng": {f"rank{rank}": capture_random_state()} if f"rng.rank{rank}.torch" in held.state_dict_metadata else {},
+        "model": _buffers(engine),
+        "engine": {name: value for name, value in engine.counters().items() if f"engine.{name}" in saved},
+        "rng": {f"rank{rank}": capture_random_state()} if f"rng.rank{rank}.torch" in saved else {},
         "own": {f"rank{rank}": _like_saved(own, held, f"own.rank{rank}.")} if own else {},
+        **straight(wanted, saved),
     }
     if kfac is not None:
         state["kfac"] = kfac.sharded_state_dict()
-    checkpoints.load(checkpoint, state)
-    for name, parameter in engine.module.named_parameters():
-        if name in state["optimizer"]:
-            optimizer.state[parameter] = state["optimizer"][name]
+    checkpoints.load(checkpoint, state, piecewise(wanted, saved))
+    engine.restored()
+    engine.load_counters(state["engine"])
     if kfac is not None:
         kfac.load_sharded_state_dict(state["kfac"])
     if state["rng"]:
@@ -83,32 +104,75 @@ def restore_state(
     return restored
 
 
-def _optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {key: value for key, value in optimizer.state[parameter].items() if value is not None}
-        for name, parameter in module.named_parameters()
-        if parameter in optimizer.state
-    }
+def _buffers(engine: Engine) -> dict[str, Any]:
+    """Return the entries of the model's state that are no parameters."""
+    parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in engine.module.state_dict().items() if name not in parameters}
 
 
-def _optimizer_template(
-    module: nn.Module, optimizer: torch.optim.Optimizer, held: Metadata
-) -> dict[str, dict[str, Tensor]]:
-    """Return tensors to load the optimizer's state into.
+def _optimizer_state(holding: Holding, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what the optimizer keeps for one holding; a value for all of a parameter's elements is every rank's."""
+    state: dict[str, Tensor] = {}
+    for key, value in optimizer.state.get(holding.key, {}).items() if holding.key is not None else ():
+        if value is None:
+            continue
+        elementwise = holding.is_elementwise(value)
+        within = holding.within(value) if elementwise else value
+        name = run_name(key, holding.start, within, whole=holding.whole) if elementwise else key
+        state[name] = within
+    return state
 
-    A new optimizer has none yet, and a parameter that was never used has none even later, so the checkpoint tells
-    which there are: shaped like the parameter (then placed like it), or small ones such as Adam's step count.
+
+def _optimizer_wants(holding: Holding, optimizer: torch.optim.Optimizer, saved: Saved) -> Iterator[Wanted]:
+    """Yield what a checkpoint has of a holding's optimizer state, and make the memory for it.
+
+    A new optimizer has no state yet, and a parameter that was never used has none even later, so the checkpoint tells
+    which there is: elementwise, or small such as Adam's step count.
     """
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    template: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in module.named_parameters():
-        prefix = f"optimizer.{name}."
-        for full_name, entry in held.state_dict_metadata.items():
-            key = full_name.removeprefix(prefix)
-            if full_name.startswith(prefix) and "." not in key and id(parameter) in trained:
-                assert isinstance(entry, TensorStorageMetadata)
-                template.setdefault(name, {})[key] = _like(parameter, entry)
-    return template
+    if holding.key is None:
+        return
+    prefix, size = f"optimizer.{holding.name}.", torch.Size(holding.shape)
+    for name, runs in saved.items():
+        key = name.removeprefix(prefix)
+        if not name.startswith(prefix) or "." in key:
+            continue
+        entry = runs[0].entry
+        elementwise = not runs[0].is_whole or (entry.size == size and len(size) > 0)
+        state = optimizer.state[holding.key]
+        if key not in state:
+            state[key] = (
+                torch.zeros_like(holding.key.detach(), dtype=entry.properties.dtype)
+                if elementwise
+                else torch.zeros(entry.size, dtype=entry.properties.dtype)
+            )
+        if elementwise:
+            yield Wanted(name, holding.start, holding.within(state[key]))
+        else:
+            yield Wanted(name, 0, state[key])
+
+
+def _check_model(engine: Engine, holdings: list[Holding], saved: Saved, path: Path) -> None:
+    """Compare the parameters with what a checkpoint has.
+
+    Raises:
+        CheckpointError: Names the first parameter that one of them lacks, or that has another shape.
+    """
+    other = "it is of another model or configuration"
+    known = set(engine.module.state_dict()) | {name for name, _ in engine.module.named_parameters()}
+    for name in saved:
+        if name.startswith("model.") and name.removeprefix("model.") not in known:
+            raise CheckpointError(f"{path}: has {name}, which this run lacks: {other}")
+    for holding in holdings:
+        name = f"model.{holding.name}"
+        if name not in saved:
+            raise CheckpointError(f"{path}: has no {name}, which this run has: {other}")
+        first, last = saved[name][0], saved[name][-1]
+        if first.is_whole and first.entry.size != torch.Size(holding.shape):
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(first.entry.size)}, in this run {holding.shape}: {other}"
+            )
+        if last.stop != (numel := torch.Size(holding.shape).numel()):
+            raise CheckpointError(f"{path}: {name} has {last.stop} elements, in this run {numel}: {other}")
 
 
 def _like_saved(own: dict[str, dict[str, Tensor]], held: Metadata, prefix: str) -> dict[str, dict[str, Tensor]]:
@@ -122,10 +186,3 @@ def _like_saved(own: dict[str, dict[str, Tensor]], held: Metadata, prefix: str) 
         part: {name: sized(f"{prefix}{part}.{name}", value) for name, value in tensors.items()}
         for part, tensors in own.items()
     }
-
-
-def _like(parameter: nn.Parameter, entry: TensorStorageMetadata) -> Tensor:
-    dtype = entry.properties.dtype
-    if entry.size == parameter.shape and len(entry.size):
-        return torch.zeros_like(parameter, dtype=dtype)
-    return torch.zeros(entry.size, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from kfac_dist.config.schema import Config
 from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.distributed.bootstrap import World
 from kfac_dist.distributed.communicator import Communicator
-from kfac_dist.engines import Engine, build_engine
+from kfac_dist.engines import Engine, build_engine, check_engine
 from kfac_dist.errors import DataError
 from kfac_dist.optimizers import build_optimizer
 from kfac_dist.preconditioner.kfac import KFAC
@@ -60,6 +61,7 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
     """
     settings = config.train
     with agreed(communicator):
+        check_engine(config.engine, config.train, world)
         seed_everything(config.run.seed, rank=0)  # the same initial weights on every rank
         model = build_model(config.model)
         splits = build_data(config.data)
@@ -71,12 +73,13 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
         loss = build_loss(config.loss)
         trial = try_out(model.to(world.device), loss, train, test)
         check_targets(loss, train, trial.outputs)
-        if communicator.size > 1 and not config.engine.find_unused_parameters:
+        if communicator.size > 1 and config.engine.waits_for_every_gradient:
             refuse_unused(WHERE, trial.unused)
     agree_on_plan(communicator, parameter_shapes(model))
-    engine = build_engine(model, config.engine, world)
+    engine, optimizer = build_engine(
+        model, config.engine, config.train, world, partial(build_optimizer, config=config.optimizer)
+    )
     _settle(engine, loss, train)
-    optimizer = build_optimizer(engine.module.parameters(), config.optimizer)
     total_steps = settings.steps or (settings.epochs or 1) * sampler.steps_per_epoch
     kfac = None
     if config.kfac.enabled:

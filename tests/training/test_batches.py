@@ -89,8 +89,16 @@ def test_evaluation_covers_the_samples_once_over_all_ranks() -> None:
     seen = [
         target
         for rank in range(3)
-        for _, targets in evaluation_batches(_memory(), 7, 2, rank, 3)
+        for counted, _, targets in evaluation_batches(_memory(), 7, 2, rank, 3)
         for target in targets.tolist()
+        if counted
     ]
     assert seen == list(range(7))
-    assert list(evaluation_batches(_memory(), 1, 2, 1, 2)) == []
+
+
+def test_every_rank_passes_forward_equally_often() -> None:
+    counted = [[counted for counted, *_ in evaluation_batches(_memory(), 7, 2, rank, 3)] for rank in range(3)]
+    assert counted == [[True, True], [True, False], [True, False]]
+    [(counts, _, targets)] = evaluation_batches(_memory(), 1, 2, 1, 2)
+    assert not counts
+    assert targets.tolist() == [0], "the first sample stands in"

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from kfac_dist.config.schema import LossConfig
 from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
+from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.tasks import build_loss
 from kfac_dist.training.batches import InMemorySource
 from kfac_dist.training.evaluation import Evaluation, evaluate
@@ -31,7 +32,7 @@ def _source() -> InMemorySource:
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_means_do_not_depend_on_the_batches(batch_size: int) -> None:
     model, loss = _model(), build_loss(LossConfig(name="cross_entropy"))
-    result = evaluate(model, loss, _source(), 9, batch_size, SoloCommunicator())
+    result = evaluate(DDPEngine(model), loss, _source(), 9, batch_size, SoloCommunicator())
     assert model.training, "the mode is put back"
     outputs = model.eval()(INPUTS[:9])
     assert result.loss == pytest.approx(nn.functional.cross_entropy(outputs, LABELS[:9]).item(), rel=1e-6)
@@ -42,7 +43,9 @@ def _evaluate_on_rank(samples: int) -> Evaluation:
     communicator = build_communicator(20.0)
     model = _model()
     model[0].running_mean += 10.0 * dist.get_rank()  # type: ignore[index, operator]  # as training leaves it
-    result = evaluate(model, build_loss(LossConfig(name="cross_entropy")), _source(), samples, 2, communicator)
+    result = evaluate(
+        DDPEngine(model), build_loss(LossConfig(name="cross_entropy")), _source(), samples, 2, communicator
+    )
     communicator.close()
     return result
 
@@ -50,7 +53,7 @@ def _evaluate_on_rank(samples: int) -> Evaluation:
 def test_ranks_evaluate_the_model_of_rank_zero_even_where_some_have_no_samples() -> None:
     for samples in (11, 2):
         alone = evaluate(
-            _model(), build_loss(LossConfig(name="cross_entropy")), _source(), samples, 2, SoloCommunicator()
+            DDPEngine(_model()), build_loss(LossConfig(name="cross_entropy")), _source(), samples, 2, SoloCommunicator()
         )
         for result in run_ranks(3, _evaluate_on_rank, samples):
             assert (result.loss, result.metric) == pytest.approx((alone.loss, alone.metric), rel=1e-6)
