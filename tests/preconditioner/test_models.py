@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kfac_dist.config.schema import CurvatureConfig
 from kfac_dist.curvature.blocks import find_blocks
+from tests.curvature.blocks.test_rms_norm import Like
 from tests.harness import run_ranks
 from tests.preconditioner.models import CLASSES, Case, train
 from tests.preconditioner.workloads import GLOBAL_BATCH, relative
@@ -127,6 +128,26 @@ class UNet(nn.Module):
         return self.out(torch.cat([skip, up], dim=1)).flatten(2).mT  # a label for each pixel
 
 
+class Convolutions(nn.Module):
+    """Groups, dilation, strides, paddings in words, and an RMS norm of one's own over each half of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(2, 4, 3, groups=2, dilation=2, padding="same", padding_mode="reflect")
+        self.strided = nn.Conv2d(4, 6, (2, 3), stride=(2, 1), padding="valid", bias=False)
+        self.line = nn.Conv1d(6, 6, 3, padding="same", padding_mode="replicate", dilation=2)
+        self.norm, self.head = Like("rms norm", 3), nn.Linear(6, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.tanh(self.line(torch.tanh(self.strided(torch.tanh(self.grouped(images)))).flatten(2)))
+        return self.head(self.norm(hidden.mT.unflatten(-1, (2, 3))).flatten(-2).mean(1))
+
+
+def compiled() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 6), nn.ReLU(inplace=True), nn.LayerNorm(6), nn.Linear(6, CLASSES))
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
 class ChannelsLastNorm(nn.LayerNorm):
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -178,6 +199,9 @@ CASES: dict[str, Case] = {
     "traps, fp16": Case(Traps, images, autocast=torch.float16, scaled=True, steps=3),
     "re-entrant": Case(Reentrant, images),
     "re-entrant, not recomputed": Case(partial(Reentrant, False), images),
+    "convolutions": Case(Convolutions, images),
+    "convolutions, reduce": Case(Convolutions, images, curvature={"sharing": "reduce"}),
+    "compiled": Case(compiled, images, steps=3),
     "u-net": Case(UNet, images, tokens=36),
     "convnext": Case(ConvNeXt, images),
     "lstm": Case(Recurrent, words, tokens=4),
