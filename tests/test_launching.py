@@ -73,6 +73,14 @@ def test_launch_becomes_the_script() -> None:
     assert "train.steps=3 --quiet" in ended.stdout
 
 
+def test_launch_with_slurm_submits() -> None:
+    ended = launch("--with", "slurm", str(CONFIG), "--nodes", "2", "run.name=seven", "--dry-run")
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "#SBATCH --nodes=2" in ended.stdout
+    assert "#SBATCH --job-name=seven" in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -14,7 +14,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from kfac_dist.distributed.place import Launcher, Place
+from kfac_dist.distributed.place import Launcher, Place, master_port
 from kfac_dist.errors import ConfigError
 
 LOCALHOST = "127.0.0.1"
@@ -77,14 +77,15 @@ def meet_over_mpi(place: Place) -> Place:
     Raises:
         ConfigError: mpi4py is missing, or belongs to another MPI than the mpirun that started this process.
     """
-    world = import_mpi("mpirun").COMM_WORLD
+    mpi = import_mpi("mpirun")
+    world = mpi.COMM_WORLD
     if (world.Get_rank(), world.Get_size()) != (place.rank, place.world_size):
         raise ConfigError(
             f"mpirun started this process as rank {place.rank} of {place.world_size}, but mpi4py sees rank "
             f"{world.Get_rank()} of {world.Get_size()}: it uses another MPI library than this mpirun; start with the "
             f"mpirun beside it, or rebuild it for this one: pip install --force-reinstall --no-binary mpi4py mpi4py"
         )
-    node = world.Split_type(_shared_memory())
+    node = world.Split_type(mpi.COMM_TYPE_SHARED)
     local_rank, local_size = node.Get_rank(), node.Get_size()
     node.Free()
     own = _own_address(alone_on_node=local_size == place.world_size) if place.rank == 0 else None
@@ -92,16 +93,10 @@ def meet_over_mpi(place: Place) -> Place:
     return replace(place, launcher=Launcher.MPI, local_rank=local_rank, local_world_size=local_size, address=address)
 
 
-def _shared_memory() -> int:
-    from mpi4py import MPI
-
-    return MPI.COMM_TYPE_SHARED
-
-
 def _own_address(*, alone_on_node: bool) -> tuple[str, int]:
     host = os.environ.get("MASTER_ADDR") or (LOCALHOST if alone_on_node else socket.gethostname())
-    if port := os.environ.get("MASTER_PORT"):
-        return host, int(port)
+    if os.environ.get("MASTER_PORT"):
+        return host, master_port(os.environ)
     with socket.socket() as free:
         free.bind(("", 0))
         return host, int(free.getsockname()[1])

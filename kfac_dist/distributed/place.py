@@ -138,7 +138,7 @@ def _exported(environment: Environment) -> Place:
                 f"{great}; start the ranks with torchrun, which sets both"
             )
     return Place(
-        launcher, rank, world_size, local_rank, local_world_size, (environment["MASTER_ADDR"], _port(environment))
+        launcher, rank, world_size, local_rank, local_world_size, (environment["MASTER_ADDR"], master_port(environment))
     )
 
 
@@ -225,7 +225,7 @@ def _slurm_place(environment: Environment, claim: Claim) -> Place:
         claim.tasks,
         _number(environment, "SLURM_LOCALID"),
         _tasks_here(environment, claim),
-        (host, _port(environment) if environment.get("MASTER_PORT") else _port_of_step(environment)),
+        (host, master_port(environment) if environment.get("MASTER_PORT") else _port_of_step(environment)),
         own_gpus="SLURM_GPUS_PER_TASK" in environment,
     )
 
@@ -271,7 +271,12 @@ def _claim(environment: Environment, launcher: Launcher, rank: str, size: str) -
     return claim
 
 
-def _port(environment: Environment) -> int:
+def master_port(environment: Environment) -> int:
+    """The port where the ranks meet.
+
+    Raises:
+        ConfigError: MASTER_PORT is no port.
+    """
     port = _number(environment, "MASTER_PORT", least=1)
     if port > 65535:
         raise ConfigError(f"MASTER_PORT={port} is no port: expected 1 to 65535")
