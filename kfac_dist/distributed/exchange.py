@@ -6,7 +6,8 @@
     to_shards         the same bytes back the same way, into the gradients' own memory
 
 What travels to one owner is a `Part`: a parameter, or a run of its rows where several owners share it. `plan_exchange`
-is pure: it says which elements lie where in the two buffers. `Exchange` owns the buffers and moves the bytes. A rank
+is pure: it says which elements lie where in the two buffers. `Exchange` owns the buffers and moves the bytes, from and
+to the memory in which owners precondition; what a rank both holds and owns is copied there without a detour. A rank
 never holds more full gradients than it owns. Both ways start at once and are waited for later, so that several
 exchanges, each over some of the parts, make buckets: one is on its way while another is preconditioned.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from kfac_dist.distributed.communicator import Communicator, Work
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
+from kfac_dist.distributed.runs import cut_like, runs
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ class ExchangePlan:
     """What one rank sends and receives.
 
     Attributes:
-        shards: This rank's elements, in the order of its shard buffer: by owner, then in the order of the parts.
+        shards: What this rank holds for other owners, in the order of its shard buffer: by owner, then by part.
         shard_splits: Elements of the shard buffer for each owner.
-        pieces: What makes up the parts that this rank owns, in the order of its owner buffer: by holder, then in the
-            order of the parts.
+        pieces: What other ranks hold of this rank's parts, in the order of its owner buffer: by holder, then by part.
         piece_splits: Elements of the owner buffer from each holder.
+        kept: What this rank both holds and owns: it stays here.
         owned: The parts that this rank owns, with their shapes.
     """
 
@@ -90,14 +92,13 @@ class ExchangePlan:
     shard_splits: tuple[int, ...]
     pieces: tuple[Copy, ...]
     piece_splits: tuple[int, ...]
+    kept: tuple[Copy, ...]
     owned: Mapping[str, tuple[int, ...]]
 
-    def sent_elements(self, rank: int) -> tuple[int, int]:
-        """Elements that `rank`, whose plan this is, sends to others on the way to owners, and on the way back."""
-        return (
-            sum(self.shard_splits) - self.shard_splits[rank],
-            sum(self.piece_splits) - self.piece_splits[rank],
-        )
+    @property
+    def sent_elements(self) -> tuple[int, int]:
+        """Elements that this rank sends on the way to owners, and on the way back."""
+        return sum(self.shard_splits), sum(self.piece_splits)
 
 
 def plan_exchange(layout: GradientLayout, parts: Sequence[Part], rank: int) -> ExchangePlan:
@@ -122,13 +123,14 @@ def plan_exchange(layout: GradientLayout, parts: Sequence[Part], rank: int) -> E
             raise ValueError(f"{part.name}: elements {part.start} to {part.stop} exceed {name}'s {layout[name].numel}")
         for held in layout[name].slices or ():
             first, last = max(held.start, part.start), min(held.stop, part.stop)
-            if first < last:
+            if first < last and rank in (held.rank, part.owner):
                 copy = Copy(part.name, name, held.rank, first - held.start, first - part.start, last - first)
                 copies.append((copy, part.owner))
-    shards, shard_splits = _by_peer([(copy, owner) for copy, owner in copies if copy.holder == rank], layout.size)
-    pieces, piece_splits = _by_peer([(copy, copy.holder) for copy, owner in copies if owner == rank], layout.size)
+    there = [(copy, owner) for copy, owner in copies if owner != rank]
+    coming = [(copy, copy.holder) for copy, owner in copies if owner == rank != copy.holder]
+    kept = tuple(copy for copy, owner in copies if owner == rank == copy.holder)
     owned = {part.name: part.shape for part in parts if part.owner == rank}
-    return ExchangePlan(shards, shard_splits, pieces, piece_splits, owned)
+    return ExchangePlan(*_by_peer(there, layout.size), *_by_peer(coming, layout.size), kept, owned)
 
 
 def _by_peer(copies: Iterable[tuple[Copy, int]], size: int) -> tuple[tuple[Copy, ...], tuple[int, ...]]:
@@ -148,15 +150,21 @@ class Exchange:
     Args:
         comm: The ranks of the layout.
         plan: This rank's plan; every rank's comes from the same layout and the same parts.
+        places: The memory of each part that this rank owns, as `[R, C]` with the part's elements row by row: there it
+            is assembled, in fp32 or what owners compute on, and from there it goes back.
         device: Where the gradients live.
-        wire_dtype: What travels; owners always compute on fp32.
+        wire_dtype: What travels.
         label: Name of the traffic.
+
+    Raises:
+        ValueError: A place is missing, or has another number of elements.
     """
 
     def __init__(
         self,
         comm: Communicator,
         plan: ExchangePlan,
+        places: Mapping[str, Tensor],
         *,
         device: torch.device | str = "cpu",
         wire_dtype: torch.dtype = torch.float32,
@@ -165,11 +173,16 @@ class Exchange:
         self.plan = plan
         self._comm = comm
         self._label = label
+        for name, shape in plan.owned.items():
+            found = places[name].shape if name in places else None
+            if found is None or len(found) != 2 or found.numel() != torch.Size(shape).numel():
+                raise ValueError(f"{name} has shape {tuple(shape)}; its place has {found and tuple(found)}")
         self._shards = torch.zeros(sum(plan.shard_splits), dtype=wire_dtype, device=device)
         self._pieces = torch.zeros(sum(plan.piece_splits), dtype=wire_dtype, device=device)
-        self._full = {name: torch.zeros(shape, device=device) for name, shape in plan.owned.items()}
         self._in_shards = torch.split(self._shards, [copy.numel for copy in plan.shards]) if plan.shards else ()
-        self._in_pieces = torch.split(self._pieces, [copy.numel for copy in plan.pieces]) if plan.pieces else ()
+        self._assembled = [run for copy in plan.pieces for run in _runs_of(places, copy)]
+        self._in_pieces = cut_like(self._pieces, self._assembled)
+        self._kept = [_runs_of(places, copy) for copy in plan.kept]
         self._work: Work | None = None
 
     def to_owners(self, local: Mapping[str, Tensor]) -> None:
@@ -179,28 +192,21 @@ class Exchange:
             local: Parameter to this rank's slice of its gradient: 1-D, any floating dtype. One that is missing counts
                 as zero; more parameters than the plan has are ignored.
         """
-        views = self._views(local)
-        absent = [target for target, view in zip(self._in_shards, views, strict=True) if view is None]
-        if absent:
-            torch._foreach_zero_(absent)
-        _copy_all(self._in_shards, views)
+        _copy_all(self._in_shards, _held(self.plan.shards, local), or_zero=True)
         self._work = self._comm.all_to_all(
             self._pieces, self._shards, self.plan.piece_splits, self.plan.shard_splits, label=self._label
         )
+        for places, held in zip(self._kept, _held(self.plan.kept, local), strict=True):
+            _copy_all(places, [None] * len(places) if held is None else cut_like(held, places), or_zero=True)
 
-    def assembled(self) -> dict[str, Tensor]:
-        """Waits, and returns the full fp32 gradients of the parts that this rank owns: buffers, used again."""
+    def assembled(self) -> None:
+        """Waits until the gradients of all parts that this rank owns are in their places."""
         self._wait()
-        _copy_all(self._places(self._full), self._in_pieces)
-        return dict(self._full)
+        _copy_all(self._assembled, self._in_pieces)
 
-    def to_shards(self, updated: Mapping[str, Tensor]) -> None:
-        """Starts to take owners' results back; collective.
-
-        Args:
-            updated: The parts that this rank owns, shaped as `assembled` returned them, or those very tensors.
-        """
-        _copy_all(self._in_pieces, self._places(updated))
+    def to_shards(self) -> None:
+        """Starts to take back what is in the places now; collective. They must stay as they are until `delivered`."""
+        _copy_all(self._in_pieces, self._assembled)
         self._work = self._comm.all_to_all(
             self._shards, self._pieces, self.plan.shard_splits, self.plan.piece_splits, label=self._label
         )
@@ -210,37 +216,47 @@ class Exchange:
 
         Args:
             local: What `to_owners` was given.
-            scale: 0-dim factor for all of it.
+            scale: 0-dim factor for all of it; it also scales what this rank has in the places of its own slices.
         """
         self._wait()
-        if scale is not None and self._in_shards:
-            self._shards.mul_(scale)
-        _copy_all(self._views(local), self._in_shards)
+        if scale is not None:
+            factors = [*self._in_shards, *(place for places in self._kept for place in places)]
+            if factors:
+                torch._foreach_mul_(factors, scale)
+        _copy_all(_held(self.plan.shards, local), self._in_shards)
+        for places, held in zip(self._kept, _held(self.plan.kept, local), strict=True):
+            if held is not None:
+                _copy_all(cut_like(held, places), places)
 
     def _wait(self) -> None:
         assert self._work is not None, "nothing is on its way"
         self._work.wait()
         self._work = None
 
-    def _views(self, local: Mapping[str, Tensor]) -> list[Tensor | None]:
-        views: list[Tensor | None] = []
-        for copy in self.plan.shards:
-            held = local.get(copy.parameter)
-            if held is not None and (held.ndim != 1 or held.numel() < copy.local + copy.numel):
-                raise ValueError(
-                    f"{copy.parameter}: rank {copy.holder} holds {copy.local + copy.numel} elements or more of it, "
-                    f"but its gradient has shape {tuple(held.shape)}"
-                )
-            views.append(None if held is None else held[copy.local : copy.local + copy.numel])
-        return views
 
-    def _places(self, full: Mapping[str, Tensor]) -> list[Tensor]:
-        flat = {name: full[name].reshape(-1) for name in self.plan.owned}
-        return [flat[copy.part][copy.offset : copy.offset + copy.numel] for copy in self.plan.pieces]
+def _runs_of(places: Mapping[str, Tensor], copy: Copy) -> list[Tensor]:
+    return runs(places[copy.part], copy.offset, copy.offset + copy.numel)
 
 
-def _copy_all(targets: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> None:
-    """Copies pairwise where both are there, converting dtypes, in one launch on a GPU."""
+def _held(copies: Sequence[Copy], local: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """Return the views of this rank's slices that copies speak of; None where there is no gradient."""
+    views: list[Tensor | None] = []
+    for copy in copies:
+        held = local.get(copy.parameter)
+        if held is not None and (held.ndim != 1 or held.numel() < copy.local + copy.numel):
+            raise ValueError(
+                f"{copy.parameter}: rank {copy.holder} holds {copy.local + copy.numel} elements or more of it, "
+                f"but its gradient has shape {tuple(held.shape)}"
+            )
+        views.append(None if held is None else held[copy.local : copy.local + copy.numel])
+    return views
+
+
+def _copy_all(targets: Sequence[Tensor | None], sources: Sequence[Tensor | None], *, or_zero: bool = False) -> None:
+    """Copies pairwise where both are there, converting dtypes, in one launch on a GPU; other targets become zero."""
     pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t is not None and s is not None]
     if pairs:
         torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+    empty = [t for t, s in zip(targets, sources, strict=True) if t is not None and s is None] if or_zero else []
+    if empty:
+        torch._foreach_zero_(empty)

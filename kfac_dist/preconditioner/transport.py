@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.precondition import Group
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.exchange import Exchange, Part, plan_exchange
+from kfac_dist.distributed.runs import as_rows
 from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments
 from kfac_dist.engines.base import Engine
 from kfac_dist.preconditioner.plan import Plan
@@ -155,11 +156,17 @@ class ReplicatedTransport(Transport):
 
 @dataclass
 class _Bucket:
-    """What one exchange carries, and the groups of this rank that need it."""
+    """What one exchange carries, and the groups of this rank that need it.
+
+    Attributes:
+        exchange: Carries it, into and out of the groups' workspaces.
+        groups: The groups.
+        staged: Pairs (part, workspace) whose elements can't be exchanged in place, so that parts are apart.
+    """
 
     exchange: Exchange
     groups: Sequence[Group]
-    full: Mapping[str, Tensor] = field(default_factory=dict)
+    staged: Sequence[tuple[Tensor, Tensor]]
 
 
 class ShardedTransport(Transport):
@@ -194,15 +201,17 @@ class ShardedTransport(Transport):
         wire = torch.bfloat16 if engine.gradient_dtype is torch.bfloat16 else torch.float32
         self._buckets = []
         for groups, inside in zip(buckets, names, strict=True):
-            parts = [
-                part_of(by_name[name], parameter, layout[parameter].shape, plan.blocks[name].column)
+            parts = {
+                name: [
+                    _part(by_name[name], parameter, layout[parameter].shape, plan.blocks[name].column)
+                    for parameter in by_name[name].parameters
+                ]
                 for name in inside
-                for parameter in by_name[name].parameters
-            ]
-            exchange = Exchange(
-                row, plan_exchange(layout, parts, row.rank), device=device, wire_dtype=wire, label=LABEL
-            )
-            self._buckets.append(_Bucket(exchange, groups))
+            }
+            places, staged = _places(groups, parts)
+            exchange_plan = plan_exchange(layout, [part for own in parts.values() for part in own], row.rank)
+            exchange = Exchange(row, exchange_plan, places, device=device, wire_dtype=wire, label=LABEL)
+            self._buckets.append(_Bucket(exchange, groups, staged))
         self._current: _Bucket | None = None
 
     def collect(self) -> None:
@@ -215,30 +224,20 @@ class ShardedTransport(Transport):
         """See `Transport.arriving`: bucket by bucket."""
         for bucket in self._buckets:
             self._current = bucket
-            bucket.full = bucket.exchange.assembled()
-            pairs = [
-                pair
-                for group in bucket.groups
-                for index, block in enumerate(group.blocks)
-                for pair in block.own_views(_own(block, bucket.full), group.matrix(group.gradient, index))
-            ]
-            if pairs:
-                torch._foreach_copy_([view for _, view in pairs], [tensor for tensor, _ in pairs])
+            bucket.exchange.assembled()
+            if bucket.staged:
+                torch._foreach_copy_([place for _, place in bucket.staged], [part for part, _ in bucket.staged])
             yield bucket.groups
 
     def send(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
-        """See `Transport.send`."""
+        """See `Transport.send`: results leave from where the gradients were."""
         bucket = self._current
         assert bucket is not None
-        pairs = [
-            pair
-            for group, update in zip(groups, updates, strict=True)
-            for index, block in enumerate(group.blocks)
-            for pair in block.own_views(_own(block, bucket.full), group.matrix(update, index))
-        ]
-        if pairs:
-            torch._foreach_copy_([tensor for tensor, _ in pairs], [view for _, view in pairs])
-        bucket.exchange.to_shards(bucket.full)
+        if groups:
+            torch._foreach_copy_([group.gradient for group in groups], list(updates))
+        if bucket.staged:
+            torch._foreach_copy_([part for part, _ in bucket.staged], [place for _, place in bucket.staged])
+        bucket.exchange.to_shards()
 
     def deliver(self, scale: Tensor | None) -> None:
         """See `Transport.deliver`."""
@@ -247,7 +246,7 @@ class ShardedTransport(Transport):
             bucket.exchange.delivered(gradients, scale)
 
 
-def part_of(block: Block, parameter: str, shape: Sequence[int], owner: int) -> Part:
+def _part(block: Block, parameter: str, shape: Sequence[int], owner: int) -> Part:
     """Return what travels of a parameter to its block's owner: all of it, or the block's own rows."""
     rows = block.rows(parameter)
     first, last = (0, shape[0]) if rows is None else rows
@@ -255,8 +254,29 @@ def part_of(block: Block, parameter: str, shape: Sequence[int], owner: int) -> P
     return Part(f"{block.name}/{parameter}", parameter, (last - first, *shape[1:]), owner, first * row)
 
 
-def _own(block: Block, full: Mapping[str, Tensor]) -> list[Tensor]:
-    return [full[f"{block.name}/{parameter}"] for parameter in block.parameters]
+def _places(
+    groups: Sequence[Group], parts: Mapping[str, Sequence[Part]]
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Return the memory in which each part of the groups' blocks is assembled.
+
+    That is its place in the block's gradient matrix, or, where the matrix has its elements in another order than any
+    two-dimensional view shows, a tensor of its own, to be copied to and from (the pairs).
+    """
+    places: dict[str, Tensor] = {}
+    staged: list[tuple[Tensor, Tensor]] = []
+    for group in groups:
+        for index, block in enumerate(group.blocks):
+            apart = [torch.empty(part.shape, device=group.gradient.device) for part in parts[block.name]]
+            pairs = list(block.own_views(apart, group.matrix(group.gradient, index)))
+            for part, own, (view, place) in zip(parts[block.name], apart, pairs, strict=True):
+                # The views' dimensions, brought to the order in which the part's elements follow each other.
+                order = sorted(range(view.ndim), key=view.stride().__getitem__, reverse=True)
+                rows = as_rows(place.permute(order))
+                if rows is None:
+                    staged.append((view, place))
+                    rows = own.view(1, -1)
+                places[part.name] = rows
+    return places, staged
 
 
 def _gradients_of(block: Block, gradients: dict[str, Tensor]) -> list[Tensor] | None:

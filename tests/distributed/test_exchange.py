@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -87,13 +88,17 @@ def there_and_back(kind: str, dtype: torch.dtype, wire: torch.dtype) -> dict[str
     }
     memory = {name: view.data_ptr() for name, view in local.items()}
     plan = plan_exchange(layout, parts_of(layout, owners_for(comm.size)), comm.rank)
-    exchange = Exchange(comm, plan, wire_dtype=wire)
+    # Rows with a column between them, as in a matrix whose last column is the bias.
+    places = {n: torch.full((shape[0], math.prod(shape[1:]) + 1), 9.0)[:, :-1] for n, shape in plan.owned.items()}
+    exchange = Exchange(comm, plan, places, wire_dtype=wire)
     assembled = {}
     for _ in range(2):  # the second time through used buffers
         exchange.to_owners(local)
-        full = exchange.assembled()
-        assembled = {name: tensor.clone() for name, tensor in full.items()}
-        exchange.to_shards({name: preconditioned(tensor) for name, tensor in full.items()})
+        exchange.assembled()
+        assembled = {name: place.clone().view(plan.owned[name]) for name, place in places.items()}
+        for name, place in places.items():
+            place.copy_(preconditioned(assembled[name]).view_as(place))
+        exchange.to_shards()
         exchange.delivered(local, torch.tensor(0.5))
         after = {name: view.clone() for name, view in local.items()}
         for name, piece in layout.held_by(comm.rank).items():
@@ -103,7 +108,7 @@ def there_and_back(kind: str, dtype: torch.dtype, wire: torch.dtype) -> dict[str
         "assembled": assembled,
         "after": after,
         "traffic": comm.traffic.snapshot().get("gradients", (0, 0)),
-        "planned": plan.sent_elements(comm.rank),
+        "planned": plan.sent_elements,
     }
 
 
@@ -140,13 +145,16 @@ def overlap(layout: GradientLayout, part: Part, rank: int) -> int:
 
 def test_missing_gradients_count_as_zero_and_stay_away() -> None:
     layout = rows(1)
-    exchange = Exchange(SoloCommunicator(), plan_exchange(layout, [Part.whole(layout["fc"], 0)], 0))
+    place = torch.empty(7, 3)
+    exchange = Exchange(SoloCommunicator(), plan_exchange(layout, [Part.whole(layout["fc"], 0)], 0), {"fc": place})
     exchange.to_owners({"fc": gradient("fc").flatten()})
     exchange.assembled()
-    exchange.to_shards({"fc": gradient("fc")})
+    assert torch.equal(place, gradient("fc"))
+    exchange.to_shards()
     exchange.delivered({})
     exchange.to_owners({})
-    assert not exchange.assembled()["fc"].any()
+    exchange.assembled()
+    assert not place.any()
 
 
 def test_bf16_wire_halves_the_bytes() -> None:
@@ -183,8 +191,9 @@ def test_plans_of_all_ranks_fit_together(problem: tuple[GradientLayout, dict[str
         assert sent == [copy for copy in plans[receiver].pieces if copy.holder == sender]
         assert sum(copy.numel for copy in sent) == plans[sender].shard_splits[receiver]
         assert plans[sender].shard_splits[receiver] == plans[receiver].piece_splits[sender]
-    for name, owner in owners.items():  # what an owner gets tiles the part
-        pieces = sorted((c.offset, c.offset + c.numel) for c in plans[owner].pieces if c.part == name)
+    for name, owner in owners.items():  # what an owner gets and has tiles the part
+        found = [*plans[owner].pieces, *plans[owner].kept]
+        pieces = sorted((copy.offset, copy.offset + copy.numel) for copy in found if copy.part == name)
         assert [0, *(stop for _, stop in pieces)] == [*(start for start, _ in pieces), layout[name].numel]
 
 
@@ -201,6 +210,9 @@ def test_what_cannot_be_exchanged_is_refused() -> None:
 
 def test_shard_of_the_wrong_size_is_refused() -> None:
     layout = rows(1)
-    exchange = Exchange(SoloCommunicator(), plan_exchange(layout, [Part.whole(layout["fc"], 0)], 0))
+    plan = plan_exchange(layout, [Part.whole(layout["fc"], 0)], 0)
+    with pytest.raises(ValueError, match=r"fc has shape \(7, 3\); its place has \(3, 3\)"):
+        Exchange(SoloCommunicator(), plan, {"fc": torch.empty(3, 3)})
+    exchange = Exchange(SoloCommunicator(), plan, {"fc": torch.empty(7, 3)})
     with pytest.raises(ValueError, match=r"fc: .* 21 elements or more .* shape \(7, 3\)"):
         exchange.to_owners({"fc": gradient("fc")})
