@@ -83,6 +83,38 @@ def test_ranks_meet_and_part(size: int) -> None:
     assert results == [(description, rank, float(size), False) for rank in range(size)]
 
 
+def join_as_task_of_srun(port: int) -> tuple[str, dict[str, str], bool]:
+    rank, size = os.environ.pop("RANK"), os.environ.pop("WORLD_SIZE")
+    os.environ.update(
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        SLURM_JOB_ID="1",
+        SLURM_STEP_ID="0",
+        SLURM_STEP_NODELIST="node[1-2]",
+        SLURM_STEP_NUM_TASKS=size,
+        SLURM_STEP_TASKS_PER_NODE="2,1",
+        SLURM_PROCID=rank,
+        SLURM_NODEID=str(int(rank) // 2),
+        SLURM_LOCALID=str(int(rank) % 2),
+    )
+    with bootstrap("cpu", 20.0) as world:
+        dist.barrier()
+        exported = {name: os.environ[name] for name in EXPORTS}
+        description = world.describe()
+    return description, exported, any(name in os.environ for name in EXPORTS)
+
+
+EXPORTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def test_tasks_of_srun_meet_and_show_others_their_place() -> None:
+    places = [("0", "3", "0", "2"), ("1", "3", "1", "2"), ("2", "3", "0", "1")]
+    results = run_ranks(3, join_as_task_of_srun, free_port(), process_group=False)
+    assert [result[1] for result in results] == [dict(zip(EXPORTS, place, strict=True)) for place in places]
+    assert results[0][0] == "3 ranks on 2 nodes (srun), gloo on cpu"
+    assert not any(result[2] for result in results), "what was exported goes with the world"
+
+
 def meet_after_a_false_start(port: int) -> list[float]:
     """A start that died before it had met has left its epoch and greetings behind, and rank 0 is late."""
     rank, agent = int(os.environ["RANK"]), {"TORCHELASTIC_USE_AGENT_STORE": "True"}
