@@ -137,9 +137,13 @@ class ZeroEngine(Engine):
 
         def run() -> None:
             callback()
-            self._partitions.rewritten()
+            self._written()
 
         return _BeforeStep(self._deepspeed, run)
+
+    def _written(self) -> None:
+        """Prepare DeepSpeed's step once gradients have their final values."""
+        self._partitions.rewritten()
 
     def own_passes(self, vectors: Iterable[Tensor]) -> Iterator[Tensor]:
         """See `Engine.own_passes`: DeepSpeed must not take them for the loop's backward."""

@@ -12,7 +12,7 @@ backward of a step and the step; what is written into them is what DeepSpeed ste
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -155,6 +155,8 @@ class FlatPartitions(Partitions):
             views = None if flat is not None else [grad for grad in found if not getattr(grad, "_zero_padding", False)]
             for position, p in enumerate(parameters):
                 first, numel = self._place(p, index)
+                if optimizer.cpu_offload and optimizer.get_param_id(p) not in optimizer.norm_for_param_grads:
+                    continue
                 if flat is not None:
                     yield p, flat.narrow(0, first, numel)
                 elif views is not None:
@@ -170,9 +172,15 @@ class FlatPartitions(Partitions):
     def rewritten(self) -> None:
         """See `Partitions.rewritten`: with offload, clipping reads norms that were taken as gradients came."""
         optimizer = self._optimizer
-        if optimizer.cpu_offload:
-            identity = {p: optimizer.get_param_id(p) for p in self._groups}
-            _refresh_norms(optimizer.norm_for_param_grads, ((identity[p], grad) for p, grad in self.gradients()))
+        if not optimizer.cpu_offload:
+            return
+        norms = optimizer.norm_for_param_grads
+        for p, grad in self.gradients():
+            norms[optimizer.get_param_id(p)] = _norm(grad)
+        for index, parameters in enumerate(optimizer.params_in_partition):
+            for p, grad in zip(parameters, optimizer.offload_gradient_dict[index], strict=True):
+                if optimizer.get_param_id(p) not in norms:
+                    grad.zero_()  # of an earlier step
 
     def _holders(self, parameter: Any, index: int) -> list[int]:
         found: list[int] = self._optimizer.param_to_partition_ids[index][self._optimizer.get_param_id(parameter)]
@@ -218,24 +226,35 @@ class ParameterPartitions(Partitions):
 
     def gradients(self) -> Held:
         """See `Partitions.gradients`."""
-        yield from self._held(lambda p: self._optimizer._get_fp32_grad_state_partition(p, False)[0])
+        yield from self._held(p for p in self._trained if self._used(p))
 
     def masters(self) -> Held:
         """See `Partitions.masters`."""
-        yield from self._held(lambda p: self._optimizer._get_fp32_opt_state_partition(p, False)[0].detach())
+        for p in self._trained:
+            start, stop = self._range(p, self.rank)
+            if start < stop:
+                value, _ = self._optimizer._get_fp32_opt_state_partition(p, False)
+                yield p, value.detach().narrow(0, 0, stop - start)
 
     def rewritten(self) -> None:
         """See `Partitions.rewritten`: with offload, clipping reads norms that were taken as gradients came."""
         optimizer = self._optimizer
         if optimizer.offload_optimizer:
-            norms = optimizer.norm_for_param_grads
-            _refresh_norms(norms, ((optimizer.get_param_id(p), grad) for p, grad in self.gradients()))
+            for p, grad in self.gradients():
+                optimizer.norm_for_param_grads[optimizer.get_param_id(p)] = _norm(grad)
+        for _, grad in self._held(p for p in self._trained if not self._used(p)):
+            grad.zero_()  # of an earlier step, preconditioned even: DeepSpeed would step with it again
 
-    def _held(self, read: Any) -> Held:
-        for p in self._trained:
+    def _held(self, parameters: Iterable[Any]) -> Held:
+        for p in parameters:
             start, stop = self._range(p, self.rank)
             if start < stop:
-                yield p, read(p).narrow(0, 0, stop - start)
+                yield p, self._optimizer._get_fp32_grad_state_partition(p, False)[0].narrow(0, 0, stop - start)
+
+    def _used(self, parameter: Any) -> bool:
+        """Return whether a parameter got a gradient in this step; DeepSpeed keeps the last one of those that didn't."""
+        seen = getattr(self._optimizer, "_offload_boundary_param_ids", None)
+        return seen is None or parameter.ds_id in seen
 
     def _range(self, parameter: Any, rank: int) -> tuple[int, int]:
         step, numel = parameter.partition_numel(), parameter.ds_numel
@@ -255,8 +274,5 @@ def partitions_of(engine: Any) -> Partitions:
             return FlatPartitions(engine)
 
 
-def _refresh_norms(norms: Mapping[int, Tensor], held: Iterable[tuple[int, Tensor]]) -> None:
-    """Take the norms of gradients again where DeepSpeed has one."""
-    for key, grad in held:
-        if key in norms:
-            norms[key] = grad.double().norm(2).to(norms[key].dtype)  # type: ignore[index]
+def _norm(grad: Tensor) -> Tensor:
+    return grad.double().norm(2)  # type: ignore[no-any-return]

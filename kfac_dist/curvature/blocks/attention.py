@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -164,7 +164,8 @@ class _Calls:
         watchers = [(block, recorder) for block, recorder in self._watchers if recorder.watching]
         if watchers:
             self._modes.append(ExitStack())
-            self._modes[-1].enter_context(_SeesProjections(watchers))
+            mode = self._modes[-1].enter_context(_SeesProjections(watchers))
+            self._modes[-1].enter_context(mode.in_place_of_linear())
 
     def _ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._modes:
@@ -188,6 +189,19 @@ class _SeesProjections(TorchFunctionMode):
     def __init__(self, watchers: Sequence[tuple[AttentionBlock, Recorder]]) -> None:
         self._watchers = watchers
         self._batch = 1
+        self._compute: Callable[..., Tensor] = F.linear
+
+    @contextmanager
+    def in_place_of_linear(self) -> Iterator[None]:
+        """Stand in for somebody's replacement of `F.linear`, which no mode gets to see: DeepSpeed's, under ZeRO-3."""
+        if not isinstance(self._compute, types.FunctionType):
+            yield
+            return
+        F.linear = self._linear
+        try:
+            yield
+        finally:
+            F.linear = self._compute
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -206,7 +220,7 @@ class _SeesProjections(TorchFunctionMode):
         self._batch = input.shape[1] if input.ndim == 3 else self._batch
         inputs = _samples_first(input, self._batch)
         try:
-            output = F.linear(input, weight, bias)
+            output = self._compute(input, weight, bias)
         finally:  # activation checkpointing ends a forward pass that it repeats by an exception
             for block, recorder, columns in found:
                 if columns is not None:

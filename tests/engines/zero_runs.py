@@ -1,0 +1,269 @@
+"""Training runs under DeepSpeed, and the same runs in one process that knows nothing of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_dist import KFAC
+from kfac_dist.engines import Engine, as_engine
+from tests.preconditioner import workloads
+
+STEPS = 20
+
+
+class TiedNet(nn.Module):
+    """An embedding whose weight is the head's, too, and attention in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(workloads.CLASSES, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, workloads.CLASSES, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        return self.head(hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0])
+
+
+def narrow() -> nn.Module:
+    """Parameters of fewer elements than there are ranks."""
+    return nn.Sequential(nn.Linear(8, 2), nn.Tanh(), nn.Linear(2, 1), nn.Tanh(), nn.Linear(1, workloads.CLASSES))
+
+
+def frozen() -> nn.Module:
+    """A layer, and a bias, that aren't trained."""
+    model = workloads.mlp()
+    for p in (model[0].weight, model[0].bias, model[4].bias):
+        p.requires_grad_(False)
+    return model
+
+
+workloads.MODELS |= {"tied": TiedNet, "narrow": narrow, "frozen": frozen}
+workloads.INPUTS |= {
+    "tied": lambda g: torch.randint(0, workloads.CLASSES, (workloads.GLOBAL_BATCH, 5), generator=g),
+    "narrow": workloads.INPUTS["mlp"],
+    "frozen": workloads.INPUTS["mlp"],
+}
+TOKENS = ("token", "tied")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        stage: Of ZeRO.
+        model: Name of a workload.
+        kfac: K-FAC's options beyond the test's own.
+        zero: The `zero_optimization` section beyond its stage.
+        deepspeed: Further sections.
+        accumulated: Micro-batches a step.
+        clip: Norm to which the preconditioned gradient is clipped.
+        optimizer: `sgd`, or `adamw`.
+        groups: Whether each parameter has its own group, with a learning rate of its own.
+        init: Whether the model is built by `zero.Init`.
+        by_hand: Whether the loop calls `kfac.step()` itself.
+        public: Whether gradients move through DeepSpeed's public functions.
+    """
+
+    stage: int
+    model: str = "mlp"
+    kfac: Mapping[str, Any] = field(default_factory=dict)
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    accumulated: int = 1
+    clip: float = 0.0
+    optimizer: str = "sgd"
+    groups: bool = False
+    init: bool = False
+    by_hand: bool = False
+    public: bool = False
+
+    @property
+    def mathematics(self) -> Case:
+        """What of it one process does, too."""
+        kfac = {key: value for key, value in self.kfac.items() if key != "distribution"}
+        return Case(0, self.model, kfac, clip=self.clip, optimizer=self.optimizer, groups=self.groups)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return next((kinds[key] for key in kinds if key in self.deepspeed), torch.float32)
+
+    def kfac_config(self) -> dict[str, Any]:
+        """K-FAC without a clip, which would hide a wrong scale."""
+        config: dict[str, Any] = {
+            "curvature": {"factor_every": 2, "decay": 0.8, "likelihood": "categorical"},
+            "inversion": {"inverse_every": 4, "damping": 0.1},
+            "update": {"kl_clip": None},
+        }
+        if self.model in TOKENS:
+            config["curvature"]["loss_terms"] = "token"
+        for section, values in self.kfac.items():
+            config[section] = {**config.get(section, {}), **values}
+        return config
+
+    def deepspeed_config(self, size: int) -> dict[str, Any]:
+        """What `deepspeed.initialize` gets."""
+        return {
+            "train_micro_batch_size_per_gpu": workloads.GLOBAL_BATCH // size // self.accumulated,
+            "gradient_accumulation_steps": self.accumulated,
+            "gradient_clipping": self.clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1 << 30,
+            **self.deepspeed,
+            "zero_optimization": {"stage": self.stage, **self.zero},
+        }
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed wraps, over trained parameters."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": [p], "lr": 0.02 / (1 + i)} for i, p in enumerate(trained)] if self.groups else trained
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=0.002, weight_decay=0.01)
+        return torch.optim.SGD(groups, lr=0.02, momentum=0.9)
+
+
+def global_batch(model: str, step: int) -> tuple[Tensor, Tensor]:
+    """Inputs, and a label for each sample or token."""
+    inputs, labels = workloads.global_batch(model, step)
+    if model in TOKENS:
+        labels = torch.randint(0, workloads.CLASSES, inputs.shape, generator=torch.Generator().manual_seed(step))
+    return inputs, labels
+
+
+def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.float().flatten(0, -2), labels.flatten())
+
+
+def alone(case: Case, steps: int = STEPS) -> dict[str, Tensor]:
+    """Train in one process."""
+    model = workloads.build(case.model)
+    optimizer = case.build_optimizer(model)
+    kfac = KFAC(model, case.kfac_config(), optimizer=optimizer)
+    for step in range(steps):
+        inputs, labels = global_batch(case.model, step)
+        outputs = model(inputs)
+        kfac.fisher_backward(outputs)
+        optimizer.zero_grad()
+        loss_of(outputs, labels).backward()
+        kfac.step()
+        if case.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+        optimizer.step()
+    kfac.remove()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def deepspeed_world() -> Iterator[Any]:
+    """DeepSpeed on the process group that exists, and nothing left of it afterwards."""
+    os.environ.update(LOCAL_RANK=os.environ["RANK"], DS_ACCELERATOR="cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A kernel for shared memory, compiled in half a minute; only inference uses it.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    try:
+        yield deepspeed
+    finally:
+        deepspeed.comm.destroy_process_group()
+        sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
+
+
+class Run:
+    """A DeepSpeed engine in training with K-FAC."""
+
+    def __init__(self, case: Case, *, attach: bool = True) -> None:
+        import deepspeed
+
+        self.case = case
+        self.rank, self.size = workloads.place()
+        config = case.deepspeed_config(self.size)
+        with deepspeed.zero.Init(config_dict_or_path=config) if case.init else nullcontext():
+            model = workloads.build(case.model)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=case.build_optimizer(model), config=config)
+        self.wrapped: Engine = as_engine(self.engine)
+        if case.public:
+            from kfac_dist.engines.zero_public import PublicZeroEngine
+
+            self.wrapped = PublicZeroEngine(self.engine)
+        self.kfac = KFAC(self.wrapped, case.kfac_config()) if attach else None
+
+    def step(self, step: int, plant: Callable[[Tensor], Tensor] = lambda outputs: outputs) -> None:
+        """One optimizer step on this rank's part of the global batch."""
+        inputs, labels = global_batch(self.case.model, step)
+        part = workloads.GLOBAL_BATCH // self.size // self.case.accumulated
+        for micro in range(self.case.accumulated):
+            first = (micro * self.size + self.rank) * part
+            own = inputs[first : first + part]
+            outputs = plant(self.engine(own.to(self.case.dtype) if own.is_floating_point() else own))
+            if self.kfac is not None:
+                self.kfac.fisher_backward(outputs)
+            self.engine.backward(loss_of(outputs, labels[first : first + part]))
+            if self.kfac is not None and self.case.by_hand:
+                self.kfac.step()
+            if micro == self.case.accumulated - 1 or self.engine.managed_gradient_accumulation():
+                self.engine.step()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that the optimizer steps, whole; collective."""
+        held = self.wrapped.parameters()
+        shards: list[Any] = [None] * self.size
+        dist.all_gather_object(shards, held)
+        layout = self.wrapped.layout(sorted({name for shard in shards for name in shard}))
+        return {
+            p.name: held[p.name].float()
+            if p.slices is None
+            else torch.cat([shards[piece.rank][p.name] for piece in p.slices]).view(p.shape)
+            for p in layout.parameters
+        }
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self.kfac is not None:
+            self.kfac.remove()
+        self.engine.destroy()
+
+
+def train(case: Case, steps: int = STEPS) -> dict[str, Tensor]:
+    """Train under DeepSpeed; collective."""
+    run = Run(case)
+    for step in range(steps):
+        run.step(step)
+    assert run.kfac is not None
+    assert run.kfac.steps == steps
+    found = run.parameters()
+    run.close()
+    return found
+
+
+def train_all(cases: list[Case]) -> list[dict[str, Tensor]]:
+    """Train each case, in one world."""
+    with deepspeed_world():
+        return [train(case) for case in cases]
+
+
+def alone_all(cases: list[Case]) -> list[dict[str, Tensor]]:
+    """Train each case in this process, once where cases share their mathematics."""
+    known: dict[str, dict[str, Tensor]] = {}
+    for case in cases:
+        key = repr(case.mathematics)
+        if key not in known:
+            known[key] = alone(case)
+    return [known[repr(case.mathematics)] for case in cases]
