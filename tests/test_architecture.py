@@ -57,6 +57,7 @@ MAY_IMPORT = {
         "tasks",
         "training",
     },
+    "integrations": {"config", "preconditioner"},
     "__main__": {"cli"},
     "__init__": {"config", "errors", "preconditioner"},
 }
@@ -79,7 +80,7 @@ ONLY = {
     "deepspeed": ("kfac_dist/engines/zero",),
     "mpi4py": ("kfac_dist/distributed/",),
     "typer": ("kfac_dist/cli.py",),
-    "transformers": (),
+    "transformers": ("kfac_dist/integrations/huggingface.py",),
     "mlxtend": ("kfac_dist/tasks/",),
     "sklearn": ("kfac_dist/tasks/",),
     "matplotlib": ("kfac_dist/reporting/",),

@@ -1,0 +1,1 @@
+"""K-FAC inside of other people's training loops."""
