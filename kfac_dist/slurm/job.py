@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -132,7 +133,7 @@ class Job:
             f"--signal=B:USR1@{self.stop_seconds}",
             "--requeue",
             "--open-mode=append",
-            f"--output={output}",
+            f"--output={shlex.quote(str(output))}",  # sbatch takes quotes as a shell does
             *self.options,
         ]
 

@@ -1,0 +1,125 @@
+"""How a run stands, from what it left behind and from SLURM's word; `test_cluster.py` asks a real SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kfac_dist import cli
+from kfac_dist.errors import KFACError
+from kfac_dist.slurm.status import Standing, run_status, run_statuses
+from kfac_dist.training import train
+from tests.training.runs import small_config
+
+ENDED = subprocess.Popen([sys.executable, "-c", ""])
+ENDED.wait()
+
+
+def write_record(directory: Path, **changes: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    record = {
+        "state": "running", "reason": "", "step": None, "total_steps": 12, "ranks": 2, "host": socket.gethostname(),
+        "pid": os.getpid(), "job": None, "restarts": 0, "changed": 0.0, **changes,
+    }  # fmt: skip
+    (directory / "state.json").write_text(json.dumps(record))
+    return directory
+
+
+def standing(directory: Path, told: str | None = None, job: str | None = None) -> tuple[Standing, str]:
+    status = run_status(directory, job, lambda number: told)
+    return status.standing, status.reason
+
+
+def test_a_finished_run_tells_its_last_step_loss_and_checkpoint(tmp_path: Path) -> None:
+    train(small_config(tmp_path, checkpoint={"every": 5}), quiet=True)
+    (status,) = run_statuses(tmp_path / "small")
+    assert status.standing is Standing.FINISHED
+    assert status.logged is not None
+    assert status.checkpoint is not None
+    assert (status.logged.step, status.total_steps, status.checkpoint.step) == (12, 12, 12)
+    assert 0 <= status.logged.age < 60
+    said = CliRunner().invoke(cli.app, ["status", str(tmp_path / "small")]).output
+    assert f"{tmp_path}/small: finished\n  step        12 of 12, 100%\n" in said
+    assert "  checkpoint  step 12, saved " in said
+    (as_json,) = json.loads(CliRunner().invoke(cli.app, ["status", str(tmp_path / "small"), "--json"]).output)
+    assert (as_json["standing"], as_json["logged"]["step"]) == ("finished", 12)
+
+    torn = tmp_path / "small/checkpoints/step-00000012/manifest.json"
+    torn.write_text(torn.read_text()[:20])
+    (status,) = run_statuses(tmp_path / "small")
+    assert status.checkpoint is not None
+    assert status.checkpoint.step == 10, "the newest complete one"
+
+
+def test_a_process_that_is_gone_no_longer_runs(tmp_path: Path) -> None:
+    assert standing(write_record(tmp_path / "a")) == (Standing.RUNNING, "")
+    dead = write_record(tmp_path / "b", pid=ENDED.pid)
+    assert standing(dead) == (Standing.FAILED, "its process is gone, without a word")
+    elsewhere = write_record(tmp_path / "c", pid=ENDED.pid, host="elsewhere")
+    assert standing(elsewhere) == (Standing.RUNNING, "")
+
+
+@pytest.mark.parametrize(
+    ("state", "told", "expected"),
+    [
+        ("running", "RUNNING", (Standing.RUNNING, "")),
+        ("running", "COMPLETING", (Standing.RUNNING, "")),
+        ("running", "PENDING", (Standing.QUEUED, "again")),
+        ("running", "NODE_FAIL", (Standing.FAILED, "SLURM says NODE_FAIL")),
+        ("running", "TIMEOUT", (Standing.FAILED, "SLURM says TIMEOUT")),
+        ("running", None, (Standing.RUNNING, "")),
+        ("preempted", "PENDING", (Standing.PREEMPTED, "told; queued again")),
+        ("preempted", None, (Standing.PREEMPTED, "told")),
+        ("failed", "FAILED", (Standing.FAILED, "told")),
+        ("failed", "PENDING", (Standing.QUEUED, "again")),
+        ("finished", "COMPLETED", (Standing.FINISHED, "")),
+    ],
+)
+def test_slurms_word_settles_what_the_run_could_not_say(
+    tmp_path: Path, state: str, told: str | None, expected: tuple[Standing, str]
+) -> None:
+    reason = "told" if state in ("preempted", "failed") else ""
+    directory = write_record(tmp_path / "run", state=state, reason=reason, job="17", restarts=2)
+    assert standing(directory, told) == expected
+    said = run_status(directory, None, lambda number: told).describe()
+    assert f"SLURM job   17 {told or '(SLURM no longer knows it)'}, requeued 2 times" in said
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("PENDING", (Standing.QUEUED, "")),
+        ("RUNNING", (Standing.RUNNING, "its ranks still start")),
+        ("FAILED", (Standing.FAILED, "it never began to train; SLURM says FAILED")),
+        (None, (Standing.FAILED, "it never began to train; SLURM says nothing")),
+    ],
+)
+def test_a_submitted_run_that_has_not_begun(tmp_path: Path, told: str | None, expected: tuple[Standing, str]) -> None:
+    assert standing(tmp_path, told, job="3") == expected
+
+
+def test_every_task_of_a_sweep_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    directory = tmp_path / "sweep"
+    directory.mkdir()
+    (directory / "job.json").write_text(json.dumps({"job": "9", "submitted": 0.0, "tasks": 2}))
+    write_record(tmp_path / "sweep-1", job="10")
+    first, second = run_statuses(directory)
+    assert (first.directory, first.job, first.standing) == (f"{directory}-0", "9_0", Standing.FAILED)
+    assert (second.directory, second.job, second.standing) == (f"{directory}-1", "9_1", Standing.RUNNING)
+
+
+def test_no_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KFACError, match="no run is here; expected a run's directory"):
+        run_statuses(tmp_path)
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(KFACError, match=r"state\.json: can't be read"):
+        run_statuses(tmp_path)

@@ -1,0 +1,95 @@
+"""`kfac-dist submit`: everything is checked before SLURM is asked; `test_cluster.py` asks it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kfac_dist import cli
+from kfac_dist.config.load import dump_yaml, load_config
+from kfac_dist.errors import ConfigError
+from kfac_dist.slurm.job import Job
+from kfac_dist.slurm.submission import SubmissionError, prepare, submit, submitted
+from tests.training.runs import small_config
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> str:
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(small_config(tmp_path / "runs")))
+    return str(file)
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, ["submit", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_a_dry_run_prints_the_script_and_leaves_nothing(run_file: str, tmp_path: Path) -> None:
+    resources = ["--nodes", "4", "--gpus-per-node", "8", "--time", "4:00:00"]
+    code, script = invoke(run_file, *resources, "--name", "other", "--dry-run", "run.seed=9")
+    assert code == 0
+    assert (
+        script
+        == prepare(
+            load_config(run_file, ["run.name=other", "run.seed=9"]), Job(nodes=4, gpus_per_node=8, time="4:00:00")
+        ).script
+    )
+    assert "#SBATCH --job-name=other\n#SBATCH --nodes=4\n#SBATCH --time=4:00:00\n#SBATCH --gpus-per-node=8\n" in script
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.step=3"], "train.step: unknown key; did you mean 'steps'?"),
+        (["model.name=transfomer"], "model"),
+        (["--time", "4h"], "--time: found '4h', expected minutes"),
+        (["--sweep", "nowhere.txt"], "--sweep nowhere.txt: can't be read"),
+    ],
+)
+def test_mistakes_are_told_before_the_job_waits(run_file: str, arguments: list[str], message: str) -> None:
+    code, said = invoke(run_file, *arguments)
+    assert (code, message in said) == (2, True), said
+
+
+def test_each_line_of_a_sweep_is_checked(run_file: str, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("# two and a typo\n\ntrain.steps=5\nrun.seed=1 optimizer.lrr=1\noptimizer.lr='\n")
+    code, said = invoke(run_file, "--sweep", str(sweep))
+    assert code == 2
+    assert f"{sweep}:4: command line (optimizer.lrr=1): optimizer.lrr: unknown key; did you mean 'lr'?" in said
+    assert f"{sweep}:5: No closing quotation" in said
+    sweep.write_text("train.steps=5\n# none\n  run.seed=1  train.steps=6\n")
+    submission = prepare(load_config(run_file), Job(), sweep)
+    assert submission.sweep == ("train.steps=5", "run.seed=1  train.steps=6")
+    assert "#SBATCH --array=0-1\n" in submission.script
+    sweep.write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="no line has overrides"):
+        prepare(load_config(run_file), Job(), sweep)
+
+
+def test_a_finished_run_is_not_submitted_again(run_file: str, tmp_path: Path) -> None:
+    directory = tmp_path / "runs/small"
+    directory.mkdir(parents=True)
+    record = {
+        "state": "finished", "reason": "", "step": 12, "total_steps": 12, "ranks": 1, "host": "h", "pid": 1,
+        "job": None, "restarts": 0, "changed": 0.0,
+    }  # fmt: skip
+    (directory / "state.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"holds a finished run of 12 steps.*give another --name"):
+        prepare(load_config(run_file), Job())
+    (directory / "state.json").write_text(json.dumps({**record, "state": "preempted"}))
+    prepare(load_config(run_file), Job())
+
+
+def test_without_slurm_it_says_so(run_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SubmissionError, match="sbatch: not found; submit from a login node"):
+        submit(prepare(load_config(run_file), Job()))
+    assert submitted(tmp_path / "runs/small") is None
