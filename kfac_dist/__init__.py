@@ -8,9 +8,10 @@ from kfac_dist.config.schema import KFACConfig
 
 if TYPE_CHECKING:
     from kfac_dist.preconditioner.kfac import KFAC
+    from kfac_dist.preconditioner.state_file import load_kfac, save_kfac
 
 __version__ = "0.1.0"
-__all__ = ["KFAC", "KFACConfig", "__version__"]
+__all__ = ["KFAC", "KFACConfig", "__version__", "load_kfac", "save_kfac"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from kfac_dist.preconditioner.kfac import KFAC
 
         return KFAC
+    if name in ("load_kfac", "save_kfac"):
+        from kfac_dist.preconditioner import state_file
+
+        return getattr(state_file, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from kfac_dist.config.schema import KFACConfig
+from kfac_dist.config.schema import EngineConfig, KFACConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -57,6 +57,13 @@ def test_staged_adoption_selects_layers() -> None:
 
     assert config.curvature.include == from_yaml.curvature.include
     assert config.curvature.exclude == from_yaml.curvature.exclude
+
+
+def test_the_engine_section_is_one() -> None:
+    section = yaml.safe_load(the_block("yaml", "fsdp2:"))["engine"]
+    engine = EngineConfig.model_validate(section)
+    assert engine.name.zero_stage == 3
+    assert engine.deepspeed["zero_optimization"] == {"overlap_comm": True, "offload_optimizer": {"device": "cpu"}}
 
 
 def test_a_model_of_ones_own_gives_logits() -> None:

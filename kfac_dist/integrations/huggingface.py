@@ -16,7 +16,6 @@ makes both unnecessary: set `max_grad_norm=0` too.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import KFACConfig, LossTerms
 from kfac_dist.preconditioner.kfac import KFAC
+from kfac_dist.preconditioner.state_file import load_kfac, save_kfac
 
 FILE = "kfac.pt"
 IGNORED = -100
@@ -48,7 +48,7 @@ def add_kfac(trainer: Trainer, config: KFACConfig | Mapping[str, Any] | None = N
     return callback
 
 
-class KFACCallback(TrainerCallback):  # type: ignore[misc]
+class KFACCallback(TrainerCallback):
     """Builds `KFAC` once the model is wrapped, steps it, and saves it with the trainer's checkpoints.
 
     Args:
@@ -82,7 +82,7 @@ class KFACCallback(TrainerCallback):  # type: ignore[misc]
         )
         file = _folder(args, state) / FILE
         if state.global_step and file.exists():
-            self.kfac.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            load_kfac(self.kfac, file)
         # Prepended: K-FAC's own hooks must know of the micro-batch already.
         self._hook = wrapped.register_forward_pre_hook(self._describe, prepend=True, with_kwargs=True)
 
@@ -99,14 +99,8 @@ class KFACCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put K-FAC's state beside what the trainer has just saved; collective."""
-        if self.kfac is None:
-            return
-        values = self.kfac.state_dict()
-        if state.is_world_process_zero:
-            folder = _folder(args, state)
-            partial = folder / f"{FILE}.writing"
-            torch.save(values, partial)
-            os.replace(partial, folder / FILE)
+        if self.kfac is not None:
+            save_kfac(self.kfac, _folder(args, state) / FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,7 +146,7 @@ class KFACCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
 def _shifts_labels(trainer: Trainer) -> bool:
