@@ -60,6 +60,7 @@ def _refused(engine: Any) -> list[tuple[str, bool, str]]:
             any(word in optimizer for word in ("onebit", "zeroone")),
             "it averages compressed gradients inside of its step; use SGD, AdamW or Lamb",
         ),
+        ("gradient_allreduce_op: sum", not engine.gradient_average, "write mean"),
         ("sparse_gradients", _on(engine._config, "sparse_gradients_enabled"), "set it to false"),
         ("sequence or tensor parallelism", engine.mpu is not None or engine.sequence_parallel_size > 1, "leave it out"),
         ("torch_autocast", bool(engine.torch_autocast_enabled()), "write bf16 or fp16 with enabled: true instead"),
