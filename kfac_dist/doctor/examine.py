@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from kfac_dist.config.schema import Config
+from kfac_dist.config.schema import Config, EngineName, Precision
 from kfac_dist.curvature.blocks import Coverage, find_blocks
 from kfac_dist.distributed.agreement import agree_on_plan, plan_digest
 from kfac_dist.distributed.bootstrap import World, bootstrap
@@ -25,7 +25,7 @@ from kfac_dist.doctor.parameters import coverage_finding, parameter_rows
 from kfac_dist.doctor.plans import examine_plan
 from kfac_dist.doctor.samples import examine_samples
 from kfac_dist.doctor.scale import examine_scale
-from kfac_dist.engines import build_engine
+from kfac_dist.engines import build_engine, check_sections
 from kfac_dist.errors import CollectiveError, ConfigError, DataError, KFACError, ModelError
 from kfac_dist.optimizers import build_optimizer
 from kfac_dist.preconditioner.plan import Plan, build_plan
@@ -214,8 +214,11 @@ def _measure(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Sou
     try:
         findings, rows = examine_curvature(config, model, loss, train, ranks)
         case.findings += findings
+        check_sections(config.engine, config.train, on_cpu=case.world.device.type == "cpu")
+        # Inputs and output gradients are whole under every engine, so that what they measure is seen under DDP, too.
+        replicated = config.engine.model_copy(update={"name": EngineName.DDP, "precision": Precision.FLOAT32})
         engine, optimizer = build_engine(
-            model, config.engine, config.train, case.world, partial(build_optimizer, config=config.optimizer)
+            model, replicated, config.train, case.world, partial(build_optimizer, config=config.optimizer)
         )
         sampler = Sampler(len(train), config.train.batch_size, config.run.seed)
         stream = Stream(train, sampler, rank=ranks.rank, world_size=ranks.size, accumulate=config.train.accumulate)

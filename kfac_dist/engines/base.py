@@ -165,6 +165,9 @@ class Engine(ABC):
     def load_counters(self, values: dict[str, Tensor]) -> None:  # noqa: B027
         """Take `counters` of an engine of this kind."""
 
+    def close(self) -> None:  # noqa: B027  most engines leave nothing behind
+        """Let go of the model; called once no step is taken any more, also after a failure."""
+
     def settle(self, backward: Callable[[], None]) -> None:  # noqa: B027  most engines need none
         """Run a backward pass whose results are thrown away, if the engine needs one before its first step.
 

@@ -25,6 +25,7 @@ from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
 from kfac_dist.engines.base import Engine
 from kfac_dist.engines.ddp import uncompiled
+from kfac_dist.engines.holding import Holding
 from kfac_dist.errors import ModelError
 
 
@@ -107,6 +108,12 @@ class FSDP2Engine(Engine):
         return super().whole_shapes() if enabled else self._without_reduction()
 
     @torch.no_grad()  # or `to_local` would be an operation of autograd's
+    def holdings(self) -> list[Holding]:
+        """See `Engine.holdings`."""
+        for module in self._sharded_modules:
+            module.reshard()  # an evaluation leaves the outermost module with whole parameters
+        return super().holdings()
+
     def _held(self, tensors: dict[str, DTensor]) -> dict[str, Tensor]:
         """Return what this rank holds: flat where it is a slice; nothing of what it has no rows of."""
         local = {name: tensor.to_local() for name, tensor in tensors.items()}

@@ -71,6 +71,10 @@ class ZeroLoopEngine(ZeroEngine):
         """See `Engine.counters`."""
         return zero_counters(self._deepspeed)
 
+    def close(self) -> None:
+        """See `Engine.close`: DeepSpeed's hooks hold parameters and buffers, which the next run has no room for."""
+        self._deepspeed.destroy()
+
     def load_counters(self, values: dict[str, Tensor]) -> None:
         """See `Engine.load_counters`."""
         load_zero_counters(self._deepspeed, values)

@@ -49,8 +49,8 @@ def use_restored_weights(engine: Any) -> None:
 
 
 def zero_counters(engine: Any) -> dict[str, Tensor]:
-    """Return the loss scaler's state and DeepSpeed's counts."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    """Return DeepSpeed's counts, and under fp16 the loss scaler's state."""
+    scaler = _scaler(engine)
     found = {name: getattr(engine, name) for name in _ENGINE}
     found |= {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
     return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in found.items()}
@@ -58,13 +58,18 @@ def zero_counters(engine: Any) -> dict[str, Tensor]:
 
 def load_zero_counters(engine: Any, values: dict[str, Tensor]) -> None:
     """Take what `zero_counters` returned."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = _scaler(engine)
     for name, value in values.items():
         number = float(value) if name == "cur_scale" else int(value)
         if name in _ENGINE:
             setattr(engine, name, number)
         elif hasattr(scaler, name):
             setattr(scaler, name, number)
+
+
+def _scaler(engine: Any) -> Any:
+    """Return what scales the loss; in other precisions than fp16 it is a constant 1, and has to stay that."""
+    return engine.optimizer.loss_scaler if engine.fp16_enabled() else None
 
 
 def _ranges(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Holding]:

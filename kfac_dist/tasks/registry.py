@@ -9,13 +9,15 @@ from torch import nn
 from kfac_dist.config.schema import Target
 from kfac_dist.config.targets import build_target
 from kfac_dist.errors import DataError, ModelError
-from kfac_dist.tasks import data
+from kfac_dist.tasks import data, tokens
 from kfac_dist.tasks.autoencoder import autoencoder
+from kfac_dist.tasks.bert import bert
 from kfac_dist.tasks.byte_gpt import byte_gpt
 from kfac_dist.tasks.resnet import resnet20
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "autoencoder": autoencoder,
+    "bert": bert,
     "byte_gpt": byte_gpt,
     "resnet20": resnet20,
 }
@@ -25,6 +27,8 @@ DATA: dict[str, Callable[..., data.DataSplits]] = {
     "digits": data.digits,
     "digits_image": data.digits_image,
     "mnist5k": data.mnist5k,
+    "random_tokens": tokens.random_tokens,
+    "token_file": tokens.token_file,
 }
 
 

@@ -160,6 +160,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
         session.progress.stop()
         if parts.kfac is not None:
             parts.kfac.remove()
+        parts.engine.close()
     with agreed(session.communicator, what=f"can't write {directory}"):
         if session.leads:
             (directory / "result.json").write_text(json.dumps(_plain(summary), indent=2) + "\n")

@@ -16,8 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from kfac_dist import KFAC, load_kfac, save_kfac
 from kfac_dist.errors import CheckpointError
 from tests.harness import run_ranks
-from tests.training.runs import launched
-from tests.training.test_engines import deepspeed_ends_here
+from tests.training.runs import deepspeed_ends_here, launched
 
 pytest.importorskip("deepspeed")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,21 @@ def launched(rank: int, world_size: int, port: int = 1) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+@contextmanager
+def deepspeed_ends_here() -> Iterator[None]:
+    """Leave nothing of DeepSpeed's groups behind: this process goes on in another world."""
+    import deepspeed  # noqa: F401
+    from deepspeed.utils import groups
+
+    comm = sys.modules["deepspeed.comm.comm"]
+    kept = {name: value for name, value in vars(groups).items() if name.startswith("_") and name.isupper()}
+    try:
+        yield
+    finally:
+        comm.cdb = None  # type: ignore[attr-defined]
+        vars(groups).update(kept)
 
 
 def final_model(directory: Path) -> dict[str, Tensor]:
