@@ -7,9 +7,12 @@ measuring; measuring and refreshing). From their medians follow the phases
 
 and the mean cost at any intervals: statistics/inverses every 1/10 and 10/100 steps. The floor of a phase is its flops
 (DESIGN: factors (a²+g²)·M, inversion n³, preconditioning 2ag(a+g)) over the rate of a large fp32 matrix product,
-measured in the same process. The same is done with gpauloski's kfac-pytorch when the package `kfac` can be imported.
+measured in the same process; beside it stands what LAPACK's Cholesky inverse of each factor takes by itself, which no
+matrix product can be. The same is done with gpauloski's kfac-pytorch when the package `kfac` can be imported.
 
-    python -m benchmarks.step_overhead [--ranks 1 2] [--workloads …] [--rounds 7] [--out FILE]
+Each call replaces its own rows of the output and leaves the others, so that a long measurement can be cut into pieces.
+
+    python -m benchmarks.step_overhead [--ranks 1 2] [--workloads …] [--methods …] [--rounds 7] [--out FILE]
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import json
 import os
 import statistics
 import tempfile
@@ -31,10 +35,12 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.reporting import spread, write
+from benchmarks.reporting import RESULTS, spread, write
 from benchmarks.workloads import WORKLOADS, Workload
 from kfac_dist import KFAC
-from kfac_dist.curvature.factors import Side
+from kfac_dist.config.schema import Solver
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.solvers import Task, solve
 
 INTERVALS = {"1/10": (1, 10), "10/100": (10, 100)}
 # Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.
@@ -151,6 +157,7 @@ def floors(stepper: Stepper, bare_seconds: float) -> dict[str, float]:
     plan, rows = stepper.kfac.plan, _rows(stepper)
     rank, size = stepper.kfac.communicator.rank, stepper.kfac.communicator.size
     flops = dict.fromkeys(("precondition", "statistics", "inversion"), 0.0)
+    owned: list[Unit] = []
     for name, block in plan.blocks.items():
         sides = {unit.side for unit in block.units}
         for unit in block.units:
@@ -158,10 +165,14 @@ def floors(stepper: Stepper, bare_seconds: float) -> dict[str, float]:
             flops["statistics"] += elements * rows.get((name, unit.side), 0)
             if plan.assignment.owners[unit.name] == rank or size == 1:
                 flops["inversion"] += unit.cost
+                owned += [unit] if unit.kind is FactorKind.DENSE else []
         batch, d_out, d_in = block.matrix_shape
         if block.column == plan.grid.column_of(rank) and Side.G in sides:
             flops["precondition"] += 2 * batch * d_out * d_in * (d_out + d_in)
-    return {phase: count / rate / bare_seconds for phase, count in flops.items()}
+    return {
+        **{phase: count / rate / bare_seconds for phase, count in flops.items()},
+        "inversion by LAPACK": sum(map(inverse_seconds, owned)) / bare_seconds,
+    }
 
 
 def _rows(stepper: Stepper) -> dict[tuple[str, Side], float]:
@@ -186,6 +197,24 @@ def _rows(stepper: Stepper) -> dict[tuple[str, Side], float]:
     return found
 
 
+def inverse_seconds(unit: Unit) -> float:
+    """Return the seconds of the Cholesky inverses of a unit by themselves, the best of three."""
+    key = (unit.batch, unit.dim)
+    if key not in _INVERSE_SECONDS:
+        rows = torch.randn(unit.batch, 2 * unit.dim, unit.dim)
+        task = Task(unit, rows.mT @ rows, 1.0, None)
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            solve([task], Solver.CHOLESKY)
+            times.append(time.perf_counter() - started)
+        _INVERSE_SECONDS[key] = min(times)
+    return _INVERSE_SECONDS[key]
+
+
+_INVERSE_SECONDS: dict[tuple[int, int], float] = {}
+
+
 def matmul_rate() -> float:
     """Return flops a second of an fp32 product of 1024×1024 matrices, the best of ten."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -197,17 +226,16 @@ def matmul_rate() -> float:
     return float(2 * 1024**3 / best)
 
 
-def run_rank(rank: int, size: int, rendezvous: str, names: list[str], rounds: int, out: str) -> None:
+def run_rank(
+    rank: int, size: int, rendezvous: str, names: list[str], methods: list[str], rounds: int, out: str
+) -> None:
     torch.set_num_threads(1)
     if size > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(size)
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     results = []
-    methods = [*METHODS, *(PEER_METHODS if importlib.util.find_spec("kfac") else ())]
-    for name in names:
-        for method in methods:
-            if "owner" in method and size == 1:
-                continue
+    for name, method in itertools.product(names, methods):
+        if "owner" not in method or size > 1:
             result = measure(WORKLOADS[name], method, rounds)
             results.append({"workload": name, "ranks": size, "method": method, **result})
             if rank == 0:
@@ -219,24 +247,70 @@ def run_rank(rank: int, size: int, rendezvous: str, names: list[str], rounds: in
         dist.destroy_process_group()
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw what each method adds to a step at intervals 1/10, split by phase, with its floor beside it."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in WORKLOADS if any(row["workload"] == name for row in rows)]
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 5), squeeze=False, layout="constrained")
+    shares = {"precondition": 1.0, "statistics": 1 / INTERVALS["1/10"][0], "inversion": 1 / INTERVALS["1/10"][1]}
+    for axis, name in zip(axes[0], names, strict=True):
+        own = [row for row in rows if row["workload"] == name]
+        for values, offset, height, alpha in (
+            ("phases_in_bare_steps", -0.15, 0.5, 1.0),
+            ("floors_in_bare_steps", 0.25, 0.25, 0.45),
+        ):
+            left = [0.0] * len(own)
+            for phase, color in zip(shares, ("tab:blue", "tab:orange", "tab:green"), strict=True):
+                widths = [max(0.0, row.get(values, {}).get(phase, 0.0) * shares[phase]) for row in own]
+                label = phase if values.startswith("phases") else f"{phase}, floor"
+                places = [index + offset for index in range(len(own))]
+                axis.barh(places, widths, height, left, color=color, alpha=alpha, label=label)
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+        ranks = ["" if row["ranks"] == 1 else f", {row['ranks']} ranks" for row in own]
+        axis.set_yticks(range(len(own)), [row["method"] + text for row, text in zip(own, ranks, strict=True)])
+        axis.invert_yaxis()
+        axis.set(title=name, xlabel="added to an SGD step, in SGD steps (1/10)")
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
+    known = [*METHODS, *(PEER_METHODS if importlib.util.find_spec("kfac") else ())]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--methods", nargs="+", choices=known, default=known)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=RESULTS / "step_overhead.json")
     arguments = parser.parse_args()
-    results: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
     for size in arguments.ranks:
         with tempfile.TemporaryDirectory() as directory:
             out = str(Path(directory) / "results.pt")
-            rendezvous = str(Path(directory) / "rendezvous")
-            mp.spawn(
-                run_rank, args=(size, rendezvous, arguments.workloads, arguments.rounds, out), nprocs=size, join=True
-            )
-            results += torch.load(out)
-    settings = {"rounds": arguments.rounds, "threads_a_rank": 1, "intervals": INTERVALS, "bare": "SGD with momentum"}
-    print(write("step_overhead", arguments.out, settings, results))
+            work = (str(Path(directory) / "rendezvous"), arguments.workloads, arguments.methods, arguments.rounds, out)
+            mp.spawn(run_rank, args=(size, *work), nprocs=size, join=True)
+            measured += torch.load(out)
+    for row in measured:
+        row["rounds"] = arguments.rounds
+    rows = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else []
+    merged = {_key(row): row for row in [*rows, *measured]}
+    settings = {"threads_a_rank": 1, "intervals": INTERVALS, "bare": "SGD with momentum"}
+    ordered = [merged[key] for key in sorted(merged, key=_order)]
+    print(write("step_overhead", arguments.out, settings, ordered))
+    draw(ordered, arguments.out.with_suffix(".png"))
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["workload"], row["ranks"], row["method"]
+
+
+def _order(key: tuple[str, int, str]) -> tuple[int, int, int]:
+    workload, ranks, method = key
+    return [*WORKLOADS].index(workload), ranks, [*METHODS, *PEER_METHODS].index(method)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,25 @@ the chosen setting runs on five other seeds. For each of these, the target is wh
 The loss is the full training set's, evaluated between steps and not counted. Seconds are CPU seconds of one thread, so
 that a busy machine distorts them little; they include all that a step does, measuring and inverting too.
 
-    python -m benchmarks.steps_to_target [--tasks digits mnist5k] [--trials 12] [--seeds 5] [--out FILE]
+A long measurement can be cut into pieces: with `--ledger FILE`, trainings that have ended are not repeated when the
+program is started again. Tasks that are not measured keep their place in the output.
+
+    python -m benchmarks.steps_to_target [--tasks digits mnist5k] [--seeds 5] [--workers 2] [--out FILE] [--ledger FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +43,64 @@ METHODS = ("sgd", "adamw", "kfac")
 
 @dataclass(frozen=True)
 class Task:
-    """Data, model, SGD's budget, and the precision in which K-FAC multiplies by its inverses."""
+    """Data, model, SGD's budget, trials of each method, and the precision in which K-FAC multiplies by its inverses."""
 
     data: str
     dims: tuple[int, ...]
     batch: int
     budget: int
     check_every: int
+    trials: int
     inverse_dtype: str
 
 
+Grid = dict[str, list[Any]]
+
 TASKS = {
-    "digits": Task("digits", (64, 100, 50, 25, 8), 256, 1500, 5, "float32"),
-    "mnist5k": Task("mnist5k", (784, 1000, 500, 250, 30), 256, 400, 5, "bfloat16"),
+    "digits": Task("digits", (64, 100, 50, 25, 8), 256, 1500, 5, 12, "float32"),
+    "mnist5k": Task("mnist5k", (784, 1000, 500, 250, 30), 256, 1000, 10, 8, "bfloat16"),
 }
 
-GRIDS: dict[str, dict[str, list[Any]]] = {
-    "sgd": {"lr": [0.003, 0.01, 0.03, 0.1], "momentum": [0.9, 0.95, 0.99], "final": [0.01, 0.1]},
-    "adamw": {"lr": [0.001, 0.002, 0.004, 0.008], "beta2": [0.95, 0.99, 0.999], "final": [0.01, 0.1]},
-    "kfac": {
-        "lr": [0.05, 0.1, 0.2],
-        "momentum": [0.8, 0.9],
-        "damping": [0.003, 0.01, 0.03],
-        "kl_clip": [0.03, 0.1],
-        "decay": [0.8, 0.95],
-        "intervals": [(5, 20), (5, 50), (10, 50)],
-        "final": [0.1],
+GRIDS: dict[str, dict[str, Grid]] = {
+    "digits": {
+        "sgd": {"lr": [0.003, 0.01, 0.03, 0.1], "momentum": [0.9, 0.95, 0.99], "final": [0.01, 0.1]},
+        "adamw": {"lr": [0.001, 0.002, 0.004, 0.008], "beta2": [0.95, 0.99, 0.999], "final": [0.01, 0.1]},
+        "kfac": {
+            "lr": [0.05, 0.1, 0.2],
+            "momentum": [0.8, 0.9],
+            "damping": [0.003, 0.01, 0.03],
+            "kl_clip": [0.03, 0.1],
+            "decay": [0.8, 0.95],
+            "intervals": [(5, 20), (5, 50), (10, 50)],
+            "early_refresh": [0, 10],
+            "final": [0.1],
+        },
     },
+    "mnist5k": {
+        "sgd": {"lr": [0.002, 0.003, 0.004, 0.006], "momentum": [0.9, 0.8, 0.95], "final": [0.01, 0.1]},
+        "adamw": {"lr": [0.0005, 0.001, 0.002, 0.004], "beta2": [0.95, 0.99, 0.999], "final": [0.01, 0.1]},
+        "kfac": {
+            "lr": [0.1, 0.2],
+            "momentum": [0.8, 0.9],
+            "damping": [0.03, 0.1],
+            "kl_clip": [0.03, 0.1, 0.3],
+            "decay": [0.8],
+            "intervals": [(10, 50), (10, 100)],
+            "early_refresh": [1],
+            "final": [0.1],
+        },
+    },
+}
+
+
+# What else the chosen K-FAC setting is run with, to show what each choice does to steps and seconds.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32 inverses": {"inverse_dtype": "float32"},
+    "bf16 inverses": {"inverse_dtype": "bfloat16"},
+    "1 row in 4": {"sample_fraction": 0.25},
+    "early refreshes from 1": {"early_refresh": 1},
+    "early refreshes from 10": {"early_refresh": 10},
+    "no early refreshes": {"early_refresh": 0},
 }
 
 
@@ -94,11 +131,13 @@ def build(
             "likelihood": "bernoulli",
             "factor_every": factor_every,
             "decay": setting["decay"],
+            "sample_fraction": setting.get("sample_fraction", 1.0),
         },
         "inversion": {
             "inverse_every": inverse_every,
             "damping": setting["damping"],
-            "inverse_dtype": task.inverse_dtype,
+            "inverse_dtype": setting.get("inverse_dtype", task.inverse_dtype),
+            "early_refresh": setting["early_refresh"],
         },
         "update": {"kl_clip": setting["kl_clip"], "kl_clip_lr": lr},
     }
@@ -146,56 +185,114 @@ def until(points: Iterator[Point], target: float, most_seconds: float = math.inf
     return taken
 
 
-def draws(method: str, trials: int) -> list[dict[str, Any]]:
-    """Return a method's trials: distinct settings of its grid, drawn by a fixed seed."""
-    grid = GRIDS[method]
+def draws(grid: Grid, trials: int) -> list[dict[str, Any]]:
+    """Return distinct settings of a grid, drawn by a fixed seed."""
     settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return random.Random(0).sample(settings, min(trials, len(settings)))
 
 
-def tune(task: Task, data: Tensor, trials: int) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]]]:
+# ---- what a worker does: each returns what JSON can hold
+
+
+def data_of(task: Task) -> Tensor:
+    torch.set_num_threads(1)
+    return build_data(Target(name=task.data, args={"target": "input"})).train.tensors[0]
+
+
+def final_loss(task: Task, setting: dict[str, Any]) -> float:
+    """Return what SGD reaches at the end of its budget."""
+    seldom = replace(task, check_every=task.budget)
+    return list(train(seldom, data_of(task), "sgd", setting, TUNING_SEED))[-1].loss
+
+
+def trial(task: Task, method: str, setting: dict[str, Any], target: float, most_seconds: float) -> list[Any]:
+    """Return the seconds to the target (None if that takes longer than it may), the steps, and the setting."""
+    last = until(train(task, data_of(task), method, setting, TUNING_SEED), target, most_seconds)[-1]
+    return [last.seconds if last.loss <= target else None, last.step, setting]
+
+
+def run_seed(task: Task, best: dict[str, dict[str, Any]], seed: int) -> dict[str, list[tuple[int, float, float]]]:
+    """Return every method's points of one seed: SGD's whole budget, the others' until they reach its last loss."""
+    data, found = data_of(task), dict[str, list[Point]]()
+    for method in METHODS:
+        if method == "sgd":  # only its end counts; the points between are for the picture
+            seldom = replace(task, check_every=task.budget // 20)
+            found[method] = list(train(seldom, data, method, best[method], seed))
+        else:
+            found[method] = until(train(task, data, method, best[method], seed), found["sgd"][-1].loss)
+    return {method: [(p.step, p.seconds, p.loss) for p in points] for method, points in found.items()}
+
+
+def run_variant(task: Task, setting: dict[str, Any], seed: int, target: float) -> list[Any]:
+    """Return the steps and seconds of K-FAC to a target, and whether it came there."""
+    last = until(train(task, data_of(task), "kfac", setting, seed), target)[-1]
+    return [last.step, last.seconds, last.loss <= target]
+
+
+class Ledger:
+    """Results of trainings that have ended, in a file if there is one."""
+
+    def __init__(self, path: Path | None, pool: ProcessPoolExecutor) -> None:
+        self._path = path
+        self._pool = pool
+        self._known: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+    def all(self, function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+        """Return the function's value for each of the arguments, in processes of their own where it isn't known."""
+        keys = [f"{function.__name__} {arguments!r}" for arguments in calls]
+        running: dict[str, Future[Any]] = {
+            key: self._pool.submit(function, *arguments)
+            for key, arguments in zip(keys, calls, strict=True)
+            if key not in self._known
+        }
+        for key, future in running.items():
+            self._known[key] = future.result()
+            if self._path is not None:
+                self._path.write_text(json.dumps(self._known))
+        return [self._known[key] for key in keys]
+
+
+def choose(name: str, ledger: Ledger) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]]]:
     """Choose each method's setting: SGD's by its final loss, the others' by seconds to that loss."""
-    log: dict[str, list[Any]] = {}
-    finals = [
-        (list(train(task, data, "sgd", setting, TUNING_SEED))[-1].loss, setting) for setting in draws("sgd", trials)
-    ]
-    log["sgd"] = finals
-    target, chosen = min(((loss, setting) for loss, setting in finals if math.isfinite(loss)), key=lambda pair: pair[0])
-    best: dict[str, dict[str, Any]] = {"sgd": chosen}
-    print(f"  sgd: loss {target:.4f} with {chosen}", flush=True)
-    for method in METHODS[1:]:
-        quickest, log[method] = math.inf, []
-        for setting in draws(method, trials):
-            last = until(train(task, data, method, setting, TUNING_SEED), target, quickest)[-1]
-            reached = last.loss <= target
-            log[method].append((last.seconds if reached else None, last.step, setting))
-            if reached and last.seconds < quickest:
-                quickest, best[method] = last.seconds, setting
-        if method not in best:
+    task = TASKS[name]
+    settings = {method: draws(GRIDS[name][method], task.trials) for method in METHODS}
+    losses = ledger.all(final_loss, [(task, setting) for setting in settings["sgd"]])
+    log: dict[str, list[Any]] = {"sgd": [list(pair) for pair in zip(losses, settings["sgd"], strict=True)]}
+    target, best_sgd = min((pair for pair in log["sgd"] if math.isfinite(pair[0])), key=lambda pair: float(pair[0]))
+    best = {"sgd": best_sgd}
+    others = METHODS[1:]
+    # What the first trial took bounds the others: a slower one can't be chosen.
+    firsts = ledger.all(trial, [(task, method, settings[method][0], target, math.inf) for method in others])
+    most = {method: math.inf if first[0] is None else first[0] for method, first in zip(others, firsts, strict=True)}
+    rest = ledger.all(trial, [(task, m, setting, target, most[m]) for m in others for setting in settings[m][1:]])
+    for index, (method, first) in enumerate(zip(others, firsts, strict=True)):
+        count = task.trials - 1
+        log[method] = [first, *rest[index * count : (index + 1) * count]]
+        reached = [found for found in log[method] if found[0] is not None]
+        if not reached:
             raise SystemExit(f"no trial of {method} reached SGD's loss {target}: widen its grid")
-        print(f"  {method}: {quickest:.2f} s with {best[method]}", flush=True)
+        best[method] = min(reached, key=lambda found: float(found[0]))[2]
+    for method, setting in best.items():
+        print(f"  {method}: {setting}", flush=True)
     return best, log
 
 
-def compare(name: str, trials: int, seeds: int) -> tuple[dict[str, Any], dict[str, list[Point]]]:
-    """Tune and run one task; returns its results and the curves of the first seed."""
-    task = TASKS[name]
-    print(f"{name}: tuning", flush=True)
-    data = build_data(Target(name=task.data, args={"target": "input"})).train.tensors[0]
-    best, log = tune(task, data, trials)
-    runs: dict[str, list[Point]] = {method: [] for method in METHODS}
-    curves: dict[str, list[Point]] = {}
-    targets = []
-    for seed in range(seeds):
-        for method in METHODS:
-            points = train(task, data, method, best[method], seed)
-            curve = list(points) if method == "sgd" else until(points, targets[-1])
-            if method == "sgd":
-                targets.append(curve[-1].loss)
-            runs[method].append(curve[-1])
-            if seed == 0:
-                curves[method] = curve
-        print(f"  seed {seed}: " + ", ".join(f"{m} {r[-1].step} steps {r[-1].seconds:.2f} s" for m, r in runs.items()))
+def compare(name: str, seeds: int, ledger: Ledger) -> dict[str, Any]:
+    """Tune and run one task."""
+    print(name, flush=True)
+    best, log = choose(name, ledger)
+    by_seed = ledger.all(run_seed, [(TASKS[name], best, seed) for seed in range(seeds)])
+    curves = [{method: [Point(*point) for point in points] for method, points in run.items()} for run in by_seed]
+    runs = {method: [curve[method][-1] for curve in curves] for method in METHODS}
+    targets = [last.loss for last in runs["sgd"]]
+    usual = {"inverse_dtype": TASKS[name].inverse_dtype, "sample_fraction": 1.0} | best["kfac"]
+    variants = {
+        variant: ledger.all(
+            run_variant, [(TASKS[name], best["kfac"] | changes, seed, target) for seed, target in enumerate(targets)]
+        )
+        for variant, changes in VARIANTS.items()
+        if usual | changes != usual  # the others are the runs above
+    }
     ratio = {
         f"{quantity} of {other}": statistics.median(
             getattr(mine, quantity) / getattr(theirs, quantity)
@@ -206,16 +303,26 @@ def compare(name: str, trials: int, seeds: int) -> tuple[dict[str, Any], dict[st
     }
     result = {
         "task": name,
+        "task_settings": asdict(TASKS[name]),
         "settings": best,
         "targets": targets,
         "reached": {m: [r.loss <= t for r, t in zip(runs[m], targets, strict=True)] for m in METHODS},
         "steps": {m: spread([r.step for r in runs[m]]) for m in METHODS},
         "seconds": {m: spread([r.seconds for r in runs[m]]) for m in METHODS},
         "kfac_ratios": ratio,
+        "kfac_variants": {
+            variant: {
+                "steps": spread([steps for steps, _, _ in found]),
+                "seconds": spread([seconds for _, seconds, _ in found]),
+                "reached": [reached for _, _, reached in found],
+            }
+            for variant, found in variants.items()
+        },
         "tuning": log,
+        "first_seed": {method: by_seed[0][method] for method in METHODS},
     }
     print("  " + ", ".join(f"{key}: {value:.3f}" for key, value in ratio.items()), flush=True)
-    return result, curves
+    return result
 
 
 def draw(curves: dict[str, dict[str, list[Point]]], targets: dict[str, float], path: Path) -> None:
@@ -243,18 +350,30 @@ def draw(curves: dict[str, dict[str, list[Point]]], targets: dict[str, float], p
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time, each of one thread")
     parser.add_argument("--out", type=Path, default=RESULTS / "steps_to_target.json")
+    parser.add_argument("--ledger", type=Path, default=None)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    results, curves = [], {}
-    for name in arguments.tasks:
-        result, curves[name] = compare(name, arguments.trials, arguments.seeds)
-        results.append(result)
-    settings = {"trials": arguments.trials, "seeds": arguments.seeds, "tuning_seed": TUNING_SEED, "threads": 1}
-    print(write("steps_to_target", arguments.out, settings, results))
-    draw(curves, {r["task"]: r["targets"][0] for r in results}, arguments.out.with_suffix(".png"))
+    results = {}
+    if arguments.out.exists() and set(arguments.tasks) != set(TASKS):
+        results = {result["task"]: result for result in json.loads(arguments.out.read_text())["results"]}
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        ledger = Ledger(arguments.ledger, pool)
+        for name in arguments.tasks:
+            results[name] = compare(name, arguments.seeds, ledger)
+    ordered = [results[name] for name in TASKS if name in results]
+    settings = {
+        "seeds": arguments.seeds,
+        "tuning_seed": TUNING_SEED,
+        "threads": 1,
+        "trainings_at_a_time": arguments.workers,
+    }
+    print(write("steps_to_target", arguments.out, settings, ordered))
+    curves = {
+        result["task"]: {m: [Point(*point) for point in result["first_seed"][m]] for m in METHODS} for result in ordered
+    }
+    draw(curves, {result["task"]: result["targets"][0] for result in ordered}, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
