@@ -17,6 +17,8 @@ from kfac_dist.config.schema import EngineConfig, Precision, TrainConfig
 from kfac_dist.errors import ConfigError
 
 PREFIX = "engine.deepspeed"
+# Sections to which the run adds what it says elsewhere.
+_COMPLETED = ("zero_optimization", "bf16", "fp16")
 
 
 def import_deepspeed(config: EngineConfig, *, on_cpu: bool) -> ModuleType:
@@ -75,9 +77,10 @@ def check_settings(config: EngineConfig, train: TrainConfig, *, on_cpu: bool) ->
     import_deepspeed(config, on_cpu=on_cpu)
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    for key in _COMPLETED:
+        if not isinstance(found := config.deepspeed.get(key, {}), dict):
+            raise ConfigError(f"{PREFIX}.{key}: found {found!r}, expected a mapping")
     settings = _Read(deepspeed_settings(config, train, world_size=1))
-    if not isinstance(config.deepspeed.get("zero_optimization", {}), dict):
-        raise ConfigError(f"{PREFIX}.zero_optimization: expected a mapping")
     try:
         DeepSpeedConfig(settings)
     except ValidationError as error:

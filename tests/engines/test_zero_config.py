@@ -31,6 +31,12 @@ def test_the_run_says_it_once_and_deepspeed_hears_it() -> None:
     assert section["fp16"] == {"initial_scale_power": 8}, "the configuration stays as it was"
 
 
+def test_a_section_that_is_none_is_refused() -> None:
+    pytest.importorskip("deepspeed")
+    with pytest.raises(ConfigError, match=r"engine.deepspeed.fp16: found 1, expected a mapping"):
+        check_sections(engine(deepspeed={"fp16": 1}), TRAIN, on_cpu=True)
+
+
 def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match=r'engine.name: zero2 needs DeepSpeed: pip install "kfac_dist\[deepspeed\]"'):
