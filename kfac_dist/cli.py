@@ -252,10 +252,15 @@ def _load(path: Path, overrides: list[str] | None, options: dict[str, str | None
 
 
 def _check_targets(config: Config) -> None:
-    """Find the data and build the model, which needs neither the data's files nor the weights' memory."""
+    """Find the data, build the model and check the engine: that needs no data's files and no weights' memory."""
+    import torch
+
     from kfac_dist.config.targets import load_target
+    from kfac_dist.engines import check_sections
     from kfac_dist.tasks import DATA
 
+    on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    check_sections(config.engine, config.train, on_cpu=on_cpu)
     load_target(config.data, DATA, "data")
     _model_of_shapes(config.model)
 

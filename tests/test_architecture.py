@@ -50,6 +50,7 @@ MAY_IMPORT = {
         "curvature",
         "distributed",
         "doctor",
+        "engines",
         "errors",
         "launching",
         "preconditioner",
