@@ -194,15 +194,22 @@ def plan(
         from rich.console import Console
 
         from kfac_dist.curvature.blocks import find_blocks
+        from kfac_dist.preconditioner.memory import rank_bytes
         from kfac_dist.preconditioner.plan import build_plan
         from kfac_dist.preconditioner.plan_table import plan_view
 
         coverage = find_blocks(_model_of_shapes(resolved.model), resolved.kfac.curvature)
+        shards = resolved.engine.shard_size(world_size)
         planned = build_plan(
-            coverage.blocks, resolved.kfac, world_size=world_size, local_world_size=node_size or world_size
+            coverage.blocks,
+            resolved.kfac,
+            world_size=world_size,
+            local_world_size=node_size or world_size,
+            shard_size=shards,
         )
+        kept = rank_bytes(planned, resolved.kfac, sharded=shards > 1)
         console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-        console.print(plan_view(planned, coverage.uncovered, resolved.kfac.curvature.uncovered))
+        console.print(plan_view(planned, kept, coverage.uncovered, resolved.kfac.curvature.uncovered))
 
 
 @app.command()

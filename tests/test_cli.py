@@ -182,6 +182,23 @@ def test_plan_shows_blocks_ranks_and_balance(run_file: str) -> None:
     assert "linear4.weight: matched by 'linear4' of kfac.curvature.exclude" in output
 
 
+def test_plan_shows_that_what_a_rank_keeps_shrinks(run_file: str) -> None:
+    kept = []
+    for size in (2, 4):
+        code, output = invoke(
+            *("plan", run_file, "engine.name=fsdp2", f"--world-size={size}"),
+            *("kfac.distribution.reduction=reduce_scatter", "kfac.distribution.reduce_every=step"),
+        )
+        assert code == 0, output
+        ranks = output[output.index("bytes kept") :].splitlines()[2 : 2 + size]
+        kept.append(sum(int(line.split()[3].replace(",", "")) for line in ranks) / size)
+    assert kept[1] < 0.6 * kept[0]  # 0.5, and a little more of every gradient crosses from rank to rank
+
+    code, output = invoke("plan", run_file, "engine.name=fsdp2", "engine.fsdp2.replicas=2", "--world-size=3")
+    assert code == 2
+    assert output.startswith("error: engine.fsdp2.replicas: 2 copies don't divide 3 ranks evenly")
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
 def test_every_shipped_configuration_plans(file: Path) -> None:
     code, output = invoke("plan", str(file))

@@ -16,6 +16,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from kfac_dist.config.section import Count, Flag, Pattern, Positive, Section
+from kfac_dist.errors import ConfigError
 
 
 class EngineName(StrEnum):
@@ -99,6 +100,19 @@ class EngineConfig(Section):
     def waits_for_every_gradient(self) -> bool:
         """Whether ranks wait for the gradient of a parameter that the loss leaves out."""
         return self.name is EngineName.DDP and not self.find_unused_parameters
+
+    def shard_size(self, world_size: int) -> int:
+        """Return how many consecutive ranks together hold each gradient once: 1 if each holds all.
+
+        Raises:
+            ConfigError: The model's copies don't divide the ranks.
+        """
+        if self.name is EngineName.DDP:
+            return 1
+        copies = self.fsdp2.replicas if self.name is EngineName.FSDP2 else 1
+        if world_size % copies:
+            raise ConfigError(f"engine.fsdp2.replicas: {copies} copies don't divide {world_size} ranks evenly")
+        return world_size // copies
 
     @model_validator(mode="after")
     def _precision_fits(self) -> Self:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, ReduceEvery, Reduction, Uncovered
+from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, Uncovered
 from kfac_dist.curvature.blocks import Block, Coverage
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.precondition import Group, build_groups
@@ -20,6 +20,7 @@ from kfac_dist.distributed.cost import measure_costs
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
+from kfac_dist.preconditioner.memory import keeps_own_factors_only
 from kfac_dist.preconditioner.plan import Plan, block_units, build_plan, exchange_buckets
 from kfac_dist.preconditioner.reduction import FactorReduction
 from kfac_dist.preconditioner.refresh import Refresh
@@ -84,8 +85,7 @@ def assemble(
 ) -> Assembly:
     """Build what the plan asks of this rank; collective, because ranks are split into rows and columns."""
     distribution, curvature = config.distribution, config.curvature
-    scatter = distribution.reduction is Reduction.REDUCE_SCATTER
-    lean = scatter and distribution.reduce_every is ReduceEvery.STEP and comm.size > 1
+    lean = keeps_own_factors_only(config, comm.size)
     averages = RunningAverages(
         plan.units,
         plan.owned(comm.rank) if lean else plan.units,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from rich import box
@@ -11,16 +11,20 @@ from rich.table import Table
 
 from kfac_dist.config.schema import Uncovered
 from kfac_dist.curvature.factors import FactorKind, Unit
+from kfac_dist.preconditioner.memory import RankBytes
 from kfac_dist.preconditioner.plan import Plan
 
 _TREATMENTS = {Uncovered.PLAIN: "Plain gradient", Uncovered.DIAGONAL: "Diagonal Fisher"}
 
 
-def plan_view(plan: Plan, uncovered: Mapping[str, str], treatment: Uncovered = Uncovered.PLAIN) -> Group:
+def plan_view(
+    plan: Plan, kept: Sequence[RankBytes], uncovered: Mapping[str, str], treatment: Uncovered = Uncovered.PLAIN
+) -> Group:
     """Return the plan's tables, ready for rich to print.
 
     Args:
         plan: What is shown.
+        kept: What each rank keeps.
         uncovered: Parameters without a block, and why they have none.
         treatment: What becomes of their gradients.
     """
@@ -28,7 +32,7 @@ def plan_view(plan: Plan, uncovered: Mapping[str, str], treatment: Uncovered = U
         f"{len(plan.blocks)} blocks, {len(plan.units)} units, {plan.grid.world_size} ranks. "
         f"Inversion load, largest over mean: {plan.assignment.imbalance():.2f}"
     )
-    parts: list[Table | str] = [_block_table(plan), "", _rank_table(plan), "", summary]
+    parts: list[Table | str] = [_block_table(plan), "", _rank_table(plan, kept), "", summary]
     if uncovered:
         parts += ["", f"{_TREATMENTS[treatment]} for {len(uncovered)} parameters:"]
         parts += [f"  {name}: {reason}" for name, reason in uncovered.items()]
@@ -51,11 +55,12 @@ def _block_table(plan: Plan) -> Table:
     return table
 
 
-def _rank_table(plan: Plan) -> Table:
-    table = _table("rank", "units", "inversion n³", "bytes of inverses held")
-    loads, held = plan.assignment.load(), plan.assignment.held_bytes()
-    for rank in range(plan.grid.world_size):
-        table.add_row(str(rank), str(len(plan.owned(rank))), f"{loads[rank]:.2e}", f"{held[rank]:,}")
+def _rank_table(plan: Plan, kept: Sequence[RankBytes]) -> Table:
+    table = _table("rank", "units", "inversion n³", "bytes kept", "factors", "inverses", "gradients")
+    loads = plan.assignment.load()
+    for rank, own in enumerate(kept):
+        sizes = (own.total, own.factors, own.inverses, own.gradients)
+        table.add_row(str(rank), str(len(plan.owned(rank))), f"{loads[rank]:.2e}", *(f"{size:,}" for size in sizes))
     return table
 
 
