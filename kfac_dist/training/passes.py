@@ -123,9 +123,9 @@ def user_line(error: Exception) -> str:
 
 
 def _lost_ranks(error: Exception) -> bool:
-    """Whether a collective failed; gloo's own errors have no type."""
+    """Whether a collective failed; gloo's own errors have no type, and one of them doesn't name gloo."""
     text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "pair closure"))
 
 
 def _tensor(tensor: Tensor) -> str:
