@@ -49,6 +49,11 @@ class Communicator(ABC):
     device: torch.device
     traffic: Traffic
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of torch.distributed beneath, for libraries that want one; None if there is none."""
+        return None
+
     @abstractmethod
     def all_reduce(self, tensor: Tensor, *, label: str) -> Work:
         """Sums a contiguous `tensor` over the ranks, in place, the same bits on each."""
@@ -145,11 +150,15 @@ class SoloCommunicator(Communicator):
 
 
 def build_communicator(
-    timeout_seconds: float, group: dist.ProcessGroup | None = None, backend: Backend = Backend.TORCH
+    timeout_seconds: float,
+    group: dist.ProcessGroup | None = None,
+    backend: Backend = Backend.TORCH,
+    *,
+    on_host: bool = False,
 ) -> Communicator:
     """K-FAC's communicator over `group` (default: the world); a solo one without torch.distributed or with one rank.
 
-    Collective over `group`.
+    Collective over `group`. With `on_host` it sends tensors in host memory also where the group has GPUs.
 
     Raises:
         ConfigError: The backend is MPI, and these ranks are not those of an MPI job on CPUs.
@@ -161,7 +170,7 @@ def build_communicator(
         case Backend.TORCH:
             from kfac_dist.distributed.process_group import TorchCommunicator
 
-            return TorchCommunicator.create(group, timeout_seconds)
+            return TorchCommunicator.create(group, timeout_seconds, on_host=on_host)
         case Backend.MPI:
             from kfac_dist.distributed.mpi_communicator import MPICommunicator
 

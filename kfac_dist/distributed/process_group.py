@@ -62,15 +62,21 @@ class TorchCommunicator(Communicator):
         self.traffic = traffic or Traffic()
 
     @classmethod
-    def create(cls, parent: dist.ProcessGroup | None, timeout_seconds: float) -> TorchCommunicator:
+    def create(
+        cls, parent: dist.ProcessGroup | None, timeout_seconds: float, *, on_host: bool = False
+    ) -> TorchCommunicator:
         """A communicator over the ranks of `parent` (default: the world) with a new process group of its own.
 
-        Collective over `parent`.
+        Collective over `parent`. With `on_host` the group is gloo's, whatever `parent` sends over.
         """
         ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
         timeout = timedelta(seconds=timeout_seconds)
-        group = _new_group([range(len(ranks))], ranks, timeout)
+        group = _new_group([range(len(ranks))], ranks, timeout, backend="gloo" if on_host else None)
         return cls(group, timeout_seconds, destroy=_is_world(ranks))
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:  # noqa: D102
+        return self._group
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> Work:  # noqa: D102
         return self._start(
@@ -215,7 +221,9 @@ def _is_world(ranks: Sequence[int]) -> bool:
     return len(ranks) == dist.get_world_size()
 
 
-def _new_group(groups: Sequence[Sequence[int]], ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+def _new_group(
+    groups: Sequence[Sequence[int]], ranks: Sequence[int], timeout: timedelta, *, backend: str | None = None
+) -> dist.ProcessGroup:
     """This process's new process group out of `groups`, a partition of `ranks` given by positions in it.
 
     When `ranks` are the world, every rank creates every group, and torch names them by a counter that all ranks share
@@ -230,9 +238,9 @@ def _new_group(groups: Sequence[Sequence[int]], ranks: Sequence[int], timeout: t
     created: dist.ProcessGroup
     if _is_world(ranks):
         for group in global_groups:
-            process_group = dist.new_group(group, timeout=timeout)
+            process_group = dist.new_group(group, timeout=timeout, backend=backend)
             if group is mine:
                 created = process_group
     else:
-        created = dist.new_group(mine, timeout=timeout, use_local_synchronization=True)
+        created = dist.new_group(mine, timeout=timeout, backend=backend, use_local_synchronization=True)
     return created

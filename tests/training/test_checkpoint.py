@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
 from kfac_dist.errors import CheckpointError
 from kfac_dist.training.checkpoint import MANIFEST, Checkpoints, read_manifest
+from kfac_dist.training.checkpoint_reader import SafeReader
 from tests.harness import run_ranks
 
 
@@ -101,8 +109,8 @@ def test_another_model_is_refused_by_its_first_misfit(
 def test_a_manifest_of_another_format_is_refused(checkpoints: Checkpoints) -> None:
     path = checkpoints.save(1, _state(), {})
     manifest = path / MANIFEST
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(CheckpointError, match="its format is 99, this version of kfac_dist reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
+    with pytest.raises(CheckpointError, match="its format is 99, this version of kfac_dist reads 2"):
         read_manifest(path)
     manifest.write_text("[]")
     with pytest.raises(CheckpointError, match="can't be read"):
@@ -116,20 +124,92 @@ def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_disk_that_refuses_leaves_the_older_checkpoint(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+def test_damaged_contents_are_found_by_their_hash_and_the_one_before_is_used(
+    checkpoints: Checkpoints, notices: list[str]
 ) -> None:
+    good = checkpoints.save(1, _state(), {})
+    altered = checkpoints.save(2, _state(2.0), {})
+    data = next(altered.glob("*.distcp"))
+    contents = bytearray(data.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    data.write_bytes(contents)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.path == good
+    assert notices == [
+        f"ignored: {altered}: damaged, {data.name} has other contents than were written (by its SHA-256)"
+    ]
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoints.verify(read_manifest(altered))
+    checkpoints.set_aside(found.step)
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == [good.name, f"{altered.name}.aside"]
+    checkpoints.keep = 1
+    later = checkpoints.save(2, _state(3.0), {})
+    assert list(checkpoints.directory.iterdir()) == [later]
+
+
+def test_training_goes_on_while_a_copy_is_written(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, go_on, write = _state(1.0), threading.Event(), dcp.save
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        assert go_on.wait(20)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", slow)
+    checkpoints.save(1, state, {}, wait=False)
+    cast(dict[str, Tensor], state["model"])["a.bias"].fill_(9.0)
+    assert checkpoints.newest() is None
+    go_on.set()
+    checkpoints.save(2, _state(2.0), {}, wait=False)  # waits for the first
+    checkpoints.finish()
+    first = read_manifest(checkpoints.directory / "step-00000001")
+    loaded = _state(0.0)
+    checkpoints.load(first, loaded)
+    torch.testing.assert_close(loaded, _state(1.0))
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.step == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def _fill(directory: str) -> list[str]:
+    """Runs on every rank: what it says of a disk that fills up, in training's way and in the background."""
+    communicator = build_communicator(30.0)
+    checkpoints = Checkpoints(Path(directory), 5, communicator)
     checkpoints.save(1, _state(), {})
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(dcp, "save", full)
-    with pytest.raises(CheckpointError, match=r"can't write .*No space left on device"):
-        checkpoints.save(2, _state(), {})
+    big = {"model": {"a.weight": torch.zeros(2**16)}}
+    said = []
+    for wait in (True, False):
+        try:
+            checkpoints.save(2, big, {}, wait=wait)
+            checkpoints.finish()
+        except CheckpointError as error:
+            said.append(str(error))
     found = checkpoints.newest()
     assert found is not None
     assert found.step == 1
+    checkpoints.save(3, _state(), {})
+    checkpoints.close()
+    communicator.close()
+    return said
+
+
+def test_a_full_disk_is_one_message_on_every_rank_and_the_older_checkpoint_stays(small_disk: Path) -> None:
+    for said in run_ranks(2, _fill, str(small_disk / "checkpoints")):
+        assert len(said) == 2
+        for line in said:
+            assert re.fullmatch(r"rank 0 can't write its part to \S+\.writing: No space left on device", line)
+    assert sorted(path.name for path in (small_disk / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
 
 
 class _Bomb:
@@ -147,6 +227,24 @@ def test_a_table_of_contents_can_not_run_code(checkpoints: Checkpoints) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(torch.Size([1])))
     with pytest.raises(CheckpointError, match=r"\.metadata holds a Size"):
         checkpoints.load(found, _state())
+
+
+def test_values_can_not_run_code(checkpoints: Checkpoints) -> None:
+    path = checkpoints.save(1, {"model": {"a.weight": torch.zeros(2), "a.count": _Bomb()}}, {})
+    found = checkpoints.newest()
+    assert found is not None
+    with pytest.raises(CheckpointError, match=r"made to run code: .*GLOBAL \w+\.system"):
+        checkpoints.load(found, {"model": {"a.count": 0}})
+    # A tensor's bytes, replaced by somebody who has made the table of contents fit.
+    metadata = SafeReader(path).read_metadata()
+    bomb = io.BytesIO()
+    torch.save(_Bomb(), bomb)
+    for place in metadata.storage_data.values():
+        place.offset, place.length = 0, len(bomb.getvalue())
+        (path / place.relative_path).write_bytes(bomb.getvalue())
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"made to run code: .*GLOBAL \w+\.system"):
+        checkpoints.load(found, {"model": {"a.weight": torch.zeros(2)}})
 
 
 def _save_and_load_on_ranks(directory: str) -> list[object]:

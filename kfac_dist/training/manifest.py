@@ -1,0 +1,119 @@
+"""`manifest.json`: what a checkpoint consists of, so that a torn, truncated or altered one is told from a good one.
+
+    {"format": 2, "step": …, "files": {"__0_0.distcp": {"bytes": …, "sha256": …}, …}, and the run's own facts}
+
+It is written last. Names and sizes are looked at whenever checkpoints are listed; contents only before one is loaded,
+by all ranks together, since that reads every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfac_dist.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file must be like.
+
+    Attributes:
+        bytes: Its size.
+        sha256: Hexadecimal hash of its contents.
+    """
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        path: Its directory.
+        step: Optimizer steps that it holds.
+        facts: What was saved beside the tensors, as plain JSON values.
+        files: Its files by name.
+    """
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
+    files: dict[str, FileFacts]
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Read a file and return what it is like."""
+    with path.open("rb") as stream:
+        return FileFacts(path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def write_manifest(directory: Path, facts: dict[str, Any], files: dict[str, FileFacts]) -> None:
+    """Write the manifest of a checkpoint whose files are on disk, and sync it and the directory."""
+    listed = {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in sorted(files.items())}
+    with (directory / MANIFEST).open("w") as stream:
+        json.dump({"format": FORMAT, **facts, "files": listed}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    sync_directory(directory)
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """Return the checkpoint in a directory, by the names and sizes of its files; not collective.
+
+    Raises:
+        CheckpointError: The directory holds no complete checkpoint: says what is missing.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    if not NAME.fullmatch(path.name):
+        raise CheckpointError(f"{path}: not a complete checkpoint (those are named step-<number>)")
+    try:
+        facts = json.loads((path / MANIFEST).read_text())
+        version = facts.pop("format")
+        if version != FORMAT:
+            raise CheckpointError(f"{path}: its format is {version}, this version of kfac_dist reads {FORMAT}")
+        files = {str(name): FileFacts(**file) for name, file in facts.pop("files").items()}
+        step = int(facts.pop("step"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not a complete checkpoint, {MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {MANIFEST} can't be read: {error}") from error
+    for name, file in files.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != file.bytes:
+            state = "is missing" if found is None else f"has {found} bytes instead of {file.bytes}"
+            raise CheckpointError(f"{path}: not a complete checkpoint, {name} {state}")
+    return Checkpoint(path, step, facts, files)
+
+
+def damaged(checkpoint: Checkpoint, part: int, parts: int) -> str | None:
+    """Return what is wrong with the contents of a checkpoint, or None; reads every `parts`-th file from `part` on."""
+    for name in sorted(checkpoint.files)[part::parts]:
+        try:
+            found = file_facts(checkpoint.path / name)
+        except OSError as error:
+            return f"{checkpoint.path}: damaged, {name} can't be read: {error}"
+        if found != checkpoint.files[name]:
+            return f"{checkpoint.path}: damaged, {name} has other contents than were written (by its SHA-256)"
+    return None
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
