@@ -85,6 +85,7 @@ ONLY = {
     "mlxtend": ("kfac_dist/tasks/",),
     "sklearn": ("kfac_dist/tasks/",),
     "matplotlib": ("kfac_dist/reporting/",),
+    "prometheus_client": ("kfac_dist/reporting/exporter.py",),
 }
 
 # What the parts below `training` may read of a configuration: values, not files.

@@ -2,7 +2,7 @@
 
 Each section answers one question, so that a constructor takes the few options that it needs:
 
-    run  model  data  loss  optimizer  engine  train  checkpoint          the training run
+    run  model  data  loss  optimizer  engine  train  checkpoint  metrics        the training run
     kfac = curvature (what is measured) + inversion (what is solved)
          + distribution (who does it) + update (what is done with the result)
 
@@ -22,6 +22,7 @@ from kfac_dist.config.engine import EngineConfig as EngineConfig
 from kfac_dist.config.engine import EngineName as EngineName
 from kfac_dist.config.engine import FSDP2Config as FSDP2Config
 from kfac_dist.config.engine import Precision as Precision
+from kfac_dist.config.metrics import MetricsConfig as MetricsConfig
 from kfac_dist.config.section import (
     BelowOne,
     Count,
@@ -519,6 +520,7 @@ class Config(Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     train: TrainConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     compare: dict[str, OptimizerConfig] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner import state
 from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
 from kfac_dist.preconditioner.measurement import Description, Measurement
+from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.schedule import Cadence
 
 
@@ -54,6 +55,7 @@ class KFAC:
         plan: Who does what.
         communicator: The ranks; its `traffic` counts what was sent.
         steps: Steps taken.
+        phases: How long the parts of steps take, once `phases.enabled` is set.
 
     Raises:
         ModelError: No layer of the model gets a block, or its layers lie on several devices.
@@ -87,11 +89,13 @@ class KFAC:
         # Compared before anything can fail on one rank alone: with other layers, or with none.
         agree_on_plan(self.communicator, [(block.name, block.describe()) for block in self._blocks])
         self._device = device_of(self.coverage)
+        self.phases = PhaseTimer(self._device)
         self.plan = make_plan(self._engine, self._blocks, self.config, self.communicator, self._device)
         self._build()
         self._overdue: set[int] = set()
         self._refreshed: set[int] = set()
         self._kl_scale = torch.ones((), device=self._device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self._device)
         self._begin()
         # An engine that drives its optimizer may be stepped by the user's unchanged loop.
         self._done = False
@@ -112,19 +116,10 @@ class KFAC:
             return
         if self._measurement.active:
             self._update_curvature()
-        self._refresh.activate(self.steps)
-        self._add_weight_decay()
-        self._transport.collect()
-        self._rest.collect()
-        products = []
-        for groups in self._transport.arriving():
-            updates = [group.apply(self._total_damping) for group in groups]
-            products += [_dot(update, group.gradient) for update, group in zip(updates, groups, strict=True)]
-            self._transport.send(groups, updates)
-        rest = self._rest.apply(self._total_damping)
-        scale = self._trust(products, rest)
-        self._transport.deliver(scale)
-        self._rest.deliver(rest, scale)
+        with self.phases(Phase.SHARING):
+            self._refresh.activate(self.steps)
+        with self.phases(Phase.PRECONDITIONING):
+            self._precondition()
         self.steps += 1
         self._done = True
         self._begin()
@@ -188,6 +183,7 @@ class KFAC:
             "kl_scale": float(self._kl_scale),
             "refreshes": self._refresh.refreshes,
             "failed_inversions": self._refresh.failures,
+            "skipped_steps": int(self._skipped),
             "collectives": traffic.total_calls,
             "bytes_sent": traffic.total_bytes,
         }
@@ -274,8 +270,10 @@ class KFAC:
 
     def _update_curvature(self) -> None:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
-        taken = self._measurement.finish(self._finite())
+        with self.phases(Phase.REDUCTION):
+            taken = self._measurement.finish(self._finite())
         self._rest.measure(self._measurement.terms, taken)
+        self._skipped += ~taken
         if not self._slots:
             return
         if not bool(taken):  # the step will be skipped: as if it had never been, and the refresh stays due
@@ -287,7 +285,8 @@ class KFAC:
         lag = 0 if first else self._cadence.lag_after(self.steps)
         self._overdue |= self._refresh.unmeasured(self._slots, self._reduction.totals) & first
         self._refreshed |= set(self._slots)
-        self._refresh.start(self._slots, self._reduction.totals, self._total_damping, self.steps + lag)
+        with self.phases(Phase.INVERSION):
+            self._refresh.start(self._slots, self._reduction.totals, self._total_damping, self.steps + lag)
 
     def _finite(self) -> Tensor:
         """Return whether all gradients are finite, 0-dim bool, the same on every rank."""
@@ -303,6 +302,21 @@ class KFAC:
         if not self._done:
             self.step()
         self._done = False
+
+    def _precondition(self) -> None:
+        """Collect, precondition, clip and deliver the gradients."""
+        self._add_weight_decay()
+        self._transport.collect()
+        self._rest.collect()
+        products = []
+        for groups in self._transport.arriving():
+            updates = [group.apply(self._total_damping) for group in groups]
+            products += [_dot(update, group.gradient) for update, group in zip(updates, groups, strict=True)]
+            self._transport.send(groups, updates)
+        rest = self._rest.apply(self._total_damping)
+        scale = self._trust(products, rest)
+        self._transport.deliver(scale)
+        self._rest.deliver(rest, scale)
 
     def _add_weight_decay(self) -> None:
         l2 = self.config.update.l2 * self._engine.gradient_scale
@@ -357,6 +371,7 @@ class KFAC:
             self.config.curvature,
             communicator=self.communicator,
             scaler=self._scaler,
+            phases=self.phases,
         )
 
     def _check_lr(self) -> None:

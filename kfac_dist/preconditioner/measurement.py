@@ -24,6 +24,7 @@ from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.loss_scale import LossScaleWatch
+from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.reduction import FactorReduction
 
 _EVERY_SIDE = frozenset(Side)
@@ -50,6 +51,7 @@ class Measurement:
         config: What is measured.
         communicator: The ranks; this one's number places its samples in the global batch.
         scaler: The AMP scaler whose scale output gradients carry, if any.
+        phases: Told how long this takes.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Measurement:
         *,
         communicator: Communicator,
         scaler: torch.amp.GradScaler | None,
+        phases: PhaseTimer,
     ) -> None:
         self._engine = engine
         self._blocks = blocks
@@ -70,6 +73,7 @@ class Measurement:
         self._config = config
         self._communicator = communicator
         self._scaler = scaler
+        self._phases = phases
         self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
         self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
         self._capture = Capture(engine.module, blocks, self._measure, own_backward=self._own_backward)
@@ -132,8 +136,9 @@ class Measurement:
                 block.measure(uses, micro, sink, _EVERY_SIDE if first else _EVERY_SIDE - {Side.A})
 
         self._scale.paused = True
-        columns = self._engine.own_passes(self._columns(outputs, micro.first_sample))
-        self._capture.backpropagate(outputs, columns, measure)
+        with self._phases(Phase.STATISTICS):
+            columns = self._engine.own_passes(self._columns(outputs, micro.first_sample))
+            self._capture.backpropagate(outputs, columns, measure)
         self._scale.paused = False
         self._went_back = True
         if self._last:
@@ -201,9 +206,11 @@ class Measurement:
             self._pass, self._positions = self._capture.passes, 0.0
         if not self._positions and uses[0].grad is not None:  # the layer nearest to the loss comes first
             self._positions = uses[0].grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
-        block.measure(uses, self._micro_batch(own=False), self._averages, self._sides)
+        with self._phases(Phase.STATISTICS):
+            block.measure(uses, self._micro_batch(own=False), self._averages, self._sides)
         if self._last:
-            self._reduction.completed(block.name)
+            with self._phases(Phase.REDUCTION):
+                self._reduction.completed(block.name)
 
     def _columns(self, outputs: Tensor, first_sample: int) -> Iterable[Tensor]:
         config = self._config

@@ -33,6 +33,7 @@ from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
 from kfac_dist.training.diagnosis import blame_data
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
 from kfac_dist.training.metrics import MetricsWriter, peak_memory_bytes
+from kfac_dist.training.monitor import Monitor
 from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
 from kfac_dist.training.preemption import Preempted, Preemption, StopSignals
 from kfac_dist.training.run_state import capture_state, restore_state
@@ -55,6 +56,7 @@ class Outputs:
         progress: What the user sees.
         configuration: The resolved configuration, saved with each checkpoint.
         signals: What this process has been told by its scheduler.
+        monitor: Numbers for those who watch the run; None on ranks other than 0, and where nobody does.
     """
 
     writer: MetricsWriter | None
@@ -62,6 +64,7 @@ class Outputs:
     progress: ProgressDisplay
     configuration: dict[str, Any]
     signals: StopSignals = field(default_factory=StopSignals)
+    monitor: Monitor | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,8 @@ class Trainer:
     def _after_step(self) -> None:
         settings, every = self.config.train, self.config.checkpoint.every
         last = self.step == self.parts.total_steps
+        if self.outputs.monitor is not None:
+            self.outputs.monitor.stepped()
         if self.step % settings.log_every == 0 or last:
             self._log()
         if settings.evaluate_every and self.step % settings.evaluate_every == 0 and not last:
@@ -306,6 +311,8 @@ class Trainer:
             record |= {f"kfac/{name}": value for name, value in self.parts.kfac.metrics().items()}
         if self.outputs.writer is not None:
             self.outputs.writer.write(record)
+        if self.outputs.monitor is not None:
+            self.outputs.monitor.logged(record)
         damping = record.get("kfac/damping")
         self.outputs.progress.update(
             Status(self.step, totals.loss, totals.samples_per_second, self.stopwatch.seconds, damping)

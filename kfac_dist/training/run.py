@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from kfac_dist.config.load import dump_yaml
 from kfac_dist.config.schema import Config, OptimizerConfig
 from kfac_dist.distributed.bootstrap import World, bootstrap
 from kfac_dist.distributed.communicator import Communicator, build_communicator
-from kfac_dist.errors import CheckpointError
+from kfac_dist.errors import CheckpointError, ConfigError
 from kfac_dist.reporting.curves import Curve, draw_losses
+from kfac_dist.reporting.exporter import Exporter
 from kfac_dist.reporting.progress import ProgressDisplay, build_progress
 from kfac_dist.reporting.run_file import RunFile
 from kfac_dist.reporting.summary import RunSummary, result_table
@@ -35,6 +36,7 @@ from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints, read_manifest
 from kfac_dist.training.loop import DivergedError, Outputs, Trainer
 from kfac_dist.training.metrics import MetricsWriter, read_metrics
+from kfac_dist.training.monitor import Monitor
 from kfac_dist.training.preemption import Preempted, StopSignals
 from kfac_dist.training.setup import build_parts
 
@@ -62,6 +64,7 @@ class Session:
     communicator: Communicator
     progress: ProgressDisplay
     signals: StopSignals
+    exporter: Exporter | None = None
 
     @property
     def leads(self) -> bool:
@@ -102,11 +105,24 @@ def _session(config: Config, *, quiet: bool) -> Iterator[Session]:
         progress = build_progress(rank=world.rank, quiet=quiet)
         progress.note(world.describe())
         try:
-            with StopSignals() as signals:
-                yield Session(world, communicator, progress, signals)
+            with _exporter(config, communicator) as exporter, StopSignals() as signals:
+                if exporter is not None:
+                    progress.note(f"metrics at http://{exporter.address}/metrics")
+                yield Session(world, communicator, progress, signals, exporter)
         finally:
             progress.stop()
             communicator.close()
+
+
+@contextmanager
+def _exporter(config: Config, communicator: Communicator) -> Iterator[Exporter | None]:
+    """Serve rank 0's metrics, if somebody wants them, for all runs of a session."""
+    exporter = None
+    with agreed(communicator, ConfigError):
+        if config.metrics.port is not None and communicator.rank == 0:
+            exporter = Exporter(config.metrics, config.run.name)
+    with exporter or nullcontext():
+        yield exporter
 
 
 def _train_all(
@@ -146,7 +162,10 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
         start = _start(config, checkpoints)
         with _writer(directory, start, session) as writer:
             values = config.model_dump(mode="json")
-            outputs = Outputs(writer, checkpoints, session.progress, values, session.signals)
+            monitor = None
+            if session.exporter is not None:
+                monitor = Monitor(session.exporter, name, parts, session.communicator, checkpoints.directory)
+            outputs = Outputs(writer, checkpoints, session.progress, values, session.signals, monitor)
             trainer = Trainer(config, parts, session.communicator, outputs)
             if start is not None:
                 trainer.restore(start)

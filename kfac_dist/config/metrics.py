@@ -1,0 +1,26 @@
+"""The `metrics` section: where a run's numbers can be read while it trains."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kfac_dist.config.section import Seconds, Section
+
+Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+
+
+class MetricsConfig(Section):
+    """Whether rank 0 serves Prometheus metrics and a health route over HTTP, and to whom.
+
+    Attributes:
+        port: Port of `/metrics` and `/health`; null serves nothing.
+        host: Address to listen at; 0.0.0.0 serves every network of the node, with no password.
+        stale_seconds: `/health` answers 503 once no step has been taken for so long; more than evaluations and
+            checkpoints take.
+    """
+
+    port: Port | None = None
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    stale_seconds: Seconds = 600.0
