@@ -11,7 +11,7 @@ row 1      2         3          holds the same values
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -93,6 +93,10 @@ class FSDP2Engine(Engine):
         kinds = {parameter.dtype for parameter in self._trained.values()}
         return kinds.pop() if len(kinds) == 1 else torch.float32
 
+    def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
+        """See `Engine.synchronize`."""
+        return nullcontext() if enabled else self._without_reduction()
+
     @contextmanager
     def _without_reduction(self) -> Iterator[None]:
         for module in self._sharded_modules:
@@ -103,10 +107,6 @@ class FSDP2Engine(Engine):
             for module in self._sharded_modules:
                 module.set_requires_gradient_sync(True, recurse=False)
 
-    def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
-        """See `Engine.synchronize`."""
-        return super().whole_shapes() if enabled else self._without_reduction()
-
     @torch.no_grad()  # or `to_local` would be an operation of autograd's
     def holdings(self) -> list[Holding]:
         """See `Engine.holdings`."""
@@ -114,6 +114,7 @@ class FSDP2Engine(Engine):
             module.reshard()  # an evaluation leaves the outermost module with whole parameters
         return super().holdings()
 
+    @torch.no_grad()
     def _held(self, tensors: dict[str, DTensor]) -> dict[str, Tensor]:
         """Return what this rank holds: flat where it is a slice; nothing of what it has no rows of."""
         local = {name: tensor.to_local() for name, tensor in tensors.items()}
