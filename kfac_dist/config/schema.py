@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from kfac_dist.config.divergence import DivergenceConfig as DivergenceConfig
 from kfac_dist.config.engine import EngineConfig as EngineConfig
 from kfac_dist.config.engine import EngineName as EngineName
 from kfac_dist.config.engine import FSDP2Config as FSDP2Config
@@ -471,6 +472,7 @@ class TrainConfig(Section):
         log_every: Steps between lines of metrics.
         clip_grad_norm: Norm to which the gradient that the optimizer sees is clipped.
         loader_workers: Processes a rank that load data which is not held in memory; 0 loads between steps.
+        divergence: What is done about steps whose loss or gradients are not finite.
     """
 
     batch_size: Count
@@ -481,6 +483,7 @@ class TrainConfig(Section):
     log_every: Count = 10
     clip_grad_norm: Positive | None = None
     loader_workers: CountOrZero = 0
+    divergence: DivergenceConfig = Field(default_factory=DivergenceConfig)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -499,11 +502,17 @@ class CheckpointConfig(Section):
 
     Attributes:
         every: Steps between checkpoints; 0 saves at the end only.
+        every_minutes: Minutes after which rank 0's clock asks for one more; 0 never does. It leaves no trace in the
+            run, and holds every rank's own statistics.
+        asynchronous: Write while training goes on: it waits for the copy to host memory only, and, if the last write
+            isn't over when the next one is due, for that.
         keep: Newest checkpoints that stay on disk.
         resume: `auto` takes the newest good checkpoint of this run, `never` starts afresh, else a checkpoint's path.
     """
 
     every: CountOrZero = 0
+    every_minutes: NonNegative = 0.0
+    asynchronous: Flag = True
     keep: Count = 2
     resume: str = "never"
 

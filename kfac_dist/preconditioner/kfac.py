@@ -74,6 +74,7 @@ class KFAC:
     ) -> None:
         self.config = parse_kfac(config)
         self.steps = 0
+        self._damping_factor = 1.0
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._total_steps = total_steps
         self._engine = as_engine(model)
@@ -170,7 +171,21 @@ class KFAC:
     @property
     def damping(self) -> float:
         """λ of the current step, without the weight decay that is part of the loss."""
-        return value_at(self.config.inversion.damping, self.steps, self._total_steps)
+        return self._damping_factor * value_at(self.config.inversion.damping, self.steps, self._total_steps)
+
+    def multiply_damping(self, factor: float, *, refresh: bool = False) -> None:
+        """Multiply the configured damping from now on, such as after steps that had to be skipped.
+
+        It is no part of `state_dict`: who sets it sets it again after loading one.
+
+        Args:
+            factor: Of the configured damping; 1 at first. The same on every rank.
+            refresh: Whether every inverse is refreshed at the next step that measures, rather than when it is due.
+        """
+        self._damping_factor = factor
+        if refresh:
+            self._overdue |= {block.slot for block in self.plan.blocks.values()}
+            self._begin()
 
     def metrics(self) -> dict[str, float]:
         """Return numbers worth logging; waits for the device.

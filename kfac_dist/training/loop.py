@@ -15,8 +15,9 @@ micro-batches; the average is then the gradient of the mean over n, whatever W a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,46 +26,24 @@ from torch import Tensor
 from kfac_dist.config.schedules import value_at
 from kfac_dist.config.schema import Config
 from kfac_dist.distributed.communicator import Communicator
-from kfac_dist.errors import KFACError
+from kfac_dist.errors import CheckpointError
 from kfac_dist.optimizers import set_learning_rate
-from kfac_dist.reporting.progress import ProgressDisplay, Status
+from kfac_dist.reporting.progress import Status
+from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import MicroBatch, Source, StepBatch
-from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
+from kfac_dist.training.checkpoint import Checkpoint
 from kfac_dist.training.diagnosis import blame_data
+from kfac_dist.training.divergence import DivergedError as DivergedError
+from kfac_dist.training.divergence import Guard, Recovery, Verdict
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
-from kfac_dist.training.metrics import MetricsWriter, peak_memory_bytes
-from kfac_dist.training.monitor import Monitor
+from kfac_dist.training.metrics import peak_memory_bytes
+from kfac_dist.training.outputs import Outputs as Outputs
 from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
-from kfac_dist.training.preemption import Preempted, Preemption, StopSignals
+from kfac_dist.training.preemption import Preempted, Preemption
 from kfac_dist.training.run_state import capture_state, restore_state
 from kfac_dist.training.sampler import Position
 from kfac_dist.training.setup import Parts
-from kfac_dist.training.window import Stopwatch, Window
-
-
-class DivergedError(KFACError):
-    """The loss is no longer a finite number; raised on every rank."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where a run's numbers go.
-
-    Attributes:
-        writer: Metrics on disk; None on ranks other than 0.
-        checkpoints: Where state is saved.
-        progress: What the user sees.
-        configuration: The resolved configuration, saved with each checkpoint.
-        signals: What this process has been told by its scheduler.
-        monitor: Numbers for those who watch the run; None on ranks other than 0, and where nobody does.
-    """
-
-    writer: MetricsWriter | None
-    checkpoints: Checkpoints
-    progress: ProgressDisplay
-    configuration: dict[str, Any]
-    signals: StopSignals = field(default_factory=StopSignals)
-    monitor: Monitor | None = None
+from kfac_dist.training.window import Stopwatch, Window, WindowTotals
 
 
 @dataclass(frozen=True)
@@ -108,6 +87,11 @@ class Trainer:
         self._window_began = 0.0
         self._window_positions: list[Position] = []
         self._saved_at = 0
+        self._saved_moment = time.monotonic()
+        self._guard = Guard(parts.engine, communicator, self._device)
+        self._recovery = Recovery()
+        self._diverged = ""
+        self._batches: Iterator[StepBatch] = iter(())
 
     def train(self) -> None:
         """Run the steps that are left.
@@ -115,26 +99,34 @@ class Trainer:
         Raises:
             DataError: A batch has too few samples for the ranks, the model refuses it, or it holds NaN or infinity.
             ModelError: Under DDP, the loss leaves out parameters on this rank.
-            DivergedError: The loss is not finite.
+            DivergedError: Loss or gradients are not finite, and going back to a checkpoint has not helped.
             CollectiveError: Another rank has failed.
             CheckpointError: A checkpoint can't be written.
             Preempted: A rank was told to stop; the state is saved.
         """
         self.parts.stream.sampler.check(self.communicator.size, self.position)
         self.parts.engine.module.train()
-        steps = self.parts.stream.steps(self.position)
-        preemption = Preemption(self.outputs.signals, self.communicator)
+        self._batches = self.parts.stream.steps(self.position)
+        wishes = (self._is_in_trouble, self._wants_to_save)
+        preemption = Preemption(self.outputs.signals, self.communicator, wishes=wishes)
+        self._saved_moment = time.monotonic()
         self.stopwatch.start()
         while self.step < self.parts.total_steps:
             if preemption.due():
                 self._preempt()
-            batch = next(steps)
+            trouble, save = preemption.granted
+            if trouble:
+                self._settle_writes()
+            if save and self.step > self._saved_at:
+                self._paused(lambda: self._save_on_schedule(unforeseen=True))
+            batch = next(self._batches)
             self._window_positions.append(self.position)
             self._take_step(batch)
             self.step += 1
             self.position = batch.after
             self._after_step()
         preemption.finish()
+        self._settle_writes()
         self.stopwatch.stop()
 
     def evaluate(self, source: Source, samples: int | None = None) -> Evaluation:
@@ -144,15 +136,16 @@ class Trainer:
         samples = len(source) if samples is None else min(samples, len(source))
         return evaluate(self.parts.engine, self.parts.loss, source, samples, batch_size, self.communicator)
 
-    def save(self, *, unforeseen: bool = False) -> None:
+    def save(self, *, unforeseen: bool = False, wait: bool = True) -> None:
         """Write a checkpoint; collective.
 
         Saving adds up what ranks measured for themselves, and begins a new window of the logged loss: a resumed run
         goes on exactly as this one does.
 
         Args:
-            unforeseen: This run stops here, where no schedule foresaw a checkpoint. What each rank has for itself is
-                saved too, so that the resumed run equals one that was never stopped.
+            unforeseen: No schedule of steps foresaw this checkpoint. What each rank has for itself is saved too, and
+                stays as it is, so that the run goes on, or is resumed, as if nothing had been saved.
+            wait: Whether it is complete on return, rather than written while training goes on.
         """
         share_buffers(self.parts.engine.module, self.communicator)
         facts = {
@@ -160,6 +153,7 @@ class Trainer:
             "offset": self.position.offset,
             "seconds": self.stopwatch.seconds,
             "world_size": self.communicator.size,
+            "skips": {"row": self._guard.row, **self._recovery.facts()},
             "config": self.outputs.configuration,
         }
         own = self._own_state() if unforeseen else {}
@@ -171,9 +165,12 @@ class Trainer:
                 "began": self._window_began,
                 "positions": [[position.epoch, position.offset] for position in self._window_positions],
             }
-        self.outputs.checkpoints.save(self.step, state, facts)
-        self._saved_at = self.step
-        self._begin_window()
+        self.outputs.checkpoints.save(self.step, state, facts, wait=wait)
+        self._saved_at, self._saved_moment = self.step, time.monotonic()
+        if not unforeseen:
+            self._begin_window()
+        elif self.parts.kfac is not None:
+            self.parts.kfac.load_local_statistics(own["kfac"])
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint; collective.
@@ -194,6 +191,9 @@ class Trainer:
         self.step = self._saved_at = checkpoint.step
         self.position = Position(facts["epoch"], facts["offset"])
         self.stopwatch = Stopwatch(facts["seconds"])
+        row, self._recovery = _skips_of(facts)
+        self._guard.restore(row)
+        self._set_damping()
         self._begin_window()
         if own:
             self._restore_own(own, facts["window"])
@@ -238,8 +238,9 @@ class Trainer:
         counts = self.backpropagate(batch)
         if self.parts.kfac is not None:
             self.parts.kfac.step()
+        taken = self._guard.taken()
         self.parts.engine.take_step(self.parts.optimizer, self.config.train.clip_grad_norm)
-        self._window.add_step(batch.samples, counts.everywhere)
+        self._window.add_step(batch.samples, counts.everywhere, taken)
 
     def _forward_backward(self, micro: MicroBatch, terms: Tensor | None, divisor: float | Tensor, last: bool) -> None:
         kfac, engine = self.parts.kfac, self.parts.engine
@@ -251,7 +252,7 @@ class Trainer:
             if kfac is not None:
                 kfac.fisher_backward(outputs)
             total = loss_total(self.parts.loss, outputs, micro.targets, module)
-            engine.backward(total / divisor)
+            engine.backward(total / divisor * self._guard.poison(total))
         if last:
             refuse_unused(where, engine.unused())
         self._window.add_loss(total)
@@ -271,33 +272,76 @@ class Trainer:
         last = self.step == self.parts.total_steps
         if self.outputs.monitor is not None:
             self.outputs.monitor.stepped()
-        if self.step % settings.log_every == 0 or last:
-            self._log()
+        if (self.step % settings.log_every == 0 or last) and self._log() is Verdict.GO_BACK:
+            self._paused(self._go_back)
+            return
         if settings.evaluate_every and self.step % settings.evaluate_every == 0 and not last:
             self._paused(self._log_evaluation)
         if (every and self.step % every == 0) or last:
-            self._paused(self.save)
+            self._paused(self._save_on_schedule)
+
+    def _save_on_schedule(self, *, unforeseen: bool = False) -> None:
+        """Write a checkpoint beside training, but none to go back to of a run that is skipping its steps."""
+        if not self._guard.row:
+            self.save(unforeseen=unforeseen, wait=not self.config.checkpoint.asynchronous)
 
     def _preempt(self) -> None:
         """Save what isn't saved yet, and stop."""
         self.stopwatch.stop()
         if self.step > self._saved_at:
             self.save(unforeseen=True)
+        self._settle_writes()
         raise Preempted(self.step)
 
-    def _log(self) -> None:
+    def _is_in_trouble(self) -> bool:
+        """Whether this rank alone knows of a failure."""
+        writer = self.outputs.writer
+        return self.outputs.checkpoints.failed or (writer is not None and writer.failure is not None)
+
+    def _wants_to_save(self) -> bool:
+        """Whether rank 0's clock asks for a checkpoint."""
+        minutes = self.config.checkpoint.every_minutes
+        due = minutes > 0 and time.monotonic() - self._saved_moment >= 60 * minutes
+        return due and self.communicator.rank == 0
+
+    def _settle_writes(self) -> None:
+        """Wait for what is being written, and raise on every rank what failed on any; collective."""
+        with agreed(self.communicator, CheckpointError):
+            self.outputs.checkpoints.finish()
+            if self.outputs.writer is not None and self.outputs.writer.failure is not None:
+                raise self.outputs.writer.failure
+
+    def _go_back(self) -> None:
+        """Continue from the newest checkpoint, with more damping; collective."""
+        checkpoints, failed_at, recovery = self.outputs.checkpoints, self.step, self._recovery
+        self._settle_writes()
+        newest = checkpoints.newest() if recovery.rollbacks < self.config.train.divergence.rollbacks else None
+        if newest is None:
+            raise DivergedError(self._diverged)
+        checkpoints.set_aside(newest.step)
+        self.restore(newest)
+        recovery.went_back(self._recovery, self.config.train.divergence, self.step)
+        self._recovery = recovery
+        self._set_damping(refresh=True)
+        self._batches = self.parts.stream.steps(self.position)
+        if self.outputs.writer is not None:
+            self.outputs.writer.rewind(self.step)
+        self.outputs.progress.note(f"step {failed_at}: {self._diverged}; back to {newest.path}")
+
+    def _set_damping(self, *, refresh: bool = False) -> None:
+        if self.parts.kfac is not None:
+            self.parts.kfac.multiply_damping(self._recovery.damping_factor, refresh=refresh)
+
+    def _log(self) -> Verdict:
         totals = self._window.close(self.communicator, lambda: self.stopwatch.seconds - self._window_began)
         self._window_began = self.stopwatch.seconds
         positions, self._window_positions = self._window_positions, []
         done = self.step - 1  # the step whose learning rate is shown
-        if not math.isfinite(totals.loss):
-            place = len(positions) - 1 if totals.first_bad is None else totals.first_bad
-            bad = self.step - len(positions) + place
-            blame_data(self.parts.stream, positions[place], bad + 1, self.communicator)
-            raise DivergedError(
-                f"the training loss is {totals.loss} at step {bad + 1}, learning rate {self._learning_rate(bad):g}: "
-                "lower optimizer.lr, raise kfac.inversion.damping, or lower kfac.update.kl_clip"
-            )
+        verdict = Verdict.GO_ON
+        if totals.first_bad is not None:
+            verdict = self._judge_skips(totals, positions)
+        elif self._recovery.damping_factor > 1:
+            verdict = self._judge(skipped=0, row=0)
         record = {
             "step": self.step,
             "epoch": self.position.epoch,
@@ -310,13 +354,50 @@ class Trainer:
         if self.parts.kfac is not None:
             record |= {f"kfac/{name}": value for name, value in self.parts.kfac.metrics().items()}
         if self.outputs.writer is not None:
-            self.outputs.writer.write(record)
+            # NaN is no JSON: a window of nothing but skipped steps has no loss.
+            self.outputs.writer.write({name: value for name, value in record.items() if value == value})
         if self.outputs.monitor is not None:
             self.outputs.monitor.logged(record)
         damping = record.get("kfac/damping")
         self.outputs.progress.update(
             Status(self.step, totals.loss, totals.samples_per_second, self.stopwatch.seconds, damping)
         )
+        return verdict
+
+    def _judge_skips(self, totals: WindowTotals, positions: Sequence[Position]) -> Verdict:
+        """Say what went wrong in a window, and decide what follows; collective.
+
+        Raises:
+            DataError: The samples of the first bad step aren't finite.
+            DivergedError: The loss isn't finite, though the step was taken.
+        """
+        assert totals.first_bad is not None
+        place, loss = totals.first_bad
+        step = self.step - len(positions) + place
+        blame_data(self.parts.stream, positions[place], step + 1, self.communicator)
+        what = f"the training loss is {loss}" if not math.isfinite(loss) else "gradients are not finite"
+        self._diverged = (
+            f"{what} at step {step + 1}, learning rate {self._learning_rate(step):g}: lower optimizer.lr, "
+            "raise kfac.inversion.damping, or lower kfac.update.kl_clip"
+        )
+        if not totals.skipped:
+            raise DivergedError(self._diverged)
+        verdict = self._judge(totals.skipped, self._guard.row)
+        self.outputs.progress.note(f"step {self.step}: {totals.skipped} steps skipped, the first because {what}")
+        return verdict
+
+    def _judge(self, skipped: int, row: int) -> Verdict:
+        config = self.config
+        verdict = self._recovery.judge(
+            config.train.divergence,
+            step=self.step,
+            skipped=skipped,
+            row=row,
+            calm=2 * config.kfac.inversion.inverse_every,
+            last=self.step == self.parts.total_steps,
+        )
+        self._set_damping(refresh=skipped > 0)
+        return verdict
 
     def _log_evaluation(self) -> None:
         result = self.evaluate(self.parts.test)
@@ -341,3 +422,9 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         return value_at(self.config.optimizer.lr, step, self.parts.total_steps)
+
+
+def _skips_of(facts: dict[str, Any]) -> tuple[int, Recovery]:
+    """Return what a checkpoint says of skipped steps."""
+    recovery = dict(facts["skips"])
+    return recovery.pop("row"), Recovery(**recovery)

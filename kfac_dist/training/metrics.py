@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kfac_dist.errors import KFACError
 
 
 class MetricsWriter:
@@ -19,21 +22,40 @@ class MetricsWriter:
     Args:
         directory: The run's directory.
         first_step: Steps that a resumed run has done; what an earlier attempt logged beyond them is dropped.
+
+    Attributes:
+        failure: Why a record could not be written. It is kept, not raised: rank 0 must not leave the others alone.
     """
 
     def __init__(self, directory: Path, first_step: int = 0) -> None:
-        path = directory / "metrics.jsonl"
+        self.failure: KFACError | None = None
+        self._directory = directory
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        path = self._directory / "metrics.jsonl"
         kept = [record for record in read_metrics(path) if record["step"] <= first_step] if first_step else []
         rewritten = path.with_suffix(".rewritten")
         rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
         rewritten.replace(path)
         self._stream = path.open("a")
-        self._board = _tensorboard(directory / "tensorboard", first_step)
+        self._board = _tensorboard(self._directory / "tensorboard", first_step)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged beyond a step: the run goes on from there."""
+        self.close()
+        self._open(step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; `step` numbers it, every other number becomes a TensorBoard scalar."""
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
+        if self.failure is not None:
+            return
+        try:
+            self._stream.write(json.dumps(record) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            self.failure = KFACError(f"can't write {self._stream.name}: {error.strerror}")
+            return
         if self._board is not None:
             for name, value in record.items():
                 if name != "step":
@@ -41,7 +63,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close both files."""
-        self._stream.close()
+        with suppress(OSError):  # what a full disk didn't take is known as `failure`
+            self._stream.close()
         if self._board is not None:
             self._board.close()
 

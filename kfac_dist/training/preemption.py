@@ -4,6 +4,8 @@
     rank 1   step ── poll ── step ── read: stop? ── step ── …        boundary and read at the next: nobody waits for it
                  ▲ SIGUSR1 only sets a flag
 
+Whatever else one rank alone may wish goes the same way: a checkpoint by the clock, an end because its disk is full.
+
 Polls are about `POLL_SECONDS` apart, and every rank computes the same distance in steps: it follows from seconds that
 the polls themselves sum up. A step longer than that is polled at each of its boundaries.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -77,11 +79,21 @@ class Preemption:
         signals: What this rank has been told.
         communicator: The ranks of the run.
         clock: Seconds.
+        wishes: What else this rank may wish for; asked at every poll.
+
+    Attributes:
+        granted: Whether any rank had each of these wishes, the same on every rank; set by `due`.
     """
 
     def __init__(
-        self, signals: StopSignals, communicator: Communicator, clock: Callable[[], float] = time.monotonic
+        self,
+        signals: StopSignals,
+        communicator: Communicator,
+        clock: Callable[[], float] = time.monotonic,
+        wishes: Sequence[Callable[[], bool]] = (),
     ) -> None:
+        self._wishes = wishes
+        self.granted = [False] * len(wishes)
         self._signals = signals
         self._communicator = communicator
         self._clock = clock
@@ -97,6 +109,7 @@ class Preemption:
             CollectiveError: Another rank has failed.
         """
         if self._communicator.size == 1:
+            self.granted = [wish() for wish in self._wishes]
             return self._signals.caught is not None
         stop = self._read()
         self._since_poll += 1
@@ -111,15 +124,17 @@ class Preemption:
     def _poll(self) -> None:
         now = self._clock()
         seconds_per_step = (now - self._polled_at) / self._since_poll
-        told = float(self._signals.caught is not None)
-        self._answer = _Answer(torch.tensor([told, seconds_per_step], dtype=torch.float64), self._communicator)
+        own = [seconds_per_step, float(self._signals.caught is not None), *(float(wish()) for wish in self._wishes)]
+        self._answer = _Answer(torch.tensor(own, dtype=torch.float64), self._communicator)
         self._since_poll, self._polled_at = 0, now
 
     def _read(self) -> bool:
         answer, self._answer = self._answer, None
+        self.granted = [False] * len(self._wishes)
         if answer is None:
             return False
-        told, seconds = answer.read()
+        seconds, told, *wished_for = answer.read()
+        self.granted = [number > 0 for number in wished_for]
         wished = int(POLL_SECONDS * self._communicator.size / seconds) if seconds > 0 else self._interval
         self._interval = max(1, min(wished, _GROWTH * self._interval))
         return told > 0

@@ -154,11 +154,15 @@ def _preempted(
 
 
 def _train_one(config: Config, name: str, directory: Path, session: Session, record: RunFile) -> RunSummary:
+    checkpoints = Checkpoints(
+        directory / "checkpoints",
+        config.checkpoint.keep,
+        session.communicator,
+        session.progress.note,
+        config.run.timeout_seconds,
+    )
     parts = build_parts(config, session.world, session.communicator)
     try:
-        checkpoints = Checkpoints(
-            directory / "checkpoints", config.checkpoint.keep, session.communicator, session.progress.note
-        )
         start = _start(config, checkpoints)
         with _writer(directory, start, session) as writer:
             values = config.model_dump(mode="json")
@@ -177,6 +181,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
         summary = _summarize(name, trainer)
     finally:
         session.progress.stop()
+        checkpoints.close()
         if parts.kfac is not None:
             parts.kfac.remove()
         parts.engine.close()
@@ -219,10 +224,15 @@ def _start(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
         case "never":
             return None
         case "auto":
-            return checkpoints.newest()
+            newest = checkpoints.newest()
+            if newest is not None:  # what is newer is damaged, and must not count among the newest that are kept
+                checkpoints.set_aside(newest.step)
+            return newest
         case path:
             with agreed(checkpoints.communicator, CheckpointError, f"can't read {path}"):
-                return read_manifest(Path(path))
+                start = read_manifest(Path(path))
+            checkpoints.verify(start)
+            return start
 
 
 @contextmanager

@@ -21,14 +21,17 @@ class WindowTotals:
     """A window's sums over all ranks, on the host.
 
     Attributes:
-        loss: Mean loss over the window's terms.
+        loss: Mean loss over the terms of the window's steps that were taken; NaN if none was.
         samples_per_second: Over all ranks.
-        first_bad: Place in the window of the first step whose loss isn't finite on some rank; None if there is none.
+        skipped: Steps that were not taken.
+        first_bad: Place in the window of the first step that was not taken or has a loss that isn't finite on some
+            rank, and its loss; None if there is none.
     """
 
     loss: float
     samples_per_second: float
-    first_bad: int | None = None
+    skipped: int = 0
+    first_bad: tuple[int, float] | None = None
 
 
 class Window:
@@ -41,6 +44,7 @@ class Window:
     def __init__(self, device: torch.device) -> None:
         # Double: a window may be an epoch long. Losses are this rank's, one a step; terms are already over all ranks.
         self._losses = torch.zeros(_STEPS, dtype=torch.float64, device=device)
+        self._taken = torch.ones(_STEPS, dtype=torch.bool, device=device)
         self._steps = 0
         self._terms_on_device = torch.zeros((), dtype=torch.float64, device=device)
         self._terms = 0
@@ -50,16 +54,25 @@ class Window:
         """Add the sum over a micro-batch's terms."""
         self._losses[self._steps].add_(total.detach())
 
-    def add_step(self, samples: int, terms: int | Tensor) -> None:
-        """Count one step's samples and terms over all ranks."""
+    def add_step(self, samples: int, terms: int | Tensor, taken: Tensor) -> None:
+        """Count one step's samples and terms over all ranks; a step that isn't taken adds neither loss nor terms.
+
+        Args:
+            samples: Of all ranks.
+            terms: Of all ranks.
+            taken: 0-dim bool.
+        """
         self._samples += samples
+        self._taken[self._steps] = taken
         self._steps += 1
         if self._steps == len(self._losses):
             self._losses = torch.cat([self._losses, torch.zeros_like(self._losses)])
+            self._taken = torch.cat([self._taken, torch.ones_like(self._taken)])
         if isinstance(terms, Tensor):
-            self._terms_on_device += terms
+            self._terms_on_device += terms * taken
         else:
             self._terms += terms
+            self._terms_on_device -= terms * ~taken
 
     def close(self, communicator: Communicator, seconds: Callable[[], float]) -> WindowTotals:
         """Return the window's means and begin an empty one; collective, and waits for the device.
@@ -68,24 +81,28 @@ class Window:
             communicator: The ranks.
             seconds: Tells how long the window took, once the device has finished it.
         """
-        sums = torch.stack([self._losses.sum(), self._terms_on_device / communicator.size])
+        losses = torch.where(self._taken, self._losses, 0.0)
+        skipped = (~self._taken).sum(dtype=torch.float64)
+        sums = torch.stack([losses.sum(), self._terms_on_device / communicator.size, skipped])
         communicator.all_reduce(sums, label="loss").wait()
-        loss, terms = sums.tolist()
+        loss, terms, skips = sums.tolist()
         samples, took = self._samples, seconds()
-        loss /= max(terms + self._terms, 1.0)
-        first_bad = None if math.isfinite(loss) else self._first_bad(communicator)
+        terms += self._terms
+        loss = math.nan if skips and terms < 1 else loss / max(terms, 1.0)
+        first_bad = None if math.isfinite(loss) and not skips else self._first_bad(communicator)
         self.reset()
-        return WindowTotals(loss, samples / took if took > 0 else 0.0, first_bad)
+        return WindowTotals(loss, samples / took if took > 0 else 0.0, math.ceil(skips / communicator.size), first_bad)
 
     def reset(self) -> None:
         """Forget the window."""
         self._losses.zero_()
+        self._taken.fill_(True)
         self._terms_on_device.zero_()
         self._terms = self._samples = self._steps = 0
 
     def state(self) -> dict[str, Tensor]:
         """Return this rank's part of an open window, for a checkpoint; its length doubles as the window's shape."""
-        return {"losses": self._losses.clone(), "terms": self._terms_on_device.clone()}
+        return {"losses": self._losses.clone(), "terms": self._terms_on_device.clone(), "taken": self._taken.clone()}
 
     def counts(self) -> dict[str, int]:
         """Return what every rank counts alike in an open window, as plain values."""
@@ -93,14 +110,21 @@ class Window:
 
     def restore(self, state: dict[str, Tensor], counts: dict[str, int]) -> None:
         """Go on with the window that `state` and `counts` describe."""
-        self._losses, self._terms_on_device = (state[name].to(self._losses.device) for name in ("losses", "terms"))
+        device = self._losses.device
+        self._losses, self._terms_on_device, self._taken = (
+            state[name].to(device) for name in ("losses", "terms", "taken")
+        )
         self._steps, self._terms, self._samples = (counts[name] for name in ("steps", "terms", "samples"))
 
-    def _first_bad(self, communicator: Communicator) -> int | None:
-        finite = torch.isfinite(self._losses).tolist()
-        own = finite.index(False) if False in finite else None
-        found = [place for place in communicator.gather_objects(own, label="loss") if place is not None]
-        return min(found, default=None)
+    def _first_bad(self, communicator: Communicator) -> tuple[int, float] | None:
+        losses = self._losses.tolist()
+        fine = (torch.isfinite(self._losses) & self._taken).tolist()
+        own = [(place, math.isfinite(losses[place]), losses[place]) for place, good in enumerate(fine) if not good][:1]
+        found = [bad for bads in communicator.gather_objects(own, label="loss") for bad in bads]
+        if not found:
+            return None
+        place, _, loss = min(found, key=lambda bad: bad[:2])
+        return place, loss
 
 
 class Stopwatch:

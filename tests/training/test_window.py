@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from kfac_dist.distributed.communicator import SoloCommunicator
 from kfac_dist.training.window import Stopwatch, Window
 
 SOLO = SoloCommunicator()
+TAKEN = torch.tensor(True)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -18,18 +20,33 @@ def test_a_window_is_a_mean_over_its_terms(on_device: bool) -> None:
     window = Window(torch.device("cpu"))
     for total, terms in ((6.0, 3), (10.0, 5)):
         window.add_loss(torch.tensor(total, requires_grad=True))
-        window.add_step(4, torch.tensor(terms) if on_device else terms)
+        window.add_step(4, torch.tensor(terms) if on_device else terms, TAKEN)
     totals = window.close(SOLO, lambda: 2.0)
     assert (totals.loss, totals.samples_per_second) == (2.0, 4.0)
     window.add_loss(torch.tensor(3.0))
-    window.add_step(1, 1)
+    window.add_step(1, 1, TAKEN)
     assert window.close(SOLO, lambda: 0.0).loss == 3.0
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_skipped_step_adds_neither_loss_nor_terms(on_device: bool) -> None:
+    window = Window(torch.device("cpu"))
+    for total, terms, taken in ((6.0, 3, True), (float("nan"), 5, False), (10.0, 5, True)):
+        window.add_loss(torch.tensor(total))
+        window.add_step(4, torch.tensor(terms) if on_device else terms, torch.tensor(taken))
+    totals = window.close(SOLO, lambda: 2.0)
+    assert (totals.loss, totals.skipped) == (2.0, 1)
+    assert totals.first_bad is not None
+    assert totals.first_bad[0] == 1
+    window.add_loss(torch.tensor(1.0))
+    window.add_step(1, 1, torch.tensor(False))
+    assert math.isnan(window.close(SOLO, lambda: 1.0).loss)
 
 
 def test_a_reset_forgets() -> None:
     window = Window(torch.device("cpu"))
     window.add_loss(torch.tensor(3.0))
-    window.add_step(1, 1)
+    window.add_step(1, 1, TAKEN)
     window.reset()
     assert window.close(SOLO, lambda: 1.0).loss == 0.0
 

@@ -1,0 +1,26 @@
+"""What a run does about steps whose loss or gradients are not finite."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kfac_dist.config.section import Count, CountOrZero, Section
+
+
+class DivergenceConfig(Section):
+    """What a run does about steps whose loss or gradients are not finite: all ranks skip them, and more if they go on.
+
+    A skipped step's gradients count as zeros, and its statistics as never measured. At the next logged step the damping
+    of K-FAC is raised; later logged steps without a skip lower it again.
+
+    Attributes:
+        skips: Steps skipped in a row after which the run goes back to its newest checkpoint.
+        damping_factor: What the damping is multiplied by after a skip, and divided by once all is well.
+        rollbacks: How often the run may go back; then, or without a checkpoint, it ends as diverged.
+    """
+
+    skips: Count = 10
+    damping_factor: Annotated[float, Field(ge=1, strict=True, allow_inf_nan=False)] = 10.0
+    rollbacks: CountOrZero = 2

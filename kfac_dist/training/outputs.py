@@ -1,0 +1,33 @@
+"""Where the numbers and the state of a run go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kfac_dist.reporting.progress import ProgressDisplay
+from kfac_dist.training.checkpoint import Checkpoints
+from kfac_dist.training.metrics import MetricsWriter
+from kfac_dist.training.monitor import Monitor
+from kfac_dist.training.preemption import StopSignals
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run's numbers go.
+
+    Attributes:
+        writer: Metrics on disk; None on ranks other than 0.
+        checkpoints: Where state is saved.
+        progress: What the user sees.
+        configuration: The resolved configuration, saved with each checkpoint.
+        signals: What this process has been told by its scheduler.
+        monitor: Numbers for those who watch the run; None on ranks other than 0, and where nobody does.
+    """
+
+    writer: MetricsWriter | None
+    checkpoints: Checkpoints
+    progress: ProgressDisplay
+    configuration: dict[str, Any]
+    signals: StopSignals = field(default_factory=StopSignals)
+    monitor: Monitor | None = None

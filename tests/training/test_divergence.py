@@ -1,0 +1,92 @@
+"""Steps that aren't finite: all ranks skip them, go back when they go on, and give up when that doesn't help."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kfac_dist.config.schema import DivergenceConfig
+from kfac_dist.training import train
+from kfac_dist.training.divergence import DivergedError, Recovery, Verdict
+from kfac_dist.training.metrics import read_metrics
+from tests.harness import run_ranks
+from tests.training.runs import final_model, launched, small_config
+
+
+class FlakyNet(nn.Sequential):
+    """Returns NaN in some of its forward passes, on one rank; passes that are run again after a rollback go well."""
+
+    def __init__(self, rank: int, first: int, last: int) -> None:
+        super().__init__(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+        self.passes = -2  # the trial, and DDP's first pass, are no steps
+        self.bad = range(first, last + 1) if os.environ["RANK"] == str(rank) else range(0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        outputs: Tensor = super().forward(pixels)
+        self.passes += self.training
+        return outputs * float("nan") if self.passes in self.bad else outputs
+
+
+def _run(directory: str, first: int, last: int) -> str:
+    config = small_config(
+        directory,
+        kfac=True,
+        model={"name": "tests.training.test_divergence:FlakyNet", "args": {"rank": 1, "first": first, "last": last}},
+        train={"steps": 20, "log_every": 2, "divergence": {"skips": 3, "damping_factor": 10.0, "rollbacks": 2}},
+        checkpoint={"every": 5, "keep": 9},
+    )
+    try:
+        train(config, quiet=True)
+    except DivergedError as error:
+        return str(error)
+    return ""
+
+
+CASES = {"once": (8, 8), "for a while": (8, 12), "for ever": (8, 999)}
+
+
+def _all(directory: str) -> dict[str, Any]:
+    os.environ.update(launched(dist.get_rank(), dist.get_world_size()))
+    return {name: _run(f"{directory}/{name}", *bad) for name, bad in CASES.items()}
+
+
+def test_ranks_skip_together_go_back_together_and_give_up_together(tmp_path: Path) -> None:
+    said = run_ranks(2, _all, str(tmp_path))
+    assert said[0] == said[1]
+    records = {name: read_metrics(tmp_path / name / "small/metrics.jsonl") for name in CASES}
+    damping = {name: [r["kfac/damping"] for r in records[name] if "kfac/damping" in r] for name in CASES}
+    model = final_model(tmp_path / "once/small")
+    assert all(bool(torch.isfinite(values).all()) for values in model.values())
+
+    assert said[0]["once"] == ""
+    assert damping["once"] == [0.1] * 3 + [1.0] * 4 + [0.1] * 3
+    assert [r["step"] for r in records["once"]] == list(range(2, 21, 2))
+
+    assert said[0]["for a while"] == ""
+    assert [r["step"] for r in records["for a while"]] == [2, 4, *range(6, 21, 2)], "what was given up is forgotten"
+    assert damping["for a while"][2] > 0.1, "from the checkpoint on it is raised"
+
+    assert "the training loss is nan at step" in said[0]["for ever"]
+
+
+def test_recovery_raises_lowers_and_goes_back() -> None:
+    config, recovery = DivergenceConfig(skips=3, damping_factor=4.0), Recovery()
+
+    def judge(step: int, skipped: int, row: int, last: bool = False) -> Verdict:
+        return recovery.judge(config, step=step, skipped=skipped, row=row, calm=10, last=last)
+
+    assert judge(5, 1, 0) is Verdict.GO_ON
+    assert recovery.damping_factor == 4.0
+    assert judge(14, 0, 0) is Verdict.GO_ON
+    assert recovery.damping_factor == 4.0, "not calm for long enough"
+    assert judge(15, 0, 0) is Verdict.GO_ON
+    assert recovery.damping_factor == 1.0
+    assert judge(20, 4, 3) is Verdict.GO_BACK
+    assert judge(21, 1, 1, last=True) is Verdict.GO_BACK, "a run must not end with a step that it skipped"
+    recovery.went_back(Recovery(damping_factor=16.0), config, 10)
+    assert (recovery.damping_factor, recovery.rollbacks, recovery.changed_at) == (64.0, 1, 10)
