@@ -196,14 +196,17 @@ def _plan(case: _Case, coverage: Coverage, planned: int) -> Plan | None:
                 "or train without K-FAC (kfac.enabled: false)"
             )
         local = case.world.local_world_size if planned == case.world.world_size else planned
-        plan = build_plan(coverage.blocks, config, world_size=planned, local_world_size=local)
+        shards = case.config.engine.shard_size
+        plan = build_plan(
+            coverage.blocks, config, world_size=planned, local_world_size=local, shard_size=shards(planned)
+        )
         agree_on_plan(case.ranks, [("configuration", repr(config)), *plan.rows()])
     except CollectiveError:
         raise
     except KFACError as error:
         case.findings.append(Finding.of("plan", error))
         return None
-    case.findings += examine_plan(coverage.blocks, config, plan, local)
+    case.findings += examine_plan(coverage.blocks, config, plan, local, shards)
     return plan
 
 

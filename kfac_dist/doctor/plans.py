@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kfac_dist.config.schema import KFACConfig
 from kfac_dist.curvature.blocks import Block
@@ -14,18 +14,32 @@ from kfac_dist.preconditioner.plan import Plan, build_plan
 WORLD_SIZES = (1, 2, 3, 4, 8)
 
 
-def examine_plan(blocks: Sequence[Block], config: KFACConfig, plan: Plan, local_world_size: int) -> list[Finding]:
-    """Check that the plan is a pure function, that its work doesn't depend on the ranks, and how it is spread."""
+def examine_plan(
+    blocks: Sequence[Block],
+    config: KFACConfig,
+    plan: Plan,
+    local_world_size: int,
+    shard_size: Callable[[int], int],
+) -> list[Finding]:
+    """Check that the plan is a pure function, that its work doesn't depend on the ranks, and how it is spread.
+
+    Args:
+        blocks: What is planned.
+        config: How.
+        plan: The plan for the ranks of the run.
+        local_world_size: Ranks of a node.
+        shard_size: From a number of ranks to how many of them hold each gradient once.
+    """
     size = plan.grid.world_size
     digest = plan_digest(plan.rows())
-    again = build_plan(blocks, config, world_size=size, local_world_size=local_world_size)
+    again = build_plan(blocks, config, world_size=size, local_world_size=local_world_size, shard_size=shard_size(size))
     findings = []
     if plan_digest(again.rows()) != digest:
         findings.append(Finding("plan", Severity.ERROR, "planning twice gives two plans: this is a bug of kfac_dist"))
     fitting, differing = [], []
     for ranks in sorted({*WORLD_SIZES, size}):
         try:
-            other = build_plan(blocks, config, world_size=ranks, local_world_size=ranks)
+            other = build_plan(blocks, config, world_size=ranks, local_world_size=ranks, shard_size=shard_size(ranks))
         except ConfigError:
             continue  # a placement that doesn't fit this number of ranks
         fitting.append(ranks)

@@ -195,6 +195,15 @@ def test_plans_for_other_numbers_of_ranks() -> None:
     assert report.plan_hash != examine(config).plan_hash
 
 
+def test_plans_as_a_sharded_engine_does() -> None:
+    sharded = _config("/nowhere", {"engine": {"name": "fsdp2"}})
+    owned = _config("/nowhere", {"kfac": {"distribution": {"placement": "owner"}}})
+    assert examine(sharded, world_size=4).plan_hash == examine(owned, world_size=4).plan_hash
+    refused = _config("/nowhere", {"engine": {"name": "fsdp2"}, "kfac": {"distribution": {"placement": "replicated"}}})
+    [finding] = [found for found in examine(refused, world_size=4).findings if found.severity is Severity.ERROR]
+    assert "placement: replicated needs every gradient whole" in finding.text
+
+
 def _differing(what: str) -> tuple[str, str]:
     os.environ.update(launched(dist.get_rank(), dist.get_world_size()))
     if what == "world size":
