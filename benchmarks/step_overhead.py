@@ -227,24 +227,29 @@ def matmul_rate() -> float:
 
 
 def run_rank(
-    rank: int, size: int, rendezvous: str, names: list[str], methods: list[str], rounds: int, out: str
+    rank: int, size: int, rendezvous: str, names: list[str], methods: list[str], rounds: int, out: Path
 ) -> None:
     torch.set_num_threads(1)
     if size > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(size)
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
-    results = []
     for name, method in itertools.product(names, methods):
         if "owner" not in method or size > 1:
             result = measure(WORKLOADS[name], method, rounds)
-            results.append({"workload": name, "ranks": size, "method": method, **result})
             if rank == 0:
+                save({"workload": name, "ranks": size, "method": method, "rounds": rounds, **result}, out)
                 added = " · ".join(f"{value:.2f}" for value in result["added_in_bare_steps"].values())
                 print(f"{name}, {size} rank{'s' * (size > 1)}, {method}: {added}", flush=True)
-    if rank == 0:
-        torch.save(results, out)
     if size > 1:
         dist.destroy_process_group()
+
+
+def save(row: dict[str, Any], out: Path) -> None:
+    """Put a row into the output, in the place of one that measured the same."""
+    rows = json.loads(out.read_text())["results"] if out.exists() else []
+    merged = {_key(other): other for other in [*rows, row]}
+    settings = {"threads_a_rank": 1, "intervals": INTERVALS, "bare": "SGD with momentum"}
+    write("step_overhead", out, settings, [merged[key] for key in sorted(merged, key=_order)])
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -273,8 +278,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ranks = ["" if row["ranks"] == 1 else f", {row['ranks']} ranks" for row in own]
         axis.set_yticks(range(len(own)), [row["method"] + text for row, text in zip(own, ranks, strict=True)])
         axis.invert_yaxis()
-        axis.set(title=name, xlabel="added to an SGD step, in SGD steps (1/10)")
-    axes[0][0].legend(fontsize="small")
+        axis.set(title=name, xlabel="SGD steps added (1/10)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     figure.savefig(path, dpi=100)
 
 
@@ -287,21 +292,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS / "step_overhead.json")
     arguments = parser.parse_args()
-    measured: list[dict[str, Any]] = []
     for size in arguments.ranks:
         with tempfile.TemporaryDirectory() as directory:
-            out = str(Path(directory) / "results.pt")
-            work = (str(Path(directory) / "rendezvous"), arguments.workloads, arguments.methods, arguments.rounds, out)
+            rendezvous = str(Path(directory) / "rendezvous")
+            work = (rendezvous, arguments.workloads, arguments.methods, arguments.rounds, arguments.out)
             mp.spawn(run_rank, args=(size, *work), nprocs=size, join=True)
-            measured += torch.load(out)
-    for row in measured:
-        row["rounds"] = arguments.rounds
-    rows = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else []
-    merged = {_key(row): row for row in [*rows, *measured]}
-    settings = {"threads_a_rank": 1, "intervals": INTERVALS, "bare": "SGD with momentum"}
-    ordered = [merged[key] for key in sorted(merged, key=_order)]
-    print(write("step_overhead", arguments.out, settings, ordered))
-    draw(ordered, arguments.out.with_suffix(".png"))
+    draw(json.loads(arguments.out.read_text())["results"], arguments.out.with_suffix(".png"))
+    print(arguments.out)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int, str]:
