@@ -34,7 +34,9 @@ def _config(directory: str | Path, case: dict[str, Any]) -> Config:
         "train": {"batch_size": 9, **case.get("train", {})},
         "engine": case.get("engine", {}),
     }
-    return small_config(directory, kfac=True, **sections)
+    config = small_config(directory, kfac=True, **sections)
+    kfac = {**config.kfac.model_dump(), **case.get("kfac", {})}
+    return Config.model_validate({**config.model_dump(), "kfac": kfac})
 
 
 def _report(case: dict[str, Any]) -> Report:
@@ -198,6 +200,7 @@ def test_plans_for_other_numbers_of_ranks() -> None:
 def test_plans_as_a_sharded_engine_does() -> None:
     sharded = _config("/nowhere", {"engine": {"name": "fsdp2"}})
     owned = _config("/nowhere", {"kfac": {"distribution": {"placement": "owner"}}})
+    assert examine(sharded, world_size=4).plan_hash != examine(_config("/nowhere", {}), world_size=4).plan_hash
     assert examine(sharded, world_size=4).plan_hash == examine(owned, world_size=4).plan_hash
     refused = _config("/nowhere", {"engine": {"name": "fsdp2"}, "kfac": {"distribution": {"placement": "replicated"}}})
     [finding] = [found for found in examine(refused, world_size=4).findings if found.severity is Severity.ERROR]
