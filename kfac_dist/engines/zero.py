@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _get_grad_fn_or_grad_acc
 
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator, build_communicator
@@ -55,11 +56,14 @@ class ZeroEngine(Engine):
         self._names = {p: name for name, p in self.module.named_parameters()}
         self._partitions: Partitions = partitions_of(deepspeed)
         self.sharded = self._partitions.sharded
-        self._asides = _Asides(deepspeed)
+        self._communicator: Communicator | None = None
+        self._asides = _Asides(deepspeed, self._agree_on_use)
 
     def communicator(self, timeout_seconds: float, backend: Backend = Backend.TORCH) -> Communicator:
         """See `Engine.communicator`."""
-        return build_communicator(timeout_seconds, self._partitions.group, backend)
+        found = build_communicator(timeout_seconds, self._partitions.group, backend)
+        self._communicator = found
+        return found
 
     def shard_size(self, size: int) -> int:
         """See `Engine.shard_size`: ZeRO cuts over all ranks that average gradients."""
@@ -141,6 +145,31 @@ class ZeroEngine(Engine):
 
         return _BeforeStep(self._deepspeed, run)
 
+    def _agree_on_use(self) -> None:
+        """Compare, in the first backward, which parameters it will reach: DeepSpeed mixes up gradients if ranks differ.
+
+        Raises:
+            ModelError: On every rank: some rank leaves out what another uses.
+        """
+        comm, self._communicator = self._communicator, None
+        if comm is None or comm.size == 1:
+            return
+        with torch.enable_grad():
+            left_out = {
+                name
+                for p, name in self._names.items()
+                if p.requires_grad and not torch._C._will_engine_execute_node(_get_grad_fn_or_grad_acc(p))
+            }
+        by_rank = comm.gather_objects(left_out)
+        for name in self._names.values():
+            without = [rank for rank, names in enumerate(by_rank) if name in names]
+            if 0 < len(without) < comm.size:
+                raise ModelError(
+                    f"rank {without[0]} left {name} out of its first step, and other ranks didn't: DeepSpeed averages "
+                    "gradients in the order in which they come, so all ranks have to use the same layers. Use it with "
+                    "a factor of 0 where it is left out"
+                )
+
     def _written(self) -> None:
         """Prepare DeepSpeed's step once gradients have their final values."""
         self._partitions.rewritten()
@@ -172,17 +201,26 @@ class _BeforeStep:
 
     def __init__(self, engine: Any, callback: Callable[[], None]) -> None:
         self._engine = engine
+        self._active = True
         inner = engine._take_model_step
 
         def take_model_step(*args: Any, **kwargs: Any) -> Any:
-            callback()
+            if self._active:
+                callback()
             return inner(*args, **kwargs)
 
-        engine._take_model_step = take_model_step
+        self._outer = engine.__dict__.get("_take_model_step")
+        self._own = engine._take_model_step = take_model_step
 
     def remove(self) -> None:
         """See `Handle.remove`; harmless when repeated."""
-        self._engine.__dict__.pop("_take_model_step", None)
+        self._active = False
+        if self._engine.__dict__.get("_take_model_step") is not self._own:
+            return  # somebody came later
+        if self._outer is None:
+            del self._engine.__dict__["_take_model_step"]
+        else:
+            self._engine.__dict__["_take_model_step"] = self._outer
 
 
 class _Asides:
@@ -191,9 +229,13 @@ class _Asides:
     DeepSpeed hangs on the outputs: the first gradient that comes there begins a backward pass. ZeRO-3 counts how often
     each module's parameters are still wanted. So the beginning is put off to the pass that really is the loop's, and
     the counts are set back.
+
+    Args:
+        engine: DeepSpeed's.
+        begins: Called when one of the loop's backward passes begins.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, begins: Callable[[], None]) -> None:
         self._engine = engine
         self._active = False
         self._owed = False
@@ -202,6 +244,7 @@ class _Asides:
         def begin() -> None:
             self._owed = self._active
             if not self._active:
+                begins()
                 prologue()
 
         def scale(grad: Tensor) -> Tensor:

@@ -94,6 +94,10 @@ class HighPrecisionGradients(Partitions):
 
     sharded = False
 
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._known = {p for group in self._optimizer.bf16_groups for p in group}
+
     @property
     def dtype(self) -> torch.dtype:
         """See `Partitions.dtype`."""
@@ -102,7 +106,7 @@ class HighPrecisionGradients(Partitions):
 
     def slices(self, parameter: Any) -> Iterable[Slice] | None:
         """See `Partitions.slices`."""
-        return () if any(parameter is p for group in self._optimizer.bf16_groups for p in group) else None
+        return () if parameter in self._known else None
 
     def gradients(self) -> Held:
         """See `Partitions.gradients`."""

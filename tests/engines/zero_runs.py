@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,13 +51,36 @@ def frozen() -> nn.Module:
     return model
 
 
-workloads.MODELS |= {"tied": TiedNet, "narrow": narrow, "frozen": frozen}
+class SkippingNet(nn.Module):
+    """A layer that only some steps use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, workloads.CLASSES)
+        self.skips = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        return self.head(hidden if self.skips else hidden + self.second(hidden))
+
+
+def gpt2() -> nn.Module:
+    """Hugging Face's, from its configuration."""
+    from tests.preconditioner.transformer_models import gpt2
+
+    return gpt2()
+
+
+workloads.MODELS |= {"tied": TiedNet, "narrow": narrow, "frozen": frozen, "skipping": SkippingNet, "gpt2": gpt2}
 workloads.INPUTS |= {
     "tied": lambda g: torch.randint(0, workloads.CLASSES, (workloads.GLOBAL_BATCH, 5), generator=g),
     "narrow": workloads.INPUTS["mlp"],
     "frozen": workloads.INPUTS["mlp"],
+    "skipping": workloads.INPUTS["mlp"],
+    "gpt2": workloads.INPUTS["token"],
 }
-TOKENS = ("token", "tied")
+TOKENS = ("token", "tied", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -71,7 +95,7 @@ class Case:
         deepspeed: Further sections.
         accumulated: Micro-batches a step.
         clip: Norm to which the preconditioned gradient is clipped.
-        optimizer: `sgd`, or `adamw`.
+        optimizer: `sgd`, `adamw`, or `plain`: SGD without momentum.
         groups: Whether each parameter has its own group, with a learning rate of its own.
         init: Whether the model is built by `zero.Init`.
         by_hand: Whether the loop calls `kfac.step()` itself.
@@ -135,7 +159,7 @@ class Case:
         groups = [{"params": [p], "lr": 0.02 / (1 + i)} for i, p in enumerate(trained)] if self.groups else trained
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=0.002, weight_decay=0.01)
-        return torch.optim.SGD(groups, lr=0.02, momentum=0.9)
+        return torch.optim.SGD(groups, lr=0.02, momentum=0.9 if self.optimizer == "sgd" else 0.0)
 
 
 def global_batch(model: str, step: int) -> tuple[Tensor, Tensor]:
@@ -155,29 +179,52 @@ def alone(case: Case, steps: int = STEPS) -> dict[str, Tensor]:
     model = workloads.build(case.model)
     optimizer = case.build_optimizer(model)
     kfac = KFAC(model, case.kfac_config(), optimizer=optimizer)
-    for step in range(steps):
+    go_on_alone(case, model, model, optimizer, kfac, range(steps))
+    kfac.remove()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def go_on_alone(
+    case: Case,
+    module: nn.Module,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    kfac: KFAC,
+    steps: Iterable[int],
+) -> None:
+    """Take some steps without DeepSpeed, on this rank's part of the global batches."""
+    rank, size = workloads.place()
+    for step in steps:
         inputs, labels = global_batch(case.model, step)
-        outputs = model(inputs)
+        part = slice(rank * len(inputs) // size, (rank + 1) * len(inputs) // size)
+        module.skips = skips(step)
+        outputs = model(inputs[part])
         kfac.fisher_backward(outputs)
         optimizer.zero_grad()
-        loss_of(outputs, labels).backward()
+        loss_of(outputs, labels[part]).backward()
         kfac.step()
         if case.clip:
             nn.utils.clip_grad_norm_(model.parameters(), case.clip)
         optimizer.step()
-    kfac.remove()
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def skips(step: int) -> bool:
+    """Whether `SkippingNet` leaves its layer out."""
+    return step % 3 == 1
 
 
 @contextmanager
 def deepspeed_world() -> Iterator[Any]:
     """DeepSpeed on the process group that exists, and nothing left of it afterwards."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # collectives that torch has renamed
     os.environ.update(LOCAL_RANK=os.environ["RANK"], DS_ACCELERATOR="cpu")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # A kernel for shared memory, compiled in half a minute; only inference uses it.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # Some processors have no fast one, which is all that DeepSpeed means by it.
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     try:
         yield deepspeed
@@ -189,7 +236,7 @@ def deepspeed_world() -> Iterator[Any]:
 class Run:
     """A DeepSpeed engine in training with K-FAC."""
 
-    def __init__(self, case: Case, *, attach: bool = True) -> None:
+    def __init__(self, case: Case, state: Mapping[str, Any] | None = None) -> None:
         import deepspeed
 
         self.case = case
@@ -197,26 +244,30 @@ class Run:
         config = case.deepspeed_config(self.size)
         with deepspeed.zero.Init(config_dict_or_path=config) if case.init else nullcontext():
             model = workloads.build(case.model)
+        if state is not None:
+            model.load_state_dict(state["model"], strict=False)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=case.build_optimizer(model), config=config)
         self.wrapped: Engine = as_engine(self.engine)
         if case.public:
             from kfac_dist.engines.zero_public import PublicZeroEngine
 
             self.wrapped = PublicZeroEngine(self.engine)
-        self.kfac = KFAC(self.wrapped, case.kfac_config()) if attach else None
+        self.kfac = KFAC(self.wrapped, case.kfac_config())
+        if state is not None:
+            self.kfac.load_state_dict(state["kfac"])
 
     def step(self, step: int, plant: Callable[[Tensor], Tensor] = lambda outputs: outputs) -> None:
         """One optimizer step on this rank's part of the global batch."""
         inputs, labels = global_batch(self.case.model, step)
+        self.engine.module.skips = skips(step)
         part = workloads.GLOBAL_BATCH // self.size // self.case.accumulated
         for micro in range(self.case.accumulated):
             first = (micro * self.size + self.rank) * part
             own = inputs[first : first + part]
             outputs = plant(self.engine(own.to(self.case.dtype) if own.is_floating_point() else own))
-            if self.kfac is not None:
-                self.kfac.fisher_backward(outputs)
+            self.kfac.fisher_backward(outputs)
             self.engine.backward(loss_of(outputs, labels[first : first + part]))
-            if self.kfac is not None and self.case.by_hand:
+            if self.case.by_hand:
                 self.kfac.step()
             if micro == self.case.accumulated - 1 or self.engine.managed_gradient_accumulation():
                 self.engine.step()
@@ -236,8 +287,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of it."""
-        if self.kfac is not None:
-            self.kfac.remove()
+        self.kfac.remove()
         self.engine.destroy()
 
 
@@ -246,7 +296,6 @@ def train(case: Case, steps: int = STEPS) -> dict[str, Tensor]:
     run = Run(case)
     for step in range(steps):
         run.step(step)
-    assert run.kfac is not None
     assert run.kfac.steps == steps
     found = run.parameters()
     run.close()
@@ -257,6 +306,30 @@ def train_all(cases: list[Case]) -> list[dict[str, Tensor]]:
     """Train each case, in one world."""
     with deepspeed_world():
         return [train(case) for case in cases]
+
+
+def train_some(case: Case, steps: range, state: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Take some steps under DeepSpeed, from a state or the beginning; returns the state after them."""
+    with deepspeed_world():
+        run = Run(case, state)
+        for step in steps:
+            run.step(step)
+        found = {"model": run.parameters(), "kfac": run.kfac.state_dict()}
+        run.close()
+        return found
+
+
+def train_some_ddp(case: Case, steps: range, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Go on from a state under DDP."""
+    model = workloads.build(case.model)
+    model.load_state_dict(state["model"], strict=False)
+    wrapped = workloads.wrap(model)
+    optimizer = case.build_optimizer(model)
+    kfac = KFAC(wrapped, case.kfac_config(), optimizer=optimizer)
+    kfac.load_state_dict(state["kfac"])
+    go_on_alone(case, model, wrapped, optimizer, kfac, steps)
+    kfac.remove()
+    return {"model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}}
 
 
 def alone_all(cases: list[Case]) -> list[dict[str, Tensor]]:
