@@ -112,11 +112,13 @@ class Measurement:
     @property
     def terms(self) -> float | Tensor:
         """What the mean of this rank's loss runs over in this step, as far as the loop or shapes tell; 0 if nothing."""
+        # DeepSpeed divides by the accumulated micro-batches itself: the mean runs over all of them.
+        accumulated = self._engine.gradient_scale / self._engine.backward_pass().scale
         if self._description is not None and self._description.divisor is not None:
-            return self._description.divisor
+            return self._description.divisor * accumulated
         if self._config.loss_terms is LossTerms.SAMPLE or not self._positions:
-            return float(self._capture.batch_size or 0)
-        return self._positions
+            return float(self._capture.batch_size or 0) * accumulated
+        return self._positions * accumulated
 
     def describe(self, description: Description) -> None:
         """Take the loop's word on its next micro-batch."""

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist import KFAC
+from kfac_dist.engines.base import BackwardPass
+from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.errors import CheckpointError
 
 BATCH, DECAY, DAMPING, LR = 6, 0.8, 0.05, 0.1
@@ -29,13 +31,16 @@ class Scaled(nn.Module):
         return self.head(torch.tanh(x * self.scale.prod(0) + self.frozen))
 
 
-def attach(model: nn.Module, *, uncovered: str = "diagonal", kl_clip: float | None = None, **curvature: Any) -> KFAC:
+def attach(
+    model: nn.Module | DDPEngine, *, uncovered: str = "diagonal", kl_clip: float | None = None, **curvature: Any
+) -> KFAC:
     config = {
         "curvature": {"factor_every": 2, "decay": DECAY, "uncovered": uncovered, **curvature},
         "inversion": {"inverse_every": 2, "damping": DAMPING, "early_refresh": 0},
         "update": {"kl_clip": kl_clip},
     }
-    return KFAC(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=LR))
+    module = model.module if isinstance(model, DDPEngine) else model
+    return KFAC(model, config, optimizer=torch.optim.SGD(module.parameters(), lr=LR))
 
 
 def backward(model: nn.Module, step: int) -> None:
@@ -101,6 +106,31 @@ def test_accumulation_counts_the_whole_window() -> None:
         kfac.step()
         kfac.remove()
     torch.testing.assert_close(parts.scale.grad, whole.scale.grad)
+
+
+class Halving(DDPEngine):
+    """Divides the loss of each of two micro-batches by two, as DeepSpeed does."""
+
+    def backward_pass(self) -> BackwardPass:
+        return BackwardPass(scale=0.5, last=False)
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_micro_batches_by_which_the_engine_divides_are_counted(described: bool) -> None:
+    whole, parts = Scaled(), Scaled()
+    kfacs = [attach(whole), attach(Halving(parts))]
+    backward(whole, 0)
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(BATCH, 4, generator=generator), torch.randint(3, (BATCH,), generator=generator)
+    for part in (slice(0, 3), slice(3, 6)):
+        if described:
+            kfacs[1].micro_batch(first_sample=part.start, divisor=3, terms=3, last=part.stop == BATCH)
+        (F.cross_entropy(parts(x[part]), labels[part]) / 2).backward()
+    for kfac in kfacs:
+        kfac.step()
+        kfac.remove()
+    torch.testing.assert_close(parts.scale.grad, whole.scale.grad)
+    torch.testing.assert_close(parts.head.weight.grad, whole.head.weight.grad)
 
 
 def test_tokens_are_counted_by_the_layer_nearest_to_the_loss() -> None:
