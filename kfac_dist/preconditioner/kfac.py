@@ -96,7 +96,6 @@ class KFAC:
         self._overdue: set[int] = set()
         self._refreshed: set[int] = set()
         self._kl_scale = torch.ones((), device=self._device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self._device)
         self._begin()
         # An engine that drives its optimizer may be stepped by the user's unchanged loop.
         self._done = False
@@ -198,7 +197,6 @@ class KFAC:
             "kl_scale": float(self._kl_scale),
             "refreshes": self._refresh.refreshes,
             "failed_inversions": self._refresh.failures,
-            "skipped_steps": int(self._skipped),
             "collectives": traffic.total_calls,
             "bytes_sent": traffic.total_bytes,
         }
@@ -288,7 +286,6 @@ class KFAC:
         with self.phases(Phase.REDUCTION):
             taken = self._measurement.finish(self._finite())
         self._rest.measure(self._measurement.terms, taken)
-        self._skipped += ~taken
         if not self._slots:
             return
         if not bool(taken):  # the step will be skipped: as if it had never been, and the refresh stays due

@@ -111,23 +111,30 @@ class Trainer:
         preemption = Preemption(self.outputs.signals, self.communicator, wishes=wishes)
         self._saved_moment = time.monotonic()
         self.stopwatch.start()
-        while self.step < self.parts.total_steps:
-            if preemption.due():
-                self._preempt()
-            trouble, save = preemption.granted
-            if trouble:
-                self._settle_writes()
-            if save and self.step > self._saved_at:
-                self._paused(lambda: self._save_on_schedule(unforeseen=True))
-            batch = next(self._batches)
-            self._window_positions.append(self.position)
-            self._take_step(batch)
-            self.step += 1
-            self.position = batch.after
-            self._after_step()
-        preemption.finish()
-        self._settle_writes()
+        with self.outputs.watch.explaining():
+            while self.step < self.parts.total_steps:
+                self._at_boundary(preemption)
+                self.outputs.watch.at(f"step {self.step + 1}, loading the batch")
+                batch = next(self._batches)
+                self._window_positions.append(self.position)
+                self._take_step(batch)
+                self.step += 1
+                self.position = batch.after
+                self.outputs.watch.at(f"step {self.step}, what follows it")
+                self._after_step()
+            preemption.finish()
+            self._settle_writes()
         self.stopwatch.stop()
+
+    def _at_boundary(self, preemption: Preemption) -> None:
+        """Do what a rank has wished for."""
+        if preemption.due():
+            self._preempt()
+        trouble, save = preemption.granted
+        if trouble:
+            self._settle_writes()
+        if save and self.step > self._saved_at:
+            self._paused(lambda: self._save_on_schedule(unforeseen=True))
 
     def evaluate(self, source: Source, samples: int | None = None) -> Evaluation:
         """Evaluate the current model on the first `samples` (default: all) samples; collective."""
@@ -235,7 +242,10 @@ class Trainer:
 
     def _take_step(self, batch: StepBatch) -> None:
         set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
+        watch, where = self.outputs.watch, f"step {self.step + 1}"
+        watch.at(f"{where}, forward and backward")
         counts = self.backpropagate(batch)
+        watch.at(f"{where}, K-FAC and the optimizer")
         if self.parts.kfac is not None:
             self.parts.kfac.step()
         taken = self._guard.taken()
@@ -357,7 +367,7 @@ class Trainer:
             # NaN is no JSON: a window of nothing but skipped steps has no loss.
             self.outputs.writer.write({name: value for name, value in record.items() if value == value})
         if self.outputs.monitor is not None:
-            self.outputs.monitor.logged(record)
+            self.outputs.monitor.logged(record, totals.skipped)
         damping = record.get("kfac/damping")
         self.outputs.progress.update(
             Status(self.step, totals.loss, totals.samples_per_second, self.stopwatch.seconds, damping)

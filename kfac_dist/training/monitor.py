@@ -33,6 +33,7 @@ class Monitor:
         self._kfac = parts.kfac
         self._engine = parts.engine
         self._communicator = communicator
+        self._skipped = 0
         if self._kfac is not None:
             self._kfac.phases.enabled = True
         exporter.watch(name, parts.total_steps, lambda: last_saved(checkpoints))
@@ -41,8 +42,15 @@ class Monitor:
         """Take note of a step; asks nothing of the device."""
         self._exporter.stepped()
 
-    def logged(self, record: Mapping[str, Any]) -> None:
-        """Publish a logged step: `record` as `metrics.jsonl` has it, and what else is on the host by now."""
+    def logged(self, record: Mapping[str, Any], skipped: int) -> None:
+        """Publish a logged step.
+
+        Args:
+            record: As `metrics.jsonl` has it.
+            skipped: Steps that the loop has skipped since the last logged one.
+        """
+        self._skipped += skipped
+        by_engine = self._engine.counters().get("skipped_steps", 0)  # an engine with a loss scale skips them itself
         calls, sent = self._traffic()
         kfac = self._kfac
         self._exporter.publish(
@@ -51,7 +59,7 @@ class Monitor:
                 loss=record["loss"],
                 learning_rate=record["lr"],
                 samples_per_second=record["samples_per_second"],
-                skipped_steps=self._skipped(record),
+                skipped_steps=self._skipped + int(by_engine),
                 damping=record.get("kfac/damping"),
                 failed_inversions=record.get("kfac/failed_inversions", 0),
                 phase_seconds={} if kfac is None else {str(k): v for k, v in kfac.phases.seconds().items()},
@@ -70,12 +78,6 @@ class Monitor:
                 calls[label] += number
                 sent[label] += size
         return calls, sent
-
-    def _skipped(self, record: Mapping[str, Any]) -> int:
-        """Return the steps that K-FAC, or an engine with a loss scale, has not taken."""
-        own = self._engine.counters().get("skipped_steps")
-        # An overflow that the engine skips is one that K-FAC saw, if it measured that step.
-        return max(int(record.get("kfac/skipped_steps", 0)), 0 if own is None else int(own))
 
 
 def last_saved(directory: Path) -> float | None:
