@@ -27,6 +27,12 @@ from kfac_dist.errors import CollectiveError, ConfigError
 # How long a name server may be out of order, and how often it is asked.
 NAME_SECONDS = 10.0
 NAME_PAUSE_SECONDS = 1.0
+# Newer releases of torch read the first name, older ones the second.
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class World:
         backend: Backend of torch.distributed; None when alone, without a process group.
         owns_group: Whether `bootstrap` made the process group, and `close` destroys it.
         exported: Variables that `bootstrap` has set, and `close` takes away.
+        store: What the ranks met in; None when alone, or when the process group was there already.
     """
 
     place: Place
@@ -46,6 +53,7 @@ class World:
     backend: str | None
     owns_group: bool
     exported: tuple[str, ...] = ()
+    store: Store | None = None
 
     @property
     def rank(self) -> int:
@@ -126,8 +134,19 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
     if place.address is None:
         return World(place, chosen, None, owns_group=False)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    _join(place, place.address, backend, timeout_seconds)
-    return World(place, chosen, backend, owns_group=True, exported=_export(place))
+    if backend == "nccl":
+        _record_flights()
+    store = _join(place, place.address, backend, timeout_seconds)
+    return World(place, chosen, backend, owns_group=True, exported=_export(place), store=store)
+
+
+def _record_flights() -> None:
+    """Have NCCL's watchdog write down the last collectives of every rank when one of them times out.
+
+    What the user has set stays. The dumps go to TORCH_NCCL_DEBUG_INFO_TEMP_FILE, a path that gets the rank appended.
+    """
+    for name, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
 
 
 def _joined_already(place: Place, device: Literal["auto", "cpu", "cuda"]) -> World:
@@ -172,13 +191,14 @@ def choose_device(device: Literal["auto", "cpu", "cuda"], place: Place) -> torch
     return torch.device("cpu")
 
 
-def _join(place: Place, address: tuple[str, int], backend: str, timeout_seconds: float) -> None:
+def _join(place: Place, address: tuple[str, int], backend: str, timeout_seconds: float) -> Store:
     timeout = timedelta(seconds=timeout_seconds)
     host, port = address
     _check_name(place, host, min(timeout_seconds, NAME_SECONDS))
     try:
         store = _store(place, host, port, timeout)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        return store
     except RuntimeError as error:  # torch's store, socket and timeout errors all derive from it
         raise CollectiveError(
             f"rank {place.rank} of {place.world_size} did not meet the others at {host}:{port} "

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemWriter, Metadata
 
 from kfac_dist.distributed.communicator import Communicator, SoloCommunicator, build_communicator
-from kfac_dist.errors import CheckpointError
+from kfac_dist.errors import CheckpointError, KFACError
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.background import Background
 from kfac_dist.training.checkpoint_reader import SafeLoadPlanner, SafeReader, check_fit
@@ -118,7 +118,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let go of the ranks; a write that is still under way after a while is left to itself."""
-        with suppress(CheckpointError):  # the run fails already, by an error that came before
+        with suppress(KFACError):  # the run fails already, by an error that came before
             self._background.finish(GRACE_SECONDS)
         if self._writers is not None:
             self._writers.close()

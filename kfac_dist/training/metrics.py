@@ -53,20 +53,20 @@ class MetricsWriter:
         try:
             self._stream.write(json.dumps(record) + "\n")
             self._stream.flush()
+            if self._board is not None:
+                for name, value in record.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, record["step"])
         except OSError as error:
             self.failure = KFACError(f"can't write {self._stream.name}: {error.strerror}")
-            return
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Flush and close both files."""
         with suppress(OSError):  # what a full disk didn't take is known as `failure`
             self._stream.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from kfac_dist.distributed.watch import Watch
 from kfac_dist.reporting.progress import ProgressDisplay
 from kfac_dist.training.checkpoint import Checkpoints
 from kfac_dist.training.metrics import MetricsWriter
@@ -22,6 +23,7 @@ class Outputs:
         progress: What the user sees.
         configuration: The resolved configuration, saved with each checkpoint.
         signals: What this process has been told by its scheduler.
+        watch: Tells other ranks where this one is.
         monitor: Numbers for those who watch the run; None on ranks other than 0, and where nobody does.
     """
 
@@ -30,4 +32,5 @@ class Outputs:
     progress: ProgressDisplay
     configuration: dict[str, Any]
     signals: StopSignals = field(default_factory=StopSignals)
+    watch: Watch = field(default_factory=lambda: Watch(None, 0, 1))
     monitor: Monitor | None = None

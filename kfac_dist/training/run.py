@@ -26,6 +26,7 @@ from kfac_dist.config.load import dump_yaml
 from kfac_dist.config.schema import Config, OptimizerConfig
 from kfac_dist.distributed.bootstrap import World, bootstrap
 from kfac_dist.distributed.communicator import Communicator, build_communicator
+from kfac_dist.distributed.watch import Watch
 from kfac_dist.errors import CheckpointError, ConfigError
 from kfac_dist.reporting.curves import Curve, draw_losses
 from kfac_dist.reporting.exporter import Exporter
@@ -64,6 +65,7 @@ class Session:
     communicator: Communicator
     progress: ProgressDisplay
     signals: StopSignals
+    watch: Watch
     exporter: Exporter | None = None
 
     @property
@@ -105,10 +107,11 @@ def _session(config: Config, *, quiet: bool) -> Iterator[Session]:
         progress = build_progress(rank=world.rank, quiet=quiet)
         progress.note(world.describe())
         try:
-            with _exporter(config, communicator) as exporter, StopSignals() as signals:
+            watch = Watch(world.store, world.rank, world.world_size)
+            with _exporter(config, communicator) as exporter, StopSignals() as signals, watch:
                 if exporter is not None:
                     progress.note(f"metrics at http://{exporter.address}/metrics")
-                yield Session(world, communicator, progress, signals, exporter)
+                yield Session(world, communicator, progress, signals, watch, exporter)
         finally:
             progress.stop()
             communicator.close()
@@ -169,7 +172,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
             monitor = None
             if session.exporter is not None:
                 monitor = Monitor(session.exporter, name, parts, session.communicator, checkpoints.directory)
-            outputs = Outputs(writer, checkpoints, session.progress, values, session.signals, monitor)
+            outputs = Outputs(writer, checkpoints, session.progress, values, session.signals, session.watch, monitor)
             trainer = Trainer(config, parts, session.communicator, outputs)
             if start is not None:
                 trainer.restore(start)

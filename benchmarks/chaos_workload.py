@@ -1,0 +1,75 @@
+"""What the ranks of `benchmarks.chaos` train, and pauses at the places where they are to be struck.
+
+A pause lasts long enough for the fault to come, and announces itself by a file; it happens in the process that
+CHAOS_RANK names, once a run, at the place that CHAOS_PAUSE names: `write` or `inversion`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import kfac_dist.preconditioner.refresh as refresh
+import kfac_dist.training.checkpoint as checkpoint
+from kfac_dist.tasks import DataSplits
+
+PAUSE_SECONDS = 1.0
+STEP_SECONDS = 0.01
+# The first few are passed over, so that there is something to go back to.
+CALLS_BEFORE = {"write": 3, "inversion": 12}
+
+
+class Net(nn.Sequential):
+    """Draws from the random generator and keeps buffers; slow enough to be struck in the midst of a run."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(0.2), nn.Tanh(), nn.Linear(24, 12))
+        _install_pause()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if self.training:
+            time.sleep(STEP_SECONDS)
+        outputs: Tensor = super().forward(pixels)
+        return outputs
+
+
+def pixels() -> DataSplits:
+    values = torch.rand(200, 12, generator=torch.Generator().manual_seed(0)).round()
+    return DataSplits(TensorDataset(values[:180], values[:180]), TensorDataset(values[180:], values[180:]))
+
+
+def _install_pause() -> None:
+    place, marker = os.environ.get("CHAOS_PAUSE"), os.environ.get("CHAOS_MARKER")
+    if marker is None or Path(marker).exists() or os.environ["RANK"] != os.environ["CHAOS_RANK"]:
+        return
+    match place:
+        case "write":
+            # Half of them before a byte is written, half before the manifest is.
+            if os.environ["CHAOS_HALF"] == "0":
+                dcp.save = _pausing(dcp.save, Path(marker), CALLS_BEFORE["write"])  # type: ignore[assignment]
+            else:
+                checkpoint.file_facts = _pausing(checkpoint.file_facts, Path(marker), CALLS_BEFORE["write"])  # type: ignore[attr-defined]
+        case "inversion":
+            refresh.solve = _pausing(refresh.solve, Path(marker), CALLS_BEFORE["inversion"])  # type: ignore[attr-defined]
+
+
+def _pausing(function: Callable[..., Any], marker: Path, passed_over: int) -> Callable[..., Any]:
+    calls = 0
+
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == passed_over:
+            marker.touch()
+            time.sleep(PAUSE_SECONDS)
+        return function(*args, **kwargs)
+
+    return paused

@@ -1,0 +1,118 @@
+"""Who keeps the others waiting: asked once a collective has failed, answered through the store in which ranks met.
+
+    rank 0   step ── step ── all_reduce …………… timeout ── who has told where it is? ──▶ "rank 1 doesn't answer"
+    rank 1   step ── stopped                                       ▲
+    rank 2   step ── step ── all_reduce ……… "step 7: backward" ────┘  a thread tells, if a rank stands still
+
+While steps follow each other nothing is sent.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from torch.distributed import PrefixStore, Store
+
+from kfac_dist.errors import CollectiveError
+
+TICK_SECONDS = 1.0
+# After a failure the others are given so many ticks to tell; the store itself, twice as many.
+_PATIENCE = 3
+
+
+class Watch:
+    """Knows where this rank is, and tells others if that doesn't change; a context, in which its thread runs.
+
+    Args:
+        store: What all ranks read and write; None where a rank is alone, or didn't meet the others by a store.
+        rank: This rank.
+        size: Number of ranks.
+        tick_seconds: How long a rank stands still before it tells.
+    """
+
+    def __init__(self, store: Store | None, rank: int, size: int, tick_seconds: float = TICK_SECONDS) -> None:
+        self._store = None if store is None or size == 1 else PrefixStore("watch", store)
+        self._rank = rank
+        self._size = size
+        self._tick = tick_seconds
+        self._where = "starting"
+        self._changed = True
+        self._over = threading.Event()
+
+    def at(self, where: str) -> None:
+        """Note where this rank is now; costs next to nothing."""
+        self._where = where
+        self._changed = True
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say of a collective that fails which ranks don't answer, and where the others wait.
+
+        Raises:
+            CollectiveError: A collective has failed.
+        """
+        try:
+            yield
+        except CollectiveError as error:
+            raise CollectiveError(f"{error}{self._explanation()}") from error
+
+    def __enter__(self) -> Self:
+        if self._store is not None:
+            threading.Thread(target=self._watch, args=(self._store,), name="watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+
+    def _watch(self, store: Store) -> None:
+        told = ""
+        while not self._over.wait(self._tick):
+            changed, self._changed = self._changed, False
+            if changed or told == self._where:
+                continue
+            told = self._where
+            try:
+                store.set(str(self._rank), told)
+            except RuntimeError:  # its server is gone: then nobody asks any more
+                return
+
+    def _explanation(self) -> str:
+        if self._store is None:
+            return ""
+        answers: list[str | None] = []
+        # In a thread: a store whose server stands still keeps its callers for as long.
+        asking = threading.Thread(target=self._ask, args=(self._store, answers), name="watch", daemon=True)
+        asking.start()
+        asking.join(2 * _PATIENCE * self._tick)
+        if asking.is_alive() or not answers:
+            return "; nor does the store answer in which the ranks met: rank 0, or torchrun's first agent, serves it"
+        silent = [str(rank) for rank, where in enumerate(answers) if where is None]
+        places: dict[str, list[str]] = {}
+        for rank, where in enumerate(answers):
+            if where is not None:
+                places.setdefault(where, []).append(str(rank))
+        said = [f"{_ranks(ranks)} in {where}" for where, ranks in places.items()]
+        return (f"; no answer from {_ranks(silent)}" if silent else "") + f"; waiting: {', '.join(said)}"
+
+    def _ask(self, store: Store, answers: list[str | None]) -> None:
+        """Tell where this rank is, and collect what the others have told, once they had the time to."""
+        try:
+            store.set(str(self._rank), self._where)
+            keys = [str(rank) for rank in range(self._size)]
+            for _ in range(_PATIENCE):
+                if store.check(keys):
+                    break
+                self._over.wait(self._tick)
+            answers.extend([store.get(key).decode() if store.check([key]) else None for key in keys])
+        except RuntimeError:  # no server any more: no answer
+            answers.clear()
+
+
+def _ranks(ranks: list[str]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
