@@ -99,19 +99,20 @@ def errors_of(cases: list[Case], found: list[dict[str, Tensor]], known: list[dic
     return {name_of(c): relative(a, b) for c, a, b in zip(cases, found, known, strict=True)}
 
 
-def test_two_ranks_give_what_one_process_gives() -> None:
-    cases = [*LAYOUTS, *OPTIONS]
+def check(size: int, cases: list[Case]) -> None:
     expected = run_ranks(1, alone_all, cases, process_group=False)[0]
-    for found in run_ranks(2, train_all, cases, timeout=300):
+    for found in run_ranks(size, train_all, cases, timeout=300):
         wrong = {name: e for name, e in errors_of(cases, found, expected).items() if not e <= TOLERANCE}
         assert not wrong
 
 
-def test_three_ranks_cut_elsewhere_and_give_the_same() -> None:
-    expected = run_ranks(1, alone_all, LAYOUTS, process_group=False)[0]
-    for found in run_ranks(3, train_all, LAYOUTS, timeout=300):
-        wrong = {name: e for name, e in errors_of(LAYOUTS, found, expected).items() if not e <= TOLERANCE}
-        assert not wrong
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_ranks_give_what_one_process_gives_wherever_gradients_are_cut(size: int) -> None:
+    check(size, LAYOUTS)
+
+
+def test_ranks_give_what_one_process_gives_whatever_is_asked_of_them() -> None:
+    check(2, OPTIONS)
 
 
 def test_low_precision_gives_what_it_gives_on_one_rank() -> None:
@@ -246,6 +247,24 @@ def test_what_goes_wrong_is_refused_with_the_key_to_change() -> None:
         assert "grad_accum_dtype" in said["whole"]
         assert "engine.backward(loss)" in said["backward"]
         assert "5.weight" in said["stranger"]
+
+
+def train_on() -> tuple[int, int]:
+    """K-FAC is taken off before the first backward, then put on again."""
+    with deepspeed_world():
+        run = Run(Case(2))
+        run.kfac.remove()
+        inputs, labels = zero_runs.global_batch("mlp", 0)
+        run.engine.backward(zero_runs.loss_of(run.engine(inputs), labels))
+        run.engine.step()
+        removed, run.kfac = run.kfac, KFAC(run.engine, run.case.kfac_config())
+        run.step(1)
+        run.close()
+        return removed.steps, run.kfac.steps
+
+
+def test_without_kfac_the_engine_trains_on() -> None:
+    assert run_ranks(2, train_on) == [(0, 1)] * 2
 
 
 def by_both_ways() -> list[dict[str, Tensor]]:
