@@ -30,7 +30,7 @@ def missing() -> str:
         return f"{' and '.join(absent)} not installed"
     if os.geteuid() != 0:
         return "only root makes network namespaces"
-    name = f"kfacprobe{os.getpid()}"
+    name = f"kfac{os.getpid()}trial"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if made.returncode:
         return f"no network namespaces here: {made.stderr.strip()}"
