@@ -143,7 +143,11 @@ class ZeroEngine(Engine):
             callback()
             self._written()
 
-        return _BeforeStep(self._deepspeed, run)
+        return _BeforeStep(self._deepspeed, run, self._let_go)
+
+    def _let_go(self) -> None:
+        """Compare nothing any more: the communicator closes."""
+        self._communicator = None
 
     def _agree_on_use(self) -> None:
         """Compare, in the first backward, which parameters it will reach: DeepSpeed mixes up gradients if ranks differ.
@@ -199,8 +203,9 @@ class ZeroEngine(Engine):
 class _BeforeStep:
     """Calls something at the beginning of each of an engine's optimizer steps, until it is removed."""
 
-    def __init__(self, engine: Any, callback: Callable[[], None]) -> None:
+    def __init__(self, engine: Any, callback: Callable[[], None], removed: Callable[[], None]) -> None:
         self._engine = engine
+        self._removed = removed
         self._active = True
         inner = engine._take_model_step
 
@@ -215,6 +220,7 @@ class _BeforeStep:
     def remove(self) -> None:
         """See `Handle.remove`; harmless when repeated."""
         self._active = False
+        self._removed()
         if self._engine.__dict__.get("_take_model_step") is not self._own:
             return  # somebody came later
         if self._outer is None:
