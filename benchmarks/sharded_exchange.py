@@ -147,9 +147,7 @@ def _through_dtensor(parameter: nn.Parameter) -> None:
     grad = parameter.grad
     assert isinstance(grad, DTensor)
     whole = grad.full_tensor()
-    grad.to_local().copy_(
-        distribute_tensor(whole, grad.device_mesh, grad.placements, src_data_rank=None).to_local()
-    )
+    grad.to_local().copy_(distribute_tensor(whole, grad.device_mesh, grad.placements, src_data_rank=None).to_local())
 
 
 def seconds_of(action: Callable[[], None]) -> float:
