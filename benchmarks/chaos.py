@@ -118,16 +118,15 @@ def _strike(round_: Round, job: Job, generator: random.Random) -> None:
             _expect(round_, job, f"no answer from rank {round_.rank}", "nor does the store answer")
         case "corrupt" | "truncate":
             job.end()
-            _damage(round_, job, generator)
+            word = f"ignored: {_damage(round_, job, generator)}: "
             job.start()
-            wait_for(lambda: "ignored: " in job.output(), job, "a word about the damaged checkpoint")
-            _expect(round_, job, "ignored: ")
+            wait_for(lambda: word in job.output(), job, "a word about the damaged checkpoint")
+            _expect(round_, job, word)
         case "full":
             filler = job.directory / "filler"
-            with filler.open("wb") as stream, suppress(OSError):
-                while True:
-                    stream.write(bytes(4096))
-                    stream.flush()
+            with suppress(OSError), filler.open("wb", buffering=0) as stream:
+                while stream.write(bytes(4096)):
+                    pass
             job.wait()
             _expect(round_, job, "No space left on device")
             if last_checkpoint(job.run) is None:
@@ -135,17 +134,19 @@ def _strike(round_: Round, job: Job, generator: random.Random) -> None:
             filler.unlink()
 
 
-def _damage(round_: Round, job: Job, generator: random.Random) -> None:
+def _damage(round_: Round, job: Job, generator: random.Random) -> Path:
+    """Damage a file of the newest checkpoint, and return that checkpoint's directory."""
     newest = last_checkpoint(job.run)
     if newest is None:
         raise Failed("there is no checkpoint to damage")
     victim = generator.choice([path for path in sorted(newest.path.iterdir()) if path.stat().st_size])
     if round_.fault == "truncate":
         os.truncate(victim, generator.randrange(victim.stat().st_size))
-        return
+        return newest.path
     contents = bytearray(victim.read_bytes())
     contents[generator.randrange(len(contents))] ^= 1 << generator.randrange(8)
     victim.write_bytes(contents)
+    return newest.path
 
 
 def _expect(round_: Round, job: Job, *texts: str) -> None:
@@ -225,7 +226,8 @@ def main() -> None:
             fault = arguments.faults[index % len(arguments.faults)]
             rounds.append(play_one(Path(parent), index, fault, arguments.ranks, generator, reference))
             print(f"{index + 1:3d}  {rounds[-1].describe()}", flush=True)
-    path = write("chaos", arguments.out, vars(arguments) | {"out": None}, summary(rounds))
+            # After every round: a play that is cut short leaves what it has shown.
+            path = write("chaos", arguments.out, vars(arguments) | {"out": None}, summary(rounds))
     failed = sum(bool(round_.failure) for round_ in rounds)
     print(f"{len(rounds) - failed} of {len(rounds)} rounds ended in the undisturbed run, bit for bit: {path}")
     sys.exit(1 if failed else 0)

@@ -74,22 +74,24 @@ class Job:
         return 0
 
     def pid(self, rank: int) -> int | None:
-        """Return the process of a rank: the agent's child that says so in its environment."""
-        agent = self.process.pid
-        for child in _read(f"/proc/{agent}/task/{agent}/children").split():
-            if f"RANK={rank}" in _read(f"/proc/{child}/environ").split("\0"):
-                return int(child)
-        return None
+        """Return the process of a rank."""
+        return child_pid(self.process.pid, rank)
 
     def strike(self, rank: int, number: signal.Signals) -> int:
         pid = self.pid(rank)
         if pid is None:
             raise Failed(f"rank {rank} is not there")
-        os.kill(pid, number)
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            raise Failed(f"rank {rank} ended before it was struck") from None
         return pid
 
     def wait(self) -> int:
-        return self.process.wait(DEADLINE_SECONDS)
+        try:
+            return self.process.wait(DEADLINE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Failed("the job did not end") from None
 
     def end(self) -> None:
         """Kill the agent and all ranks; ranks lead sessions of their own."""
@@ -122,6 +124,15 @@ def _read(path: str) -> str:
         return Path(path).read_text()
     except OSError:  # a process that has just ended
         return ""
+
+
+def child_pid(agent: int, rank: int | None = None) -> int | None:
+    """Return the process of a rank, or of any: the agent's child that says so in its environment."""
+    for child in _read(f"/proc/{agent}/task/{agent}/children").split():
+        ranks = [text for text in _read(f"/proc/{child}/environ").split("\0") if text.startswith("RANK=")]
+        if ranks and rank in (None, int(ranks[0].removeprefix("RANK="))):
+            return int(child)
+    return None
 
 
 def alive(pid: int) -> bool:

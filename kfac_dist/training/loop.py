@@ -6,10 +6,6 @@
 A step that doesn't log waits for nothing on the host.
 
 Where gradients and weights are is the engine's business: the loop is the same under DDP, FSDP2 and ZeRO.
-
-How the loss is divided: engines average gradients over W ranks with equal weights, yet ranks may have unequal parts of
-a batch. Each rank therefore backpropagates `Σℓ · W / n`, with n the terms of the whole step over all ranks and
-micro-batches; the average is then the gradient of the mean over n, whatever W and the number of micro-batches.
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +25,7 @@ from kfac_dist.errors import CheckpointError
 from kfac_dist.optimizers import set_learning_rate
 from kfac_dist.reporting.progress import Status
 from kfac_dist.training.agreement import agreed
-from kfac_dist.training.batches import MicroBatch, Source, StepBatch
+from kfac_dist.training.batches import Source, StepBatch
 from kfac_dist.training.checkpoint import Checkpoint
 from kfac_dist.training.diagnosis import blame_data
 from kfac_dist.training.divergence import DivergedError as DivergedError
@@ -38,25 +33,12 @@ from kfac_dist.training.divergence import Guard, Recovery, Verdict
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
 from kfac_dist.training.metrics import peak_memory_bytes
 from kfac_dist.training.outputs import Outputs as Outputs
-from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
 from kfac_dist.training.preemption import Preempted, Preemption
 from kfac_dist.training.run_state import capture_state, restore_state
 from kfac_dist.training.sampler import Position
 from kfac_dist.training.setup import Parts
+from kfac_dist.training.step import Passes, TermCounts
 from kfac_dist.training.window import Stopwatch, Window, WindowTotals
-
-
-@dataclass(frozen=True)
-class TermCounts:
-    """Loss terms of a step.
-
-    Attributes:
-        here: Of each of this rank's micro-batches, on the device; None where the number of samples says it.
-        everywhere: Of all ranks and micro-batches together; at least 1.
-    """
-
-    here: Sequence[Tensor | None]
-    everywhere: int | Tensor
 
 
 class Trainer:
@@ -89,6 +71,7 @@ class Trainer:
         self._saved_at = 0
         self._saved_moment = time.monotonic()
         self._guard = Guard(parts.engine, communicator, self._device)
+        self._passes = Passes(parts, communicator, self._guard, self._window)
         self._recovery = Recovery()
         self._diverged = ""
         self._batches: Iterator[StepBatch] = iter(())
@@ -233,12 +216,7 @@ class Trainer:
         Returns:
             The step's loss terms; the averaged gradients are in the engine.
         """
-        counts = self._count_terms(batch)
-        for micro, terms in zip(batch.micro_batches, counts.here, strict=True):
-            last = micro is batch.micro_batches[-1]
-            with self.parts.engine.synchronize(last):
-                self._forward_backward(micro, terms, counts.everywhere / self.communicator.size, last)
-        return counts
+        return self._passes.run(batch, f"step {self.step + 1}")
 
     def _take_step(self, batch: StepBatch) -> None:
         set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
@@ -251,31 +229,6 @@ class Trainer:
         taken = self._guard.taken()
         self.parts.engine.take_step(self.parts.optimizer, self.config.train.clip_grad_norm)
         self._window.add_step(batch.samples, counts.everywhere, taken)
-
-    def _forward_backward(self, micro: MicroBatch, terms: Tensor | None, divisor: float | Tensor, last: bool) -> None:
-        kfac, engine = self.parts.kfac, self.parts.engine
-        if kfac is not None:
-            kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last)
-        where, module = f"step {self.step + 1}", engine.module
-        with explained(where, module, micro.inputs, micro.targets):
-            outputs = forward(engine.model, engine.prepared(micro.inputs))
-            if kfac is not None:
-                kfac.fisher_backward(outputs)
-            total = loss_total(self.parts.loss, outputs, micro.targets, module)
-            engine.backward(total / divisor * self._guard.poison(total))
-        if last:
-            refuse_unused(where, engine.unused())
-        self._window.add_loss(total)
-
-    def _count_terms(self, batch: StepBatch) -> TermCounts:
-        """Count the step's loss terms; ranks add theirs up only where shapes don't tell them."""
-        micro, loss = batch.micro_batches, self.parts.loss
-        if not loss.counts_on_device:
-            return TermCounts([None] * len(micro), batch.samples)
-        here = [loss.count(part.targets) for part in micro]
-        everywhere = torch.stack(here).sum()
-        self.communicator.all_reduce(everywhere, label="loss terms").wait()
-        return TermCounts(here, everywhere.clamp_(min=1).to(torch.get_default_dtype()))
 
     def _after_step(self) -> None:
         settings, every = self.config.train, self.config.checkpoint.every

@@ -1,9 +1,9 @@
 """`manifest.json`: what a checkpoint consists of, so that a torn, truncated or altered one is told from a good one.
 
-    {"format": 2, "step": …, "files": {"__0_0.distcp": {"bytes": …, "sha256": …}, …}, and the run's own facts}
+    {"format": 2, "step": …, the run's own facts, "files": {"__0_0.distcp": {"bytes": …, "sha256": …}, …}, "sha256": …}
 
-It is written last. Names and sizes are looked at whenever checkpoints are listed; contents only before one is loaded,
-by all ranks together, since that reads every byte.
+It is written last; its own hash is that of all its other values. Names and sizes are looked at whenever checkpoints are
+listed; contents only before one is loaded, by all ranks together, since that reads every byte.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def file_facts(path: Path) -> FileFacts:
 def write_manifest(directory: Path, facts: dict[str, Any], files: dict[str, FileFacts]) -> None:
     """Write the manifest of a checkpoint whose files are on disk, and sync it and the directory."""
     listed = {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in sorted(files.items())}
+    values = {"format": FORMAT, **facts, "files": listed}
     with (directory / MANIFEST).open("w") as stream:
-        json.dump({"format": FORMAT, **facts, "files": listed}, stream, indent=1)
+        json.dump({**values, "sha256": _hash(values)}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     sync_directory(directory)
@@ -84,6 +85,8 @@ def read_manifest(path: Path) -> Checkpoint:
         version = facts.pop("format")
         if version != FORMAT:
             raise CheckpointError(f"{path}: its format is {version}, this version of kfac_dist reads {FORMAT}")
+        if facts.pop("sha256") != _hash({"format": version, **facts}):
+            raise CheckpointError(f"{path}: damaged, {MANIFEST} has other contents than were written")
         files = {str(name): FileFacts(**file) for name, file in facts.pop("files").items()}
         step = int(facts.pop("step"))
     except FileNotFoundError:
@@ -108,6 +111,10 @@ def damaged(checkpoint: Checkpoint, part: int, parts: int) -> str | None:
         if found != checkpoint.files[name]:
             return f"{checkpoint.path}: damaged, {name} has other contents than were written (by its SHA-256)"
     return None
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def sync_directory(path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kfac_dist.distributed.bootstrap import bootstrap, choose_device
+from kfac_dist.distributed.bootstrap import FLIGHT_RECORDER, _record_flights, bootstrap, choose_device
 from kfac_dist.distributed.place import Launcher, Place
 from kfac_dist.distributed.rendezvous import EPOCH
 from kfac_dist.errors import CollectiveError, ConfigError
@@ -170,3 +170,16 @@ def joined_by_others() -> str:
 
 def test_group_that_exists_is_used_unless_it_contradicts_the_launcher() -> None:
     assert run_ranks(2, joined_by_others) == ["", "False"]
+
+
+def test_nccl_writes_down_its_last_collectives_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FLIGHT_RECORDER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    _record_flights()
+    assert {name: os.environ[name] for name in FLIGHT_RECORDER} == {
+        **FLIGHT_RECORDER,
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    }
+    for name in FLIGHT_RECORDER:  # monkeypatch knows only what was there
+        os.environ.pop(name)

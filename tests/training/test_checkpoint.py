@@ -112,6 +112,10 @@ def test_a_manifest_of_another_format_is_refused(checkpoints: Checkpoints) -> No
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
     with pytest.raises(CheckpointError, match="its format is 99, this version of kfac_dist reads 2"):
         read_manifest(path)
+    path = checkpoints.save(1, _state(), {"epoch": 12})
+    manifest.write_text(manifest.read_text().replace('"epoch": 12', '"epoch": 13'))
+    with pytest.raises(CheckpointError, match=r"damaged, manifest\.json has other contents"):
+        read_manifest(path)
     manifest.write_text("[]")
     with pytest.raises(CheckpointError, match="can't be read"):
         read_manifest(path)

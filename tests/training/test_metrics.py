@@ -50,3 +50,25 @@ def test_tensorboard_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_peak_memory_is_plausible() -> None:
     assert 2**25 < peak_memory_bytes(torch.device("cpu")) < 2**42
+
+
+def test_a_full_disk_is_kept_for_the_next_boundary(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 1, "loss": 2.0})
+    writer._stream.close()
+    writer._stream = Path("/dev/full").open("a")  # noqa: SIM115
+    writer.write({"step": 2, "loss": 1.0})
+    writer.write({"step": 3, "loss": 1.0})
+    writer.close()
+    assert str(writer.failure) == "can't write /dev/full: No space left on device"
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_going_back_forgets_what_came_later(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write({"step": step, "loss": 1.0})
+    writer.rewind(1)
+    writer.write({"step": 2, "loss": 5.0})
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 5.0)]

@@ -193,6 +193,26 @@ def test_polls_are_rare_in_quick_steps_and_all_ranks_plan_the_same() -> None:
     assert slow[0] == slow[1] == (list(range(12)), 12)
 
 
+def _grant(steps: int) -> list[list[bool]]:
+    communicator = build_communicator(20)
+    wishes = (lambda: communicator.rank == 1, lambda: False)
+    preemption = Preemption(StopSignals(), communicator, wishes=wishes)
+    granted = []
+    for _ in range(steps):
+        assert not preemption.due()
+        granted.append(preemption.granted)
+    preemption.finish()
+    communicator.close()
+    return granted
+
+
+def test_what_one_rank_wishes_for_is_granted_on_all() -> None:
+    first, second = run_ranks(2, _grant, 4)
+    assert first == second
+    assert [True, False] in first
+    assert first[0] == [False, False]
+
+
 def test_alone_the_next_boundary_stops() -> None:
     with StopSignals() as signals:
         preemption = Preemption(signals, SoloCommunicator())

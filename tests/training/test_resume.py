@@ -58,6 +58,32 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, optimizer: str, kfac: boo
     assert seconds == sorted(seconds), "training time goes on counting"
 
 
+def _save_by_the_clock(directory: str) -> None:
+    os.environ.update(launched(dist.get_rank(), dist.get_world_size()))
+    sections = {"train": {"steps": 20, "log_every": 3}, "model": {"args": {"dims": [6, 5, 3]}}}
+    train(small_config(f"{directory}/whole", kfac=True, **sections), quiet=True)
+    timed = sections | {"checkpoint": {"every_minutes": 1e-5, "keep": 99}}
+    train(small_config(f"{directory}/timed", kfac=True, **timed), quiet=True)
+
+
+def _resume_as_it_was(directory: str) -> None:
+    os.environ.update(launched(dist.get_rank(), dist.get_world_size()))
+    sections = {"train": {"steps": 20, "log_every": 3}, "checkpoint": {"resume": "auto"}}
+    train(small_config(directory, kfac=True, **sections), quiet=True)
+
+
+def test_checkpoints_by_the_clock_leave_no_trace_in_the_run(tmp_path: Path) -> None:
+    run_ranks(2, _save_by_the_clock, str(tmp_path))
+    whole, timed = losses(tmp_path / "whole/small"), losses(tmp_path / "timed/small")
+    assert timed == whole
+    saved = sorted((tmp_path / "timed/small/checkpoints").iterdir())
+    assert len(saved) > 1
+    step = int(saved[0].name.removeprefix("step-"))
+    _continue_from(tmp_path / "resumed/small", tmp_path / "timed/small", step)
+    run_ranks(2, _resume_as_it_was, str(tmp_path / "resumed"))
+    assert losses(tmp_path / "resumed/small") == whole
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     train(small_config(tmp_path), quiet=True)
     path = str(tmp_path / "small/checkpoints/step-00000012")

@@ -1,0 +1,95 @@
+"""The passes of one step: micro-batches forward and back, with the loss divided over all of them.
+
+How the loss is divided: engines average gradients over W ranks with equal weights, yet ranks may have unequal parts of
+a batch. Each rank therefore backpropagates `Σℓ · W / n`, with n the terms of the whole step over all ranks and
+micro-batches; the average is then the gradient of the mean over n, whatever W and the number of micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.training.batches import MicroBatch, StepBatch
+from kfac_dist.training.divergence import Guard
+from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
+from kfac_dist.training.setup import Parts
+from kfac_dist.training.window import Window
+
+
+@dataclass(frozen=True)
+class TermCounts:
+    """Loss terms of a step.
+
+    Attributes:
+        here: Of each of this rank's micro-batches, on the device; None where the number of samples says it.
+        everywhere: Of all ranks and micro-batches together; at least 1.
+    """
+
+    here: Sequence[Tensor | None]
+    everywhere: int | Tensor
+
+
+class Passes:
+    """Runs the passes of a run's steps.
+
+    Args:
+        parts: Model, loss, preconditioner.
+        communicator: The ranks.
+        guard: Tells all ranks of a loss that isn't finite.
+        window: Takes the losses.
+    """
+
+    def __init__(self, parts: Parts, communicator: Communicator, guard: Guard, window: Window) -> None:
+        self._parts = parts
+        self._communicator = communicator
+        self._guard = guard
+        self._window = window
+
+    def run(self, batch: StepBatch, where: str) -> TermCounts:
+        """Pass the micro-batches of a step through the model, forward and back; collective.
+
+        Args:
+            batch: This rank's part.
+            where: The step, for messages.
+
+        Returns:
+            The step's loss terms; the averaged gradients are in the engine.
+        """
+        counts = self._count_terms(batch)
+        for micro, terms in zip(batch.micro_batches, counts.here, strict=True):
+            last = micro is batch.micro_batches[-1]
+            with self._parts.engine.synchronize(last):
+                self._forward_backward(micro, terms, counts.everywhere / self._communicator.size, last, where)
+        return counts
+
+    def _forward_backward(
+        self, micro: MicroBatch, terms: Tensor | None, divisor: float | Tensor, last: bool, where: str
+    ) -> None:
+        kfac, engine = self._parts.kfac, self._parts.engine
+        if kfac is not None:
+            kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last)
+        module = engine.module
+        with explained(where, module, micro.inputs, micro.targets):
+            outputs = forward(engine.model, engine.prepared(micro.inputs))
+            if kfac is not None:
+                kfac.fisher_backward(outputs)
+            total = loss_total(self._parts.loss, outputs, micro.targets, module)
+            engine.backward(total / divisor * self._guard.poison(total))
+        if last:
+            refuse_unused(where, engine.unused())
+        self._window.add_loss(total)
+
+    def _count_terms(self, batch: StepBatch) -> TermCounts:
+        """Count the step's loss terms; ranks add theirs up only where shapes don't tell them."""
+        micro, loss = batch.micro_batches, self._parts.loss
+        if not loss.counts_on_device:
+            return TermCounts([None] * len(micro), batch.samples)
+        here = [loss.count(part.targets) for part in micro]
+        everywhere = torch.stack(here).sum()
+        self._communicator.all_reduce(everywhere, label="loss terms").wait()
+        return TermCounts(here, everywhere.clamp_(min=1).to(torch.get_default_dtype()))

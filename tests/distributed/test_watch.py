@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+
+from kfac_dist.distributed.watch import Watch
+from kfac_dist.errors import CollectiveError
+
+TICK = 0.05
+
+
+def _said(watch: Watch) -> str:
+    with pytest.raises(CollectiveError) as caught, watch.explaining():
+        raise CollectiveError("all_reduce failed")
+    return str(caught.value)
+
+
+def test_a_failure_names_who_waits_where_and_who_does_not_answer() -> None:
+    store = HashStore()
+    asking, waiting, stopped = (Watch(store, rank, 4, TICK) for rank in (0, 1, 2))
+    asking.at("step 7, backward")
+    with waiting:
+        stopped.at("step 7, backward")
+        waiting.at("step 7, loading the batch")
+        time.sleep(4 * TICK)
+        waiting.at("step 7, backward")
+        said = _said(asking)
+    assert said == (
+        "all_reduce failed; no answer from ranks 2, 3; waiting: rank 0 in step 7, backward, "
+        "rank 1 in step 7, loading the batch"
+    ) or said.endswith("no answer from ranks 2, 3; waiting: ranks 0, 1 in step 7, backward")
+
+
+def test_ranks_that_move_on_tell_nothing() -> None:
+    store = HashStore()
+    with Watch(store, 0, 2, TICK) as watch:
+        for step in range(20):
+            watch.at(f"step {step}")
+            time.sleep(TICK / 4)
+        assert not PrefixStore("watch", store).check(["0"])
+        time.sleep(4 * TICK)
+        assert PrefixStore("watch", store).get("0") == b"step 19"
+
+
+def test_alone_nothing_is_added() -> None:
+    assert _said(Watch(None, 0, 1)) == "all_reduce failed"
+
+
+class _Stopped(Store):
+    """Answers nobody, as a store does whose process was stopped."""
+
+    def set(self, key: str, value: str) -> None:  # type: ignore[override]
+        time.sleep(60)
+
+
+def test_a_store_that_stands_still_or_is_gone_is_named() -> None:
+    began = time.monotonic()
+    watch = Watch(None, 0, 2, TICK)
+    watch._store = _Stopped()  # type: ignore[assignment]
+    assert "nor does the store answer" in _said(watch)
+    assert time.monotonic() - began < 5
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("localhost", server.port, is_master=False, wait_for_workers=False)
+    del server
+    assert "nor does the store answer" in _said(Watch(client, 1, 2, TICK))
