@@ -14,17 +14,26 @@ from kfac_dist.distributed.bootstrap import World
 from kfac_dist.engines.base import Engine
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.engines.zero import ZeroEngine, is_deepspeed_engine
-from kfac_dist.errors import ConfigError
+from kfac_dist.errors import ConfigError, ModelError
 
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def as_engine(model: nn.Module | Engine) -> Engine:
-    """Return the engine of a model that the user has wrapped already (or not at all)."""
+    """Return the engine of a model that the user has wrapped already (or not at all).
+
+    Raises:
+        ModelError: It is wrapped in a way that no engine serves.
+    """
     if isinstance(model, Engine):
         return model
     if is_deepspeed_engine(model):
         return ZeroEngine(model)
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ModelError(
+            "the model is wrapped in FullyShardedDataParallel, whose flat parameters hide the layers' own: shard it by "
+            "torch.distributed.fsdp.fully_shard instead"
+        )
     if not _fully_sharded(model):
         return DDPEngine(model)
     from kfac_dist.engines.fsdp2 import FSDP2Engine

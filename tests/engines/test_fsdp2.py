@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from kfac_dist import KFAC
@@ -167,6 +167,9 @@ def refusals() -> list[str]:
     as_engine(frozen)  # what isn't trained may lie where it wants
     with pytest.raises(ModelError) as caught:
         as_engine(fully_shard(nn.Linear(2, 2).requires_grad_(False)))
+    messages.append(str(caught.value))
+    with pytest.raises(ModelError) as caught:
+        as_engine(nn.Sequential(FullyShardedDataParallel(MAKE["mlp"](), device_id=torch.device("cpu"))))
     return [*messages, str(caught.value)]
 
 
@@ -181,6 +184,7 @@ REFUSED = [
     r"0\.weight is placed as \(Shard\(dim=1\),\): .* leave out shard_placement_fn and tensor parallelism",
     r"0\.weight and 2\.weight are sharded over different meshes, .* K-FAC needs one mesh for all parameters",
     r"the model has no trained parameter",
+    r"the model is wrapped in FullyShardedDataParallel, .* shard it by torch.distributed.fsdp.fully_shard instead",
 ]
 
 
