@@ -1,12 +1,15 @@
 # make train | test | lint | setup | clean | help
 #
-# PYTHON makes the virtual environment, PIP_ARGS goes to pip, ARGS to `kfac-dist train`, PYTEST_ARGS to pytest.
+# PYTHON makes the virtual environment, PIP_ARGS goes to pip, ARGS to `kfac-dist train`, PYTEST_ARGS to pytest on JOBS
+# processes.
 PYTHON ?= python3
 PIP_ARGS ?=
 CONFIG ?= configs/digits_autoencoder.yaml
 NPROC ?= 2
 ARGS ?=
 PYTEST_ARGS ?=
+# Test files that run side by side. Most of them start ranks of their own, so that more than four seldom pay.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n : 4 )))
 
 # One thread a rank: ranks on one machine share its cores, and two pools of threads would fight over them.
 export OMP_NUM_THREADS ?= 1
@@ -42,7 +45,7 @@ train: setup ## Train CONFIG with distributed K-FAC on NPROC ranks
 
 test: setup ## Run the tests; fail below 90 % coverage of the package
 	@$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 	@# Only now have the processes that the tests started written what they ran.
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
