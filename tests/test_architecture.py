@@ -197,7 +197,9 @@ def test_no_module_is_named_after_nothing() -> None:
     assert [path for path, file in MODULES.items() if file.stem in nothing] == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], ["version"], ["submit", "no.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], ["version"], ["submit", "no.yaml"]]
+)
 def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
     program = (
         "import sys\n"

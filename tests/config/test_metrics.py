@@ -28,5 +28,5 @@ def test_what_nobody_can_listen_at_is_refused(override: str) -> None:
 
 
 def test_a_run_without_steps_is_stale_after_a_while_at_least() -> None:
-    with pytest.raises(ConfigError, match="metrics.stale_seconds: found 0"):
+    with pytest.raises(ConfigError, match=r"metrics\.stale_seconds: found 0"):
         load_config(CONFIG, ["metrics.stale_seconds=0"])
