@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from kfac_dist.training import train
 from kfac_dist.training.divergence import DivergedError, Recovery, Verdict
 from kfac_dist.training.metrics import read_metrics
 from tests.harness import run_ranks
-from tests.training.runs import final_model, launched, small_config
+from tests.training.runs import deepspeed_ends_here, final_model, launched, small_config
 
 
 class FlakyNet(nn.Sequential):
@@ -32,13 +33,14 @@ class FlakyNet(nn.Sequential):
         return outputs * float("nan") if self.passes in self.bad else outputs
 
 
-def _run(directory: str, first: int, last: int) -> str:
+def _run(directory: str, first: int, last: int, **engine: Any) -> str:
     config = small_config(
         directory,
         kfac=True,
         model={"name": "tests.training.test_divergence:FlakyNet", "args": {"rank": 1, "first": first, "last": last}},
         train={"steps": 20, "log_every": 2, "divergence": {"skips": 3, "damping_factor": 10.0, "rollbacks": 2}},
         checkpoint={"every": 5, "keep": 9},
+        engine=engine,
     )
     try:
         train(config, quiet=True)
@@ -53,6 +55,32 @@ CASES = {"once": (8, 8), "for a while": (8, 12), "for ever": (8, 999)}
 def _all(directory: str) -> dict[str, Any]:
     os.environ.update(launched(dist.get_rank(), dist.get_world_size()))
     return {name: _run(f"{directory}/{name}", *bad) for name, bad in CASES.items()}
+
+
+# Without a loss scale: stage 2 would take such a step, stage 3 leave it out without a word.
+SHARDED: dict[str, dict[str, Any]] = {
+    "zero2": {"name": "zero2"},
+    "zero3": {"name": "zero3"},
+    "bf16": {"name": "zero3", "precision": "bfloat16"},
+}
+
+
+def _all_sharded(directory: str) -> dict[str, str]:
+    os.environ.update(launched(dist.get_rank(), dist.get_world_size()), DS_ACCELERATOR="cpu")
+    with deepspeed_ends_here():
+        return {name: _run(f"{directory}/{name}", 8, 8, **engine) for name, engine in SHARDED.items()}
+
+
+def test_deepspeed_skips_alike_without_a_loss_scale(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    for said in run_ranks(2, _all_sharded, str(tmp_path)):
+        assert said == dict.fromkeys(SHARDED, "")
+    for name in SHARDED:
+        records = read_metrics(tmp_path / name / "small/metrics.jsonl")
+        assert max(r["kfac/damping"] for r in records if "kfac/damping" in r) == 1.0, "it was raised after the skip"
+        model = final_model(tmp_path / name / "small")
+        assert model
+        assert all(bool(torch.isfinite(values).all()) for values in model.values())
 
 
 def test_ranks_skip_together_go_back_together_and_give_up_together(tmp_path: Path) -> None:
