@@ -224,7 +224,7 @@ def _differing(what: str) -> tuple[str, str]:
         ("shaped_by_rank", "model", r"plan different work, first at block 0 \(0.weight\)"),
         ("covered_by_rank", "model", "plan different work"),
         ("Branches", "gradients", "depend on left.bias, left.weight, right.bias and 1 more; on several ranks"),
-        ("world size", "", "--world-size 5, but torchrun started 3 ranks"),
+        ("world size", "", "--world-size 5, but environment started 3 ranks"),
     ],
 )
 def test_ranks_that_differ_are_told_apart(what: str, check: str, words: str) -> None:

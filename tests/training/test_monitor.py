@@ -63,7 +63,7 @@ def test_a_run_is_scraped_while_it_trains(tmp_path: Path) -> None:
             try:
                 found = scrape(port)
                 assert fetch(port, "/health")[0] == 200
-            except urllib.error.URLError:  # before its first step, or after its last
+            except OSError:  # before its first step, or after its last: nobody listens, or no longer
                 time.sleep(0.02)
                 continue
             if ("kfac_dist_step", "") in found:
