@@ -153,7 +153,7 @@ def _expect(round_: Round, job: Job, *texts: str) -> None:
     lines = [line.strip() for line in job.output().splitlines() if any(text in line for text in texts)]
     if not lines:
         raise Failed(f"the job did not say {' or '.join(texts)!r}")
-    round_.said.append(lines[0].replace(str(job.directory), "…")[:300])
+    round_.said.append(lines[0].replace(str(job.directory), "…")[:600])
 
 
 @contextmanager

@@ -52,7 +52,13 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Result:
+    """What one rank returned; a worker that is spent takes no other task.
+
+    DeepSpeed leaves counters and replaced functions behind, and ranks with different histories then disagree.
+    """
+
     value: bytes
+    spent: bool
 
 
 @dataclass(frozen=True)
@@ -103,19 +109,19 @@ def run_ranks(
             worker.pipe.send(_Task(rank, world_size, rendezvous, process_group, call, list(sys.path)))
         results, failures = _collect(workers, timeout)
     for rank, worker in enumerate(workers):
-        if rank in results:
+        if rank in results and not results[rank].spent:
             _idle.append(worker)
         else:
-            worker.stop(kill=True)
+            worker.stop(kill=rank not in results)
     if failures:
         raise RankError("\n".join(failures))
-    return [results[rank] for rank in range(world_size)]
+    return [pickle.loads(results[rank].value) for rank in range(world_size)]
 
 
-def _collect(workers: list[_Worker], timeout: float) -> tuple[dict[int, Any], list[str]]:
+def _collect(workers: list[_Worker], timeout: float) -> tuple[dict[int, _Result], list[str]]:
     """Results by rank, and failures in the order in which they came; after the first the others get a short grace."""
     deadline = time.monotonic() + timeout
-    results: dict[int, Any] = {}
+    results: dict[int, _Result] = {}
     failures: list[tuple[float, str]] = []
     pending = {worker.pipe: rank for rank, worker in enumerate(workers)}
     while pending:
@@ -135,8 +141,8 @@ def _collect(workers: list[_Worker], timeout: float) -> tuple[dict[int, Any], li
                 code = workers[rank].process.exitcode
                 outcome = _Failure(time.monotonic(), f"the process died (exit code {code})")
             match outcome:
-                case _Result(value):
-                    results[rank] = pickle.loads(value)
+                case _Result():
+                    results[rank] = outcome
                 case _Failure(moment, reason):
                     if not failures:
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -207,7 +213,8 @@ def _run(task: _Task) -> _Result | _Failure:
                 timeout=timeout,
             )
         # Plain bytes: torch's own pickling would share memory with a process that may be gone by then.
-        return _Result(pickle.dumps(function(*args)))
+        value = pickle.dumps(function(*args))
+        return _Result(value, spent="deepspeed" in sys.modules)
     except BaseException:
         return _Failure(time.monotonic(), traceback.format_exc())
     finally:
