@@ -45,7 +45,7 @@ train: setup ## Train CONFIG with distributed K-FAC on NPROC ranks
 
 test: setup ## Run the tests; fail below 90 % coverage of the package
 	@$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	@# Only now have the processes that the tests started written what they ran.
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report

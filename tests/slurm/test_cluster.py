@@ -22,7 +22,7 @@ from tests.training.runs import final_model, launched, losses, small_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 ROOT = Path(__file__).parents[2]
-STEPS = 280  # long enough that a loaded machine still finds the run under way
+STEPS = 210  # long enough that a loaded machine still finds the run under way
 PATIENCE_SECONDS = 120
 
 

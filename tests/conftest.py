@@ -1,0 +1,21 @@
+"""Files with slow tests first: run side by side, the last to end is then a short one."""
+
+from __future__ import annotations
+
+import pytest
+
+# Files that take half a minute or more, though no single test of them is marked.
+LONG = (
+    "engines/test_zero.py",
+    "engines/test_fsdp2.py",
+    "integrations/test_huggingface.py",
+    "training/test_bad_runs.py",
+    "training/test_engines.py",
+    "training/test_preemption.py",
+    "training/test_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.as_posix().endswith(LONG)}
+    items.sort(key=lambda item: item.path not in slow)
