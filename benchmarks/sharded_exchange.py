@@ -19,7 +19,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from benchmarks.reporting import spread, write
+from benchmarks.timing import seconds_of
 from benchmarks.workloads import WORKLOADS
 from kfac_dist import KFAC
 from kfac_dist.engines import Engine, as_engine
@@ -148,16 +148,6 @@ def _through_dtensor(parameter: nn.Parameter) -> None:
     assert isinstance(grad, DTensor)
     whole = grad.full_tensor()
     grad.to_local().copy_(distribute_tensor(whole, grad.device_mesh, grad.placements, src_data_rank=None).to_local())
-
-
-def seconds_of(action: Callable[[], None]) -> float:
-    """Return the slowest rank's seconds."""
-    dist.barrier()
-    started = time.perf_counter()
-    action()
-    seconds = torch.tensor(time.perf_counter() - started)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return seconds.item()
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:

@@ -24,7 +24,6 @@ import itertools
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +35,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.reporting import RESULTS, spread, write
+from benchmarks.timing import seconds_of
 from benchmarks.workloads import WORKLOADS
 from kfac_dist import KFAC
 from kfac_dist.distributed.segments import share_segments
@@ -127,16 +127,6 @@ class Variant:
         both = torch.tensor([traffic.total_bytes - before, sent_by_interface() - interface])
         dist.all_reduce(both)
         return seconds, int(both[0]), int(both[1])
-
-
-def seconds_of(action: Callable[[], None]) -> float:
-    """Return the slowest rank's seconds."""
-    dist.barrier()
-    started = time.perf_counter()
-    action()
-    seconds = torch.tensor(time.perf_counter() - started)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return seconds.item()
 
 
 def sent_by_interface() -> int:

@@ -36,6 +36,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.reporting import RESULTS, spread, write
+from benchmarks.timing import seconds_of
 from benchmarks.workloads import WORKLOADS, Workload
 from kfac_dist import KFAC
 from kfac_dist.config.schema import Solver
@@ -90,18 +91,14 @@ class Stepper:
 
     def step(self) -> float:
         """Take a step and return its seconds, the slowest rank's."""
-        if dist.is_initialized():
-            dist.barrier()
-        started = time.perf_counter()
+        return seconds_of(self._step)
+
+    def _step(self) -> None:
         self.workload.loss(self.model(self.inputs), self.inputs).backward()
         if self.precondition is not None:
             self.precondition()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        seconds = torch.tensor(time.perf_counter() - started)
-        if dist.is_initialized():
-            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return seconds.item()
 
 
 def _peer(model: nn.Module, method: str) -> Callable[[], None]:

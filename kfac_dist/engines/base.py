@@ -176,6 +176,18 @@ class Engine(ABC):
         K-FAC is attached and before a checkpoint is loaded; collective.
         """
 
+    def finite_everywhere(self, communicator: Communicator) -> Tensor:
+        """Return `finite` of all ranks together, 0-dim bool, the same on each; collective if ranks hold slices.
+
+        Whole gradients are averaged: what isn't finite on one rank isn't on any.
+        """
+        finite = self.finite()
+        if not self.sharded:
+            return finite
+        bad = (~finite).float().view(1)
+        communicator.all_reduce(bad, label="finite").wait()
+        return bad[0] == 0
+
     def finite(self) -> Tensor:
         """Return a 0-dim bool on the device: whether the averaged gradients that this rank holds are finite."""
         gradients = [grad.coalesce().values() if grad.is_sparse else grad for grad in self.gradients().values()]

@@ -284,7 +284,7 @@ class KFAC:
     def _update_curvature(self) -> None:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
         with self.phases(Phase.REDUCTION):
-            taken = self._measurement.finish(self._finite())
+            taken = self._measurement.finish(self._engine.finite_everywhere(self.communicator))
         self._rest.measure(self._measurement.terms, taken)
         if not self._slots:
             return
@@ -299,15 +299,6 @@ class KFAC:
         self._refreshed |= set(self._slots)
         with self.phases(Phase.INVERSION):
             self._refresh.start(self._slots, self._reduction.totals, self._total_damping, self.steps + lag)
-
-    def _finite(self) -> Tensor:
-        """Return whether all gradients are finite, 0-dim bool, the same on every rank."""
-        finite = self._engine.finite()
-        if not self._engine.sharded:
-            return finite
-        bad = (~finite).float().view(1)  # elsewhere there may be another slice's infinity
-        self.communicator.all_reduce(bad, label="finite").wait()
-        return bad[0] == 0
 
     def _step_once(self) -> None:
         """Take the step, unless the user's loop has called it already."""

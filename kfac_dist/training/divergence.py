@@ -57,11 +57,8 @@ class Guard:
         """
         if self._trusts_engine:
             return self._taken
-        taken = self._engine.finite().to(self._row.device)
-        if self._engine.sharded:
-            bad = (~taken).float().view(1)
-            self._communicator.all_reduce(bad, label="finite").wait()
-            taken = bad[0] == 0
+        taken = self._engine.finite_everywhere(self._communicator).to(self._row.device)
+        # One by one: no batched operation writes zeros over NaN without the host knowing where.
         for gradient in self._engine.gradients().values():
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
             values.masked_fill_(~taken.to(values.device), 0.0)
