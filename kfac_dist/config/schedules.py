@@ -1,4 +1,4 @@
-"""The value of a scheduled quantity (learning rate, damping) at a step: a pure function, so resuming needs no state.
+"""Quantities with a schedule (learning rate, damping): a pure function of the step, so resuming needs no state.
 
 warmup_from ── linear ──▶ value ── constant, linear, cosine or exponential ──▶ final ── and stays
      0               warmup_steps                                 steps (or the end of the run)
@@ -7,9 +7,57 @@ warmup_from ── linear ──▶ value ── constant, linear, cosine or exp
 from __future__ import annotations
 
 import math
+from enum import StrEnum
+from typing import Any, Self
 
-from kfac_dist.config.schema import Schedule, ScheduleKind
+from pydantic import model_validator
+
+from kfac_dist.config.section import Count, CountOrZero, NonNegative, Positive, Section
 from kfac_dist.errors import ConfigError
+
+
+class ScheduleKind(StrEnum):
+    """How a scheduled value moves from its start to its end once the warm-up is over."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+    EXPONENTIAL = "exponential"
+
+
+class Schedule(Section):
+    """A scalar as a function of the optimizer step.
+
+    A bare number in YAML means a constant. With `steps` unset the schedule spans the whole run.
+    """
+
+    value: Positive
+    kind: ScheduleKind = ScheduleKind.CONSTANT
+    final: NonNegative | None = None
+    steps: Count | None = None
+    warmup_steps: CountOrZero = 0
+    warmup_from: NonNegative = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_is_constant(cls, data: Any) -> Any:
+        return {"value": data} if isinstance(data, int | float) and not isinstance(data, bool) else data
+
+    @model_validator(mode="after")
+    def _final_fits_kind(self) -> Self:
+        if self.kind is ScheduleKind.CONSTANT and self.final is not None:
+            raise ValueError("final has no effect on a constant schedule: set kind to linear, cosine or exponential")
+        if self.kind is not ScheduleKind.CONSTANT and self.final is None:
+            raise ValueError(f"kind {self.kind} needs final, the value at the schedule's end")
+        if self.kind is ScheduleKind.EXPONENTIAL and self.final == 0:
+            raise ValueError("final is 0, which an exponential schedule never reaches: give it a positive value")
+        if self.kind is ScheduleKind.CONSTANT and self.steps is not None:
+            raise ValueError("steps has no effect on a constant schedule: set kind to linear, cosine or exponential")
+        if self.steps is not None and self.steps <= self.warmup_steps:
+            raise ValueError(f"steps ({self.steps}) must exceed warmup_steps ({self.warmup_steps}), which it includes")
+        if self.warmup_from and not self.warmup_steps:
+            raise ValueError("warmup_from has no effect without a warm-up: set warmup_steps")
+        return self
 
 
 def value_at(schedule: Schedule, step: int, total_steps: int | None = None) -> float:

@@ -1,0 +1,111 @@
+"""`kfac.curvature`: what is measured."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from kfac_dist.config.section import BelowOne, Count, Pattern, Section, Seed
+
+
+class Fisher(StrEnum):
+    """Whose gradients make the output factor G."""
+
+    EMPIRICAL = "empirical"
+    MC = "mc"
+    TYPE2 = "type2"
+    INPUT_ONLY = "input_only"
+
+
+class Sharing(StrEnum):
+    """How positions that share one weight (tokens, pixels) enter the factors (Eschenhagen et al. 2023)."""
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+
+
+class LossTerms(StrEnum):
+    """What the mean in the loss runs over: samples (one label each), or tokens (every position has a label)."""
+
+    SAMPLE = "sample"
+    TOKEN = "token"
+
+
+class Likelihood(StrEnum):
+    """The predictive distribution whose negative log-likelihood the loss is; needed by `mc` and `type2`."""
+
+    CATEGORICAL = "categorical"
+    BERNOULLI = "bernoulli"
+    GAUSSIAN = "gaussian"
+
+
+class Uncovered(StrEnum):
+    """What happens to the gradients of parameters that no block covers."""
+
+    PLAIN = "plain"
+    DIAGONAL = "diagonal"
+
+
+class DType(StrEnum):
+    """Floating-point formats that factors may be stored or sent in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+_MOST_DECAY_IN_BF16 = 0.95
+
+
+class CurvatureConfig(Section):
+    """What is measured: which layers, whose gradients, how often, in which precision.
+
+    Attributes:
+        fisher: Whose gradients make G. `mc` and `type2` are the true Fisher and need `likelihood`.
+        likelihood: Predictive distribution of the model; the training loop sets it from the loss.
+        loss_terms: What the mean in the loss runs over.
+        sharing: Weight-sharing setting of every block that `sharing_overrides` does not match.
+        sharing_overrides: Pattern (`fnmatch`, on module names) to setting; the first match wins.
+        include: Patterns of module names that get K-FAC blocks.
+        exclude: Patterns of module names that get none; wins over `include`.
+        uncovered: What no block covers keeps its `plain` gradient, or is divided by a `diagonal` Fisher.
+        decay: β of the running average, applied once every `factor_every` steps.
+        factor_every: Steps between measurements.
+        sample_fraction: Share of rows (samples, or tokens) that enter the factors: 1/k, every k-th row.
+        factor_dtype: Precision in which the running averages are kept.
+        seed: Seed of the labels that `mc` draws.
+    """
+
+    fisher: Fisher = Fisher.EMPIRICAL
+    likelihood: Likelihood | None = None
+    loss_terms: LossTerms = LossTerms.SAMPLE
+    sharing: Sharing = Sharing.EXPAND
+    sharing_overrides: dict[str, Sharing] = Field(default_factory=dict)
+    include: tuple[Pattern, ...] = ("*",)
+    exclude: tuple[Pattern, ...] = ()
+    uncovered: Uncovered = Uncovered.PLAIN
+    decay: BelowOne = 0.95
+    factor_every: Count = 10
+    sample_fraction: Annotated[float, Field(ge=1e-6, le=1, strict=True, allow_inf_nan=False)] = 1.0
+    factor_dtype: DType = DType.FLOAT32
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _storage_can_follow(self) -> Self:
+        if self.factor_dtype is DType.BFLOAT16 and self.decay > _MOST_DECAY_IN_BF16:
+            raise ValueError(
+                f"factor_dtype bfloat16 can't follow a decay of {self.decay}: steps of {1 - self.decay:.2g} round away "
+                f"in eight bits; use float32, or a decay of at most {_MOST_DECAY_IN_BF16}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fraction_is_one_in_k(self) -> Self:
+        rows = 1 / self.sample_fraction
+        if abs(rows - round(rows)) > 0.02 * rows:
+            raise ValueError(
+                f"sample_fraction ({self.sample_fraction}) must be 1/k for a whole k, such as 0.5 or 0.1: one row "
+                "in k is measured"
+            )
+        return self

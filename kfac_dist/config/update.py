@@ -1,0 +1,31 @@
+"""`kfac.update`: what is done with the result."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from kfac_dist.config.section import NonNegative, Positive, Section
+
+
+class UpdateConfig(Section):
+    """What is done with the preconditioned gradient Δ.
+
+    Attributes:
+        kl_clip: κ of the trust region: Δ is scaled by min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩))); null switches it off.
+        kl_clip_lr: The lr of that formula. `current` is the optimizer's lr of this step: while the clip is active the
+            step's length is then set by κ alone. A number fixes it, so that an lr schedule keeps its effect.
+        l2: Coefficient of a weight decay that is part of the loss: l2·θ joins the gradient before preconditioning and
+            l2 joins the damping. (An optimizer's own weight_decay stays outside of K-FAC, as in AdamW.)
+    """
+
+    kl_clip: Positive | None = 0.001
+    kl_clip_lr: Literal["current"] | Positive = "current"
+    l2: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _lr_belongs_to_clip(self) -> Self:
+        if self.kl_clip is None and self.kl_clip_lr != "current":
+            raise ValueError("kl_clip_lr has no effect while kl_clip is null: leave it out, or give kl_clip a value")
+        return self
