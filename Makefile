@@ -1,4 +1,4 @@
-# make train | test | lint | setup | clean | help
+# make train | test | lint | docs | setup | clean | help
 #
 # PYTHON makes the virtual environment, PIP_ARGS goes to pip, ARGS to `kfac-dist train`, PYTEST_ARGS to pytest on JOBS
 # processes.
@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test lint docs format clean
 
 help: ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "kfac_dist needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing)." \
 	    "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,dev,mlxtend,hf,mpi,metrics]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,dev,mlxtend,hf,mpi,metrics,docs]'
 	@# Its build needs the torch that is installed by now, and none of its extensions.
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --quiet setuptools wheel ninja
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
@@ -57,10 +57,13 @@ lint: setup ## Check style, formatting, types, shell scripts and image builds
 	$(BIN)/shellcheck -x launch/*.sh slurm/*.sbatch docker/*.sh
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
+docs: setup ## Build the documentation site into site/; fail on broken links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: setup ## Apply the style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## Remove caches and build products; keep .venv and runs/
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* coverage.xml
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* coverage.xml
 	find kfac_dist tests -name __pycache__ -type d -prune -exec rm -rf {} +

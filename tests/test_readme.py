@@ -1,4 +1,4 @@
-"""What README.md shows is run: a reader who copies it gets what it says."""
+"""What README.md and the pages of docs/ show is run: a reader who copies it gets what it says."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from kfac_dist.config.schema import EngineConfig, KFACConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))])
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES, flags=re.MULTILINE | re.DOTALL)
 
 
 def the_block(language: str, mark: str) -> str:
@@ -79,12 +80,13 @@ def test_a_model_of_ones_own_gives_logits() -> None:
     assert model(torch.zeros(2, 8, dtype=torch.long)).shape == (2, 8, 256)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"configs/[a-z0-9_]+\.yaml", README)) - {"configs/mine.yaml"}))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"configs/[a-z0-9_]+\.yaml", PAGES)) - {"configs/mine.yaml"}))
 def test_named_configurations_exist(path: str) -> None:
     assert (ROOT / path).exists()
 
 
-LAUNCHES = re.findall(r"^((?:launch/|kfac-dist launch ).*?) *(?:#.*)?$", "\n".join(blocks("sh")), flags=re.MULTILINE)
+LAUNCH = re.compile(r"^((?:launch/|kfac-dist launch ).*?) *(?:#.*)?$", flags=re.MULTILINE)
+LAUNCHES = sorted(set(LAUNCH.findall("\n".join(blocks("sh")))))
 
 
 @pytest.mark.parametrize("command", LAUNCHES)

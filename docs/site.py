@@ -1,0 +1,40 @@
+"""What the site adds to the pages: README as its first, and the files of the repository that pages link to.
+
+A page links to `../configs/byte_gpt.yaml` as it would on a forge; on the site that file lies beside the pages.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+SHOWN = (
+    "benchmarks/results/*.json",
+    "benchmarks/results/*.png",
+    "configs/*.yaml",
+    "examples/*.py",
+    "kfac_dist/reporting/grafana.json",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add what pages link to outside of docs/."""
+    readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
+    files.append(File.generated(config, "index.md", content=readme))
+    for pattern in SHOWN:
+        for path in sorted(ROOT.glob(pattern)):
+            files.append(File(str(path.relative_to(ROOT)), str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Take one `../` from links that lead out of docs/."""
+    depth = page.file.src_uri.count("/")
+    return re.sub(rf"\]\((?:\.\./){{{depth + 1}}}(?=\w)", "](" + "../" * depth, markdown)
