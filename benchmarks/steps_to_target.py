@@ -14,14 +14,12 @@ program is started again. Tasks that are not measured keep their place in the ou
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reporting import RESULTS, spread, write
+from benchmarks.trials import Grid, Ledger, Point, draws, until
 from benchmarks.workloads import reconstruction
 from kfac_dist import KFAC
 from kfac_dist.config.schema import Target
@@ -53,8 +52,6 @@ class Task:
     trials: int
     inverse_dtype: str
 
-
-Grid = dict[str, list[Any]]
 
 TASKS = {
     "digits": Task("digits", (64, 100, 50, 25, 8), 256, 1500, 5, 12, "float32"),
@@ -102,15 +99,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "early refreshes from 10": {"early_refresh": 10},
     "no early refreshes": {"early_refresh": 0},
 }
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a run stands: optimizer steps, CPU seconds, loss of the whole training set."""
-
-    step: int
-    seconds: float
-    loss: float
 
 
 def build(
@@ -175,22 +163,6 @@ def train(task: Task, data: Tensor, method: str, setting: dict[str, Any], seed: 
             started = time.process_time()
 
 
-def until(points: Iterator[Point], target: float, most_seconds: float = math.inf) -> list[Point]:
-    """Return a run's points up to the one that reaches the target (or has taken too long)."""
-    taken = []
-    for point in points:
-        taken.append(point)
-        if point.loss <= target or point.seconds > most_seconds:
-            break
-    return taken
-
-
-def draws(grid: Grid, trials: int) -> list[dict[str, Any]]:
-    """Return distinct settings of a grid, drawn by a fixed seed."""
-    settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return random.Random(0).sample(settings, min(trials, len(settings)))
-
-
 # ---- what a worker does: each returns what JSON can hold
 
 
@@ -227,29 +199,6 @@ def run_variant(task: Task, setting: dict[str, Any], seed: int, target: float) -
     """Return the steps and seconds of K-FAC to a target, and whether it came there."""
     last = until(train(task, data_of(task), "kfac", setting, seed), target)[-1]
     return [last.step, last.seconds, last.loss <= target]
-
-
-class Ledger:
-    """Results of trainings that have ended, in a file if there is one."""
-
-    def __init__(self, path: Path | None, pool: ProcessPoolExecutor) -> None:
-        self._path = path
-        self._pool = pool
-        self._known: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
-
-    def all(self, function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
-        """Return the function's value for each of the arguments, in processes of their own where it isn't known."""
-        keys = [f"{function.__name__} {arguments!r}" for arguments in calls]
-        running: dict[str, Future[Any]] = {
-            key: self._pool.submit(function, *arguments)
-            for key, arguments in zip(keys, calls, strict=True)
-            if key not in self._known
-        }
-        for key, future in running.items():
-            self._known[key] = future.result()
-            if self._path is not None:
-                self._path.write_text(json.dumps(self._known))
-        return [self._known[key] for key in keys]
 
 
 def choose(name: str, ledger: Ledger) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]]]:
