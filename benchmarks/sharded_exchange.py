@@ -61,11 +61,11 @@ class Setting:
             self.deepspeed.backward(workload.loss(self.deepspeed(inputs), inputs))
 
     def exchange(self) -> None:
-        transport = self.kfac._transport
-        transport.collect()
+        transport, gradients = self.kfac._transport, self.engine.gradients()
+        transport.collect(gradients)
         for groups in transport.arriving():
             transport.send(groups, [group.gradient for group in groups])
-        transport.deliver(None)
+        transport.deliver(gradients, None)
 
     def public(self) -> None:
         parameters = dict(self.module.named_parameters())

@@ -114,11 +114,11 @@ class Variant:
 
     @torch.no_grad()
     def _return_updates(self) -> Callable[[], None]:
-        transport = self.kfac._transport
-        transport.collect()
+        transport, gradients = self.kfac._transport, self.kfac.engine.gradients()
+        transport.collect(gradients)
         for groups in transport.arriving():
             transport.send(groups, [group.gradient for group in groups])
-        return torch.no_grad()(lambda: transport.deliver(None))
+        return torch.no_grad()(lambda: transport.deliver(gradients, None))
 
     def _timed(self, action: Callable[[], None]) -> tuple[float, int, int]:
         traffic = self.kfac.communicator.traffic

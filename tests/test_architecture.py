@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "distributed": {"config", "errors"},
     "engines": {"config", "distributed", "errors"},
     "preconditioner": {"config", "curvature", "distributed", "engines", "errors"},
-    "optimizers": {"config", "errors"},
+    "optimizers": {"config", "distributed", "engines", "errors", "preconditioner"},
     "tasks": {"config", "errors"},
     "reporting": {"config", "errors"},
     "training": {"config", "distributed", "engines", "errors", "optimizers", "preconditioner", "reporting", "tasks"},

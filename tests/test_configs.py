@@ -39,6 +39,7 @@ SMALL = {
         "data.args={context: 16, test_fraction: 0.001}",
     ),
     "digits_autoencoder.yaml": (),
+    "digits_autoencoder_cg.yaml": ("kfac.cg.compare_every=4",),
     "digits_resnet20.yaml": ("model.args={width: 4}", "data.args={test_fraction: 0.02}", "train.epochs=null"),
     "mnist5k_autoencoder.yaml": ("model.args.dims=[784, 32, 8]",),
 }

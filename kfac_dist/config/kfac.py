@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -10,17 +10,57 @@ from kfac_dist.config.curvature import CurvatureConfig
 from kfac_dist.config.distribution import DistributionConfig
 from kfac_dist.config.inversion import InversionConfig
 from kfac_dist.config.section import Flag, Section
+from kfac_dist.config.solver import CGConfig, StepSolver
 from kfac_dist.config.update import UpdateConfig
 
 
 class KFACConfig(Section):
-    """Everything that `KFAC` needs besides the model."""
+    """Everything that `KFAC` needs besides the model.
+
+    `solver` says who finds the step. Where it isn't a first-order optimizer, the trust region of the direct step has
+    no say: `update.kl_clip` is then null.
+    """
 
     enabled: Flag = True
+    solver: StepSolver = StepSolver.DIRECT
     curvature: CurvatureConfig = Field(default_factory=CurvatureConfig)
     inversion: InversionConfig = Field(default_factory=InversionConfig)
     distribution: DistributionConfig = Field(default_factory=DistributionConfig)
     update: UpdateConfig = Field(default_factory=UpdateConfig)
+    cg: CGConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_clip_without_lr(cls, data: Any) -> Any:
+        """Switch the KL clip, on by default, off for solvers that set the step's length themselves."""
+        if not isinstance(data, dict) or data.get("solver", StepSolver.DIRECT) in (None, StepSolver.DIRECT):
+            return data
+        update = data.get("update", {})
+        if isinstance(update, UpdateConfig) and not {"kl_clip", "kl_clip_lr"} & update.model_fields_set:
+            update = update.model_copy(update={"kl_clip": None})
+        elif isinstance(update, dict) and not {"kl_clip", "kl_clip_lr"} & set(update):
+            update = {**update, "kl_clip": None}
+        return {**data, "update": update}
+
+    @model_validator(mode="after")
+    def _options_belong_to_solver(self) -> Self:
+        if self.cg is not None and self.solver is not StepSolver.CG:
+            raise ValueError(f"cg has no effect while solver is {self.solver}: leave it out, or set solver to cg")
+        if self.solver is StepSolver.DIRECT:
+            return self
+        if not self.enabled:
+            raise ValueError(f"solver {self.solver} builds on K-FAC: set enabled to true, or solver to direct")
+        if self.update.kl_clip is not None:
+            raise ValueError(
+                f"update.kl_clip ({self.update.kl_clip}) has no effect while solver is {self.solver}, which finds the "
+                "step's length from its quadratic model: leave it out"
+            )
+        return self
+
+    @property
+    def cg_options(self) -> CGConfig:
+        """The section `cg`, or its defaults."""
+        return self.cg or CGConfig()
 
     @model_validator(mode="after")
     def _intervals_fit(self) -> Self:

@@ -5,6 +5,7 @@ Each section answers one question and has its own file here, so that a construct
     run  model  data  loss  optimizer  engine  train  checkpoint  metrics        the training run
     kfac = curvature (what is measured) + inversion (what is solved)
          + distribution (who does it) + update (what is done with the result)
+         + solver (who finds the step) with cg
 
 Everything here is a plain value: nothing imports torch, so that a configuration can be checked in milliseconds.
 Values out of range and unknown keys are refused here; `kfac_dist.config.load` turns a refusal into a message that
@@ -49,6 +50,8 @@ from kfac_dist.config.schedules import Schedule as Schedule
 from kfac_dist.config.schedules import ScheduleKind as ScheduleKind
 from kfac_dist.config.section import Seconds, Seed
 from kfac_dist.config.section import Section as Section
+from kfac_dist.config.solver import CGConfig as CGConfig
+from kfac_dist.config.solver import StepSolver as StepSolver
 from kfac_dist.config.train import TrainConfig as TrainConfig
 from kfac_dist.config.update import UpdateConfig as UpdateConfig
 
@@ -82,7 +85,7 @@ class Config(Section):
     model: Target
     data: Target
     loss: LossConfig
-    optimizer: OptimizerConfig
+    optimizer: OptimizerConfig | None = None
     kfac: KFACConfig = Field(default_factory=KFACConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     train: TrainConfig
@@ -104,3 +107,36 @@ class Config(Section):
                 f"{loss.loss_terms}s: leave it out, it follows from the loss"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_finds_the_step(self) -> Self:
+        solver = self.kfac.solver
+        if solver is StepSolver.DIRECT:
+            if self.optimizer is None:
+                raise ValueError("optimizer: missing; expected a mapping with keys name, lr, …: it takes the step")
+            return self
+        found = f"while kfac.solver is {solver}"
+        if self.optimizer is not None:
+            raise ValueError(f"optimizer has no effect {found}, which finds the whole step: leave it out (null)")
+        if self.engine.name is not EngineName.DDP:
+            raise ValueError(
+                f"engine.name ({self.engine.name}) must be ddp {found}: its products with the curvature differentiate "
+                "the whole model forward, which needs every parameter on every rank"
+            )
+        if self.engine.sync_batchnorm:
+            raise ValueError(
+                f"engine.sync_batchnorm can't be true {found}: SyncBatchNorm has no forward-mode derivative"
+            )
+        if self.train.clip_grad_norm is not None:
+            raise ValueError(f"train.clip_grad_norm has no effect {found}: no optimizer sees a gradient; leave it out")
+        return self
+
+    @property
+    def first_order(self) -> OptimizerConfig:
+        """The optimizer that moves the parameters: `optimizer`, or plain descent by what a solver has found."""
+        return self.optimizer or OptimizerConfig(lr=Schedule(value=1.0), momentum=0.0)
+
+    @property
+    def learning_rate(self) -> Schedule:
+        """The rate that a run logs."""
+        return self.kfac.cg_options.lr if self.kfac.solver is StepSolver.CG else self.first_order.lr

@@ -221,7 +221,7 @@ def _measure(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Sou
         # Inputs and output gradients are whole under every engine, so that what they measure is seen under DDP, too.
         replicated = config.engine.model_copy(update={"name": EngineName.DDP, "precision": Precision.FLOAT32})
         engine, optimizer = build_engine(
-            model, replicated, config.train, case.world, partial(build_optimizer, config=config.optimizer)
+            model, replicated, config.train, case.world, partial(build_optimizer, config=config.first_order)
         )
         sampler = Sampler(len(train), config.train.batch_size, config.run.seed)
         stream = Stream(train, sampler, rank=ranks.rank, world_size=ranks.size, accumulate=config.train.accumulate)

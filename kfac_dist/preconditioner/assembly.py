@@ -114,7 +114,7 @@ def assemble(
         names = [[name for part in bucket for name in part] for bucket in zip(*columns, strict=True)]
         transport = ShardedTransport(engine, coverage.blocks, buckets, names, plan, row, device)
     else:
-        transport = ReplicatedTransport(engine, coverage.blocks, groups, plan, row)
+        transport = ReplicatedTransport(coverage.blocks, groups, plan, row)
     rest = DiagonalFisher(
         engine,
         _uncovered(engine, coverage, config),

@@ -77,7 +77,7 @@ class DiagonalFisher:
             return
         total = torch.ones_like(self._weight) * terms
         self._communicator.all_reduce(total, label=LABEL).wait()
-        self.collect()
+        self.collect(self._engine.gradients())
         new = self.gradient.square() * (total / self._engine.gradient_scale**2)
         known = taken & (total > 0)
         zero_unless(known, new)
@@ -85,11 +85,10 @@ class DiagonalFisher:
         self._sum.lerp_(new, rate)
         self._weight.lerp_(torch.ones_like(rate), rate)
 
-    def collect(self) -> None:
-        """Fill `gradient` with the parameters' averaged gradients, zero where no rank used a parameter."""
+    def collect(self, gradients: dict[str, Tensor]) -> None:
+        """Fill `gradient` with the parameters' gradients, zero where there is none: no rank used the parameter."""
         if not self.names:
             return
-        gradients = self._engine.gradients()
         found = [name for name in self._pieces if name in gradients]
         if len(found) < len(self._pieces):
             self.gradient.zero_()
@@ -111,12 +110,12 @@ class DiagonalFisher:
             return []
         return [torch.dot(update, self.gradient)]
 
-    def deliver(self, update: Tensor, scale: Tensor | None) -> None:
-        """Write a preconditioned gradient, times a 0-dim factor, into the engine's gradients."""
+    def deliver(self, gradients: dict[str, Tensor], update: Tensor, scale: Tensor | None) -> None:
+        """Write a preconditioned gradient, times a 0-dim factor, over the gradients that were collected."""
         if not self.names:
             return
         update = update if scale is None else update * scale
-        gradients, views = self._engine.gradients(), self._views(update)
+        views = self._views(update)
         found = [name for name in self._pieces if name in gradients]
         if found:
             torch._foreach_copy_([gradients[name] for name in found], [views[name] for name in found])

@@ -17,6 +17,7 @@ collect, precondition, clip and deliver the gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schedules import value_at
-from kfac_dist.config.schema import KFACConfig
+from kfac_dist.config.schema import KFACConfig, StepSolver
 from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.engines import Engine, as_engine
-from kfac_dist.errors import ModelError
+from kfac_dist.errors import ConfigError, ModelError
 from kfac_dist.preconditioner import state
 from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
 from kfac_dist.preconditioner.measurement import Description, Measurement
@@ -111,18 +112,54 @@ class KFAC:
 
         Raises:
             ModelError: On every rank: in the first measured step, the loss shows to be a sum where a mean was expected.
+            ConfigError: `kfac.solver` finds the step instead.
         """
+        if self.config.solver is not StepSolver.DIRECT:
+            raise ConfigError(
+                f"kfac.solver is {self.config.solver}, which finds the whole step: call "
+                "kfac_dist.optimizers.build_stepper(kfac, loss).step() instead of kfac.step() and optimizer.step()"
+            )
         if not self._engine.stepping:
             return
+        self.update_curvature()
+        with self.phases(Phase.PRECONDITIONING):
+            self._add_weight_decay()
+            self._precondition(self._engine.gradients(), clip=self.config.update.kl_clip)
+        self.advance()
+
+    @torch.no_grad()
+    def update_curvature(self) -> None:
+        """Close the statistics that backward measured and refresh what is due: the first part of `step`.
+
+        For solvers that take the step themselves: then come any number of calls of `precondition`, and `advance`.
+        """
         if self._measurement.active:
-            self._update_curvature()
+            self._measure_and_refresh()
         with self.phases(Phase.SHARING):
             self._refresh.activate(self.steps)
+
+    @torch.no_grad()
+    def precondition(self, vectors: dict[str, Tensor]) -> None:
+        """Multiply a vector by the current damped inverse, in place; collective, and linear in the vector.
+
+        Nothing of K-FAC's state changes: no clip, no weight decay, no statistics.
+
+        Args:
+            vectors: By parameter name, each in the shape in which the engine holds the parameter's gradient. Parameters
+                without a block keep their values (with `uncovered: diagonal` they are divided by its damped Fisher).
+        """
         with self.phases(Phase.PRECONDITIONING):
-            self._precondition()
+            self._precondition(vectors, clip=None)
+
+    def advance(self) -> None:
+        """End the step: the last part of `step`, for solvers that take the step themselves."""
         self.steps += 1
         self._done = True
         self._begin()
+
+    def unobserved(self) -> AbstractContextManager[None]:
+        """Return a context in which passes through the model are not measured."""
+        return self._measurement.paused()
 
     def micro_batch(
         self,
@@ -171,6 +208,11 @@ class KFAC:
     def damping(self) -> float:
         """λ of the current step, without the weight decay that is part of the loss."""
         return self._damping_factor * value_at(self.config.inversion.damping, self.steps, self._total_steps)
+
+    @property
+    def damping_factor(self) -> float:
+        """What `multiply_damping` has set."""
+        return self._damping_factor
 
     def multiply_damping(self, factor: float, *, refresh: bool = False) -> None:
         """Multiply the configured damping from now on, such as after steps that had to be skipped.
@@ -281,7 +323,7 @@ class KFAC:
             self._slots = tuple(sorted({*self._cadence.due(self.steps), *self._overdue}))
             self._reduction.begin(self._slots)
 
-    def _update_curvature(self) -> None:
+    def _measure_and_refresh(self) -> None:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
         with self.phases(Phase.REDUCTION):
             taken = self._measurement.finish(self._engine.finite_everywhere(self.communicator))
@@ -306,20 +348,19 @@ class KFAC:
             self.step()
         self._done = False
 
-    def _precondition(self) -> None:
-        """Collect, precondition, clip and deliver the gradients."""
-        self._add_weight_decay()
-        self._transport.collect()
-        self._rest.collect()
+    def _precondition(self, gradients: dict[str, Tensor], *, clip: float | None) -> None:
+        """Collect, precondition, clip and deliver gradients, in place."""
+        self._transport.collect(gradients)
+        self._rest.collect(gradients)
         products = []
         for groups in self._transport.arriving():
             updates = [group.apply(self._total_damping) for group in groups]
             products += [_dot(update, group.gradient) for update, group in zip(updates, groups, strict=True)]
             self._transport.send(groups, updates)
         rest = self._rest.apply(self._total_damping)
-        scale = self._trust(products, rest)
-        self._transport.deliver(scale)
-        self._rest.deliver(rest, scale)
+        scale = None if clip is None else self._trust(clip, products, rest)
+        self._transport.deliver(gradients, scale)
+        self._rest.deliver(gradients, rest, scale)
 
     def _add_weight_decay(self) -> None:
         l2 = self.config.update.l2 * self._engine.gradient_scale
@@ -329,16 +370,14 @@ class KFAC:
         if gradients:
             torch._foreach_add_(list(gradients.values()), [parameters[name] for name in gradients], alpha=l2)
 
-    def _trust(self, products: list[Tensor], rest: Tensor) -> Tensor | None:
-        """Return the scale of all updates, `ν = min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩)))`, on the device; None without a clip.
+    def _trust(self, clip: float, products: list[Tensor], rest: Tensor) -> Tensor:
+        """Return the scale of all updates, `ν = min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩)))`, on the device.
 
         Args:
+            clip: κ.
             products: ⟨Δ, ∇⟩ of this rank's groups.
             rest: Δ of the parameters without a block.
         """
-        clip = self.config.update.kl_clip
-        if clip is None:
-            return None
         products = [*products, *self._rest.products(rest)]
         total = torch.stack(products).sum() if products else torch.zeros((), device=self._device)
         self._row.all_reduce(total, label="kl_clip").wait()
@@ -354,6 +393,11 @@ class KFAC:
         assert self._optimizer is not None
         rates: list[float | Tensor] = [group["lr"] for group in self._optimizer.param_groups]
         return rates[0] if len(rates) == 1 else max(rates)
+
+    @property
+    def engine(self) -> Engine:
+        """The model, and where its gradients are."""
+        return self._engine
 
     @property
     def _total_damping(self) -> float:

@@ -7,7 +7,8 @@ model's outputs; those carry neither the loss's divisor nor an AMP scale.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -180,6 +181,16 @@ class Measurement:
                 scaled=self._scaler is not None,
             )
         return taken
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return a context in which passes through the model are none of the step's."""
+        active, self._capture.active = self._capture.active, False
+        self._scale.paused = True
+        try:
+            yield
+        finally:
+            self._capture.active, self._scale.paused = active, False
 
     def discard(self) -> None:
         """Forget what the step has measured; collective where this step reduces."""

@@ -40,8 +40,12 @@ class Transport(ABC):
     """Moves gradients between where the engine keeps them and the groups that precondition them."""
 
     @abstractmethod
-    def collect(self) -> None:
-        """Start to bring the averaged gradients to those who precondition them."""
+    def collect(self, gradients: dict[str, Tensor]) -> None:
+        """Start to bring gradients to those who precondition them.
+
+        Args:
+            gradients: By parameter name, each as the engine holds its gradient.
+        """
 
     @abstractmethod
     def arriving(self) -> Iterator[Sequence[Group]]:
@@ -57,10 +61,11 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def deliver(self, scale: Tensor | None) -> None:
-        """Write the preconditioned gradients into the engine's gradients, on every rank.
+    def deliver(self, gradients: dict[str, Tensor], scale: Tensor | None) -> None:
+        """Write the preconditioned gradients over those that were collected, on every rank.
 
         Args:
+            gradients: What was collected.
             scale: 0-dim factor for all of them.
         """
 
@@ -69,17 +74,13 @@ class ReplicatedTransport(Transport):
     """Transport for engines whose gradients every rank holds whole.
 
     Args:
-        engine: Where the gradients are.
         blocks: All blocks.
         groups: The groups of this rank's column.
         plan: Which column preconditions which block.
         row: The ranks that hand each other preconditioned gradients.
     """
 
-    def __init__(
-        self, engine: Engine, blocks: Sequence[Block], groups: Sequence[Group], plan: Plan, row: Communicator
-    ) -> None:
-        self._engine = engine
+    def __init__(self, blocks: Sequence[Block], groups: Sequence[Group], plan: Plan, row: Communicator) -> None:
         self._blocks = {block.name: block for block in blocks}
         self._groups = groups
         self._row = row
@@ -98,9 +99,8 @@ class ReplicatedTransport(Transport):
             device = next(iter(blocks[0].parameters.values())).device
             self._buffer = torch.zeros(self._layout.numel, device=device)
 
-    def collect(self) -> None:
+    def collect(self, gradients: dict[str, Tensor]) -> None:
         """See `Transport.collect`."""
-        gradients = self._engine.gradients()
         into: list[Tensor] = []
         out: list[Tensor] = []
         for group in self._groups:
@@ -124,7 +124,7 @@ class ReplicatedTransport(Transport):
         """See `Transport.send`: nothing leaves before it has its scale."""
         self._updates = list(updates)
 
-    def deliver(self, scale: Tensor | None) -> None:
+    def deliver(self, gradients: dict[str, Tensor], scale: Tensor | None) -> None:
         """See `Transport.deliver`."""
         updates, self._updates = self._updates, []
         if scale is not None and updates:
@@ -136,7 +136,6 @@ class ReplicatedTransport(Transport):
         }
         if self._layout is not None and self._buffer is not None:
             matrices = self._share(matrices, self._layout, self._buffer)
-        gradients = self._engine.gradients()
         into: list[Tensor] = []
         out: list[Tensor] = []
         for name, block in self._blocks.items():
@@ -194,7 +193,6 @@ class ShardedTransport(Transport):
         row: Communicator,
         device: torch.device,
     ) -> None:
-        self._engine = engine
         layout = engine.layout(dict.fromkeys(name for block in blocks for name in block.parameters))
         by_name = {block.name: block for block in blocks}
         # Gradients in bf16 are rounded to it anyway when the results come back; half precision would overflow.
@@ -214,9 +212,8 @@ class ShardedTransport(Transport):
             self._buckets.append(_Bucket(exchange, groups, staged))
         self._current: _Bucket | None = None
 
-    def collect(self) -> None:
+    def collect(self, gradients: dict[str, Tensor]) -> None:
         """See `Transport.collect`."""
-        gradients = self._engine.gradients()
         for bucket in self._buckets:
             bucket.exchange.to_owners(gradients)
 
@@ -239,9 +236,8 @@ class ShardedTransport(Transport):
             torch._foreach_copy_([part for part, _ in bucket.staged], [place for _, place in bucket.staged])
         bucket.exchange.to_shards()
 
-    def deliver(self, scale: Tensor | None) -> None:
+    def deliver(self, gradients: dict[str, Tensor], scale: Tensor | None) -> None:
         """See `Transport.deliver`."""
-        gradients = self._engine.gradients()
         for bucket in self._buckets:
             bucket.exchange.delivered(gradients, scale)
 

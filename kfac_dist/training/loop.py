@@ -147,7 +147,7 @@ class Trainer:
             "config": self.outputs.configuration,
         }
         own = self._own_state() if unforeseen else {}
-        state = capture_state(self.parts.engine, self.parts.optimizer, self.parts.kfac, self.communicator.rank)
+        state = capture_state(self.parts, self.communicator.rank)
         if unforeseen:
             state["own"] = {f"rank{self.communicator.rank}": own}
             facts["window"] = {
@@ -172,9 +172,7 @@ class Trainer:
         own = restore_state(
             self.outputs.checkpoints,
             checkpoint,
-            parts.engine,
-            parts.optimizer,
-            parts.kfac,
+            parts,
             self.communicator.rank,
             self._own_state() if self._continues_exactly(facts) else {},
         )
@@ -219,12 +217,16 @@ class Trainer:
         return self._passes.run(batch, f"step {self.step + 1}")
 
     def _take_step(self, batch: StepBatch) -> None:
-        set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
+        stepper = self.parts.stepper
+        if stepper is None:
+            set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
         watch, where = self.outputs.watch, f"step {self.step + 1}"
         watch.at(f"{where}, forward and backward")
         counts = self.backpropagate(batch)
         watch.at(f"{where}, K-FAC and the optimizer")
-        if self.parts.kfac is not None:
+        if stepper is not None:
+            stepper.propose(counts.everywhere)
+        elif self.parts.kfac is not None:
             self.parts.kfac.step()
         taken = self._guard.taken()
         self.parts.engine.take_step(self.parts.optimizer, self.config.train.clip_grad_norm)
@@ -316,6 +318,8 @@ class Trainer:
         }
         if self.parts.kfac is not None:
             record |= {f"kfac/{name}": value for name, value in self.parts.kfac.metrics().items()}
+        if self.parts.stepper is not None:
+            record |= {f"solver/{name}": value for name, value in self.parts.stepper.metrics().items()}
         if self.outputs.writer is not None:
             # NaN is no JSON: a window of nothing but skipped steps has no loss.
             self.outputs.writer.write({name: value for name, value in record.items() if value == value})
@@ -339,10 +343,10 @@ class Trainer:
         step = self.step - len(positions) + place
         blame_data(self.parts.stream, positions[place], step + 1, self.communicator)
         what = f"the training loss is {loss}" if not math.isfinite(loss) else "gradients are not finite"
-        self._diverged = (
-            f"{what} at step {step + 1}, learning rate {self._learning_rate(step):g}: lower optimizer.lr, "
-            "raise kfac.inversion.damping, or lower kfac.update.kl_clip"
-        )
+        remedy = "lower optimizer.lr, raise kfac.inversion.damping, or lower kfac.update.kl_clip"
+        if self.parts.stepper is not None:
+            remedy = "raise kfac.inversion.damping"
+        self._diverged = f"{what} at step {step + 1}, learning rate {self._learning_rate(step):g}: {remedy}"
         if not totals.skipped:
             raise DivergedError(self._diverged)
         verdict = self._judge(totals.skipped, self._guard.row)
@@ -384,7 +388,7 @@ class Trainer:
         self._window_began = self.stopwatch.seconds
 
     def _learning_rate(self, step: int) -> float:
-        return value_at(self.config.optimizer.lr, step, self.parts.total_steps)
+        return value_at(self.config.learning_rate, step, self.parts.total_steps)
 
 
 def _skips_of(facts: dict[str, Any]) -> tuple[int, Recovery]:

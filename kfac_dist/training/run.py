@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from kfac_dist.config.load import dump_yaml
-from kfac_dist.config.schema import Config, OptimizerConfig
+from kfac_dist.config.schema import Config, OptimizerConfig, StepSolver
 from kfac_dist.distributed.bootstrap import World, bootstrap
 from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.distributed.watch import Watch
@@ -134,7 +134,9 @@ def _train_all(
     """Train the run and those that it is compared with, one after the other, into `runs`."""
     with agreed(session.communicator, what=f"can't write {directory}"):
         record.running()
-    name = "kfac" if config.kfac.enabled else str(config.optimizer.name)
+    solver = config.kfac.solver
+    name = "kfac" if solver is StepSolver.DIRECT else f"kfac-{solver}"
+    name = name if config.kfac.enabled else str(config.first_order.name)
     runs.append(_train_one(config, name, directory, session, record))
     for entry, optimizer in config.compare.items() if compare else ():
         runs.append(_train_compared(config, entry, optimizer, directory, session, record))
@@ -203,7 +205,7 @@ def _train_compared(
     compared = config.model_copy(
         update={
             "optimizer": optimizer,
-            "kfac": config.kfac.model_copy(update={"enabled": False}),
+            "kfac": config.kfac.model_copy(update={"enabled": False, "solver": StepSolver.DIRECT, "cg": None}),
             "checkpoint": config.checkpoint.model_copy(update={"resume": resume}),
             "compare": {},
         }

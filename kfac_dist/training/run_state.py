@@ -1,7 +1,7 @@
 """What a checkpoint holds of a run, by name: from live objects to nested dictionaries of tensors, and back.
 
     model.<parameter or buffer>        optimizer.<parameter>.<state>        kfac.<block>…        rng.rank<r>.<generator>
-    engine.<counter>, such as a loss scale
+    engine.<counter>, such as a loss scale          solver.<state>, if a solver finds the steps
     own.rank<r>.<part>.<tensor>, if the run stopped where no schedule foresaw it
 
 Parameters and their state are saved as each rank holds them, whole or in runs of elements (`training.slices`), in the
@@ -26,17 +26,18 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from kfac_dist.engines import Engine
 from kfac_dist.engines.holding import Holding
 from kfac_dist.errors import CheckpointError
-from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
 from kfac_dist.training.random_state import capture_random_state, restore_random_state
+from kfac_dist.training.setup import Parts
 from kfac_dist.training.slices import SavedRun, Wanted, piecewise, run_name, saved_runs, straight
 
 Saved = dict[str, list[SavedRun]]
 
 
-def capture_state(engine: Engine, optimizer: torch.optim.Optimizer, kfac: KFAC | None, rank: int) -> dict[str, Any]:
+def capture_state(parts: Parts, rank: int) -> dict[str, Any]:
     """Return the state of a run as nested dictionaries; collective, because K-FAC's part is."""
+    engine, optimizer = parts.engine, parts.optimizer
     holdings = engine.holdings()
     state: dict[str, Any] = {
         "model": {run_name(h.name, h.start, h.values, whole=h.whole): h.values for h in holdings} | _buffers(engine),
@@ -44,30 +45,29 @@ def capture_state(engine: Engine, optimizer: torch.optim.Optimizer, kfac: KFAC |
         "engine": engine.counters(),
         "rng": {f"rank{rank}": capture_random_state()},
     }
-    if kfac is not None:
-        state["kfac"] = kfac.sharded_state_dict()
+    if parts.kfac is not None:
+        state["kfac"] = parts.kfac.sharded_state_dict()
+    if parts.stepper is not None:
+        state["solver"] = parts.stepper.state_dict()
     return state
 
 
 def restore_state(
     checkpoints: Checkpoints,
     checkpoint: Checkpoint,
-    engine: Engine,
-    optimizer: torch.optim.Optimizer,
-    kfac: KFAC | None,
+    parts: Parts,
     rank: int,
     own: dict[str, dict[str, Tensor]],
 ) -> dict[str, dict[str, Tensor]]:
     """Put a checkpoint's state into a run; collective.
 
-    Ranks that the checkpoint doesn't know (it was written by fewer) keep their freshly seeded random generators.
+    Ranks that the checkpoint doesn't know (it was written by fewer) keep their freshly seeded random generators. A
+    solver that the checkpoint doesn't know starts afresh.
 
     Args:
         checkpoints: Reads it.
         checkpoint: What to restore.
-        engine: The model.
-        optimizer: Its optimizer.
-        kfac: Its preconditioner, if there is one.
+        parts: Where it goes.
         rank: This rank.
         own: What this rank has for itself and takes from the checkpoint, if any.
 
@@ -77,6 +77,7 @@ def restore_state(
     Raises:
         CheckpointError: It can't be read, or is of another model.
     """
+    engine, optimizer, kfac, stepper = parts.engine, parts.optimizer, parts.kfac, parts.stepper
     held = checkpoints.contents(checkpoint)
     saved = saved_runs(held)
     holdings = engine.holdings()
@@ -93,11 +94,15 @@ def restore_state(
     }
     if kfac is not None:
         state["kfac"] = kfac.sharded_state_dict()
+    if stepper is not None and any(name.startswith("solver.") for name in saved):
+        state["solver"] = stepper.state_dict()
     checkpoints.load(checkpoint, state, piecewise(wanted, saved))
     engine.restored()
     engine.load_counters(state["engine"])
     if kfac is not None:
         kfac.load_sharded_state_dict(state["kfac"])
+    if stepper is not None and "solver" in state:
+        stepper.load_state_dict(state["solver"])
     if state["rng"]:
         restore_random_state(state["rng"][f"rank{rank}"])
     restored: dict[str, dict[str, Tensor]] = state["own"].get(f"rank{rank}", {})

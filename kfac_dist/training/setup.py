@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from kfac_dist.config.schema import Config
+from kfac_dist.config.schema import Config, StepSolver
 from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.distributed.bootstrap import World
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine, build_engine, check_engine
 from kfac_dist.errors import DataError
-from kfac_dist.optimizers import build_optimizer
+from kfac_dist.optimizers import Stepper, build_optimizer, build_stepper
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.training.agreement import agreed
@@ -38,6 +38,7 @@ class Parts:
         train: The training data.
         test: The held-out data.
         total_steps: Length of the run.
+        stepper: Finds the step instead of the optimizer, which then descends by it; None for the direct solver.
     """
 
     engine: Engine
@@ -48,6 +49,7 @@ class Parts:
     train: Source
     test: Source
     total_steps: int
+    stepper: Stepper | None = None
 
 
 def build_parts(config: Config, world: World, communicator: Communicator) -> Parts:
@@ -77,16 +79,18 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
             refuse_unused(WHERE, trial.unused)
     agree_on_plan(communicator, parameter_shapes(model))
     engine, optimizer = build_engine(
-        model, config.engine, config.train, world, partial(build_optimizer, config=config.optimizer)
+        model, config.engine, config.train, world, partial(build_optimizer, config=config.first_order)
     )
     _settle(engine, loss, train)
     total_steps = settings.steps or (settings.epochs or 1) * sampler.steps_per_epoch
-    kfac = None
+    kfac = stepper = None
     if config.kfac.enabled:
         kfac = KFAC(engine, config.kfac, optimizer=optimizer, total_steps=total_steps)
+        if config.kfac.solver is not StepSolver.DIRECT:
+            stepper = build_stepper(kfac, loss.total, total_steps=total_steps)
     seed_everything(config.run.seed, rank=world.rank + 1)
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
-    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps)
+    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper)
 
 
 def parameter_shapes(model: nn.Module) -> list[tuple[str, str]]:

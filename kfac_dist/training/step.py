@@ -74,8 +74,11 @@ class Passes:
         if kfac is not None:
             kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last)
         module = engine.module
+        inputs = engine.prepared(micro.inputs)
+        if self._parts.stepper is not None:
+            self._parts.stepper.micro_batch(inputs, micro.targets)
         with explained(where, module, micro.inputs, micro.targets):
-            outputs = forward(engine.model, engine.prepared(micro.inputs))
+            outputs = forward(engine.model, inputs)
             if kfac is not None:
                 kfac.fisher_backward(outputs)
             total = loss_total(self._parts.loss, outputs, micro.targets, module)

@@ -153,6 +153,30 @@ ARGUMENTS = {
         ["optimizer.betas=[0.8, 0.9, 0.99]"],
         "optimizer.betas: found [0.8, 0.9, 0.99], expected a list of 2",
     ),
+    "no optimizer": (["optimizer=null"], "optimizer: missing; expected a mapping with keys name, lr"),
+    "options of another solver": (["kfac.cg.lr=1"], "kfac.cg has no effect while solver is direct"),
+    "solver without K-FAC": (["optimizer=null", "kfac={solver: cg, enabled: false}"], "solver cg builds on K-FAC"),
+    "solver beside an optimizer": (["kfac.solver=cg"], "optimizer has no effect while kfac.solver is cg"),
+    "solver beside a clip": (
+        ["optimizer=null", "kfac.solver=cg", "kfac.update.kl_clip=0.1"],
+        "kfac.update.kl_clip (0.1) has no effect while solver is cg",
+    ),
+    "solver under another engine": (
+        ["optimizer=null", "kfac.solver=cg", "engine.name=fsdp2"],
+        "engine.name (fsdp2) must be ddp while kfac.solver is cg",
+    ),
+    "solver and batches of all ranks": (
+        ["optimizer=null", "kfac.solver=cg", "engine.sync_batchnorm=true"],
+        "engine.sync_batchnorm can't be true while kfac.solver is cg",
+    ),
+    "solver and a clipped gradient": (
+        ["optimizer=null", "kfac.solver=cg", "train.clip_grad_norm=1"],
+        "train.clip_grad_norm has no effect while kfac.solver is cg",
+    ),
+    "warm start that grows": (
+        ["optimizer=null", "kfac={solver: cg, cg: {warm_start: 1.5}}"],
+        "kfac.cg.warm_start: found 1.5, expected",
+    ),
     "rival without lr": (["compare.adamw.name=adamw"], "compare.adamw.lr: missing; expected a number > 0"),
     "engine of a later version": (["engine.name=pipeline"], "engine.name: found 'pipeline', expected"),
     "bad run name": (["--name", "a b"], "command line (--name): run.name: found 'a b', expected text that matches"),

@@ -1,0 +1,238 @@
+"""The loss of one step's batch as a function of the parameters, and exact products with its curvature.
+
+    h(θ) = (1/n) Σ ℓ(f_θ(x), y)          GGN = (1/n) Σ Jᵀ H J = the Fisher matrix of the models that K-FAC knows
+
+    vᵀ GGN w     J v, J w forward (JVP), H by differentiating the loss at the outputs           one number a pair
+    GGN v        J v forward, H (J v), then back by Jᵀ (VJP)                                    one all-reduce
+
+with J the Jacobian of the outputs and H the Hessian of the loss there, so that nothing depends on what K-FAC believes
+the likelihood to be: any loss that is convex in the outputs will do, and positions that it ignores count for nothing.
+Sums run over this rank's micro-batches and then over the ranks; n are the terms of the whole step. That is the mean
+over the global batch however unevenly the ranks share it.
+
+Every pass sees the function that the gradient saw: the same inputs, the same random numbers (dropout), and BatchNorm
+in the same mode. What a pass writes into buffers, such as running statistics, goes into copies that are thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.autograd.forward_ad as forward_mode
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.errors import ModelError
+from kfac_dist.optimizers.vectors import VectorSpace
+
+LABEL = "curvature products"
+LABEL_LOSS = "trial losses"
+
+Total = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RecordedPass:
+    """One micro-batch's forward pass, as far as it takes to repeat it.
+
+    Attributes:
+        inputs: What the model was given.
+        targets: What the loss was given.
+        random: State of the random generators before it: the CPU's, and the device's if it has one of its own.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    random: tuple[Tensor, ...]
+
+    @classmethod
+    def record(cls, inputs: Tensor, targets: Tensor) -> RecordedPass:
+        """Record the pass that comes next."""
+        states = [torch.get_rng_state()]
+        if inputs.is_cuda:
+            states.append(torch.cuda.get_rng_state(inputs.device))
+        return cls(inputs, targets, tuple(states))
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Return a context that draws the pass's random numbers again, and leaves the generators as they were."""
+        devices = [self.inputs.device] if self.inputs.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.set_rng_state(self.random[0])
+            if devices:
+                torch.cuda.set_rng_state(self.random[1], self.inputs.device)
+            yield
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with the curvature, the same on every rank.
+
+    Attributes:
+        vector: `GGN v`.
+        form: `vᵀ GGN v`.
+        means: The numbers that the ranks have shared, each the mean over them.
+    """
+
+    vector: Tensor
+    form: float
+    means: tuple[float, ...]
+
+
+class BatchLoss:
+    """The loss of one step's batch around the current parameters, which must not move while this is in use.
+
+    Args:
+        module: The bare model.
+        space: Its trained parameters.
+        passes: This rank's micro-batches of the step.
+        total: The loss: outputs and targets to the *sum* of the terms.
+        terms: n, of all ranks and micro-batches together.
+        communicator: The ranks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        space: VectorSpace,
+        passes: Sequence[RecordedPass],
+        total: Total,
+        terms: float | Tensor,
+        communicator: Communicator,
+    ) -> None:
+        self.space = space
+        self._module = module
+        self._passes = passes
+        self._total = total
+        self._terms = terms
+        self._communicator = communicator
+        # One graph is kept for all products; those of several micro-batches would hold all of their activations.
+        self._kept: _Graph | None = None
+
+    @torch.no_grad()
+    def product(self, vector: Tensor, shared: Sequence[Tensor] = ()) -> Product:
+        """Return the product of the curvature with a vector; one all-reduce, and waits for the device.
+
+        Args:
+            vector: v, the same on every rank.
+            shared: 0-dim tensors that every rank has computed for itself from equal vectors, such as inner products.
+                They travel with the product, so that what is decided by them is decided alike on every rank.
+
+        Raises:
+            ModelError: An operation of the model has no forward-mode derivative.
+        """
+        own = torch.zeros(self.space.size + 1 + len(shared), dtype=vector.dtype, device=vector.device)
+        for one in self._passes:
+            tangent = self._tangent(one, vector)
+            graph = self._graph(one)
+            curved = graph.hessian(tangent)
+            own[: self.space.size] += graph.pull_back(self.space, curved)
+            own[self.space.size] += torch.sum(tangent * curved)
+        own /= self._terms
+        for place, value in enumerate(shared, self.space.size + 1):
+            own[place] = value / self._communicator.size
+        self._communicator.all_reduce(own, label=LABEL).wait()
+        form, *means = own[self.space.size :].tolist()
+        return Product(own[: self.space.size], form, tuple(means))
+
+    @torch.no_grad()
+    def forms(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Return `[k, k]`: `v_iᵀ GGN v_j`, by forward passes alone; one all-reduce of k² numbers.
+
+        Raises:
+            ModelError: An operation of the model has no forward-mode derivative.
+        """
+        k = len(vectors)
+        forms = torch.zeros(k, k, dtype=vectors[0].dtype, device=vectors[0].device)
+        for one in self._passes:
+            tangents = [self._tangent(one, vector) for vector in vectors]
+            graph = self._graph(one)
+            curved = [graph.hessian(tangent) for tangent in tangents]
+            forms += torch.stack([torch.stack([torch.sum(t * c) for c in curved]) for t in tangents])
+        forms /= self._terms
+        self._communicator.all_reduce(forms, label=LABEL).wait()
+        return (forms + forms.T) / 2
+
+    @torch.no_grad()
+    def value(self, offset: Tensor | None = None) -> Tensor:
+        """Return `h(θ + offset)`, a 0-dim tensor, without weight decay; one all-reduce of a number."""
+        moved = {} if offset is None else self.space.views(self.space.point() + offset)
+        total = torch.zeros((), dtype=torch.get_default_dtype(), device=self._passes[0].inputs.device)
+        for one in self._passes:
+            with one.repeated():
+                outputs = functional_call(self._module, {**self._buffers(), **moved}, (one.inputs,))
+            total += self._total(_precise(outputs), _precise(one.targets))
+        total /= self._terms
+        self._communicator.all_reduce(total, label=LABEL_LOSS).wait()
+        return total
+
+    def _tangent(self, one: RecordedPass, vector: Tensor) -> Tensor:
+        """Return `J v` at a micro-batch's outputs, by forward-mode differentiation."""
+        directions = self.space.views(vector)
+        # The fused kernels of attention have no forward-mode derivative; their sums of products have.
+        with torch.no_grad(), one.repeated(), sdpa_kernel(SDPBackend.MATH), forward_mode.dual_level():
+            duals = {
+                name: forward_mode.make_dual(p.detach(), directions[name]) for name, p in self.space.parameters.items()
+            }
+            try:
+                outputs = functional_call(self._module, {**self._buffers(), **duals}, (one.inputs,))
+            except (NotImplementedError, RuntimeError) as error:
+                if "forward" not in str(error).lower():
+                    raise
+                raise ModelError(
+                    "an operation of the model has no forward-mode derivative, which kfac.solver newton and cg need: "
+                    f"{next(iter(str(error).splitlines()), '')}; replace the operation, or set kfac.solver to direct"
+                ) from error
+            primal, tangent = forward_mode.unpack_dual(outputs)
+        return _precise(torch.zeros_like(primal) if tangent is None else tangent)
+
+    def _graph(self, one: RecordedPass) -> _Graph:
+        """Return a micro-batch's graph from parameters to outputs and loss."""
+        if self._kept is not None:
+            return self._kept
+        with torch.enable_grad(), one.repeated():
+            outputs = functional_call(self._module, self._buffers(), (one.inputs,))
+        graph = _Graph(outputs, self._total, one.targets)
+        if len(self._passes) == 1:
+            self._kept = graph
+        return graph
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+
+
+class _Graph:
+    """One micro-batch's outputs with their graph, and the loss's gradient at them with its own."""
+
+    def __init__(self, outputs: Tensor, total: Total, targets: Tensor) -> None:
+        self._outputs = outputs
+        with torch.enable_grad():
+            self._leaf = _precise(outputs.detach()).requires_grad_()
+            loss = total(self._leaf, _precise(targets))
+            [self._gradient] = torch.autograd.grad(loss, self._leaf, create_graph=True)
+
+    def hessian(self, tangent: Tensor) -> Tensor:
+        """Return `H t`, H being the Hessian of the summed loss at the outputs."""
+        if not self._gradient.requires_grad:  # a loss that is linear in the outputs
+            return torch.zeros_like(tangent)
+        [product] = torch.autograd.grad(
+            self._gradient, self._leaf, tangent, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return product
+
+    def pull_back(self, space: VectorSpace, vector: Tensor) -> Tensor:
+        """Return `Jᵀ u`."""
+        names, parameters = list(space.parameters), list(space.parameters.values())
+        gradients = torch.autograd.grad(
+            self._outputs, parameters, vector.to(self._outputs.dtype), retain_graph=True, allow_unused=True
+        )
+        return space.flatten({name: g for name, g in zip(names, gradients, strict=True) if g is not None})
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

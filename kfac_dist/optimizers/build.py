@@ -1,0 +1,31 @@
+"""From `kfac.solver` to what finds the step."""
+
+from __future__ import annotations
+
+from kfac_dist.config.schema import StepSolver
+from kfac_dist.errors import ConfigError
+from kfac_dist.optimizers.batch_loss import Total
+from kfac_dist.optimizers.cg import CGStepper
+from kfac_dist.optimizers.stepper import Stepper
+from kfac_dist.preconditioner.kfac import KFAC
+
+
+def build_stepper(kfac: KFAC, total: Total, *, total_steps: int | None = None) -> Stepper:
+    """Return what finds the steps that `kfac.solver` names; see `stepper` for how a loop uses it.
+
+    Args:
+        kfac: K-FAC on the model.
+        total: The loss: outputs and targets to the *sum* of its terms, a negative log-likelihood that is convex in
+            the outputs.
+        total_steps: Length of the run, for schedules that span it.
+
+    Raises:
+        ConfigError: `kfac.solver` is direct, or the engine shards parameters.
+    """
+    match kfac.config.solver:
+        case StepSolver.DIRECT:
+            raise ConfigError("kfac.solver is direct: a first-order optimizer takes the step after kfac.step()")
+        case StepSolver.NEWTON:
+            raise ConfigError("kfac.solver newton isn't there yet: set cg or direct")
+        case StepSolver.CG:
+            return CGStepper(kfac, total, total_steps=total_steps)
