@@ -52,6 +52,7 @@ from kfac_dist.config.section import Seconds, Seed
 from kfac_dist.config.section import Section as Section
 from kfac_dist.config.solver import CGConfig as CGConfig
 from kfac_dist.config.solver import StepSolver as StepSolver
+from kfac_dist.config.train import BatchGrowth as BatchGrowth
 from kfac_dist.config.train import TrainConfig as TrainConfig
 from kfac_dist.config.update import UpdateConfig as UpdateConfig
 
@@ -92,6 +93,15 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     compare: dict[str, OptimizerConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _engine_takes_growing_batches(self) -> Self:
+        if self.train.batch_growth is not None and self.engine.name.zero_stage is not None:
+            raise ValueError(
+                f"train.batch_growth and engine.name {self.engine.name} exclude each other: DeepSpeed is told the size "
+                "of a batch once; use engine ddp or fsdp2, or leave batch_growth out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _curvature_fits_loss(self) -> Self:

@@ -7,7 +7,22 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from kfac_dist.config.divergence import DivergenceConfig
-from kfac_dist.config.section import Count, CountOrZero, Positive, Section
+from kfac_dist.config.section import BelowOne, Count, CountOrZero, Positive, Section
+
+
+class BatchGrowth(Section):
+    """A batch that grows exponentially, from `train.batch_size` in the first step on (Martens & Grosse 2015, §13).
+
+    What an epoch has left joins its last batch when it is less than half a batch, so that no batch is much smaller than
+    the one before.
+
+    Attributes:
+        final: Samples that it grows to; never more than the data has.
+        steps: Steps that it takes.
+    """
+
+    final: Count
+    steps: Count
 
 
 class TrainConfig(Section):
@@ -15,22 +30,27 @@ class TrainConfig(Section):
 
     Attributes:
         batch_size: Samples of one optimizer step over all ranks and micro-batches, so that W does not change the run.
+        batch_growth: Samples that `batch_size` grows to, and in how many steps; null keeps it.
         accumulate: Micro-batches of one step.
         steps: Optimizer steps; give this or `epochs`.
         epochs: Passes over the data.
         evaluate_every: Steps between evaluations; 0 evaluates at the end only.
         log_every: Steps between lines of metrics.
+        iterate_averaging: ξ of a running average of the weights, `θ̄ ← ξθ̄ + (1−ξ)θ`, ξ at most 1 − 1/k in step k. It is
+            what is evaluated, at the end as well, and is saved beside the weights, which go on without it; null is off.
         clip_grad_norm: Norm to which the gradient that the optimizer sees is clipped.
         loader_workers: Processes a rank that load data which is not held in memory; 0 loads between steps.
         divergence: What is done about steps whose loss or gradients are not finite.
     """
 
     batch_size: Count
+    batch_growth: BatchGrowth | None = None
     accumulate: Count = 1
     steps: Count | None = None
     epochs: Count | None = None
     evaluate_every: CountOrZero = 0
     log_every: Count = 10
+    iterate_averaging: BelowOne | None = None
     clip_grad_norm: Positive | None = None
     loader_workers: CountOrZero = 0
     divergence: DivergenceConfig = Field(default_factory=DivergenceConfig)
@@ -43,5 +63,14 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be at least accumulate ({self.accumulate}): "
                 "each micro-batch needs a sample"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_grow(self) -> Self:
+        if self.batch_growth is not None and self.batch_growth.final <= self.batch_size:
+            raise ValueError(
+                f"batch_growth.final ({self.batch_growth.final}) must exceed batch_size ({self.batch_size}), "
+                "from which the batch grows"
             )
         return self

@@ -33,7 +33,7 @@ from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import Source, Stream, source_of
 from kfac_dist.training.random_state import seed_everything
-from kfac_dist.training.sampler import Position, Sampler
+from kfac_dist.training.sampler import Position, sampler_of
 from kfac_dist.training.setup import Parts, parameter_shapes
 from kfac_dist.training.trial import Trial, try_out
 
@@ -131,7 +131,7 @@ def _build(case: _Case) -> tuple[nn.Module, Loss, Source, Source] | None:
             train, test = (
                 source_of(part, case.world.device, config.train.loader_workers) for part in (splits.train, splits.test)
             )
-            Sampler(len(train), config.train.batch_size, config.run.seed).check(case.ranks.size, Position())
+            sampler_of(config.train, len(train), config.run.seed).check(case.ranks.size, Position())
             if not len(test):
                 raise DataError("the test data has no samples")
         agree_on_plan(case.ranks, parameter_shapes(model))
@@ -223,7 +223,7 @@ def _measure(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Sou
         engine, optimizer = build_engine(
             model, replicated, config.train, case.world, partial(build_optimizer, config=config.first_order)
         )
-        sampler = Sampler(len(train), config.train.batch_size, config.run.seed)
+        sampler = sampler_of(config.train, len(train), config.run.seed)
         stream = Stream(train, sampler, rank=ranks.rank, world_size=ranks.size, accumulate=config.train.accumulate)
         parts = Parts(engine, optimizer, None, loss, stream, train, test, 1)
         case.findings += examine_scale(config, parts, ranks)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -120,11 +121,16 @@ class Trainer:
             self._paused(lambda: self._save_on_schedule(unforeseen=True))
 
     def evaluate(self, source: Source, samples: int | None = None) -> Evaluation:
-        """Evaluate the current model on the first `samples` (default: all) samples; collective."""
+        """Evaluate on the first `samples` (default: all) samples; collective.
+
+        What is evaluated is the current model, or the average of the weights if the run keeps one.
+        """
         settings = self.config.train
         batch_size = max(1, settings.batch_size // (settings.accumulate * self.communicator.size))
         samples = len(source) if samples is None else min(samples, len(source))
-        return evaluate(self.parts.engine, self.parts.loss, source, samples, batch_size, self.communicator)
+        average = self.parts.average
+        with nullcontext() if average is None else average.in_place():
+            return evaluate(self.parts.engine, self.parts.loss, source, samples, batch_size, self.communicator)
 
     def save(self, *, unforeseen: bool = False, wait: bool = True) -> None:
         """Write a checkpoint; collective.
@@ -153,7 +159,7 @@ class Trainer:
             facts["window"] = {
                 "counts": self._window.counts(),
                 "began": self._window_began,
-                "positions": [[position.epoch, position.offset] for position in self._window_positions],
+                "positions": [[place.epoch, place.offset, place.step] for place in self._window_positions],
             }
         self.outputs.checkpoints.save(self.step, state, facts, wait=wait)
         self._saved_at, self._saved_moment = self.step, time.monotonic()
@@ -177,7 +183,7 @@ class Trainer:
             self._own_state() if self._continues_exactly(facts) else {},
         )
         self.step = self._saved_at = checkpoint.step
-        self.position = Position(facts["epoch"], facts["offset"])
+        self.position = Position(facts["epoch"], facts["offset"], checkpoint.step)
         self.stopwatch = Stopwatch(facts["seconds"])
         row, self._recovery = _skips_of(facts)
         self._guard.restore(row)
@@ -230,6 +236,8 @@ class Trainer:
             self.parts.kfac.step()
         taken = self._guard.taken()
         self.parts.engine.take_step(self.parts.optimizer, self.config.train.clip_grad_norm)
+        if self.parts.average is not None:
+            self.parts.average.update(self.step + 1)
         self._window.add_step(batch.samples, counts.everywhere, taken)
 
     def _after_step(self) -> None:

@@ -1,7 +1,8 @@
 """What a checkpoint holds of a run, by name: from live objects to nested dictionaries of tensors, and back.
 
     model.<parameter or buffer>        optimizer.<parameter>.<state>        kfac.<block>…        rng.rank<r>.<generator>
-    engine.<counter>, such as a loss scale          solver.<state>, if a solver finds the steps
+    average.<parameter>, if the run averages its weights                    engine.<counter>, such as a loss scale
+    solver.<state>, if a solver finds the steps
     own.rank<r>.<part>.<tensor>, if the run stopped where no schedule foresaw it
 
 Parameters and their state are saved as each rank holds them, whole or in runs of elements (`training.slices`), in the
@@ -49,6 +50,8 @@ def capture_state(parts: Parts, rank: int) -> dict[str, Any]:
         state["kfac"] = parts.kfac.sharded_state_dict()
     if parts.stepper is not None:
         state["solver"] = parts.stepper.state_dict()
+    if parts.average is not None:
+        state["average"] = parts.average.state()
     return state
 
 
@@ -62,7 +65,7 @@ def restore_state(
     """Put a checkpoint's state into a run; collective.
 
     Ranks that the checkpoint doesn't know (it was written by fewer) keep their freshly seeded random generators. A
-    solver that the checkpoint doesn't know starts afresh.
+    solver that it doesn't know starts afresh, and an average begins anew with its weights.
 
     Args:
         checkpoints: Reads it.
@@ -78,6 +81,7 @@ def restore_state(
         CheckpointError: It can't be read, or is of another model.
     """
     engine, optimizer, kfac, stepper = parts.engine, parts.optimizer, parts.kfac, parts.stepper
+    average = parts.average
     held = checkpoints.contents(checkpoint)
     saved = saved_runs(held)
     holdings = engine.holdings()
@@ -85,6 +89,8 @@ def restore_state(
         _check_model(engine, holdings, saved, checkpoint.path)
     wanted = [Wanted(f"model.{h.name}", h.start, h.values) for h in holdings]
     wanted += [want for h in holdings for want in _optimizer_wants(h, optimizer, saved)]
+    averaged = [] if average is None else average.wants(saved)
+    wanted += averaged
     state: dict[str, Any] = {
         "model": _buffers(engine),
         "engine": {name: value for name, value in engine.counters().items() if f"engine.{name}" in saved},
@@ -98,6 +104,8 @@ def restore_state(
         state["solver"] = stepper.state_dict()
     checkpoints.load(checkpoint, state, piecewise(wanted, saved))
     engine.restored()
+    if average is not None and not averaged:
+        average.begin()
     engine.load_counters(state["engine"])
     if kfac is not None:
         kfac.load_sharded_state_dict(state["kfac"])

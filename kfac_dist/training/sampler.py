@@ -1,19 +1,20 @@
 """Which samples a step uses, and which of them this rank and this micro-batch take: plans, without data.
 
-The global batch of a step is a function of (seed, epoch, offset) alone, the same for any number of ranks; a rank takes
-a contiguous part of it, and micro-batches are contiguous parts of that:
+The global batch of a step is a function of (seed, epoch, offset, step) alone, the same for any number of ranks; a rank
+takes a contiguous part of it, and micro-batches are contiguous parts of that:
 
     epoch's permutation   [ . . . . . . . . . . . . . . . . . . ]
     global batch                  [ 0 1 2 3 4 5 6 ]
     rank                          [ 0 . . . | 1 . . ]          uneven: the first n % W ranks take one more
     micro-batch                   [ 0 . | 1 . | 0 . | 1 ]
 
-Resuming therefore needs two integers, and the number of ranks may change.
+Resuming therefore needs three integers, and the number of ranks may change. The step matters to batches that grow.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,15 +22,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kfac_dist.config.schema import BatchGrowth, TrainConfig
 from kfac_dist.errors import DataError
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data a run stands: `offset` samples of `epoch` are used."""
+    """Where in the data a run stands: `offset` samples of `epoch` are used, after `step` optimizer steps."""
 
     epoch: int = 0
     offset: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,22 +55,36 @@ class Sampler:
         size: Samples of the dataset.
         batch_size: Samples of a global batch.
         seed: Seed of the shuffles.
+        growth: What the batch grows to; None keeps it.
 
     Raises:
         DataError: The dataset is empty.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, growth: BatchGrowth | None = None) -> None:
         if size < 1:
             raise DataError("the training data has no samples")
         self.size = size
         self.batch_size = min(batch_size, size)
         self.seed = seed
+        self._growth = growth
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of one epoch, the short one included."""
-        return -(-self.size // self.batch_size)
+    def steps(self, epochs: int) -> int:
+        """Return the batches of the first epochs, short ones included."""
+        if self._growth is None:
+            return epochs * -(-self.size // self.batch_size)
+        position = Position()
+        while position.epoch < epochs:
+            position = self._following(position, self._samples(position))
+        return position.step
+
+    def batch_size_at(self, step: int) -> int:
+        """Return the samples of a step's batch, as far as the epoch has them."""
+        if self._growth is None:
+            return self.batch_size
+        share = min(1.0, step / self._growth.steps)
+        ratio = self._growth.final / self.batch_size
+        return min(self.size, round(self.batch_size * math.pow(ratio, share)))
 
     def check(self, world_size: int, start: Position) -> None:
         """Refuse batches that have no sample for some rank.
@@ -75,6 +92,9 @@ class Sampler:
         Raises:
             DataError: A full batch, or the last one of an epoch, has fewer samples than there are ranks.
         """
+        if self._growth is not None:
+            self._check_growing(world_size, self.size - start.offset)
+            return
         if self.batch_size < world_size:
             raise DataError(
                 f"a batch of {self.batch_size} samples can't feed {world_size} ranks: "
@@ -90,20 +110,45 @@ class Sampler:
 
     def epoch(self, start: Position) -> Iterator[GlobalBatch]:
         """Yield the batches that are left of one epoch."""
-        order = self._order(start.epoch)
-        for offset in range(start.offset, self.size, self.batch_size):
-            yield GlobalBatch(Position(start.epoch, offset), order[offset : offset + self.batch_size])
+        order, position = self._order(start.epoch), start
+        while position.epoch == start.epoch:
+            samples = self._samples(position)
+            yield GlobalBatch(position, order[position.offset : position.offset + samples])
+            position = self._following(position, samples)
 
     def after(self, batch: GlobalBatch) -> Position:
         """Return the position that follows a batch."""
-        end = batch.position.offset + len(batch.indices)
-        return Position(batch.position.epoch + 1) if end >= self.size else Position(batch.position.epoch, end)
+        return self._following(batch.position, len(batch.indices))
+
+    def _samples(self, position: Position) -> int:
+        """Return the samples of the batch at a position."""
+        wanted, left = self.batch_size_at(position.step), self.size - position.offset
+        if self._growth is not None and 2 * (left - wanted) < wanted:
+            return left
+        return min(wanted, left)
+
+    def _following(self, position: Position, samples: int) -> Position:
+        end, step = position.offset + samples, position.step + 1
+        return Position(position.epoch + 1, 0, step) if end >= self.size else Position(position.epoch, end, step)
+
+    def _check_growing(self, world_size: int, left: int) -> None:
+        """Refuse growing batches of which some may have too few samples: the shortest has half of what is asked."""
+        if self.batch_size < 2 * world_size or left < world_size:
+            raise DataError(
+                f"a growing batch of {self.batch_size} samples at first, and half of that at an epoch's end, can't "
+                f"feed {world_size} ranks: raise train.batch_size to at least {2 * world_size} or use fewer ranks"
+            )
 
     def _order(self, epoch: int) -> Tensor:
         # A digest, because torch's CPU generator reads 32 bits of its seed: those of seed and epoch together.
         digest = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest))
         return torch.randperm(self.size, generator=generator)
+
+
+def sampler_of(config: TrainConfig, size: int, seed: int) -> Sampler:
+    """Return the sampler of a run over a dataset of `size` samples."""
+    return Sampler(size, config.batch_size, seed, config.batch_growth)
 
 
 def split(count: int, parts: int) -> list[range]:

@@ -18,10 +18,11 @@ from kfac_dist.optimizers import Stepper, build_optimizer, build_stepper
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.training.agreement import agreed
+from kfac_dist.training.averaging import IterateAverage
 from kfac_dist.training.batches import Source, Stream, source_of
 from kfac_dist.training.passes import refuse_unused
 from kfac_dist.training.random_state import seed_everything
-from kfac_dist.training.sampler import Position, Sampler
+from kfac_dist.training.sampler import Position, sampler_of
 from kfac_dist.training.trial import WHERE, check_targets, try_out
 
 
@@ -39,6 +40,7 @@ class Parts:
         test: The held-out data.
         total_steps: Length of the run.
         stepper: Finds the step instead of the optimizer, which then descends by it; None for the direct solver.
+        average: The running average of the weights, if the run keeps one.
     """
 
     engine: Engine
@@ -50,6 +52,7 @@ class Parts:
     test: Source
     total_steps: int
     stepper: Stepper | None = None
+    average: IterateAverage | None = None
 
 
 def build_parts(config: Config, world: World, communicator: Communicator) -> Parts:
@@ -68,7 +71,7 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
         model = build_model(config.model)
         splits = build_data(config.data)
         train, test = (source_of(part, world.device, settings.loader_workers) for part in (splits.train, splits.test))
-        sampler = Sampler(len(train), settings.batch_size, config.run.seed)
+        sampler = sampler_of(settings, len(train), config.run.seed)
         if not len(test):
             raise DataError("the test data has no samples")
         sampler.check(communicator.size, Position())
@@ -82,7 +85,7 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
         model, config.engine, config.train, world, partial(build_optimizer, config=config.first_order)
     )
     _settle(engine, loss, train)
-    total_steps = settings.steps or (settings.epochs or 1) * sampler.steps_per_epoch
+    total_steps = settings.steps or sampler.steps(settings.epochs or 1)
     kfac = stepper = None
     if config.kfac.enabled:
         kfac = KFAC(engine, config.kfac, optimizer=optimizer, total_steps=total_steps)
@@ -90,7 +93,8 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
             stepper = build_stepper(kfac, loss.total, total_steps=total_steps)
     seed_everything(config.run.seed, rank=world.rank + 1)
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
-    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper)
+    average = None if settings.iterate_averaging is None else IterateAverage(engine, settings.iterate_averaging)
+    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper, average)
 
 
 def parameter_shapes(model: nn.Module) -> list[tuple[str, str]]:

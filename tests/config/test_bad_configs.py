@@ -41,6 +41,16 @@ LINES = {
     "fraction for a count": ("batch_size: 64", "batch_size: 6.5", "found 6.5, expected a whole number >= 1"),
     "float for a count": ("batch_size: 64", "batch_size: 64.0", "found 64.0, expected a whole number >= 1"),
     "boolean for a count": ("batch_size: 64", "batch_size: true", "found true, expected a whole number >= 1"),
+    "batch that doesn't grow": (
+        "batch_size: 64",
+        "batch_size: 64\n  batch_growth: {final: 64, steps: 9}",
+        "train: batch_growth.final (64) must exceed batch_size (64)",
+    ),
+    "growing batch under DeepSpeed": (
+        "train:\n  batch_size: 64",
+        "engine: {name: zero1}\ntrain:\n  batch_size: 64\n  batch_growth: {final: 128, steps: 9}",
+        "train.batch_growth and engine.name zero1 exclude each other",
+    ),
     "zero count": ("batch_size: 64", "batch_size: 0", "found 0, expected a whole number >= 1"),
     "null count": ("batch_size: 64", "batch_size:", "found null, expected a whole number >= 1"),
     "missing key": ("  batch_size: 64\n", "", "{file}:12: train.batch_size: missing; expected a whole number >= 1"),

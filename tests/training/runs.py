@@ -98,13 +98,18 @@ def deepspeed_ends_here() -> Iterator[None]:
 
 def final_model(directory: Path) -> dict[str, Tensor]:
     """The parameters and buffers in the newest checkpoint of a run."""
+    return saved_tensors(directory, "model.")
+
+
+def saved_tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
+    """What the newest checkpoint of a run has under names that begin so."""
     checkpoints = Checkpoints(directory / "checkpoints", 1, SoloCommunicator())
     newest = checkpoints.newest()
     assert newest is not None
     state = {
         name: torch.zeros(entry.size, dtype=entry.properties.dtype)
         for name, entry in checkpoints.contents(newest).state_dict_metadata.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     checkpoints.load(newest, state)
     return state

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kfac_dist.config.schema import BatchGrowth
 from kfac_dist.errors import DataError
 from kfac_dist.training.sampler import Position, Sampler, micro_batches, split
 
@@ -35,9 +36,9 @@ def test_ranks_and_micro_batches_partition_the_global_batch(
 def test_an_epoch_uses_every_sample_once(size: int, batch_size: int, seed: int) -> None:
     sampler = Sampler(size, batch_size, seed)
     batches = list(sampler.epoch(Position(3)))
-    assert len(batches) == sampler.steps_per_epoch
+    assert len(batches) == sampler.steps(1)
     assert torch.cat([batch.indices for batch in batches]).sort().values.tolist() == list(range(size))
-    assert sampler.after(batches[-1]) == Position(4)
+    assert sampler.after(batches[-1]) == Position(4, 0, len(batches))
 
 
 def test_epochs_and_seeds_shuffle_differently() -> None:
@@ -67,6 +68,49 @@ def test_batches_that_starve_a_rank_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         Sampler(size, batch_size, 0).check(world_size, start)
+
+
+def _growing(size: int, first: int, final: int, steps: int) -> Sampler:
+    return Sampler(size, first, 0, BatchGrowth(final=final, steps=steps))
+
+
+def test_a_batch_grows_exponentially_and_then_stays() -> None:
+    sampler = _growing(10**6, 1000, 16000, 4)
+    assert [sampler.batch_size_at(step) for step in range(7)] == [1000, 2000, 4000, 8000, 16000, 16000, 16000]
+    assert _growing(5000, 1000, 16000, 4).batch_size_at(4) == 5000, "never more than there is"
+
+
+@given(
+    size=st.integers(20, 400),
+    first=st.integers(6, 50),
+    growth=st.integers(1, 400),
+    steps=st.integers(1, 12),
+    epochs=st.integers(1, 4),
+)
+def test_growing_batches_use_every_sample_once_an_epoch(
+    size: int, first: int, growth: int, steps: int, epochs: int
+) -> None:
+    sampler = _growing(size, first, first + growth, steps)
+    position = Position()
+    for epoch in range(epochs):
+        batches = list(sampler.epoch(position))
+        assert torch.cat([batch.indices for batch in batches]).sort().values.tolist() == list(range(size))
+        for batch in batches:
+            wanted = sampler.batch_size_at(batch.position.step)
+            assert wanted / 2 <= len(batch.indices) < 1.5 * wanted
+        halfway = sampler.after(batches[len(batches) // 2])
+        if halfway.epoch == epoch:  # resumed there, it is the same plan
+            rest = [batch.indices.tolist() for batch in sampler.epoch(halfway)]
+            assert rest == [batch.indices.tolist() for batch in batches[len(batches) // 2 + 1 :]]
+        position = sampler.after(batches[-1])
+        assert position.epoch == epoch + 1
+    assert position.step == sampler.steps(epochs)
+
+
+def test_growing_batches_need_two_samples_a_rank() -> None:
+    _growing(100, 6, 50, 10).check(3, Position())
+    with pytest.raises(DataError, match=r"can't feed 4 ranks: raise train\.batch_size to at least 8"):
+        _growing(100, 6, 50, 10).check(4, Position())
 
 
 def test_good_batches_are_accepted() -> None:
