@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kfac_dist.config.schema import OptimizerConfig, OptimizerName
+from kfac_dist.optimizers.dissected import MSSD, MSVAG, SSD, SVAG
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -34,6 +35,14 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
             return torch.optim.AdamW(
                 trained, lr=config.lr.value, betas=config.betas, weight_decay=config.weight_decay, foreach=True
             )
+        case OptimizerName.SSD:
+            return SSD(trained, config.lr.value, config.weight_decay)
+        case OptimizerName.MSSD:
+            return MSSD(trained, config.lr.value, config.beta, config.weight_decay)
+        case OptimizerName.SVAG:
+            return SVAG(trained, config.lr.value, config.beta, config.weight_decay)
+        case OptimizerName.MSVAG:
+            return MSVAG(trained, config.lr.value, config.beta, config.weight_decay)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

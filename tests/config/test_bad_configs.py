@@ -74,7 +74,7 @@ LINES = {
     "key of another section": ("momentum: 0.9", "batch_size: 9", "unknown key; did you mean train.batch_size?"),
     "key of nowhere": ("momentum: 0.9", "zzz: 9", "optimizer.zzz: unknown key; the keys here are name, lr, momentum"),
     "unknown loss": ("sigmoid_cross_entropy", "sigmoid_crossentropy", "did you mean 'sigmoid_cross_entropy'?"),
-    "unknown optimizer": ("momentum: 0.9", "name: adam", "expected one of sgd, adamw; did you mean 'adamw'?"),
+    "unknown optimizer": ("momentum: 0.9", "name: adam", "expected one of sgd, adamw, ssd, mssd, svag, msvag; did"),
     "empty target": ("data: digits", "data: ''", "data.name: found '', expected non-empty text"),
     "number for a target": ("data: digits", "data: 3", "data: found 3, expected a name or a mapping"),
     "list for arguments": ("args: {dims: [64, 8]}", "args: [64, 8]", "model.args: found [64, 8], expected a mapping"),
@@ -158,6 +158,16 @@ ARGUMENTS = {
     "nesterov without momentum": (["optimizer={momentum: 0.0, nesterov: true}"], "nesterov needs momentum > 0"),
     "nesterov adamw": (["optimizer={name: adamw, nesterov: true}"], "optimizer.nesterov has no effect on adamw"),
     "betas of sgd": (["optimizer.betas=[0.8, 0.99]"], "optimizer.betas has no effect on sgd: leave it out"),
+    "momentum of a sign": (
+        ["optimizer.name=ssd", "optimizer.momentum=0.5"],
+        "optimizer.momentum has no effect on ssd: leave it out",
+    ),
+    "beta of sgd": (["optimizer.beta=0.8"], "optimizer.beta has no effect on sgd: leave it out"),
+    "two betas of one": (
+        ["optimizer={name: msvag, lr: 0.1, betas: [0.8, 0.99]}"],
+        "optimizer.betas has no effect on msvag: leave it out",
+    ),
+    "beta zero": (["optimizer={name: svag, lr: 0.1, beta: 0}"], "optimizer.beta: found 0, expected a number > 0"),
     "one beta": (["optimizer.betas=[0.8]"], "optimizer.betas.1: missing; expected a number >= 0 and < 1"),
     "three betas": (
         ["optimizer.betas=[0.8, 0.9, 0.99]"],

@@ -50,7 +50,7 @@ LAYOUTS = [
         Case(stage, zero={"contiguous_gradients": False}, by_hand=True),
         Case(stage, zero={"reduce_scatter": False}, groups=True),
         Case(stage, zero=OFFLOAD, clip=0.3, accumulated=2),
-        Case(stage, "narrow", groups=True),
+        Case(stage, "narrow", groups=True, optimizer="msvag"),
         Case(stage, "frozen", kfac={"update": {"kl_clip": 0.001, "l2": 0.01}, "inversion": {"max_factor_dim": 4}}),
     )
 ] + [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kfac_dist import KFAC
 from kfac_dist.engines import Engine, as_engine
+from kfac_dist.optimizers.dissected import MSVAG
 from tests.preconditioner import workloads
 
 STEPS = 20
@@ -95,7 +96,7 @@ class Case:
         deepspeed: Further sections.
         accumulated: Micro-batches a step.
         clip: Norm to which the preconditioned gradient is clipped.
-        optimizer: `sgd`, `adamw`, or `plain`: SGD without momentum.
+        optimizer: `sgd`, `adamw`, `msvag`, or `plain`: SGD without momentum.
         groups: Whether each parameter has its own group, with a learning rate of its own.
         init: Whether the model is built by `zero.Init`.
         by_hand: Whether the loop calls `kfac.step()` itself.
@@ -159,6 +160,8 @@ class Case:
         groups = [{"params": [p], "lr": 0.02 / (1 + i)} for i, p in enumerate(trained)] if self.groups else trained
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=0.002, weight_decay=0.01)
+        if self.optimizer == "msvag":
+            return MSVAG(groups, lr=0.02, weight_decay=0.01)
         return torch.optim.SGD(groups, lr=0.02, momentum=0.9 if self.optimizer == "sgd" else 0.0)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from kfac_dist.config.schema import OptimizerConfig
 from kfac_dist.optimizers import build_optimizer, set_learning_rate
+from kfac_dist.optimizers.dissected import MSSD, MSVAG, SSD, SVAG
 
 
 def _parameter(value: float, grad: float) -> nn.Parameter:
@@ -35,6 +36,22 @@ def test_adamw_decouples_weight_decay() -> None:
     parameter = _parameter(1.0, 3.0)
     build_optimizer([parameter], OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.1)).step()
     assert parameter.item() == pytest.approx(1 - 0.01 * 0.1 - 0.01, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mssd", MSSD), ("svag", SVAG), ("msvag", MSVAG)])
+def test_dissected_adam_takes_its_options(name: str, kind: type[torch.optim.Optimizer]) -> None:
+    config = OptimizerConfig.model_validate({"name": name, "lr": 0.01, "beta": 0.8, "weight_decay": 0.1})
+    optimizer = build_optimizer([_parameter(1.0, 1.0)], config)
+    assert type(optimizer) is kind
+    assert optimizer.defaults == {"lr": 0.01, "beta": 0.8, "weight_decay": 0.1}
+
+
+def test_sign_descent_has_no_average() -> None:
+    parameter = _parameter(1.0, 3.0)
+    optimizer = build_optimizer([parameter], OptimizerConfig(name="ssd", lr=0.01, weight_decay=0.1))
+    optimizer.step()
+    assert type(optimizer) is SSD
+    assert parameter.item() == pytest.approx(1 - 0.01 * 0.1 - 0.01)
 
 
 def test_frozen_parameters_stay_out() -> None:
