@@ -41,6 +41,7 @@ SMALL = {
     "digits_autoencoder.yaml": (),
     "digits_autoencoder_cg.yaml": ("kfac.cg.compare_every=4",),
     "digits_resnet20.yaml": ("model.args={width: 4}", "data.args={test_fraction: 0.02}", "train.epochs=null"),
+    "dissecting_adam.yaml": (),
     "mnist5k_autoencoder.yaml": ("model.args.dims=[784, 32, 8]",),
 }
 
@@ -58,7 +59,7 @@ def test_it_loads_under_its_own_name_and_says_what_it_compares_with(name: str) -
     config = load_config(CONFIGS / name)
     assert config.run.name == name.removesuffix(".yaml").replace("_", "-")
     assert config.kfac.enabled
-    assert set(config.compare) == {"sgd", "adamw"}
+    assert {"sgd", "adamw"} <= set(config.compare)
     assert config.model.name in MODELS
     assert config.data.name in DATA
 

@@ -56,6 +56,13 @@ class OptimizerConfig(Section):
     beta: Annotated[float, Field(gt=0, lt=1, strict=True, allow_inf_nan=False)] = 0.9
     weight_decay: NonNegative = 0.0
 
+    @property
+    def knows_variance(self) -> bool:
+        """Whether it averages gradients and their squares with one β."""
+        return self.name in (OptimizerName.SVAG, OptimizerName.MSVAG) or (
+            self.name is OptimizerName.ADAMW and self.betas[0] == self.betas[1]
+        )
+
     @model_validator(mode="after")
     def _options_belong_to_optimizer(self) -> Self:
         defaults = {name: field.default for name, field in type(self).model_fields.items()}

@@ -150,3 +150,12 @@ class Config(Section):
     def learning_rate(self) -> Schedule:
         """The rate that a run logs."""
         return self.kfac.cg_options.lr if self.kfac.solver is StepSolver.CG else self.first_order.lr
+
+    @model_validator(mode="after")
+    def _variance_is_known(self) -> Self:
+        if self.metrics.relative_variance and not self.first_order.knows_variance:
+            raise ValueError(
+                f"metrics.relative_variance needs an optimizer that averages gradients and their squares with one β, "
+                f"found {self.first_order.name}: set optimizer.name to svag or msvag, or give adamw two equal betas"
+            )
+        return self

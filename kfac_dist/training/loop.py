@@ -24,6 +24,7 @@ from kfac_dist.config.schema import Config
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import CheckpointError
 from kfac_dist.optimizers import set_learning_rate
+from kfac_dist.optimizers.variance import RelativeVariance
 from kfac_dist.reporting.progress import Status
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import Source, StepBatch
@@ -39,6 +40,7 @@ from kfac_dist.training.run_state import capture_state, restore_state
 from kfac_dist.training.sampler import Position
 from kfac_dist.training.setup import Parts
 from kfac_dist.training.step import Passes, TermCounts
+from kfac_dist.training.variance import relative_variances, variance_metrics
 from kfac_dist.training.window import Stopwatch, Window, WindowTotals
 
 
@@ -376,12 +378,19 @@ class Trainer:
 
     def _log_evaluation(self) -> None:
         result = self.evaluate(self.parts.test)
+        variances = self.relative_variances()
         if self.outputs.writer is not None:
             record = {"step": self.step, "test_loss": result.loss, "test_metric": result.metric}
-            self.outputs.writer.write(record)
+            self.outputs.writer.write(record | variance_metrics(variances))
         self.outputs.progress.note(
             f"step {self.step}: test loss {result.loss:.5g}, {self.parts.loss.metric} {result.metric:.5g}"
         )
+
+    def relative_variances(self) -> dict[str, RelativeVariance]:
+        """Return how noisy each parameter's gradient is, if that is wanted and the optimizer knows it; collective."""
+        if not self.config.metrics.relative_variance:
+            return {}
+        return relative_variances(self.parts.engine, self.parts.optimizer, self.communicator)
 
     def _paused(self, action: Callable[[], None]) -> None:
         if self._device.type == "cuda":

@@ -4,6 +4,7 @@
       config.yaml      the resolved configuration      metrics.jsonl, tensorboard/   what was logged
       checkpoints/     see `training.checkpoint`       loss.png                      losses per step and second
       result.json      final figures                   compare-<entry>/              the same for each compared run
+      relative_variance.json    if wanted: how noisy each parameter's gradient was at the end
       state.json       running, preempted, finished or failed
 
 A fresh run moves the files of an earlier one of its name to `runs/<name>.previous`. SIGTERM or SIGUSR1 on any rank
@@ -40,6 +41,7 @@ from kfac_dist.training.metrics import MetricsWriter, read_metrics
 from kfac_dist.training.monitor import Monitor
 from kfac_dist.training.preemption import Preempted, StopSignals
 from kfac_dist.training.setup import build_parts
+from kfac_dist.training.variance import describe_variances, write_variances
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
             session.progress.start(name, parts.total_steps, trainer.step)
             trainer.train()
         summary = _summarize(name, trainer)
+        variances = trainer.relative_variances()
     finally:
         session.progress.stop()
         checkpoints.close()
@@ -193,6 +196,9 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
     with agreed(session.communicator, what=f"can't write {directory}"):
         if session.leads:
             (directory / "result.json").write_text(json.dumps(_plain(summary), indent=2) + "\n")
+            if variances:
+                write_variances(variances, directory)
+                session.progress.note(describe_variances(variances))
     return summary
 
 

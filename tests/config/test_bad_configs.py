@@ -167,6 +167,11 @@ ARGUMENTS = {
         ["optimizer={name: msvag, lr: 0.1, betas: [0.8, 0.99]}"],
         "optimizer.betas has no effect on msvag: leave it out",
     ),
+    "variance of momentum": (["metrics.relative_variance=true"], "metrics.relative_variance needs an optimizer that"),
+    "variance of two betas": (
+        ["metrics.relative_variance=true", "optimizer={name: adamw, lr: 0.1}"],
+        "found adamw: set optimizer.name to svag or msvag, or give adamw two equal betas",
+    ),
     "beta zero": (["optimizer={name: svag, lr: 0.1, beta: 0}"], "optimizer.beta: found 0, expected a number > 0"),
     "one beta": (["optimizer.betas=[0.8]"], "optimizer.betas.1: missing; expected a number >= 0 and < 1"),
     "three betas": (
