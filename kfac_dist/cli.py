@@ -194,6 +194,7 @@ def plan(
         from rich.console import Console
 
         from kfac_dist.curvature.blocks import find_blocks
+        from kfac_dist.preconditioner.class_memory import check_class_memory
         from kfac_dist.preconditioner.memory import rank_bytes
         from kfac_dist.preconditioner.plan import build_plan
         from kfac_dist.preconditioner.plan_table import plan_view
@@ -207,6 +208,7 @@ def plan(
             local_world_size=node_size or world_size,
             shard_size=shards,
         )
+        check_class_memory(planned, resolved.kfac)
         kept = rank_bytes(planned, resolved.kfac, sharded=shards > 1)
         console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
         console.print(plan_view(planned, kept, coverage.uncovered, resolved.kfac.curvature.uncovered))

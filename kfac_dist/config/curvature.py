@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from kfac_dist.config.classes import ClassConditionalConfig, from_flag
 from kfac_dist.config.section import BelowOne, Count, Pattern, Section, Seed
 
 
@@ -74,6 +75,7 @@ class CurvatureConfig(Section):
         factor_every: Steps between measurements.
         sample_fraction: Share of rows (samples, or tokens) that enter the factors: 1/k, every k-th row.
         factor_dtype: Precision in which the running averages are kept.
+        class_conditional: Keep statistics apart by class, and combine them at a refresh.
         seed: Seed of the labels that `mc` draws.
     """
 
@@ -89,7 +91,33 @@ class CurvatureConfig(Section):
     factor_every: Count = 10
     sample_fraction: Annotated[float, Field(ge=1e-6, le=1, strict=True, allow_inf_nan=False)] = 1.0
     factor_dtype: DType = DType.FLOAT32
+    class_conditional: ClassConditionalConfig | None = None
     seed: Seed = 0
+
+    @field_validator("class_conditional", mode="before")
+    @classmethod
+    def _flag_is_section(cls, value: Any) -> Any:
+        return from_flag(value)
+
+    @model_validator(mode="after")
+    def _classes_have_two_factors(self) -> Self:
+        if self.class_conditional is not None and self.fisher is Fisher.INPUT_ONLY:
+            raise ValueError(
+                "class_conditional has no effect on fisher input_only, which has no G for A to go with: use another "
+                "fisher, or leave class_conditional out"
+            )
+        return self
+
+    @property
+    def class_slots(self) -> int:
+        """How many classes a block's statistics are kept apart in; 0 if they aren't.
+
+        A token without a label (padding, `ignore_index`) has no gradient of its own loss term, but may have one from
+        others': for token losses such positions are one class more.
+        """
+        if self.class_conditional is None or self.class_conditional.classes is None:
+            return 0
+        return self.class_conditional.classes + (self.loss_terms is LossTerms.TOKEN)
 
     @model_validator(mode="after")
     def _storage_can_follow(self) -> Self:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from kfac_dist.config.document import Document, Place
 from kfac_dist.config.explain import config_error
-from kfac_dist.config.schema import Fisher, KFACConfig, Section
+from kfac_dist.config.schema import Fisher, KFACConfig, Likelihood, Section
 from kfac_dist.errors import ConfigError
 
 
@@ -38,4 +38,22 @@ def parse_kfac(options: KFACConfig | Mapping[str, Any] | None) -> KFACConfig:
             f"kfac.curvature.fisher: {config.curvature.fisher} draws on the model's predictive distribution: set "
             "kfac.curvature.likelihood to categorical, bernoulli or gaussian, as the loss is"
         )
+    _check_classes(config)
     return config
+
+
+def _check_classes(config: KFACConfig) -> None:
+    curvature = config.curvature
+    if curvature.class_conditional is None:
+        return
+    if curvature.class_conditional.classes is None:
+        raise ConfigError(
+            "kfac.curvature.class_conditional.classes: missing; a KFAC that is built by hand doesn't see how many "
+            "outputs the model has: give the number of classes, {classes: 10}"
+        )
+    if curvature.fisher is not Fisher.EMPIRICAL and curvature.likelihood is not Likelihood.CATEGORICAL:
+        raise ConfigError(
+            f"kfac.curvature.class_conditional: the labels of fisher {curvature.fisher} are classes only if "
+            f"kfac.curvature.likelihood is categorical, and it is {curvature.likelihood}: use fisher empirical and "
+            "kfac.micro_batch(classes=labels)"
+        )

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from kfac_dist.config.checkpoint import CheckpointConfig as CheckpointConfig
+from kfac_dist.config.classes import ClassConditionalConfig as ClassConditionalConfig
 from kfac_dist.config.curvature import CurvatureConfig as CurvatureConfig
 from kfac_dist.config.curvature import DType as DType
 from kfac_dist.config.curvature import Fisher as Fisher
@@ -115,6 +116,24 @@ class Config(Section):
             raise ValueError(
                 f"kfac.curvature.loss_terms ({curvature.loss_terms}) contradicts loss.name ({loss}), a mean over "
                 f"{loss.loss_terms}s: leave it out, it follows from the loss"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _targets_are_classes(self) -> Self:
+        curvature = self.kfac.curvature
+        if curvature.class_conditional is None:
+            return self
+        if self.loss.name.likelihood is not Likelihood.CATEGORICAL:
+            raise ValueError(
+                f"kfac.curvature.class_conditional needs targets that are classes, loss.name ({self.loss.name}) has "
+                "none: use cross_entropy or token_cross_entropy, or leave class_conditional out"
+            )
+        reduces = [*curvature.sharing_overrides.values(), curvature.sharing]
+        if self.loss.name.loss_terms is LossTerms.TOKEN and Sharing.REDUCE in reduces:
+            raise ValueError(
+                "kfac.curvature.class_conditional needs kfac.curvature.sharing: expand for a loss of tokens: reduce "
+                "adds up a sample's tokens, which have different classes"
             )
         return self
 

@@ -3,12 +3,15 @@
 A block has one or two *factors* (A and G of a Kronecker product, or one unit-wise F). A factor larger than
 `max_factor_dim` is cut into near-equal diagonal blocks, and each of those is a *unit*: the smallest piece of work that
 is measured, reduced, inverted and shared on its own.
+
+Where statistics are kept apart by class, a unit has as many sums as there are classes; what is inverted and shared is
+still one factor.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -49,6 +52,7 @@ class Unit:
         stop: Row after the last.
         batch: Independent matrices (groups, normalised units).
         kind: Dense or diagonal.
+        classes: Classes whose statistics are kept apart; 0 if they aren't.
     """
 
     block: str
@@ -58,6 +62,7 @@ class Unit:
     stop: int
     batch: int
     kind: FactorKind
+    classes: int = 0
 
     @property
     def name(self) -> str:
@@ -71,13 +76,18 @@ class Unit:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the stored statistics: `[batch, n, n]`, or `[batch, n]` for a diagonal."""
+        """Shape of the factor: `[batch, n, n]`, or `[batch, n]` for a diagonal."""
         return (self.batch, self.dim, self.dim) if self.kind is FactorKind.DENSE else (self.batch, self.dim)
 
     @property
     def numel(self) -> int:
-        """Number of stored values."""
+        """Number of the factor's values."""
         return self.batch * self.dim * (self.dim if self.kind is FactorKind.DENSE else 1)
+
+    @property
+    def statistics(self) -> Unit:
+        """The unit as its sums are stored: one after the other by class, as if each were a matrix of its own."""
+        return replace(self, batch=self.batch * self.classes, classes=0) if self.classes else self
 
     @property
     def cost(self) -> float:
@@ -92,10 +102,10 @@ def cut(dim: int, max_dim: int | None) -> tuple[tuple[int, int], ...]:
     return tuple(itertools.pairwise(edges))
 
 
-def units_of(block: str, factors: tuple[FactorSpec, ...], max_dim: int | None) -> tuple[Unit, ...]:
+def units_of(block: str, factors: tuple[FactorSpec, ...], max_dim: int | None, classes: int = 0) -> tuple[Unit, ...]:
     """Return the units of a block, in the order of its factors; diagonals are never cut."""
     return tuple(
-        Unit(block, factor.side, index, start, stop, factor.batch, factor.kind)
+        Unit(block, factor.side, index, start, stop, factor.batch, factor.kind, classes)
         for factor in factors
         for index, (start, stop) in enumerate(cut(factor.dim, None if factor.kind is FactorKind.DIAGONAL else max_dim))
     )

@@ -40,9 +40,7 @@ def label_gradient(likelihood: Likelihood, outputs: Tensor, *, seed: int, step: 
     match likelihood:
         case Likelihood.CATEGORICAL:
             probability = values.softmax(-1)
-            draw = uniform(values[..., 0], seed=seed, step=step, first_sample=first_sample)
-            # First class whose cumulative probability exceeds the draw; the clamp covers a sum that rounds below 1.
-            label = (probability.cumsum(-1) <= draw[..., None]).sum(-1).clamp(max=values.shape[-1] - 1)
+            label = drawn_classes(probability, seed=seed, step=step, first_sample=first_sample)
             gradient = probability.scatter_add(-1, label[..., None], -torch.ones_like(probability[..., :1]))
         case Likelihood.BERNOULLI:
             probability = values.sigmoid()
@@ -52,6 +50,13 @@ def label_gradient(likelihood: Likelihood, outputs: Tensor, *, seed: int, step: 
             draw = uniform(values, seed=seed, step=step, first_sample=first_sample)
             gradient = torch.special.ndtri(draw.double()).float()
     return gradient.to(outputs.dtype)
+
+
+def drawn_classes(probability: Tensor, *, seed: int, step: int, first_sample: int) -> Tensor:
+    """Return the class `[B, ...]` that is drawn for each term of `[B, ..., C]`; see `label_gradient`."""
+    draw = uniform(probability[..., 0], seed=seed, step=step, first_sample=first_sample)
+    # First class whose cumulative probability exceeds the draw; the clamp covers a sum that rounds below 1.
+    return (probability.cumsum(-1) <= draw[..., None]).sum(-1).clamp(max=probability.shape[-1] - 1)
 
 
 def hessian_columns(likelihood: Likelihood, outputs: Tensor) -> Iterator[Tensor]:

@@ -23,8 +23,10 @@ def _panels(n: int) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(edges)
 
 
-def accumulate_gram(out: Tensor, rows: Tensor, *, alpha: float, beta: float, ones: bool = False) -> None:
-    """Set `out ← beta·out + alpha·[rows, 1]ᵀ[rows, 1]` in place, upper block-triangle only.
+def accumulate_gram(
+    out: Tensor, rows: Tensor, *, alpha: float, beta: float, ones: bool = False, weights: Tensor | None = None
+) -> None:
+    """Set `out ← beta·out + alpha·[rows, 1]ᵀ D [rows, 1]` in place, upper block-triangle only.
 
     Args:
         out: `[batch, n, n]`, fp32; a strided view is fine as long as its last dimension is contiguous.
@@ -33,12 +35,14 @@ def accumulate_gram(out: Tensor, rows: Tensor, *, alpha: float, beta: float, one
         beta: Scale of what is there; 0 ignores it, even when it is not finite.
         ones: Whether rows carry an implicit last column of ones (the homogeneous coordinate of a bias). It is never
             materialised: its row of the Gram matrix is a column sum.
+        weights: `[M]`, the diagonal of D; one for every row by default.
     """
     width = rows.shape[-1]
     rows = rows.to(out.dtype)
+    weighted = rows if weights is None else rows * weights[:, None]
     for start, stop in _panels(width):
         panel = out[:, start:stop, start:width]
-        left, right = rows[..., start:stop].mT, rows[..., start:]
+        left, right = weighted[..., start:stop].mT, rows[..., start:]
         if out.shape[0] == 1:
             panel[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
         else:
@@ -49,8 +53,8 @@ def accumulate_gram(out: Tensor, rows: Tensor, *, alpha: float, beta: float, one
             border.zero_()
         else:
             border.mul_(beta)
-        border[:, :width].add_(rows.sum(dim=1), alpha=alpha)
-        border[:, width].add_(alpha * rows.shape[1])
+        border[:, :width].add_(weighted.sum(dim=1), alpha=alpha)
+        border[:, width].add_(alpha * (rows.shape[1] if weights is None else weights.sum()))
 
 
 def complete(matrix: Tensor) -> Tensor:

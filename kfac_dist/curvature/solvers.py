@@ -43,6 +43,7 @@ class Task:
         damping: δ, added to the factor's diagonal; unused by `eigen` on Kronecker factors.
         previous: Last good payload of the unit, or None.
         weight: What the sums are divided by.
+        coefficients: `[C, batch]` if the sums are of C classes, `[C·batch, n, n]`: what each is multiplied by first.
     """
 
     unit: Unit
@@ -50,10 +51,18 @@ class Task:
     damping: float
     previous: Tensor | None
     weight: float = 1.0
+    coefficients: Tensor | None = None
 
     def factor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the factor itself, a new tensor."""
-        return self.sums.to(dtype) / self.weight
+        if self.coefficients is None:
+            return self.sums.to(dtype) / self.weight
+        out = self.sums.new_zeros(self.unit.shape, dtype=dtype)
+        scales = self.coefficients.to(out) / self.weight
+        by_class = self.sums.unflatten(0, tuple(scales.shape))
+        for scale, sums in zip(scales, by_class, strict=True):  # one class at a time: no second copy of all of them
+            out.addcmul_(sums.to(dtype), scale.view(-1, *[1] * (out.ndim - 1)))
+        return out
 
 
 def is_eigen(unit: Unit, solver: Solver) -> bool:

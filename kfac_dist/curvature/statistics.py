@@ -8,6 +8,9 @@ lets ranks keep (S, w) to themselves and add them up whenever a refresh asks for
 
 The window is kept apart from the average so that a step is a transaction: a batch that isn't finite, or a step that the
 optimizer skips, never touches the average.
+
+A unit that keeps its statistics apart by class has one sum and one weight for each, of the same step and in the same
+transaction.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import accumulate_gram
+
+if TYPE_CHECKING:
+    from kfac_dist.curvature.classes import Members
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,8 @@ class FlatUnits:
     """Where each unit lies in a flat buffer that holds them one after the other."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
-        self.units = tuple(units)
-        self._edges = [0, *itertools.accumulate(unit.numel for unit in units)]
+        self.units = tuple(unit.statistics for unit in units)
+        self._edges = [0, *itertools.accumulate(unit.numel for unit in self.units)]
         self._index = {unit.name: index for index, unit in enumerate(units)}
 
     @property
@@ -64,14 +71,18 @@ class FlatUnits:
         """Position of the unit in per-unit tensors."""
         return self._index[unit.name]
 
+    def index_of(self, name: str) -> int:
+        """Position of a unit by its name."""
+        return self._index[name]
+
     def span(self, first: int, last: int) -> Span:
         """Return the span of the units `[first, last)`."""
         return Span(first, last, self._edges[first], self._edges[last])
 
     def view(self, buffer: Tensor, unit: Unit) -> Tensor:
-        """Return the unit's statistics in a flat buffer, in the unit's shape."""
+        """Return the unit's statistics in a flat buffer, in the shape of its sums: `[classes·batch, n, n]`."""
         index = self._index[unit.name]
-        return buffer[self._edges[index] : self._edges[index + 1]].view(unit.shape)
+        return buffer[self._edges[index] : self._edges[index + 1]].view(self.units[index].shape)
 
 
 class RunningAverages:
@@ -89,8 +100,8 @@ class RunningAverages:
         layout: Place of every unit in the window.
         held: Place of every held unit in the averages.
         average: Flat sums of the held units.
-        scalars: `[2, units]` weights and traces that belong to the averages.
-        window_scalars: `[2, units]` weights and traces of the window; valid once a span is closed.
+        scalars: `[2 + C, units]` weights and traces that belong to the averages, then weights by class.
+        window_scalars: `[2 + C, units]` weights and traces of the window; valid once a span is closed.
     """
 
     def __init__(
@@ -108,12 +119,14 @@ class RunningAverages:
         self.decay = decay
         self.device = device
         self.average = torch.zeros(self.held.numel, device=device, dtype=dtype)
-        self.scalars = torch.zeros(2, len(units), device=device)
-        self.window_scalars = torch.zeros(2, len(units), device=device)
+        classes = max((unit.classes for unit in units), default=0)
+        self.scalars = torch.zeros(2 + classes, len(units), device=device)
+        self.window_scalars = torch.zeros(2 + classes, len(units), device=device)
         self._transient = transient_window
         self._window: Tensor | None = None
         self._written = [False] * len(units)
         self._counts: list[float | Tensor] = [0.0] * len(units)
+        self._by_class: dict[int, Tensor] = {}
         self._pieces: dict[tuple[str, Side], list[Unit]] = {}
         for unit in units:
             self._pieces.setdefault((unit.block, unit.side), []).append(unit)
@@ -129,17 +142,22 @@ class RunningAverages:
             self._window = torch.zeros(self.layout.numel, device=self.device)
         return self._window
 
-    def add_rows(self, block: str, side: Side, rows: Tensor, *, scale: float, ones: bool) -> None:
+    def add_rows(
+        self, block: str, side: Side, rows: Tensor, *, scale: float, ones: bool, members: Members | None = None
+    ) -> None:
         """Add `scale · [rows, 1]ᵀ[rows, 1]` for rows `[batch, M, d]` to the diagonal blocks that are kept."""
         width = rows.shape[-1]
         for unit in self._pieces[block, side]:
-            accumulate_gram(
-                self.layout.view(self.window, unit),
-                rows[..., unit.start : min(unit.stop, width)],
-                alpha=scale,
-                beta=self._beta(unit),
-                ones=ones and unit.stop > width,
-            )
+            out = self.layout.view(self.window, unit)
+            own = rows[..., unit.start : min(unit.stop, width)]
+            border = ones and unit.stop > width
+            beta = self._beta(unit)
+            if members is None:
+                accumulate_gram(out, own, alpha=scale, beta=beta, ones=border)
+                continue
+            if not beta:  # a class without rows is not written to
+                out.zero_()
+            members.accumulate(out.unflatten(0, (members.number, -1)), own, alpha=scale, ones=border)
 
     def add_values(self, block: str, side: Side, values: Tensor) -> None:
         """Add `[batch, n]` to a diagonal factor, or `[batch, n, n]` to a dense one."""
@@ -149,10 +167,14 @@ class RunningAverages:
             view = self.layout.view(self.window, unit)
             view.add_(part) if self._beta(unit) else view.copy_(part)
 
-    def add_count(self, block: str, side: Side, count: float | Tensor) -> None:
-        """Add to the weight of a factor."""
+    def add_count(self, block: str, side: Side, count: float | Tensor, by_class: Tensor | None = None) -> None:
+        """Add to the weight of a factor, and to its weights by class `[C]`."""
         for unit in self._pieces[block, side]:
-            self._counts[self.layout.index(unit)] += count
+            index = self.layout.index(unit)
+            self._counts[index] += count
+            if by_class is not None:
+                own = to_device(by_class, self.device)
+                self._by_class[index] = self._by_class[index] + own if index in self._by_class else own
 
     def _beta(self, unit: Unit) -> float:
         index = self.layout.index(unit)
@@ -174,6 +196,10 @@ class RunningAverages:
         scalars = self.window_scalars[:, span.units]
         scalars[0].copy_(self._weights(span))
         scalars[1].copy_(self._traces(span))
+        scalars[2:].zero_()
+        for index in range(span.first, span.last):
+            if (by_class := self._by_class.pop(index, None)) is not None:
+                self.window_scalars[2 : 2 + len(by_class), index] = by_class
         finite = torch.isfinite(scalars.sum())
         zero_unless(finite, self.window[span.values])
         zero_unless(finite, scalars)
@@ -238,12 +264,13 @@ class RunningAverages:
         """Forget what the current window measured."""
         self._written = [False] * len(self._written)
         self._counts = [0.0] * len(self._counts)
+        self._by_class.clear()
         self.release()
 
     # ---- reading
 
     def sums(self, unit: Unit) -> Tensor:
-        """Return the unit's sum S, a view in the averages' precision; upper block-triangle."""
+        """Return the unit's sum S, a view in the averages' precision; upper block-triangle, `[classes·batch, n, n]`."""
         return self.held.view(self.average, unit)
 
     def _held_values(self, span: Span) -> slice:
@@ -271,7 +298,7 @@ def scalar(value: Tensor) -> Tensor | float:
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """Copy a small host tensor to the device without waiting for it."""
-    if device.type == "cpu":
+    if device.type == "cpu" or host.device.type != "cpu":
         return host
     return host.pin_memory().to(device, non_blocking=True)
 

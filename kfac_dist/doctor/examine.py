@@ -28,13 +28,14 @@ from kfac_dist.doctor.scale import examine_scale
 from kfac_dist.engines import build_engine, check_sections
 from kfac_dist.errors import CollectiveError, ConfigError, DataError, KFACError, ModelError
 from kfac_dist.optimizers import build_optimizer
+from kfac_dist.preconditioner.class_memory import check_class_memory
 from kfac_dist.preconditioner.plan import Plan, build_plan
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import Source, Stream, source_of
 from kfac_dist.training.random_state import seed_everything
 from kfac_dist.training.sampler import Position, sampler_of
-from kfac_dist.training.setup import Parts, parameter_shapes
+from kfac_dist.training.setup import Parts, parameter_shapes, with_classes
 from kfac_dist.training.trial import Trial, try_out
 
 
@@ -92,7 +93,7 @@ def _examine(case: _Case, planned: int) -> Report:
     _walk(case, loss, train, test, trial)
     coverage = find_blocks(model, case.config.kfac.curvature)
     trained = any(parameter.requires_grad for parameter in model.parameters())
-    plan = _plan(case, coverage, planned) if trained else None
+    plan = _plan(case, coverage, planned, trial) if trained else None
     uncovered = case.config.kfac.curvature.uncovered
     rows = parameter_rows(model, coverage, plan, uncovered)
     report = replace(report, parameters=rows)
@@ -185,9 +186,9 @@ def _walk(case: _Case, loss: Loss, train: Source, test: Source, trial: Trial | N
             case.findings.append(Finding.of("data", error))
 
 
-def _plan(case: _Case, coverage: Coverage, planned: int) -> Plan | None:
+def _plan(case: _Case, coverage: Coverage, planned: int, trial: Trial | None) -> Plan | None:
     """Plan for `planned` ranks, and check that all ranks of this world plan the same."""
-    config = case.config.kfac
+    config = case.config.kfac if trial is None else with_classes(case.config.kfac, trial.outputs.shape[-1])
     try:
         agree_on_plan(case.ranks, [(block.name, block.describe()) for block in coverage.blocks])
         if not coverage.blocks:
@@ -201,6 +202,8 @@ def _plan(case: _Case, coverage: Coverage, planned: int) -> Plan | None:
             coverage.blocks, config, world_size=planned, local_world_size=local, shard_size=shards(planned)
         )
         agree_on_plan(case.ranks, [("configuration", repr(config)), *plan.rows()])
+        if trial is not None:
+            check_class_memory(plan, config)
     except CollectiveError:
         raise
     except KFACError as error:

@@ -27,6 +27,7 @@ def measuring(
         sharing: Replaces the run's weight-sharing setting.
     """
     changes: dict[str, Any] = {"fisher": fisher, "factor_every": 1, "decay": 0.0, "sample_fraction": 1.0}
+    changes |= {"class_conditional": None}
     if sharing is not None:
         changes |= {"sharing": sharing, "sharing_overrides": {}}
     curvature = config.curvature.model_copy(update={**changes, "factor_dtype": DType.FLOAT32})

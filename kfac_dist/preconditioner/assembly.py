@@ -19,6 +19,7 @@ from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.cost import measure_costs
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
+from kfac_dist.preconditioner.class_memory import check_class_memory
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
 from kfac_dist.preconditioner.memory import keeps_own_factors_only
 from kfac_dist.preconditioner.plan import Plan, block_units, build_plan, exchange_buckets
@@ -60,7 +61,8 @@ def make_plan(
     """Plan the work of all ranks, and compare the plans; collective.
 
     Raises:
-        ConfigError: The placement doesn't fit the number of ranks, or the engine's shards.
+        ConfigError: The placement doesn't fit the number of ranks, or the engine's shards; or statistics by class don't
+            fit the configured limit.
         PlanMismatchError: The ranks were given different models or configurations.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -77,6 +79,7 @@ def make_plan(
         unit_cost=None if costs is None else (lambda unit: costs[unit.dim] * unit.batch),
     )
     agree_on_plan(comm, plan.rows())
+    check_class_memory(plan, config)
     return plan
 
 

@@ -168,6 +168,7 @@ class KFAC:
         divisor: float | Tensor | None = None,
         terms: float | Tensor | None = None,
         last: bool = True,
+        classes: Tensor | None = None,
     ) -> None:
         """Describe the micro-batch whose forward pass comes next; a plain loop over equal batches needn't.
 
@@ -180,8 +181,11 @@ class KFAC:
             terms: Its loss terms, for token losses whose valid tokens shapes don't tell; a tensor stays on the device.
             last: Whether the optimizer's step follows its backward. Only then may reductions overlap with backward:
                 without this call they start in `step`.
+            classes: Labels of its samples `[B]`, or tokens `[B, T]`, with `curvature.class_conditional` and the
+                empirical Fisher; any without a class lie outside of [0, C). `mc` and `type2` have labels of their own.
+                Labels on the host spare a GPU work.
         """
-        self._measurement.describe(Description(first_sample, divisor, terms, last))
+        self._measurement.describe(Description(first_sample, divisor, terms, last, classes))
 
     def discard(self) -> None:
         """Forget what this step has measured, such as a batch that will not be trained on after all.

@@ -6,10 +6,11 @@ model's outputs; those carry neither the loss's divisor nor an AMP scale.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from kfac_dist.config.schema import CurvatureConfig, Fisher, LossTerms
 from kfac_dist.curvature.blocks import Block, MicroBatch, Use
 from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.curvature.capture import Capture, warn_of_accumulation
+from kfac_dist.curvature.classes import Classes
 from kfac_dist.curvature.factors import Side
-from kfac_dist.curvature.fisher import hessian_columns, label_gradient
+from kfac_dist.curvature.fisher import drawn_classes, hessian_columns, label_gradient
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine
@@ -39,6 +41,7 @@ class Description:
     divisor: float | Tensor | None = None
     terms: float | Tensor | None = None
     last: bool = True
+    classes: Tensor | None = None
 
 
 class Measurement:
@@ -84,6 +87,7 @@ class Measurement:
         self._pass = 0
         self._description: Description | None = None
         self._went_back = False
+        self._unlabelled = False
 
     @property
     def active(self) -> bool:
@@ -94,7 +98,7 @@ class Measurement:
         """Prepare for a step."""
         self._step = step
         self._description = None
-        self._went_back = False
+        self._went_back = self._unlabelled = False
         self._positions, self._pass = 0.0, 0
         self._capture.reset()
         self._capture.active = active
@@ -132,16 +136,28 @@ class Measurement:
             return
         self._positions = outputs.numel() / max(outputs.shape[-1], 1)
         micro = self._micro_batch(own=True)
+        # Consumed as columns are: each vector is measured before the next is made.
+        classes = iter(self._classes_of_columns(outputs, micro.first_sample))
+        current: Classes | None = None
+
+        def columns() -> Iterator[Tensor]:
+            nonlocal current
+            for column in self._columns(outputs, micro.first_sample):
+                current = next(classes)
+                yield column
 
         def measure(block: Block, uses: list[Use], first: bool) -> None:
-            if self._reduction.accepts(block.name):
-                sink = self._averages if first else _SumsOnly(self._averages)
-                block.measure(uses, micro, sink, _EVERY_SIDE if first else _EVERY_SIDE - {Side.A})
+            if not self._reduction.accepts(block.name):
+                return
+            if block.by_class and current is not None:
+                block.measure(uses, replace(micro, classes=current), self._averages, _EVERY_SIDE)
+                return
+            sink = self._averages if first else _SumsOnly(self._averages)
+            block.measure(uses, micro, sink, _EVERY_SIDE if first else _EVERY_SIDE - {Side.A})
 
         self._scale.paused = True
         with self._phases(Phase.STATISTICS):
-            columns = self._engine.own_passes(self._columns(outputs, micro.first_sample))
-            self._capture.backpropagate(outputs, columns, measure)
+            self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
         self._scale.paused = False
         self._went_back = True
         if self._last:
@@ -160,6 +176,12 @@ class Measurement:
             raise ModelError(
                 f"kfac.curvature.fisher is {self._config.fisher}: call kfac.fisher_backward(outputs) after the forward "
                 "pass, before loss.backward()"
+            )
+        if self._unlabelled:
+            self._reduction.finish(torch.zeros_like(finite))
+            raise ModelError(
+                "kfac.curvature.class_conditional keeps statistics apart by class: call kfac.micro_batch(classes="
+                "labels) before each forward pass, with a label for each of its samples or tokens"
             )
         # Of the user's own backward: a look at the model that no backward follows is no accumulation.
         passes = self._capture.passes if self._own_backward else len(self._capture.passes_back)
@@ -219,8 +241,15 @@ class Measurement:
             self._pass, self._positions = self._capture.passes, 0.0
         if not self._positions and uses[0].grad is not None:  # the layer nearest to the loss comes first
             self._positions = uses[0].grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
+        micro = self._micro_batch(own=False)
+        if block.by_class and self._config.class_slots:
+            if micro.classes is None:  # told in `finish`, where no rank waits for another
+                self._unlabelled = True
+                return
+        elif micro.classes is not None:
+            micro = replace(micro, classes=None)
         with self._phases(Phase.STATISTICS):
-            block.measure(uses, self._micro_batch(own=False), self._averages, self._sides)
+            block.measure(uses, micro, self._averages, self._sides)
         if self._last:
             with self._phases(Phase.REDUCTION):
                 self._reduction.completed(block.name)
@@ -233,6 +262,33 @@ class Measurement:
         return [
             label_gradient(config.likelihood, outputs, seed=config.seed, step=self._step, first_sample=first_sample)
         ]
+
+    def _classes_of_columns(self, outputs: Tensor, first_sample: int) -> Iterator[Classes | None]:
+        """Yield the classes of the terms behind each vector that is sent back: drawn ones, or a column's own."""
+        config = self._config
+        if not config.class_slots:
+            yield from itertools.repeat(None)
+        assert config.class_conditional is not None
+        assert config.class_conditional.classes is not None
+        number, slots = config.class_conditional.classes, config.class_slots
+        if outputs.shape[-1] != number:
+            raise ModelError(
+                f"kfac.curvature.class_conditional.classes is {number}, but the model has {outputs.shape[-1]} outputs "
+                f"a term, and fisher {config.fisher} knows as many classes: set it to {outputs.shape[-1]}"
+            )
+        probability = outputs.detach().float().softmax(-1)
+        if config.fisher is Fisher.MC:
+            drawn = drawn_classes(probability, seed=config.seed, step=self._step, first_sample=first_sample)
+            yield Classes.of(drawn, number, slots)
+            return
+        for index in range(number):
+            yield Classes(slots, index=index, shares=probability[..., index])
+
+    def _given_classes(self, said: Description) -> Classes | None:
+        config = self._config
+        if said.classes is None or config.class_conditional is None or config.class_conditional.classes is None:
+            return None
+        return Classes.of(said.classes, config.class_conditional.classes, config.class_slots)
 
     def _micro_batch(self, *, own: bool) -> MicroBatch:
         """Return what blocks need to know; gradients of K-FAC's `own` passes carry no divisor and no scale."""
@@ -250,6 +306,7 @@ class Measurement:
             terms=self._tokens() if own or said.terms is None else said.terms,  # drawn labels ignore no position
             stride=stride,
             phase=self._step // self._config.factor_every % stride,
+            classes=None if own else self._given_classes(said),
         )
 
     def _tokens(self) -> float | None:
@@ -273,5 +330,5 @@ class _SumsOnly:
         self.add_rows = averages.add_rows
         self.add_values = averages.add_values
 
-    def add_count(self, block: str, side: Side, count: float | Tensor) -> None:
+    def add_count(self, block: str, side: Side, count: float | Tensor, by_class: Tensor | None = None) -> None:
         """Take no count: the first column brought it."""

@@ -1,6 +1,7 @@
 """How many bytes K-FAC keeps on each rank between steps: a pure function of the plan and the configuration.
 
-    factors     running averages; also the window of a step, where it isn't given back after it
+    factors     running averages, for each class where they are kept apart; also the window of a step, where it isn't
+                given back after it
     inverses    what the blocks of the rank's column are preconditioned with
     gradients   workspaces of these blocks, and what travels
 
@@ -74,7 +75,7 @@ def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankByt
 
 
 def _numel(units: Sequence[Unit]) -> int:
-    return sum(unit.numel for unit in units)
+    return sum(unit.statistics.numel for unit in units)
 
 
 def _payload_bytes(unit: Unit, config: KFACConfig) -> int:

@@ -53,8 +53,8 @@ class BlockPlan:
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of the block's factors in fp32."""
-        return _FLOAT * sum(unit.numel for unit in self.units)
+        """Bytes of the block's statistics in fp32."""
+        return _FLOAT * sum(unit.statistics.numel for unit in self.units)
 
     @property
     def likeness(self) -> tuple[object, ...]:
@@ -193,7 +193,8 @@ def block_units(block: Block, config: KFACConfig) -> tuple[Unit, ...]:
         for factor in block.factors
         if config.curvature.fisher is not Fisher.INPUT_ONLY or factor.side is not Side.G
     )
-    return units_of(block.name, measured, config.inversion.max_factor_dim)
+    classes = config.curvature.class_slots if block.by_class else 0
+    return units_of(block.name, measured, config.inversion.max_factor_dim, classes)
 
 
 def _slots(units: Mapping[str, tuple[Unit, ...]], slots: int) -> dict[str, int]:

@@ -69,7 +69,8 @@ class FactorReduction:
         config: What is sent, when and how.
 
     Attributes:
-        totals: `[2, units]` weights and traces over all ranks, as of the last reduction of each unit.
+        totals: `[2 + C, units]` weights and traces over all ranks, and weights by class, as of the last reduction of
+            each unit.
     """
 
     def __init__(self, averages: RunningAverages, plan: Plan, comm: Communicator, config: DistributionConfig) -> None:
@@ -231,7 +232,7 @@ class FactorReduction:
         self.totals[:, span.units] = totals
         averages.scalars[:, span.units] = totals * self._own[span.units]
         offset = 0
-        for unit in self._plan.units[span.units]:
+        for unit in averages.layout.units[span.units]:
             sums = averages.sums(unit)
             if self._plan.assignment.owners[unit.name] == self._comm.rank:
                 sums.copy_(values[offset : offset + unit.numel].view(unit.shape))
@@ -319,7 +320,7 @@ class FactorReduction:
         local = [r for slot, r in enumerate(ranges) if not (everything or slot in slots)]
         reduced = [span for first, last in chosen for span in self._buckets(first, last)]
         return (
-            [(span, self._wire(self._plan.units[span.units])) for span in reduced],
+            [(span, self._wire(self._averages.layout.units[span.units])) for span in reduced],
             [self._averages.layout.span(first, last) for first, last in local if last > first],
         )
 
@@ -328,7 +329,7 @@ class FactorReduction:
 
     def _buckets(self, first: int, last: int) -> list[Span]:
         """Cut units into buckets of near-equal bytes that keep a block's units together."""
-        units = self._plan.units[first:last]
+        units = self._averages.layout.units[first:last]
         blocks = [list(own) for _, own in itertools.groupby(units, key=lambda unit: unit.block)]
         edges = [first, *(first + n for n in itertools.accumulate(len(own) for own in blocks))]
         cuts = split_buckets([sum(unit.numel for unit in own) for own in blocks], self._count)

@@ -9,7 +9,7 @@ A unit that can't be solved is sent as it was: the last good inverse stays, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from kfac_dist.curvature.solvers import Task, is_eigen, is_symmetric, payload_nu
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator, Work
 from kfac_dist.distributed.segments import share_segments
+from kfac_dist.preconditioner.class_combination import Combined, combine
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.wire import UnitWire
 
@@ -89,7 +90,7 @@ class Refresh:
 
         Args:
             slots: What is due.
-            totals: `[2, units]` weights and traces over all ranks.
+            totals: `[2 + C, units]` weights and traces over all ranks, and weights by class.
             damping: λ.
             due: The step from which on the new inverses are used.
         """
@@ -100,7 +101,8 @@ class Refresh:
         names = {unit.name for unit in wire.units}
         self.pending = [other for other in self.pending if not names & {unit.name for unit, _ in self.arrived(other)}]
         own = [unit for unit in wire.units if self._plan.assignment.owners[unit.name] == self._rank]
-        solved = list(zip(own, self._solve(own, totals, damping), strict=True))
+        combined = combine(wire.units, own, self._averages, totals, self._column)
+        solved = list(zip(own, self._solve(own, totals, combined, damping), strict=True))
         self.refreshes += 1
         if self._column.size == 1:
             self.pending.append(Refreshed(due, solved))
@@ -152,8 +154,10 @@ class Refresh:
             packed=lambda unit: self._pack and is_symmetric(unit, self._solver),
         )
 
-    def _solve(self, units: Sequence[Unit], totals: Tensor, damping: float) -> list[Tensor]:
-        weights, traces = self._quotients(totals)
+    def _solve(
+        self, units: Sequence[Unit], totals: Tensor, combined: Mapping[str, Combined], damping: float
+    ) -> list[Tensor]:
+        weights, traces = self._quotients(totals, combined)
         tasks: list[Task] = []
         kept: list[Tensor | None] = []
         for unit in units:
@@ -163,7 +167,9 @@ class Refresh:
                 kept.append(previous)
                 continue
             delta = self._damping(unit, weights, traces, damping)
-            tasks.append(Task(unit, self._averages.sums(unit), delta, previous, weight))
+            classes = combined.get(unit.name)
+            coefficients = None if classes is None else classes.coefficients
+            tasks.append(Task(unit, self._averages.sums(unit), delta, previous, weight, coefficients))
             kept.append(None)
         solved, failures = solve(tasks, self._solver)
         self.failures += failures
@@ -174,9 +180,15 @@ class Refresh:
         )
         return [next(fresh) if previous is None else previous for previous in kept]
 
-    def _quotients(self, totals: Tensor) -> tuple[list[float], list[float]]:
-        """Return what each unit's sum is divided by, and its trace: the weight, or tr F for `L ⊗ R / tr F`."""
-        weights, traces = totals.tolist()
+    def _quotients(self, totals: Tensor, combined: Mapping[str, Combined]) -> tuple[list[float], list[float]]:
+        """Return what each unit's sum is divided by, and its trace: the weight, or tr F for `L ⊗ R / tr F`.
+
+        The coefficients of combined classes have their weights in them.
+        """
+        weights, traces = totals[:2].tolist()
+        for name, found in combined.items():
+            index = self._averages.layout.index_of(name)
+            weights[index], traces[index] = (0.0, 0.0) if found.trace is None else (1.0, found.trace)
         for block in self._plan.blocks.values():
             if block.partial_traces:
                 own = [self._averages.layout.index(unit) for unit in block.units if unit.side is Side.A]

@@ -1,8 +1,8 @@
 """What a checkpoint holds, by unit name, so that it loads under any number of ranks and any placement.
 
     step, shares                    steps taken; how many ranks' averages add up to the total
-    units/<name>/scalars            weight and trace, `[2]`
-    units/<name>/sum                the running sum S
+    units/<name>/scalars            weight and trace, then weights by class, `[2 + C]`
+    units/<name>/sum                the running sum S, or one for each class
     units/<name>/payload            what preconditioning uses now
     units/<name>/overdue            whether its refresh was due and has not happened
     units/<name>/refreshed          whether it has ever been refreshed
@@ -145,7 +145,11 @@ def _pending(parts: Parts) -> dict[str, tuple[Tensor, int]]:
 def _gather_key(parts: Parts, units: dict[str, dict[str, Tensor]], key: str) -> None:
     """Give every rank a key of every unit, from the unit's owner: it holds all of its own units' values."""
     owners = parts.plan.assignment.owners
-    numel = {unit.name: unit.numel if key == "sum" else parts.refresh.payload_numel(unit) for unit in parts.plan.units}
+    stored = {unit.name: unit.statistics for unit in parts.plan.units}
+    numel = {
+        unit.name: stored[unit.name].numel if key == "sum" else parts.refresh.payload_numel(unit)
+        for unit in parts.plan.units
+    }
     layout = SegmentLayout(
         [Segment(unit.name, numel[unit.name], owners[unit.name]) for unit in parts.plan.units], parts.communicator.size
     )
@@ -157,7 +161,7 @@ def _gather_key(parts: Parts, units: dict[str, dict[str, Tensor]], key: str) -> 
     share_segments(parts.communicator, buffer, layout, label=LABEL).wait()
     for unit in parts.plan.units:
         values = layout.view(buffer, unit.name)
-        units[unit.name][key] = values.view(unit.shape) if key == "sum" else values
+        units[unit.name][key] = values.view(stored[unit.name].shape) if key == "sum" else values
 
 
 def _gather_due(parts: Parts, units: dict[str, dict[str, Tensor]]) -> None:
@@ -175,10 +179,16 @@ def _check(parts: Parts, values: Mapping[str, Any]) -> None:
                 f"the K-FAC state has no unit {unit.name!r}: it belongs to another model, to other "
                 "kfac.curvature.include/exclude, or to another kfac.inversion.max_factor_dim"
             )
-        found = saved[unit.name].get("sum")
-        if found is not None and tuple(found.shape) != unit.shape:
+        scalars, own = saved[unit.name]["scalars"], parts.averages.scalars
+        if len(scalars) != len(own):
             raise CheckpointError(
-                f"the K-FAC state of unit {unit.name!r} has shape {tuple(found.shape)}, this model's is {unit.shape}"
+                f"the K-FAC state of unit {unit.name!r} is of {len(scalars) - 2} classes, this configuration's of "
+                f"{len(own) - 2}: resume with the same kfac.curvature.class_conditional"
+            )
+        found, shape = saved[unit.name].get("sum"), unit.statistics.shape
+        if found is not None and tuple(found.shape) != shape:
+            raise CheckpointError(
+                f"the K-FAC state of unit {unit.name!r} has shape {tuple(found.shape)}, this model's is {shape}"
             )
         payload = saved[unit.name].get("payload")
         if payload is not None and payload.numel() != parts.refresh.payload_numel(unit):

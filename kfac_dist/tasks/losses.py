@@ -47,6 +47,10 @@ class Loss(ABC):
         """Return the number of terms, a scalar on the targets' device."""
         return torch.full((), targets.shape[0], device=targets.device)
 
+    def labels(self, targets: Tensor) -> Tensor:
+        """Return the classes that targets are, in their shape; below 0 where a position has none."""
+        return targets
+
     def outside(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """Return where targets are no values that the likelihood knows, in the targets' shape.
 
@@ -109,6 +113,10 @@ class TokenCrossEntropy(Loss):
     def count(self, targets: Tensor) -> Tensor:
         """Return the number of valid positions, on the device."""
         return (targets != self.ignore_index).sum()
+
+    def labels(self, targets: Tensor) -> Tensor:
+        """See `Loss.labels`; `ignore_index` may be the number of a class."""
+        return targets.masked_fill(targets == self.ignore_index, -1)
 
     def outside(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """See `Loss.outside`."""

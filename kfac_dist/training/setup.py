@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from kfac_dist.config.schema import Config, StepSolver
+from kfac_dist.config.schema import Config, KFACConfig, StepSolver
 from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.distributed.bootstrap import World
 from kfac_dist.distributed.communicator import Communicator
@@ -88,13 +88,29 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
     total_steps = settings.steps or sampler.steps(settings.epochs or 1)
     kfac = stepper = None
     if config.kfac.enabled:
-        kfac = KFAC(engine, config.kfac, optimizer=optimizer, total_steps=total_steps)
+        options = with_classes(config.kfac, trial.outputs.shape[-1])
+        kfac = KFAC(engine, options, optimizer=optimizer, total_steps=total_steps)
         if config.kfac.solver is not StepSolver.DIRECT:
             stepper = build_stepper(kfac, loss.total, total_steps=total_steps)
     seed_everything(config.run.seed, rank=world.rank + 1)
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
     average = None if settings.iterate_averaging is None else IterateAverage(engine, settings.iterate_averaging)
     return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper, average)
+
+
+def with_classes(config: KFACConfig, outputs: int) -> KFACConfig:
+    """Fill in the number of classes where statistics are kept apart by class and the configuration doesn't say it.
+
+    Args:
+        config: What K-FAC is to do.
+        outputs: Of the model, for each term of the loss.
+    """
+    by_class = config.curvature.class_conditional
+    if by_class is None or by_class.classes is not None:
+        return config
+    known = by_class.model_copy(update={"classes": outputs})
+    curvature = config.curvature.model_copy(update={"class_conditional": known})
+    return config.model_copy(update={"curvature": curvature})
 
 
 def parameter_shapes(model: nn.Module) -> list[tuple[str, str]]:

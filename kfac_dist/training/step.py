@@ -72,7 +72,9 @@ class Passes:
     ) -> None:
         kfac, engine = self._parts.kfac, self._parts.engine
         if kfac is not None:
-            kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last)
+            by_class = kfac.config.curvature.class_conditional is not None
+            classes = self._parts.loss.labels(micro.targets) if by_class else None
+            kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last, classes=classes)
         module = engine.module
         inputs = engine.prepared(micro.inputs)
         if self._parts.stepper is not None:

@@ -110,7 +110,7 @@ class Run:
         share = inputs[own] if plant is None else plant(inputs[own])
         divisor = labels.numel() / self.size
         terms = float(labels[own].numel())
-        self.kfac.micro_batch(first_sample=own.start, divisor=divisor, terms=terms)
+        self.kfac.micro_batch(first_sample=own.start, divisor=divisor, terms=terms, classes=labels[own])
         self.optimizer.zero_grad()
         outputs = self.wrapped(share)
         loss = F.cross_entropy(outputs.flatten(0, -2), labels[own].flatten(), reduction="sum") / divisor

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import LossTerms, Sharing
+from kfac_dist.curvature.classes import Classes, Members
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
 from kfac_dist.errors import ModelError
 
@@ -99,6 +100,7 @@ class MicroBatch:
         terms: Loss terms of this micro-batch on this rank; None infers them from shapes.
         stride: One row in `stride` enters the factors.
         phase: Which one; rotates from measurement to measurement.
+        classes: What the rows' classes follow from, where statistics are kept apart by class.
     """
 
     loss_terms: LossTerms = LossTerms.SAMPLE
@@ -109,6 +111,16 @@ class MicroBatch:
     terms: float | Tensor | None = None
     stride: int = 1
     phase: int = 0
+    classes: Classes | None = None
+
+    def members(self, layer: str, rows: int, *, inputs: bool) -> Members | None:
+        """Return the classes of those of a layer's `rows` that enter the factors; None if they aren't kept apart."""
+        if self.classes is None:
+            return None
+        members = self.classes.members(layer, rows, inputs=inputs)
+        if self.stride == 1:
+            return members
+        return members.kept(lambda values: sample(values.view(1, -1, 1), self).reshape(-1))
 
     def first_row(self, rows_per_sample: int) -> int:
         """Return the first local row to keep; a function of global row numbers, so that W doesn't matter."""
@@ -147,14 +159,16 @@ class Recorder(Protocol):
 class StatisticsSink(Protocol):
     """Where a block's measurements go; implemented by `statistics.RunningAverages`."""
 
-    def add_rows(self, block: str, side: Side, rows: Tensor, *, scale: float, ones: bool) -> None:
-        """Add `scale · [rows, 1]ᵀ[rows, 1]` for rows `[batch, M, d]`."""
+    def add_rows(
+        self, block: str, side: Side, rows: Tensor, *, scale: float, ones: bool, members: Members | None = None
+    ) -> None:
+        """Add `scale · [rows, 1]ᵀ[rows, 1]` for rows `[batch, M, d]`, each class's to its own matrices."""
 
     def add_values(self, block: str, side: Side, values: Tensor) -> None:
-        """Add `[batch, n]` to a diagonal factor, or `[batch, n, n]` to a dense one."""
+        """Add `[classes·batch, n]` to a diagonal factor, or `[classes·batch, n, n]` to a dense one."""
 
-    def add_count(self, block: str, side: Side, count: float | Tensor) -> None:
-        """Add to the weight that the factor's sum will be divided by."""
+    def add_count(self, block: str, side: Side, count: float | Tensor, by_class: Tensor | None = None) -> None:
+        """Add to the weight that the factor's sum will be divided by, and to those of its classes `[C]`."""
 
 
 class Block(ABC):
@@ -169,9 +183,11 @@ class Block(ABC):
         matrix_shape: `(batch, d_out, d_in(+1))` of the gradient matrix.
         sharing: How positions that share the weight enter.
         partial_traces: Whether A and G are the partial traces of F, so that F ≈ A ⊗ G / tr F and not A ⊗ G.
+        by_class: Whether its statistics can be kept apart by class.
     """
 
     partial_traces = False
+    by_class = False
 
     def __init__(
         self,
@@ -252,6 +268,7 @@ class KroneckerBlock(Block):
     """
 
     has_bias: bool
+    by_class = True
 
     @abstractmethod
     def input_rows(self, inputs: Tensor, batch_size: int | None) -> Tensor:
@@ -279,21 +296,25 @@ class KroneckerBlock(Block):
     def _measure_inputs(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink) -> None:
         rows = [self.use_rows(use, batch.batch_size) for use in uses]
         for part in _shared(rows, self.sharing, mean=True):
-            kept = sample(part, batch)
-            sink.add_rows(self.name, Side.A, kept, scale=1.0, ones=self.has_bias)
-            sink.add_count(self.name, Side.A, float(kept.shape[1]))
+            kept, members = sample(part, batch), batch.members(self.name, part.shape[1], inputs=True)
+            sink.add_rows(self.name, Side.A, kept, scale=1.0, ones=self.has_bias, members=members)
+            counts = None if members is None else members.counts(kept.device)
+            sink.add_count(self.name, Side.A, float(kept.shape[1]), counts)
 
     def _measure_outputs(self, grads: Sequence[Tensor], batch: MicroBatch, sink: StatisticsSink) -> None:
         rows = [self.output_rows(tensor, batch.batch_size) for tensor in grads]
         terms = loss_terms(rows[0], batch)
         total = kept_total = 0
+        by_class: list[Tensor] = []
         for part in _shared(rows, self.sharing, mean=False):
-            kept = sample(part, batch)
+            kept, members = sample(part, batch), batch.members(self.name, part.shape[1], inputs=False)
             scaled, factor = unscale(kept, terms, batch)
-            sink.add_rows(self.name, Side.G, scaled, scale=factor**2, ones=False)
+            sink.add_rows(self.name, Side.G, scaled, scale=factor**2, ones=False, members=members)
             total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
+            by_class += [] if members is None else [members.counts(kept.device)]
         # The sum above has kept/total of its rows: its count shrinks alike, so that sampling leaves the scale alone.
-        sink.add_count(self.name, Side.G, terms * (kept_total / max(total, 1)))
+        counts = torch.stack(by_class).sum(0) * (terms / max(total, 1)) if by_class else None
+        sink.add_count(self.name, Side.G, terms * (kept_total / max(total, 1)), counts)
 
 
 def trained_parameters(name: str, modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:

@@ -72,7 +72,8 @@ class ConvolutionBlock(KroneckerBlock):
         inputs = (use.inputs for use in uses)
         images = [tensor.unsqueeze(0) if tensor.ndim == self._spatial + 1 else tensor for tensor in inputs]
         whole = batch.stride == 1 or all(len(image) == batch.batch_size for image in images)
-        if not whole or self.sharing is not Sharing.EXPAND or not all(map(self._correlates, images)):
+        rows = batch.classes is not None  # by class, which correlation has none of
+        if rows or not whole or self.sharing is not Sharing.EXPAND or not all(map(self._correlates, images)):
             super()._measure_inputs(uses, batch, sink)
             return
         for image in images:

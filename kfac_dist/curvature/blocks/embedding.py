@@ -19,6 +19,7 @@ from kfac_dist.curvature.blocks.base import (
     loss_terms,
     unscale,
 )
+from kfac_dist.curvature.classes import Members
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
 
 
@@ -28,6 +29,8 @@ class EmbeddingBlock(Block):
     Always in the expand setting: one-hot rows are orthogonal, a sample's mean of them is not, so that only expand has a
     diagonal A. The padding token has no gradient and therefore no frequency.
     """
+
+    by_class = True
 
     def __init__(self, name: str, module: nn.Module, sharing: Sharing, *, also: Sequence[nn.Module] = ()) -> None:
         super().__init__(name, module, Sharing.EXPAND, also=also)
@@ -42,31 +45,39 @@ class EmbeddingBlock(Block):
         """Add token frequencies and output gradients; see `Block.measure`."""
         terms: float | Tensor = 0.0
         kept = total = 0
+        by_class: list[Tensor] = []
         for use in uses:
             tokens = batch_first(use.inputs.unsqueeze(-1), batch.batch_size)
             rows = slice(batch.first_row(tokens.shape[1]), None, batch.stride)
             if Side.A in sides:
-                drawn = tokens.flatten()[rows]
-                sink.add_values(self.name, Side.A, _frequencies(drawn, cast(nn.Embedding, use.source)))
-                sink.add_count(self.name, Side.A, float(drawn.shape[0]))
+                drawn, members = tokens.flatten()[rows], batch.members(self.name, tokens.numel(), inputs=True)
+                sink.add_values(self.name, Side.A, _frequencies(drawn, cast(nn.Embedding, use.source), members))
+                counts = None if members is None else members.counts(drawn.device)
+                sink.add_count(self.name, Side.A, float(drawn.shape[0]), counts)
             if Side.G in sides and use.grad is not None:
                 grads = batch_first(use.grad, batch.batch_size)
                 terms = loss_terms(grads.unsqueeze(0), batch)
                 sampled = grads.flatten(0, 1)[rows]
                 scaled, factor = unscale(sampled, terms, batch)
-                sink.add_rows(self.name, Side.G, scaled.unsqueeze(0), scale=factor**2, ones=False)
+                members = batch.members(self.name, grads.shape[0] * grads.shape[1], inputs=False)
+                sink.add_rows(self.name, Side.G, scaled.unsqueeze(0), scale=factor**2, ones=False, members=members)
+                by_class += [] if members is None else [members.counts(grads.device)]
                 kept, total = kept + sampled.shape[0], total + grads.shape[0] * grads.shape[1]
         if Side.G in sides and total:
-            sink.add_count(self.name, Side.G, terms * (kept / total))
+            counts = torch.stack(by_class).sum(0) * (terms / total) if by_class else None
+            sink.add_count(self.name, Side.G, terms * (kept / total), counts)
 
     def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.own_views`: the table is stored input first."""
         return [(tensors[0].mT, matrix[0])]
 
 
-def _frequencies(tokens: Tensor, module: nn.Embedding) -> Tensor:
-    counts = torch.zeros(1, module.num_embeddings, device=tokens.device)
-    counts[0].index_add_(0, tokens, torch.ones_like(tokens, dtype=counts.dtype))
+def _frequencies(tokens: Tensor, module: nn.Embedding, members: Members | None) -> Tensor:
+    if members is not None:
+        counts = members.frequencies(tokens, module.num_embeddings)
+    else:
+        counts = torch.zeros(1, module.num_embeddings, device=tokens.device)
+        counts[0].index_add_(0, tokens, torch.ones_like(tokens, dtype=counts.dtype))
     if module.padding_idx is not None:
         counts[:, module.padding_idx] = 0
     return counts
