@@ -8,11 +8,11 @@ cg        the model's minimum by conjugate gradients, with K-FAC's inverse as th
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from kfac_dist.config.schedules import Schedule
+from kfac_dist.config.schedules import Schedule, ScheduleKind
 from kfac_dist.config.section import Count, CountOrZero, Positive, Section
 
 
@@ -30,6 +30,8 @@ class CGConfig(Section):
     Attributes:
         lr: What the solution is multiplied by; a number or a schedule over steps.
         damping: λ of the model; by default `kfac.inversion.damping`, which also damps the preconditioner.
+        adapt_every: Steps between two adaptations of λ, which then only begins as configured, to how well the model
+            foretells the loss (Levenberg and Marquardt); 0 leaves it.
         max_iterations: Iterations, and so products with the GGN, of one step at most.
         tolerance: ε of the stopping rule: the last k iterations have lowered the model by less than kε of its value.
         window: k of that rule, or a tenth of the iterations if that is more.
@@ -43,6 +45,7 @@ class CGConfig(Section):
 
     lr: Schedule = Schedule(value=1.0)
     damping: Schedule | None = None
+    adapt_every: CountOrZero = 0
     max_iterations: Count = 50
     tolerance: Positive = 5e-4
     window: Count = 10
@@ -50,3 +53,12 @@ class CGConfig(Section):
     backtracking: CountOrZero = 0
     compare_every: CountOrZero = 0
     compare_iterations: Count = 500
+
+    @model_validator(mode="after")
+    def _one_moves_the_damping(self) -> Self:
+        if self.adapt_every and self.damping is not None and self.damping.kind is not ScheduleKind.CONSTANT:
+            raise ValueError(
+                f"adapt_every ({self.adapt_every}) and a {self.damping.kind} damping both move λ: give damping one "
+                "value, or leave adapt_every out"
+            )
+        return self

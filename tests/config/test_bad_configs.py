@@ -202,6 +202,10 @@ ARGUMENTS = {
         ["optimizer=null", "kfac={solver: cg, cg: {warm_start: 1.5}}"],
         "kfac.cg.warm_start: found 1.5, expected",
     ),
+    "damping with two masters": (
+        ["optimizer=null", "kfac.solver=cg", "kfac.cg={adapt_every: 5, damping: {value: 1, kind: linear, final: 0}}"],
+        "kfac.cg.adapt_every (5) and a linear damping both move",
+    ),
     "rival without lr": (["compare.adamw.name=adamw"], "compare.adamw.lr: missing; expected a number > 0"),
     "engine of a later version": (["engine.name=pipeline"], "engine.name: found 'pipeline', expected"),
     "bad run name": (["--name", "a b"], "command line (--name): run.name: found 'a b', expected text that matches"),

@@ -24,8 +24,13 @@ from kfac_dist.training.metrics import read_metrics
 IGNORED = -100
 
 
-def small_config(directory: Path | str, *, kfac: bool = False, **sections: dict[str, Any]) -> Config:
-    """An autoencoder on 52 random samples, in batches of 7 that no number of ranks divides evenly."""
+def small_config(
+    directory: Path | str, *, kfac: bool | dict[str, Any] = False, **sections: dict[str, Any] | None
+) -> Config:
+    """An autoencoder on 52 random samples, in batches of 7 that no number of ranks divides evenly.
+
+    A section that is None is left out; `kfac` may say more than whether there is any.
+    """
     values: dict[str, dict[str, Any]] = {
         "run": {"name": "small", "directory": str(directory), "seed": 3, "device": "cpu", "timeout_seconds": 20},
         "model": {"name": "autoencoder", "args": {"dims": [6, 5, 3]}},
@@ -33,15 +38,18 @@ def small_config(directory: Path | str, *, kfac: bool = False, **sections: dict[
         "loss": {"name": "sigmoid_cross_entropy"},
         "optimizer": {"name": "sgd", "lr": 0.05},
         "kfac": {
-            "enabled": kfac,
+            "enabled": bool(kfac),
             "curvature": {"factor_every": 2},
             "inversion": {"inverse_every": 4, "damping": 0.1},
+            **(kfac if isinstance(kfac, dict) else {}),
         },
         "train": {"batch_size": 7, "steps": 12, "log_every": 1},
         "checkpoint": {"every": 0},
     }
     for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
+        values[name] = {**values.get(name, {}), **(section or {})}
+        if section is None:
+            del values[name]
     return resolve(Config.model_validate(values))
 
 
