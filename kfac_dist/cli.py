@@ -221,15 +221,25 @@ def doctor(
     world_size: Annotated[
         int | None, typer.Option(min=1, help="Ranks to plan for; by default those that a launcher started, or 1.")
     ] = None,
+    fisher: Annotated[
+        bool, typer.Option("--fisher", help="Also compare two estimators of the diagonal Fisher, layer by layer.")
+    ] = False,
+    steps: Annotated[
+        int,
+        typer.Option(min=0, help="With --fisher: steps to train and follow their variance over.", show_default=True),
+    ] = 20,
+    deviation: Annotated[
+        float, typer.Option(min=0.001, help="With --fisher: relative standard deviation to count labels for.")
+    ] = 0.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Say what K-FAC does with each parameter, and check data, loss and curvature; code 1 if something is wrong."""
     with _exit_codes():
         resolved = _load(config, overrides, {})
-        from kfac_dist.doctor import examine
+        from kfac_dist.doctor import Wish, examine
         from kfac_dist.doctor.view import print_report
 
-        report = examine(resolved, world_size)
+        report = examine(resolved, world_size, Wish(steps, deviation) if fisher else None)
         if _leads():
             if as_json:
                 print(report.to_json())

@@ -6,11 +6,13 @@ samples      values that aren't finite, targets that the loss doesn't know
 plans        the same plan on every rank, the same blocks for any number of ranks
 scale        statistics of a batch against those of its samples, one by one
 curvature    the factors against the exact Gauss–Newton matrix
+fisher       on request: both estimators of the diagonal Fisher, at first and over some steps
 findings     what is wrong, and what to write instead
 view         the report on a terminal
 """
 
 from kfac_dist.doctor.examine import examine
 from kfac_dist.doctor.findings import Finding, Report, Severity
+from kfac_dist.doctor.fisher import Wish
 
-__all__ = ["Finding", "Report", "Severity", "examine"]
+__all__ = ["Finding", "Report", "Severity", "Wish", "examine"]

@@ -1,6 +1,7 @@
 """The checks in their order: each needs what the one before it has shown to work.
 
     environment ─ model, data ─ a trial pass ─ samples ─ blocks and plan ─ scale of the statistics ─ exact curvature
+    ─ on request: the diagonal Fisher's estimators
 
 A check that fails on one rank fails on all of them; the report is the same everywhere.
 """
@@ -21,6 +22,8 @@ from kfac_dist.distributed.bootstrap import World, bootstrap
 from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.doctor.curvature import examine_curvature
 from kfac_dist.doctor.findings import CurvatureRow, Finding, Report, Severity
+from kfac_dist.doctor.fisher import Wish, examine_fisher
+from kfac_dist.doctor.fisher_report import FisherReport
 from kfac_dist.doctor.parameters import coverage_finding, parameter_rows
 from kfac_dist.doctor.plans import examine_plan
 from kfac_dist.doctor.samples import examine_samples
@@ -53,12 +56,13 @@ class _Case:
         return not any(finding.severity is Severity.ERROR for finding in self.findings)
 
 
-def examine(config: Config, world_size: int | None = None) -> Report:
+def examine(config: Config, world_size: int | None = None, fisher: Wish | None = None) -> Report:
     """Examine a run's configuration; called by every rank, which all return the same report.
 
     Args:
         config: The run, resolved (`kfac_dist.config.load.resolve`).
         world_size: Ranks to plan for; by default those that there are.
+        fisher: What to find out about the diagonal Fisher's estimators; nothing by default.
 
     Raises:
         ConfigError: The model or the data can't be built as named, or `world_size` contradicts the launcher.
@@ -69,7 +73,9 @@ def examine(config: Config, world_size: int | None = None) -> Report:
         ranks = build_communicator(config.run.timeout_seconds)
         try:
             # What failed on one rank reads differently there: all return what rank 0 says of it.
-            report: Report = ranks.gather_objects(_examine(_Case(config, world, ranks), planned), label="report")[0]
+            report: Report = ranks.gather_objects(
+                _examine(_Case(config, world, ranks), planned, fisher), label="report"
+            )[0]
             return report
         finally:
             ranks.close()
@@ -83,7 +89,7 @@ def _planned_ranks(world: World, asked: int | None) -> int:
     return asked or world.world_size
 
 
-def _examine(case: _Case, planned: int) -> Report:
+def _examine(case: _Case, planned: int, fisher: Wish | None) -> Report:
     report = Report(case.config.run.name, _environment(case, planned))
     built = _build(case)
     if built is None:
@@ -102,6 +108,8 @@ def _examine(case: _Case, planned: int) -> Report:
         report = replace(report, plan_hash=plan_digest(plan.rows()), load=tuple(plan.assignment.load()))
         if case.healthy and trial is not None:
             report = replace(report, curvature=_measure(case, model, loss, train, test))
+    if fisher is not None and case.healthy and trial is not None:
+        report = replace(report, fisher=_measure_fisher(case, fisher))
     return replace(report, findings=tuple(case.findings))
 
 
@@ -235,3 +243,16 @@ def _measure(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Sou
     except KFACError as error:
         case.findings.append(Finding.of("measurement", error))
     return rows
+
+
+def _measure_fisher(case: _Case, wish: Wish) -> FisherReport | None:
+    """Compare the diagonal Fisher's estimators; that a model doesn't allow it is nothing against the run."""
+    try:
+        return examine_fisher(case.config, case.world, case.ranks, wish)
+    except CollectiveError:
+        raise
+    except ModelError as error:
+        case.findings.append(Finding("fisher", Severity.WARNING, str(error)))
+    except KFACError as error:
+        case.findings.append(Finding.of("fisher", error))
+    return None

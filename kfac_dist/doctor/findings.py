@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kfac_dist.doctor.fisher_report import FisherReport
 from kfac_dist.errors import KFACError
 
 
@@ -103,6 +104,7 @@ class Report:
         curvature: Factors against the exact curvature.
         plan_hash: Hash of the plan that the ranks agreed on.
         load: Inversion cost of each rank.
+        fisher: The diagonal Fisher's estimators, if they were asked for and could be measured.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Report:
     curvature: tuple[CurvatureRow, ...] = ()
     plan_hash: str = ""
     load: tuple[float, ...] = ()
+    fisher: FisherReport | None = None
 
     @property
     def ready(self) -> bool:

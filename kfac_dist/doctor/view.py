@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from kfac_dist.doctor.findings import CurvatureRow, ParameterRow, Report, Severity
+from kfac_dist.doctor.fisher_view import fisher_view
+from kfac_dist.doctor.tables import name_lines, plain_table
 
 _MARKS = {Severity.FINE: ("✓", "green"), Severity.WARNING: ("!", "yellow"), Severity.ERROR: ("✗", "red")}
 
 
 # Below this width tables are set without gaps, and names break at their dots.
 _NARROW = 100
-_NAME_WIDTH = 20
 
 
 def report_view(report: Report, *, narrow: bool = False) -> RenderableType:
@@ -25,6 +25,8 @@ def report_view(report: Report, *, narrow: bool = False) -> RenderableType:
         parts.append(parameter_table(report.parameters, narrow=narrow))
     if report.curvature:
         parts.append(curvature_table(report.curvature, narrow=narrow))
+    if report.fisher is not None:
+        parts.append(fisher_view(report.fisher, narrow=narrow))
     verdict = Text(f"{report.name}: {report.verdict}", style="bold green" if report.ready else "bold red")
     return Group(*parts, _findings(report), "", verdict)
 
@@ -37,12 +39,12 @@ def print_report(report: Report, *, width: int | None = None) -> None:
 
 def parameter_table(rows: tuple[ParameterRow, ...], *, narrow: bool = False) -> Table:
     """Return one row a parameter; a block's costs stand in its first parameter's row."""
-    table = _table("parameter", "shape", "block", narrow=narrow)
+    table = plain_table("parameter", "shape", "block", narrow=narrow)
     table.add_column("factors", overflow="fold")
     for heading in ("bytes", "n³", "owner"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        name, shape = _name(row.name, narrow), "×".join(map(str, row.shape)) or "scalar"
+        name, shape = name_lines(row.name, narrow), "×".join(map(str, row.shape)) or "scalar"
         if row.block is None:
             size = _bytes(row.factor_bytes) if row.factor_bytes else ""
             table.add_row(name, shape, row.kind or "–", Text(row.reason, style="yellow"), size)
@@ -61,14 +63,14 @@ def parameter_table(rows: tuple[ParameterRow, ...], *, narrow: bool = False) -> 
 
 def curvature_table(rows: tuple[CurvatureRow, ...], *, narrow: bool = False) -> Table:
     """Return one row a comparison with the exact Gauss–Newton matrix."""
-    table = _table("A ⊗ G against the\nexact GGN" if narrow else "A ⊗ G against the exact GGN", narrow=narrow)
+    table = plain_table("A ⊗ G against the\nexact GGN" if narrow else "A ⊗ G against the exact GGN", narrow=narrow)
     for heading in ("samples", "error", "cosine"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("expected", overflow="fold")
     for row in rows:
         error = "–" if row.error is None else f"{row.error:.1e}" if row.error < 0.01 else f"{row.error:.2f}"
         cosine = "–" if row.cosine is None else f"{row.cosine:.3f}"
-        table.add_row(_name(row.block, narrow), str(row.samples), error, cosine, row.expected)
+        table.add_row(name_lines(row.block, narrow), str(row.samples), error, cosine, row.expected)
     return table
 
 
@@ -89,25 +91,6 @@ def _findings(report: Report) -> RenderableType:
         mark, style = _MARKS[finding.severity]
         table.add_row(Text(mark, style=style), finding.check, Padding(Text(finding.text), 0))
     return table
-
-
-def _table(first: str, *others: str, narrow: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0) if narrow else (0, 1))
-    table.add_column(first, overflow="fold")
-    for heading in others:
-        table.add_column(heading, no_wrap=True)
-    return table
-
-
-def _name(name: str, narrow: bool) -> str:
-    """Break a long name at its dots where there is little room."""
-    lines = [""]
-    for part in name.split("."):
-        piece = f".{part}" if lines[-1] or len(lines) > 1 else part
-        if narrow and lines[-1] and len(lines[-1]) + len(piece) > _NAME_WIDTH:
-            lines.append("  ")
-        lines[-1] += piece
-    return "\n".join(lines)
 
 
 def _bytes(number: float) -> str:

@@ -13,12 +13,14 @@ from kfac_dist.tasks import data, tokens
 from kfac_dist.tasks.autoencoder import autoencoder
 from kfac_dist.tasks.bert import bert
 from kfac_dist.tasks.byte_gpt import byte_gpt
+from kfac_dist.tasks.mlp import mlp
 from kfac_dist.tasks.resnet import resnet20
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "autoencoder": autoencoder,
     "bert": bert,
     "byte_gpt": byte_gpt,
+    "mlp": mlp,
     "resnet20": resnet20,
 }
 

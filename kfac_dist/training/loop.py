@@ -224,6 +224,15 @@ class Trainer:
         """
         return self._passes.run(batch, f"step {self.step + 1}")
 
+    def take(self, steps: int) -> None:
+        """Take the next steps and nothing that surrounds them in a run: no log, no evaluation, no checkpoint."""
+        batches = self.parts.stream.steps(self.position)
+        for _ in range(steps):
+            batch = next(batches)
+            self._take_step(batch)
+            self.step += 1
+            self.position = batch.after
+
     def _take_step(self, batch: StepBatch) -> None:
         stepper = self.parts.stepper
         if stepper is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from kfac_dist.tasks import DataSplits
@@ -34,3 +35,44 @@ def _splits(inputs: torch.Tensor, targets: torch.Tensor) -> DataSplits:
     return DataSplits(
         TensorDataset(inputs[:SAMPLES], targets[:SAMPLES]), TensorDataset(inputs[SAMPLES:], targets[SAMPLES:])
     )
+
+
+class Gate(nn.Module):
+    """A ReLU that no operation's name gives away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x > 0)
+
+
+class Masked(nn.Module):
+    """An autoencoder of six values with a hidden kink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.masked, self.last = nn.Linear(6, 8), Gate(), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.last(self.masked(self.first(x)))
+        return outputs
+
+
+class _Cube(torch.autograd.Function):
+    """A function of which torch has a backward and no forward mode."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return 3 * x**2 * gradient  # type: ignore[no-any-return]
+
+
+class Opaque(Masked):
+    """An autoencoder with such a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.last(_Cube.apply(self.first(x)))
+        return outputs
