@@ -24,10 +24,12 @@ from kfac_dist.doctor.findings import CurvatureRow, Finding, Severity
 from kfac_dist.doctor.gauss_newton import ENTRIES, compare, hessian_rows
 from kfac_dist.doctor.measure import factors as measured_factors
 from kfac_dist.doctor.measure import found_shared, measuring
+from kfac_dist.inputs import Inputs, each
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.plan import block_units
 from kfac_dist.tasks import Loss
 from kfac_dist.training.batches import Source
+from kfac_dist.training.passes import forward
 
 # Backward passes: one for each output of each term, at most so many.
 ROWS = 256
@@ -39,7 +41,7 @@ TOLERANCE = 5e-3
 # where there is only one position to attend to: it is shown, and not judged.
 FAINT = 1e-12
 
-Micro = tuple[Tensor, Tensor]
+Micro = tuple[Inputs, Tensor]
 
 
 def examine_curvature(
@@ -61,7 +63,7 @@ def examine_curvature(
     module.eval()
     one = _first_position(config, module, _samples(config, data, 1))
     with torch.no_grad():
-        columns = module(one[0])[0].numel()
+        columns = forward(module, one[0])[0].numel()
     if columns > ROWS:
         text = f"not compared with the exact curvature: {columns:,} outputs a term, at most {ROWS} are compared"
         return [Finding("curvature", Severity.FINE, text)], ()
@@ -85,7 +87,9 @@ def _samples(config: Config, data: Source, count: int) -> Micro:
 def _first_position(config: Config, module: nn.Module, one: Micro) -> Micro:
     """Keep one token of a sequence if the model takes so short a one."""
     inputs, targets = one
-    if config.loss.name.loss_terms is LossTerms.SAMPLE or inputs.ndim < 2 or inputs.shape[1] != targets.shape[1]:
+    if config.loss.name.loss_terms is LossTerms.SAMPLE or not isinstance(inputs, Tensor):
+        return one
+    if inputs.ndim < 2 or inputs.shape[1] != targets.shape[1]:
         return one
     short = inputs[:, :1], targets[:, :1]
     try:
@@ -99,9 +103,10 @@ def _first_position(config: Config, module: nn.Module, one: Micro) -> Micro:
 def _batch(config: Config, module: nn.Module, data: Source, one: Micro, columns: int) -> Micro | None:
     """Return more samples, and more of their positions where one was taken; None if one sample is all that fits."""
     inputs, targets = _samples(config, data, SAMPLES)
-    if inputs.shape[1:] == one[0].shape[1:]:
+    if not isinstance(inputs, Tensor) or not isinstance(one[0], Tensor) or inputs.shape[1:] == one[0].shape[1:]:
         count = min(SAMPLES, ROWS // columns)
-        return (inputs[:count], targets[:count]) if count > 1 and len(inputs) > 1 else None
+        first = each(lambda tensor: tensor[:count], inputs)
+        return (first, targets[:count]) if count > 1 and len(targets) > 1 else None
     terms = ROWS // columns
     positions = min(inputs.shape[1], math.isqrt(terms))
     count = min(len(inputs), terms // max(positions, 1))
@@ -125,17 +130,17 @@ def _compare(
         try:
             rows = _rows(module, loss, inputs, targets, outputs.detach(), found, blocks)
         except RuntimeError as error:  # torch can't differentiate this model in the ways that it would take
-            rows = [CurvatureRow("", len(inputs), 0, None, None, False, f"can't be computed: {error}".splitlines()[0])]
+            rows = [CurvatureRow("", len(targets), 0, None, None, False, f"can't be computed: {error}".splitlines()[0])]
         rows += [
-            CurvatureRow(block.name, len(inputs), 0, None, None, False, "no A ⊗ G to compare, or no gradient")
+            CurvatureRow(block.name, len(targets), 0, None, None, False, "no A ⊗ G to compare, or no gradient")
             for block in others
         ]
         rows.sort(key=lambda row: names.index(row.block) if row.block else 0)
     return tuple(ranks.gather_objects(rows, label="curvature")[0])
 
 
-def _pass(module: nn.Module, inputs: Tensor, kfac: KFAC) -> Tensor:
-    outputs: Tensor = module(inputs)
+def _pass(module: nn.Module, inputs: Inputs, kfac: KFAC) -> Tensor:
+    outputs = forward(module, inputs)
     kfac.fisher_backward(outputs)
     kfac.step()
     return outputs
@@ -144,7 +149,7 @@ def _pass(module: nn.Module, inputs: Tensor, kfac: KFAC) -> Tensor:
 def _rows(
     module: nn.Module,
     loss: Loss,
-    inputs: Tensor,
+    inputs: Inputs,
     targets: Tensor,
     outputs: Tensor,
     found: Mapping[str, tuple[tuple[Tensor, ...], float]],
@@ -156,14 +161,14 @@ def _rows(
     compared = list(compare(module, blocks, matrices, inputs, vectors, float(loss.count(targets))))
     largest = max((result.exact for _, result in compared if result is not None), default=0.0)
     for block, result in compared:
-        positions = round(found[block.name][1] / len(inputs))
-        row = CurvatureRow(block.name, len(inputs), positions, None, None, False, "")
+        positions = round(found[block.name][1] / len(targets))
+        row = CurvatureRow(block.name, len(targets), positions, None, None, False, "")
         if result is None:
             size = torch.Size(block.matrix_shape).numel()
             said = f"{len(vectors)} rows of {size:,} entries; at most {ENTRIES:,} are held"
             rows.append(replace(row, expected=said))
         else:
-            exact, said = _is_exact(block, len(inputs), positions), _expected(block, len(inputs), positions)
+            exact, said = _is_exact(block, len(targets), positions), _expected(block, len(targets), positions)
             if result.exact <= FAINT**2 * largest:
                 exact, said = False, "anything: next to no gradient, perhaps of rounding alone"
             rows.append(replace(row, error=result.error, cosine=result.cosine, exact=exact, expected=said))

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.curvature.blocks import Block
+from kfac_dist.inputs import Inputs
 from kfac_dist.tasks import Loss
+from kfac_dist.training.passes import forward
 
 # Entries of the rows that are held at a time; a block that alone has more is not compared.
 ENTRIES = 2**25
@@ -82,7 +84,7 @@ def compare(
     module: nn.Module,
     blocks: Sequence[Block],
     factors: dict[str, tuple[Tensor, ...]],
-    inputs: Tensor,
+    inputs: Inputs,
     rows: Sequence[Tensor],
     terms: float,
 ) -> Iterator[tuple[Block, Comparison | None]]:
@@ -92,11 +94,11 @@ def compare(
         module: The bare model.
         blocks: Its blocks.
         factors: By block `(A, G)`, dense `[batch, n, n]` or diagonal `[batch, n]`; `(F,)` for unit-wise blocks.
-        inputs: `[B, ...]`.
+        inputs: What the model takes, `[B, ...]`.
         rows: What `hessian_rows` returned for the outputs.
         terms: n.
     """
-    outputs = module(inputs)
+    outputs = forward(module, inputs)
     for group in _groups(blocks, len(rows)):
         parameters = [p for block in group for p in block.parameters.values()]
         held = {block.name: rows[0].new_zeros(len(rows), *block.matrix_shape) for block in group}

@@ -6,6 +6,7 @@ from torch import Tensor, arange
 
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
+from kfac_dist.inputs import tensors
 from kfac_dist.tasks import Loss
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import InMemorySource, Source
@@ -39,7 +40,8 @@ def examine_samples(what: str, data: Source, loss: Loss, outputs: Tensor | None,
     outside: list[tuple[int, str]] = []
     with agreed(ranks):
         for indices, (inputs, targets) in zip(parts, data.fetch(parts, seed=0), strict=True):
-            bad += [*not_finite(inputs, indices), *not_finite(targets, indices)]
+            for values in (*tensors(inputs).values(), targets):
+                bad += not_finite(values, indices)
             if outputs is not None:
                 outside += [(int(indices[place]), value) for place, value in outside_targets(loss, targets, outputs)]
     gathered = ranks.gather_objects((bad, outside), label="samples")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 from torch import Tensor
@@ -20,12 +21,14 @@ from kfac_dist.curvature.factors import Side
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
 from kfac_dist.doctor.measure import factors, found_shared, measuring
+from kfac_dist.inputs import each
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.loss_scale import Terms, explain_scale
 from kfac_dist.reporting.progress import SilentProgress
 from kfac_dist.training.batches import StepBatch, Stream
 from kfac_dist.training.checkpoint import Checkpoints
 from kfac_dist.training.loop import Outputs, Trainer
+from kfac_dist.training.passes import forward
 from kfac_dist.training.sampler import Position, Sampler
 from kfac_dist.training.setup import Parts
 
@@ -56,7 +59,7 @@ def examine_scale(config: Config, parts: Parts, communicator: Communicator) -> l
     ratios = {name: _ratio(entry["scalars"], single[name]["scalars"]) for name, entry in whole.items()}
     shared_blocks = [name for name, kind in shared.items() if kind is Samples.SHARED]
     findings = [*_idle_blocks(whole, shared_blocks), *_constant_inputs(kfac, whole, samples)]
-    positions = max(targets_of(batch) // max(sum(len(micro.inputs) for micro in batch.micro_batches), 1), 1)
+    positions = max(targets_of(batch) // max(sum(len(micro.targets) for micro in batch.micro_batches), 1), 1)
     terms = Terms(samples, positions, communicator.size, config.loss.name.loss_terms, scaled=True)
     return [*findings, *_judge(ratios, terms)]
 
@@ -87,12 +90,13 @@ def _measure_batch(config: Config, parts: Parts, communicator: Communicator, kfa
 def _measure_samples(parts: Parts, kfac: KFAC, batch: StepBatch) -> Units:
     loss, module = parts.loss, parts.engine.module
     for micro in batch.micro_batches:
-        for index in range(len(micro.inputs)):
-            inputs, targets = micro.inputs[index : index + 1], micro.targets[index : index + 1]
-            last = micro is batch.micro_batches[-1] and index == len(micro.inputs) - 1
+        for index in range(len(micro.targets)):
+            cut = itemgetter(slice(index, index + 1))
+            inputs, targets = each(cut, micro.inputs), cut(micro.targets)
+            last = micro is batch.micro_batches[-1] and index == len(micro.targets) - 1
             terms = loss.count(targets) if loss.counts_on_device else None
             kfac.micro_batch(first_sample=micro.first_sample + index, divisor=1.0, terms=terms, last=last)
-            loss.total(module(inputs), targets).backward()
+            loss.total(forward(module, inputs), targets).backward()
     kfac.step()
     parts.optimizer.zero_grad()
     return factors(kfac)

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import ModelError
+from kfac_dist.inputs import Inputs, arguments
 from kfac_dist.optimizers.vectors import VectorSpace
 
 LABEL = "curvature products"
@@ -46,26 +47,26 @@ class RecordedPass:
         random: State of the random generators before it: the CPU's, and the device's if it has one of its own.
     """
 
-    inputs: Tensor
+    inputs: Inputs
     targets: Tensor
     random: tuple[Tensor, ...]
 
     @classmethod
-    def record(cls, inputs: Tensor, targets: Tensor) -> RecordedPass:
+    def record(cls, inputs: Inputs, targets: Tensor) -> RecordedPass:
         """Record the pass that comes next."""
         states = [torch.get_rng_state()]
-        if inputs.is_cuda:
-            states.append(torch.cuda.get_rng_state(inputs.device))
+        if targets.is_cuda:
+            states.append(torch.cuda.get_rng_state(targets.device))
         return cls(inputs, targets, tuple(states))
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Return a context that draws the pass's random numbers again, and leaves the generators as they were."""
-        devices = [self.inputs.device] if self.inputs.is_cuda else []
+        devices = [self.targets.device] if self.targets.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.set_rng_state(self.random[0])
             if devices:
-                torch.cuda.set_rng_state(self.random[1], self.inputs.device)
+                torch.cuda.set_rng_state(self.random[1], self.targets.device)
             yield
 
 
@@ -162,10 +163,10 @@ class BatchLoss:
     def value(self, offset: Tensor | None = None) -> Tensor:
         """Return `h(θ + offset)`, a 0-dim tensor, without weight decay; one all-reduce of a number."""
         moved = {} if offset is None else self.space.views(self.space.point() + offset)
-        total = torch.zeros((), dtype=torch.get_default_dtype(), device=self._passes[0].inputs.device)
+        total = torch.zeros((), dtype=torch.get_default_dtype(), device=self._passes[0].targets.device)
         for one in self._passes:
             with one.repeated():
-                outputs = functional_call(self._module, {**self._buffers(), **moved}, (one.inputs,))
+                outputs = functional_call(self._module, {**self._buffers(), **moved}, *arguments(one.inputs))
             total += self._total(_precise(outputs), _precise(one.targets))
         total /= self._terms
         self._communicator.all_reduce(total, label=LABEL_LOSS).wait()
@@ -180,7 +181,7 @@ class BatchLoss:
                 name: forward_mode.make_dual(p.detach(), directions[name]) for name, p in self.space.parameters.items()
             }
             try:
-                outputs = functional_call(self._module, {**self._buffers(), **duals}, (one.inputs,))
+                outputs = functional_call(self._module, {**self._buffers(), **duals}, *arguments(one.inputs))
             except (NotImplementedError, RuntimeError) as error:
                 if "forward" not in str(error).lower():
                     raise
@@ -196,7 +197,7 @@ class BatchLoss:
         if self._kept is not None:
             return self._kept
         with torch.enable_grad(), one.repeated():
-            outputs = functional_call(self._module, self._buffers(), (one.inputs,))
+            outputs = functional_call(self._module, self._buffers(), *arguments(one.inputs))
         graph = _Graph(outputs, self._total, one.targets)
         if len(self._passes) == 1:
             self._kept = graph

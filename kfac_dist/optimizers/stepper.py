@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.errors import CheckpointError, ConfigError, ModelError
+from kfac_dist.inputs import Inputs
 from kfac_dist.optimizers.batch_loss import BatchLoss, RecordedPass, Total
 from kfac_dist.optimizers.vectors import VectorSpace
 from kfac_dist.preconditioner.kfac import KFAC
@@ -80,7 +81,7 @@ class Stepper(ABC):
 
     # ---- what loops call
 
-    def micro_batch(self, inputs: Tensor, targets: Tensor) -> None:
+    def micro_batch(self, inputs: Inputs, targets: Tensor) -> None:
         """Record the micro-batch whose forward pass comes next.
 
         Args:
@@ -110,7 +111,7 @@ class Stepper(ABC):
         self._passes = []
         finite = bool(kfac.engine.finite_everywhere(kfac.communicator))
         if terms is None:
-            terms = sum(len(one.inputs) for one in passes) * kfac.communicator.size
+            terms = sum(len(one.targets) for one in passes) * kfac.communicator.size
         gradient = self.space.flatten(kfac.engine.gradients())
         if l2 := kfac.config.update.l2:
             gradient.add_(self.space.point(), alpha=l2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.table import Table
 
@@ -23,6 +23,7 @@ class RunSummary:
         metric: Name of the task's figure.
         metric_value: Its final value on the test data.
         note: Why there are no final values.
+        scores: Further figures of the test data, by name; empty where its data brings none, or the run diverged.
     """
 
     name: str
@@ -33,6 +34,7 @@ class RunSummary:
     metric: str
     metric_value: float | None
     note: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def milliseconds_per_step(self) -> float:
@@ -49,7 +51,8 @@ def result_table(title: str, rows: Sequence[RunSummary]) -> Table:
     """
     table = Table(title=title, title_justify="left")
     table.add_column("optimizer")
-    headings = ("train loss", "test loss", f"test {rows[0].metric}", "steps", "time", "ms/step")
+    scores = list(dict.fromkeys(name for row in rows for name in row.scores))
+    headings = ("train loss", "test loss", f"test {rows[0].metric}", *scores, "steps", "time", "ms/step")
     for heading in headings:
         table.add_column(heading, justify="right")
     best_train = min((row.train_loss for row in rows if row.train_loss is not None), default=None)
@@ -60,6 +63,7 @@ def result_table(title: str, rows: Sequence[RunSummary]) -> Table:
             _loss(row.train_loss, best_train, len(rows)) if row.train_loss is not None else row.note,
             _loss(row.test_loss, best_test, len(rows)),
             "–" if row.metric_value is None else f"{row.metric_value:.4g}",
+            *(f"{row.scores[name]:.4g}" if name in row.scores else "–" for name in scores),
             f"{row.steps:,}",
             duration(row.seconds) if row.seconds >= 10 else f"{row.seconds:.1f} s",
             f"{row.milliseconds_per_step:.2f}",

@@ -1,9 +1,11 @@
 """The shipped data sets, and the one interface that a user's own data meets.
 
 A data source is a callable that returns `DataSplits`: two map-style datasets whose items are `(input, target)` pairs,
-each a tensor or whatever the default collation turns into one. A `TensorDataset` of two tensors is kept in memory, on
-the device, and batches are cut out of it without a `DataLoader`; every other dataset goes through one. Which loss the
-pairs serve is the configuration's business: an autoencoder's target is its input (`target: input`).
+each a tensor or whatever the default collation turns into one. An input may also be a tuple, which the model is called
+with as `model(*input)`, or a dict (`model(**input)`). A `TensorDataset` is kept in memory, on the device, and batches
+are cut out of it without a `DataLoader`: its last tensor is the target, those before it are the input. Every other
+dataset goes through a loader. Which loss the pairs serve is the configuration's business: an autoencoder's target is
+its input (`target: input`).
 
 Splits are deterministic and the same on every rank.
 """
@@ -19,6 +21,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
 from kfac_dist.errors import DataError
+from kfac_dist.tasks.scores import Score
 
 TargetKind = Literal["label", "input"]
 
@@ -33,10 +36,12 @@ class DataSplits:
     Attributes:
         train: Dataset of `(input, target)` pairs to train on.
         test: Dataset of `(input, target)` pairs to evaluate on.
+        score: Further figures of the test data; None has the loss and its metric alone.
     """
 
     train: Dataset[Any]
     test: Dataset[Any]
+    score: Score | None = None
 
 
 def digits(target: TargetKind = "label", test_fraction: float = 0.2) -> DataSplits:

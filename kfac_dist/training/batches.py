@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from kfac_dist.errors import DataError
+from kfac_dist.inputs import Inputs, each, is_inputs
 from kfac_dist.training.passes import user_line
 from kfac_dist.training.preemption import SIGNALS
 from kfac_dist.training.sampler import Position, Sampler, micro_batches, split
@@ -24,12 +26,12 @@ class MicroBatch:
 
     Attributes:
         first_sample: Index of the first of them in the step's global batch.
-        inputs: What the model takes, `[samples, ...]`, on the device.
+        inputs: What the model takes, each tensor `[samples, ...]`, on the device.
         targets: What the loss takes, `[samples, ...]`, on the device.
     """
 
     first_sample: int
-    inputs: Tensor
+    inputs: Inputs
     targets: Tensor
 
 
@@ -54,25 +56,27 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Return the number of samples."""
 
-    def fetch(self, plan: Sequence[Tensor], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def fetch(self, plan: Sequence[Tensor], seed: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield `(inputs, targets)` on the device for each tensor of sample indices in the plan."""
 
 
 class InMemorySource:
-    """Two tensors that live on the device: a batch is one indexed read of each."""
+    """Tensors that live on the device: a batch is one indexed read of each; the last of them is the target."""
 
     def __init__(self, dataset: TensorDataset, device: torch.device) -> None:
-        self.inputs, self.targets = (tensor.to(device) for tensor in dataset.tensors)
+        *inputs, self.targets = (tensor.to(device) for tensor in dataset.tensors)
+        self.inputs: Inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
         self.device = device
 
     def __len__(self) -> int:
-        return self.inputs.shape[0]
+        return self.targets.shape[0]
 
-    def fetch(self, plan: Sequence[Tensor], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def fetch(self, plan: Sequence[Tensor], seed: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield each batch of the plan."""
         for indices in plan:
             on_device = indices.to(self.device, non_blocking=True)
-            yield self.inputs.index_select(0, on_device), self.targets.index_select(0, on_device)
+            cut = partial(torch.index_select, dim=0, index=on_device)
+            yield each(cut, self.inputs), cut(self.targets)
 
 
 class LoadedSource:
@@ -86,7 +90,7 @@ class LoadedSource:
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # checked by `source_of`
 
-    def fetch(self, plan: Sequence[Tensor], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def fetch(self, plan: Sequence[Tensor], seed: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield each batch of the plan.
 
         Raises:
@@ -102,13 +106,16 @@ class LoadedSource:
             worker_init_fn=_leave_signals_to_the_rank,
         )
         for item in self._items(loader):
-            if not (isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(x, Tensor) for x in item)):
+            if not (isinstance(item, list | tuple) and len(item) == 2 and _is_pair(*item)):
                 raise DataError(
                     f"{type(self.dataset).__name__}: an item must be a pair (input, target), each a tensor, an array "
-                    f"or a number; batches of it came out as {_describe(item)}"
+                    "or a number, or the input a tuple or dict of these; batches of it came out as "
+                    f"{_describe(item)}"
                 )
             inputs, targets = item
-            yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+            move = partial(Tensor.to, device=self.device, non_blocking=True)
+            yield each(move, inputs), move(targets)
 
     def _items(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """Yield what the loader makes; whatever the dataset's own code raises, the run can't go on without it."""
@@ -129,7 +136,7 @@ def source_of(dataset: Dataset[Any], device: torch.device, workers: int) -> Sour
     Raises:
         DataError: The dataset can't be indexed by sample.
     """
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) >= 2:
         return InMemorySource(dataset, device)
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DataError(
@@ -182,7 +189,7 @@ class Stream:
 
 def evaluation_batches(
     source: Source, samples: int, batch_size: int, rank: int, world_size: int
-) -> Iterator[tuple[bool, Tensor, Tensor]]:
+) -> Iterator[tuple[bool, Inputs, Tensor]]:
     """Yield this rank's part of the first `samples` samples, in order, in batches of at most `batch_size`.
 
     Every rank gets as many batches as the one that has the most, because under sharded engines a forward pass is a
@@ -204,6 +211,10 @@ def _leave_signals_to_the_rank(worker: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _is_pair(inputs: object, targets: object) -> bool:
+    return is_inputs(inputs) and isinstance(targets, Tensor)
 
 
 def _describe(item: object) -> str:

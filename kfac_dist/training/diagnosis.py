@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import DataError
+from kfac_dist.inputs import tensors
 from kfac_dist.training.batches import Stream
 from kfac_dist.training.sampler import Position, micro_batches
 
@@ -32,7 +33,7 @@ def blame_data(stream: Stream, position: Position, step: int, communicator: Comm
     own = [
         (int(index), what, value)
         for part, (inputs, targets) in zip(parts, stream.source.fetch(parts, seed=0), strict=True)
-        for what, values in (("input", inputs), ("target", targets))
+        for what, values in (*tensors(inputs).items(), ("target", targets))
         for index, value in not_finite(values, part)
     ]
     found = sorted(entry for entries in communicator.gather_objects(own, label="diagnosis") for entry in entries)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine
+from kfac_dist.inputs import each
 from kfac_dist.tasks.losses import Loss
+from kfac_dist.tasks.scores import Score
 from kfac_dist.training.batches import Source, evaluation_batches
 from kfac_dist.training.passes import explained, forward, full_precision
 
@@ -21,14 +25,22 @@ class Evaluation:
     Attributes:
         loss: Mean loss.
         metric: Mean of the task's figure, `Loss.metric`.
+        scores: Further figures, by the data's own `Score`.
     """
 
     loss: float
     metric: float
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
-    engine: Engine, loss: Loss, source: Source, samples: int, batch_size: int, communicator: Communicator
+    engine: Engine,
+    loss: Loss,
+    source: Source,
+    samples: int,
+    batch_size: int,
+    communicator: Communicator,
+    score: Score | None = None,
 ) -> Evaluation:
     """Evaluate the first `samples` samples; collective.
 
@@ -43,8 +55,10 @@ def evaluate(
         samples: How many of its samples.
         batch_size: Samples of a forward pass on one rank.
         communicator: The ranks.
+        score: Further figures; it sees each rank's part, and then what was found of all samples.
     """
     module = engine.module
+    found: list[Any] = []
     share_buffers(module, communicator)
     was_training = module.training
     module.eval()
@@ -54,15 +68,24 @@ def evaluate(
             source, samples, batch_size, communicator.rank, communicator.size
         ):
             with explained("evaluation", module, inputs, targets):
-                outputs = full_precision(forward(module, engine.prepared(inputs)))
+                prepared = each(engine.prepared, inputs)
+                outputs = full_precision(forward(module, prepared))
+                findings = [] if score is None else score.judge(module, prepared, targets, outputs)
                 if counted:
+                    found += findings
                     sums[0] += loss.total(outputs, targets)
                     sums[1] += loss.metric_sum(outputs, targets)
                     sums[2] += loss.count(targets)
     module.train(was_training)
     communicator.all_reduce(sums, label="evaluation").wait()
     total, metric, terms = sums.tolist()
-    return Evaluation(total / max(terms, 1), metric / max(terms, 1))
+    scores = {} if score is None else score.summarize(_gathered(found, communicator))
+    return Evaluation(total / max(terms, 1), metric / max(terms, 1), scores)
+
+
+def _gathered(found: Sequence[Any], communicator: Communicator) -> list[Any]:
+    """Return what all ranks found, in the samples' order: a rank's part follows that of the rank before it."""
+    return [finding for part in communicator.gather_objects(list(found), label="scores") for finding in part]
 
 
 def share_buffers(module: nn.Module, communicator: Communicator) -> None:

@@ -125,14 +125,15 @@ class Trainer:
     def evaluate(self, source: Source, samples: int | None = None) -> Evaluation:
         """Evaluate on the first `samples` (default: all) samples; collective.
 
-        What is evaluated is the current model, or the average of the weights if the run keeps one.
+        What is evaluated is the current model, or the average of the weights if the run keeps one. Of the test data the
+        data's own score is taken, too.
         """
-        settings = self.config.train
+        settings, score = self.config.train, self.parts.score if source is self.parts.test else None
         batch_size = max(1, settings.batch_size // (settings.accumulate * self.communicator.size))
         samples = len(source) if samples is None else min(samples, len(source))
         average = self.parts.average
         with nullcontext() if average is None else average.in_place():
-            return evaluate(self.parts.engine, self.parts.loss, source, samples, batch_size, self.communicator)
+            return evaluate(self.parts.engine, self.parts.loss, source, samples, batch_size, self.communicator, score)
 
     def save(self, *, unforeseen: bool = False, wait: bool = True) -> None:
         """Write a checkpoint; collective.
@@ -390,10 +391,11 @@ class Trainer:
         variances = self.relative_variances()
         if self.outputs.writer is not None:
             record = {"step": self.step, "test_loss": result.loss, "test_metric": result.metric}
-            self.outputs.writer.write(record | variance_metrics(variances))
-        self.outputs.progress.note(
-            f"step {self.step}: test loss {result.loss:.5g}, {self.parts.loss.metric} {result.metric:.5g}"
-        )
+            scores = {f"score/{name}": value for name, value in result.scores.items()}
+            self.outputs.writer.write(record | scores | variance_metrics(variances))
+        figures = {self.parts.loss.metric: result.metric, **result.scores}
+        said = ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
+        self.outputs.progress.note(f"step {self.step}: test loss {result.loss:.5g}, {said}")
 
     def relative_variances(self) -> dict[str, RelativeVariance]:
         """Return how noisy each parameter's gradient is, if that is wanted and the optimizer knows it; collective."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kfac_dist.errors import CollectiveError, DataError, KFACError, ModelError
+from kfac_dist.inputs import Inputs, call, tensors
 from kfac_dist.tasks import Loss
 
 # What a model raises for data that it can't take; anything else is a bug and keeps its traceback.
@@ -23,13 +24,13 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
 _TORCH = str(Path(torch.__file__).parent)
 
 
-def forward(model: nn.Module, inputs: Tensor) -> Tensor:
+def forward(model: nn.Module, inputs: Inputs) -> Tensor:
     """Call the model.
 
     Raises:
         ModelError: It returns something else than a tensor.
     """
-    outputs = model(inputs)
+    outputs = call(model, inputs)
     if not isinstance(outputs, Tensor):
         raise ModelError(
             f"the model returns {type(outputs).__name__}; a run's model returns one tensor, the outputs that the loss "
@@ -61,7 +62,7 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def explained(where: str, module: nn.Module, inputs: Tensor, targets: Tensor) -> Iterator[None]:
+def explained(where: str, module: nn.Module, inputs: Inputs, targets: Tensor) -> Iterator[None]:
     """Turn torch's refusal of a micro-batch into one message that names the step, the shapes and the line.
 
     Args:
@@ -87,7 +88,7 @@ def explained(where: str, module: nn.Module, inputs: Tensor, targets: Tensor) ->
                 f"{where}: the other ranks are gone or stand still ({reason}); the rank that failed first says why"
             ) from error
         raise DataError(
-            f"{where}: model or loss refuse the data: {reason}{user_line(error)}; inputs {_tensor(inputs)}, "
+            f"{where}: model or loss refuse the data: {reason}{user_line(error)}; {_inputs(inputs)}, "
             f"targets {_tensor(targets)}{_first_weight(module)}"
         ) from error
 
@@ -126,6 +127,12 @@ def _lost_ranks(error: Exception) -> bool:
     """Whether a collective failed; gloo's own errors have no type, and one of them doesn't name gloo."""
     text = str(error)
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "pair closure"))
+
+
+def _inputs(inputs: Inputs) -> str:
+    if isinstance(inputs, Tensor):
+        return f"inputs {_tensor(inputs)}"
+    return ", ".join(f"{name} {_tensor(tensor)}" for name, tensor in tensors(inputs).items())
 
 
 def _tensor(tensor: Tensor) -> str:

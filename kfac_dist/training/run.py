@@ -270,6 +270,7 @@ def _summarize(name: str, trainer: Trainer) -> RunSummary:
         test_loss=test.loss,
         metric=trainer.parts.loss.metric,
         metric_value=test.metric,
+        scores=test.scores,
     )
 
 

@@ -17,10 +17,11 @@ from kfac_dist.errors import DataError
 from kfac_dist.optimizers import Stepper, build_optimizer, build_stepper
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
+from kfac_dist.tasks.scores import Score
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.averaging import IterateAverage
 from kfac_dist.training.batches import Source, Stream, source_of
-from kfac_dist.training.passes import refuse_unused
+from kfac_dist.training.passes import forward, refuse_unused
 from kfac_dist.training.random_state import seed_everything
 from kfac_dist.training.sampler import Position, sampler_of
 from kfac_dist.training.trial import WHERE, check_targets, try_out
@@ -41,6 +42,7 @@ class Parts:
         total_steps: Length of the run.
         stepper: Finds the step instead of the optimizer, which then descends by it; None for the direct solver.
         average: The running average of the weights, if the run keeps one.
+        score: Further figures of the held-out data, if the data brings any.
     """
 
     engine: Engine
@@ -53,6 +55,7 @@ class Parts:
     total_steps: int
     stepper: Stepper | None = None
     average: IterateAverage | None = None
+    score: Score | None = None
 
 
 def build_parts(config: Config, world: World, communicator: Communicator) -> Parts:
@@ -95,7 +98,7 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
     seed_everything(config.run.seed, rank=world.rank + 1)
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
     average = None if settings.iterate_averaging is None else IterateAverage(engine, settings.iterate_averaging)
-    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper, average)
+    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper, average, splits.score)
 
 
 def with_classes(config: KFACConfig, outputs: int) -> KFACConfig:
@@ -126,6 +129,6 @@ def _settle(engine: Engine, loss: Loss, data: Source) -> None:
 
     def backward() -> None:
         [(inputs, targets)] = data.fetch([torch.arange(min(2, len(data)))], seed=0)
-        loss.total(engine.model(inputs), targets).backward()
+        loss.total(forward(engine.model, inputs), targets).backward()
 
     engine.settle(backward)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.inputs import each
 from kfac_dist.training.batches import MicroBatch, StepBatch
 from kfac_dist.training.divergence import Guard
 from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
@@ -76,7 +77,7 @@ class Passes:
             classes = self._parts.loss.labels(micro.targets) if by_class else None
             kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last, classes=classes)
         module = engine.module
-        inputs = engine.prepared(micro.inputs)
+        inputs = each(engine.prepared, micro.inputs)
         if self._parts.stepper is not None:
             self._parts.stepper.micro_batch(inputs, micro.targets)
         with explained(where, module, micro.inputs, micro.targets):

@@ -61,6 +61,26 @@ def test_ranks_together_see_the_global_batch_across_epochs(source: Any) -> None:
     assert torch.equal(alone[0].inputs, INPUTS[alone[0].targets])
 
 
+def test_an_input_may_be_several_tensors_whichever_way_they_are_stored() -> None:
+    class Two(Dataset[Any]):
+        def __init__(self, named: bool) -> None:
+            self.named = named
+
+        def __len__(self) -> int:
+            return 11
+
+        def __getitem__(self, index: int) -> Any:
+            parts = {"rows": INPUTS[index], "twice": 2 * index} if self.named else (INPUTS[index], 2 * index)
+            return parts, index
+
+    memory = source_of(TensorDataset(INPUTS, 2 * torch.arange(11), torch.arange(11)), CPU, 0)
+    for source in (memory, source_of(Two(named=False), CPU, 0), source_of(Two(named=True), CPU, 0)):
+        [micro] = next(_stream(source, 0, 1).steps(Position())).micro_batches
+        rows, twice = micro.inputs.values() if isinstance(micro.inputs, dict) else micro.inputs
+        assert torch.equal(rows, INPUTS[micro.targets])
+        assert torch.equal(twice, 2 * micro.targets)
+
+
 def test_accumulation_cuts_the_part_of_a_rank() -> None:
     step = next(_stream(_memory(), 1, 2, accumulate=2).steps(Position()))
     assert [micro.first_sample for micro in step.micro_batches] == [2, 3]
