@@ -35,7 +35,7 @@ class EncoderLayer(nn.Module):
 class Bert(nn.Module):
     """Predicts tokens that were masked from those around them."""
 
-    def __init__(self, layers: int, width: int, heads: int, context: int, vocabulary: int) -> None:
+    def __init__(self, layers: int, width: int, heads: int, context: int, vocabulary: int, *, tied: bool) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
@@ -44,6 +44,8 @@ class Bert(nn.Module):
         self.transform = nn.Linear(width, width)
         self.transform_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
+        if tied:
+            self.head.weight = self.tokens.weight
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -61,7 +63,14 @@ class Bert(nn.Module):
         return logits
 
 
-def bert(layers: int = 4, width: int = 128, heads: int = 4, context: int = 128, vocabulary: int = 30522) -> Bert:
+def bert(
+    layers: int = 4,
+    width: int = 128,
+    heads: int = 4,
+    context: int = 128,
+    vocabulary: int = 30522,
+    tied: bool = False,
+) -> Bert:
     """Build the model.
 
     Args:
@@ -70,10 +79,11 @@ def bert(layers: int = 4, width: int = 128, heads: int = 4, context: int = 128, 
         heads: Attention heads.
         context: Longest sequence.
         vocabulary: Tokens.
+        tied: Whether the head's weight is the table that embeds tokens.
 
     Raises:
         ValueError: `width` isn't a multiple of `heads`.
     """
     if width % heads:
         raise ValueError(f"width ({width}) must be a multiple of heads ({heads})")
-    return Bert(layers, width, heads, context, vocabulary)
+    return Bert(layers, width, heads, context, vocabulary, tied=tied)
