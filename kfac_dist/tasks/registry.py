@@ -15,6 +15,8 @@ from kfac_dist.tasks.bert import bert
 from kfac_dist.tasks.byte_gpt import byte_gpt
 from kfac_dist.tasks.mlp import mlp
 from kfac_dist.tasks.resnet import resnet20
+from kfac_dist.tasks.translation import translations
+from kfac_dist.tasks.translator import translator
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "autoencoder": autoencoder,
@@ -22,15 +24,18 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "byte_gpt": byte_gpt,
     "mlp": mlp,
     "resnet20": resnet20,
+    "translator": translator,
 }
 
 DATA: dict[str, Callable[..., data.DataSplits]] = {
     "byte_text": data.byte_text,
     "digits": data.digits,
     "digits_image": data.digits_image,
+    "masked_text": tokens.masked_text,
     "mnist5k": data.mnist5k,
     "random_tokens": tokens.random_tokens,
     "token_file": tokens.token_file,
+    "translations": translations,
 }
 
 
