@@ -57,6 +57,10 @@ class KFACConfig(Section):
             )
         return self
 
+    def without_solver(self) -> Self:
+        """Return the same K-FAC for a direct step: for who measures with it, or trains without."""
+        return self.model_copy(update={"solver": StepSolver.DIRECT, "cg": None})
+
     @property
     def cg_options(self) -> CGConfig:
         """The section `cg`, or its defaults."""

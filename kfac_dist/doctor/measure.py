@@ -36,7 +36,7 @@ def measuring(
     )
     distribution = config.distribution.model_copy(update={"communication_dtype": DType.FLOAT32})
     parts = {"curvature": curvature, "inversion": inversion, "distribution": distribution}
-    kfac = KFAC(model, config.model_copy(update={**parts, "update": UpdateConfig(kl_clip=None)}))
+    kfac = KFAC(model, config.without_solver().model_copy(update={**parts, "update": UpdateConfig(kl_clip=None)}))
     try:
         yield kfac
     finally:

@@ -211,7 +211,7 @@ def _train_compared(
     compared = config.model_copy(
         update={
             "optimizer": optimizer,
-            "kfac": config.kfac.model_copy(update={"enabled": False, "solver": StepSolver.DIRECT, "cg": None}),
+            "kfac": config.kfac.without_solver().model_copy(update={"enabled": False}),
             "checkpoint": config.checkpoint.model_copy(update={"resume": resume}),
             "compare": {},
         }

@@ -36,7 +36,8 @@ def _config(directory: str | Path, case: dict[str, Any]) -> Config:
     }
     config = small_config(directory, kfac=True, **sections)
     kfac = {**config.kfac.model_dump(), **case.get("kfac", {})}
-    return Config.model_validate({**config.model_dump(), "kfac": kfac})
+    optimizer = None if "solver" in case.get("kfac", {}) else config.optimizer
+    return Config.model_validate({**config.model_dump(), "kfac": kfac, "optimizer": optimizer})
 
 
 def _report(case: dict[str, Any]) -> Report:
@@ -54,6 +55,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "loss": "token_cross_entropy",
     },
     "batch norm": {"model": "normalised"},
+    "a solver's": {"kfac": {"solver": "cg", "update": {"kl_clip": None}}},
     "one position to attend to": {
         "model": {"name": "tests.preconditioner.test_models:Attends", "args": {}},
         "data": {"name": "tests.doctor.whole_models:tokens", "args": {"length": 4, "vocabulary": 7, "classes": 5}},
