@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from kfac_dist.config.schema import EngineConfig, KFACConfig
+from kfac_dist.config.schema import CGConfig, EngineConfig, KFACConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,11 +35,26 @@ def run(command: list[str], directory: Path) -> None:
 
 
 def test_the_hand_written_loop_runs(tmp_path: Path) -> None:
-    (tmp_path / "loop.py").write_text(the_block("python", "torch.save"))
+    (tmp_path / "loop.py").write_text(the_block("python", "# 3: resumes exactly"))
 
     run([sys.executable, "loop.py"], tmp_path)
 
     assert (tmp_path / "state.pt").exists()
+
+
+def test_the_loop_around_cg_runs(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").write_text(the_block("python", '"solver": "cg"'))
+
+    run([sys.executable, "loop.py"], tmp_path)
+
+    assert torch.load(tmp_path / "state.pt")["solver"]["started"]
+
+
+def test_the_options_of_cg_are_shown_as_they_are() -> None:
+    shown = yaml.safe_load(the_block("yaml", "solver: cg"))["kfac"]
+
+    assert set(shown["cg"]) == set(CGConfig.model_fields)
+    KFACConfig.model_validate(shown)
 
 
 def test_the_ddp_loop_runs_on_two_ranks(tmp_path: Path) -> None:
@@ -54,7 +69,7 @@ def test_staged_adoption_selects_layers() -> None:
     config = names["config"]
     assert isinstance(config, KFACConfig)
 
-    from_yaml = KFACConfig.model_validate(yaml.safe_load(the_block("yaml", "kfac:"))["kfac"])
+    from_yaml = KFACConfig.model_validate(yaml.safe_load(the_block("yaml", "blocks.*.mlp"))["kfac"])
 
     assert config.curvature.include == from_yaml.curvature.include
     assert config.curvature.exclude == from_yaml.curvature.exclude
