@@ -60,8 +60,3 @@ def tensors(inputs: Inputs) -> dict[str, Tensor]:
             return {f"input {name}": tensor for name, tensor in inputs.items()}
         case _:
             return {"input": inputs}
-
-
-def samples(inputs: Inputs) -> int:
-    """Return the number of samples: the first dimension of the first tensor."""
-    return len(next(iter(tensors(inputs).values())))

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "errors": set(),
     "inputs": set(),
     "config": {"errors"},
-    "curvature": {"config", "errors"},
+    "curvature": {"config", "errors", "inputs"},
     "distributed": {"config", "errors"},
     "engines": {"config", "distributed", "errors"},
     "preconditioner": {"config", "curvature", "distributed", "engines", "errors"},

@@ -26,6 +26,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from kfac_dist.inputs import Inputs, arguments
+
 Direction = Mapping[str, Tensor]
 # Outputs, slopes, bends.
 _Triple = tuple[Tensor, Tensor, Tensor]
@@ -61,10 +63,10 @@ class Outputs:
 
     Args:
         module: The bare model, in the mode in which it is to be looked at.
-        inputs: `[B, ...]`.
+        inputs: What the model takes, `[B, ...]`.
     """
 
-    def __init__(self, module: nn.Module, inputs: Tensor) -> None:
+    def __init__(self, module: nn.Module, inputs: Inputs) -> None:
         self.module = module
         self.inputs = inputs
         self.parameters = {name: p.detach() for name, p in module.named_parameters()}
@@ -73,7 +75,7 @@ class Outputs:
     def along(self, direction: Direction, s: Tensor) -> Tensor:
         """Return `h(θ + s v)` with v zero in the parameters that `direction` doesn't name."""
         moved = {name: self.parameters[name] + s * v for name, v in direction.items()}
-        outputs: Tensor = functional_call(self.module, {**self.parameters, **moved}, (self.inputs,))
+        outputs: Tensor = functional_call(self.module, {**self.parameters, **moved}, *arguments(self.inputs))
         return outputs
 
     def derivatives(self, name: str, indices: Tensor, *, chunk: int) -> Iterator[Derivatives]:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kfac_dist.inputs import Inputs, call
+
 # The derivative jumps, or, of elu, the second one does.
 _NAMES = (
     "relu relu6 leaky_relu rrelu rrelu_with_noise prelu _prelu_kernel threshold hardtanh hardsigmoid "
@@ -84,19 +86,19 @@ class Course:
         return _after(self.doubts, self.first_use, names)
 
 
-def observe(module: nn.Module, inputs: Tensor) -> Course:
+def observe(module: nn.Module, inputs: Inputs) -> Course:
     """Watch one forward pass.
 
     Args:
         module: The bare model, in the mode in which it is to be looked at.
-        inputs: `[B, ...]`.
+        inputs: What the model takes, `[B, ...]`.
     """
     watch = _Watch(module)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation, of which nothing can be seen
     try:
         with watch.inside_modules(), torch.no_grad(), watch:
-            module(inputs)
+            call(module, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return Course(watch.first_use, watch.last_use, tuple(watch.kinks), tuple(watch.doubts), watch.elements)

@@ -43,7 +43,7 @@ from kfac_dist.tasks import Loss, build_model
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoints
 from kfac_dist.training.loop import Outputs, Trainer
-from kfac_dist.training.passes import full_precision
+from kfac_dist.training.passes import forward, full_precision
 from kfac_dist.training.sampler import Position
 from kfac_dist.training.setup import Parts, build_parts
 
@@ -179,12 +179,12 @@ def _report(
         rows.append(layer_row(layer, history[0][layer.name], values, seen, wish.deviation))
     trend = [row for step, sums in history.items() for row in trend_rows(step, layers, sums)]
     with torch.no_grad():
-        shape = outputs.module(outputs.inputs).shape
+        shape = forward(outputs.module, outputs.inputs).shape
     categorical = subject.likelihood is Likelihood.CATEGORICAL
     report = FisherReport(
         likelihood=str(subject.likelihood),
         columns=shape[-1] if categorical else shape[1:].numel(),
-        samples=len(outputs.inputs),
+        samples=len(subject.targets),
         draws=DRAWS,
         deviation=wish.deviation,
         layers=tuple(rows),
@@ -213,7 +213,7 @@ def _measuring(ranks: Communicator) -> Iterator[None]:
 def _data_gradient(loss: Loss, outputs: ModelOutputs, targets: Tensor) -> Tensor:
     """Return the gradient of the summed loss at the outputs, with the data's labels."""
     with torch.no_grad():
-        values = full_precision(outputs.module(outputs.inputs))
+        values = full_precision(forward(outputs.module, outputs.inputs))
     values.requires_grad_()
     [gradient] = torch.autograd.grad(loss.total(values, full_precision(targets)), values)
     return gradient
@@ -228,7 +228,7 @@ def _seconds_of_backward(config: Config, parts: Parts, twin: nn.Module, ranks: C
         for repeat in range(REPEATS + 1):
             seconds = 0.0
             for part in micro_batches:
-                outputs = twin(part.inputs)
+                outputs = forward(twin, part.inputs)
                 resample = partial(_resample, config.loss.name.likelihood, outputs, trained, repeat)
                 seconds += _timed(resample, parts)
             found.append(seconds)
