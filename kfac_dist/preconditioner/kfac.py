@@ -16,8 +16,8 @@ collect, precondition, clip and deliver the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from kfac_dist.engines import Engine, as_engine
 from kfac_dist.errors import ConfigError, ModelError
 from kfac_dist.preconditioner import state
 from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
+from kfac_dist.preconditioner.inspection import RefreshReading
 from kfac_dist.preconditioner.measurement import Description, Measurement
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.schedule import Cadence
@@ -247,6 +248,21 @@ class KFAC:
             "bytes_sent": traffic.total_bytes,
         }
 
+    def inspect(self, outside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Read spectrum, condition and damping of every factor at its next refresh, by the rank that inverts it.
+
+        That costs an eigenvalue decomposition beside the inversion, and changes nothing else.
+
+        Args:
+            outside: Makes a context for the reading, such as one that stops a clock.
+        """
+        self._refresh.inspector.ask(self.plan.owned(self.communicator.rank), outside)
+
+    def inspection(self) -> list[RefreshReading]:
+        """Return what all ranks have read since the last call, by step and rank; collective."""
+        ranks = self.communicator.gather_objects(self._refresh.inspector.take(), label="inspection")
+        return sorted((reading for own in ranks for reading in own), key=lambda reading: (reading.step, reading.rank))
+
     def remove(self) -> None:
         """Take K-FAC off the model: its hooks and its process groups."""
         if self._attached is not None:
@@ -345,6 +361,7 @@ class KFAC:
         self._refreshed |= set(self._slots)
         with self.phases(Phase.INVERSION):
             self._refresh.start(self._slots, self._reduction.totals, self._total_damping, self.steps + lag)
+        self._refresh.inspector.read(self.steps)
 
     def _step_once(self) -> None:
         """Take the step, unless the user's loop has called it already."""

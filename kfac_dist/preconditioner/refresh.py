@@ -23,6 +23,7 @@ from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator, Work
 from kfac_dist.distributed.segments import share_segments
 from kfac_dist.preconditioner.class_combination import Combined, combine
+from kfac_dist.preconditioner.inspection import Inspector
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.wire import UnitWire
 
@@ -60,6 +61,7 @@ class Refresh:
         refreshes: Refreshes that this rank took part in.
         failures: Units that this rank could not solve, and left as they were.
         pending: Payloads on their way.
+        inspector: Reads spectra of what is solved here, if somebody has asked.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Refresh:
         self.refreshes = 0
         self.failures = 0
         self.pending: list[Refreshed] = []
+        self.inspector = Inspector(rank)
         self._averages = averages
         self._plan = plan
         self._column = column
@@ -171,7 +174,8 @@ class Refresh:
             coefficients = None if classes is None else classes.coefficients
             tasks.append(Task(unit, self._averages.sums(unit), delta, previous, weight, coefficients))
             kept.append(None)
-        solved, failures = solve(tasks, self._solver)
+        with self.inspector.watching(tasks):
+            solved, failures = solve(tasks, self._solver)
         self.failures += failures
         fresh = iter(
             payload if payload is task.previous else self._fold_identity(task.unit, payload, weights, traces, damping)

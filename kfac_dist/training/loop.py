@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from kfac_dist.reporting.progress import Status
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import Source, StepBatch
 from kfac_dist.training.checkpoint import Checkpoint
+from kfac_dist.training.curvature_log import CurvatureLog
 from kfac_dist.training.diagnosis import blame_data
 from kfac_dist.training.divergence import DivergedError as DivergedError
 from kfac_dist.training.divergence import Guard, Recovery, Verdict
@@ -78,6 +79,12 @@ class Trainer:
         self._recovery = Recovery()
         self._diverged = ""
         self._batches: Iterator[StepBatch] = iter(())
+        self._curvature: CurvatureLog | None = None
+        if parts.kfac is not None:
+            parts.kfac.phases.enabled = True
+            self._curvature = CurvatureLog(
+                parts.kfac, outputs.writer, config.metrics.spectra, parts.total_steps, self._standing
+            )
 
     def train(self) -> None:
         """Run the steps that are left.
@@ -235,6 +242,8 @@ class Trainer:
             self.position = batch.after
 
     def _take_step(self, batch: StepBatch) -> None:
+        if self._curvature is not None:
+            self._curvature.ask(self.step)
         stepper = self.parts.stepper
         if stepper is None:
             set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
@@ -338,11 +347,14 @@ class Trainer:
         }
         if self.parts.kfac is not None:
             record |= {f"kfac/{name}": value for name, value in self.parts.kfac.metrics().items()}
+            record |= {f"kfac/seconds/{phase}": value for phase, value in self.parts.kfac.phases.seconds().items()}
         if self.parts.stepper is not None:
             record |= {f"solver/{name}": value for name, value in self.parts.stepper.metrics().items()}
         if self.outputs.writer is not None:
             # NaN is no JSON: a window of nothing but skipped steps has no loss.
             self.outputs.writer.write({name: value for name, value in record.items() if value == value})
+        if self._curvature is not None:
+            self._curvature.write(record["kfac/refreshes"])
         if self.outputs.monitor is not None:
             self.outputs.monitor.logged(record, totals.skipped)
         damping = record.get("kfac/damping")
@@ -404,10 +416,16 @@ class Trainer:
         return relative_variances(self.parts.engine, self.parts.optimizer, self.communicator)
 
     def _paused(self, action: Callable[[], None]) -> None:
+        with self._standing():
+            action()
+
+    @contextmanager
+    def _standing(self) -> Iterator[None]:
+        """Stop the run's clock."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # training still under way belongs to training's time
         self.stopwatch.stop()
-        action()
+        yield
         self.stopwatch.start()
 
     def _begin_window(self) -> None:

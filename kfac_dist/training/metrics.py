@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import numpy as np
 import torch
 
 from kfac_dist.errors import KFACError
 
+METRICS_FILE = "metrics.jsonl"
+CURVATURE_FILE = "curvature.jsonl"
+
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and TensorBoard events; used by rank 0 alone.
+    """Writes `metrics.jsonl`, `curvature.jsonl` and TensorBoard events; used by rank 0 alone.
 
     Lines are flushed one by one: a killed run keeps what it logged.
 
@@ -33,12 +39,9 @@ class MetricsWriter:
         self._open(first_step)
 
     def _open(self, first_step: int) -> None:
-        path = self._directory / "metrics.jsonl"
-        kept = [record for record in read_metrics(path) if record["step"] <= first_step] if first_step else []
-        rewritten = path.with_suffix(".rewritten")
-        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        rewritten.replace(path)
-        self._stream = path.open("a")
+        self._streams = {
+            name: _continued(self._directory / name, first_step) for name in (METRICS_FILE, CURVATURE_FILE)
+        }
         self._board = _tensorboard(self._directory / "tensorboard", first_step)
 
     def rewind(self, step: int) -> None:
@@ -50,23 +53,52 @@ class MetricsWriter:
         """Write one record; `step` numbers it, every other number becomes a TensorBoard scalar."""
         if self.failure is not None:
             return
-        try:
-            self._stream.write(json.dumps(record) + "\n")
-            self._stream.flush()
+        with self._noting_failure(METRICS_FILE):
+            self._line(METRICS_FILE, record)
             if self._board is not None:
                 for name, value in record.items():
                     if name != "step":
                         self._board.add_scalar(name, value, record["step"])
-        except OSError as error:
-            self.failure = KFACError(f"can't write {self._stream.name}: {error.strerror}")
+
+    def write_curvature(self, record: dict[str, Any], spectra: Mapping[str, Sequence[float]]) -> None:
+        """Write what one rank has read at one refresh; spectra become TensorBoard histograms, of log₁₀ λ."""
+        if self.failure is not None:
+            return
+        with self._noting_failure(CURVATURE_FILE):
+            self._line(CURVATURE_FILE, record)
+            for name, values in spectra.items() if self._board is not None else ():
+                logs = [math.log10(value) for value in values if value > 0]
+                if logs:
+                    self._board.add_histogram(f"log10 eigenvalues/{name}", np.asarray(logs), record["step"])
 
     def close(self) -> None:
-        """Flush and close both files."""
-        with suppress(OSError):  # what a full disk didn't take is known as `failure`
-            self._stream.close()
+        """Flush and close all files."""
+        for stream in self._streams.values():
+            with suppress(OSError):  # what a full disk didn't take is known as `failure`
+                stream.close()
         if self._board is not None:
             with suppress(OSError):
                 self._board.close()
+
+    def _line(self, name: str, record: dict[str, Any]) -> None:
+        self._streams[name].write(json.dumps(record) + "\n")
+        self._streams[name].flush()
+
+    @contextmanager
+    def _noting_failure(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = KFACError(f"can't write {self._directory / name}: {error.strerror}")
+
+
+def _continued(path: Path, first_step: int) -> TextIO:
+    """Open a file of records to append to, with those of the steps that a resumed run has done."""
+    kept = [record for record in read_metrics(path) if record["step"] <= first_step] if first_step else []
+    rewritten = path.with_suffix(".rewritten")
+    rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    rewritten.replace(path)
+    return path.open("a")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -16,8 +16,6 @@ from kfac_dist.training.setup import Parts
 class Monitor:
     """Publishes the numbers of one run; rank 0 has one if the run serves metrics.
 
-    Switches K-FAC's phase timer on.
-
     Args:
         exporter: What serves them.
         name: What the run trains with.
@@ -34,8 +32,6 @@ class Monitor:
         self._engine = parts.engine
         self._communicator = communicator
         self._skipped = 0
-        if self._kfac is not None:
-            self._kfac.phases.enabled = True
         exporter.watch(name, parts.total_steps, lambda: last_saved(checkpoints))
 
     def stepped(self) -> None:

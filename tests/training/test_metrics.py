@@ -55,12 +55,12 @@ def test_peak_memory_is_plausible() -> None:
 def test_a_full_disk_is_kept_for_the_next_boundary(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
     writer.write({"step": 1, "loss": 2.0})
-    writer._stream.close()
-    writer._stream = Path("/dev/full").open("a")  # noqa: SIM115
+    writer._streams["metrics.jsonl"].close()
+    writer._streams["metrics.jsonl"] = Path("/dev/full").open("a")  # noqa: SIM115
     writer.write({"step": 2, "loss": 1.0})
     writer.write({"step": 3, "loss": 1.0})
     writer.close()
-    assert str(writer.failure) == "can't write /dev/full: No space left on device"
+    assert str(writer.failure) == f"can't write {tmp_path}/metrics.jsonl: No space left on device"
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
