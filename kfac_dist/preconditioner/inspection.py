@@ -158,8 +158,8 @@ def spectrum_of(task: Task) -> tuple[float | None, ...]:
 
 
 def _diagonal(task: Task) -> Tensor:
-    sums = task.sums if task.unit.kind is FactorKind.DIAGONAL else task.sums.diagonal(dim1=-2, dim2=-1)
-    return sums.float() / task.weight
+    factor = task.factor()
+    return factor if task.unit.kind is FactorKind.DIAGONAL else factor.diagonal(dim1=-2, dim2=-1)
 
 
 def _largest(task: Task) -> float:
