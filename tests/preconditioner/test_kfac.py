@@ -215,6 +215,39 @@ def test_l2_joins_gradient_and_damping() -> None:
         torch.testing.assert_close(gradients(decayed)[name], value)
 
 
+def test_any_vector_is_preconditioned_as_the_gradient_is_and_nothing_else_happens() -> None:
+    model, twin = small(), small()
+    kfac, direct = attach(model, update={"kl_clip": 1e-6}), attach(twin, update={"kl_clip": None})
+    for net in (model, twin):
+        backward(net)
+    plain = gradients(model)
+    direct.step()
+    expected = gradients(twin)
+    kfac.update_curvature()
+    doubled = {name: 2 * value for name, value in plain.items()}
+    kfac.precondition(doubled)
+    for name, value in gradients(model).items():
+        torch.testing.assert_close(doubled[name], 2 * expected[name])
+        assert torch.equal(value, plain[name]), "the gradient itself stays"
+    assert kfac.steps == 0
+    kfac.advance()
+    assert kfac.steps == 1
+
+
+def test_passes_of_another_are_not_measured() -> None:
+    model, twin = small(), small()
+    for net, looks in ((model, True), (twin, False)):
+        kfac = attach(net)
+        with kfac.unobserved():
+            if looks:
+                F.cross_entropy(5 * net(torch.ones(9, 8)), torch.zeros(9, dtype=torch.long)).backward()
+                net.zero_grad()
+        backward(net)
+        kfac.step()
+    for name, value in gradients(model).items():
+        assert torch.equal(value, gradients(twin)[name])
+
+
 def test_only_chosen_layers_change() -> None:
     model = small()
     kfac = attach(model, curvature={"factor_every": 1, "include": ["2"]})
