@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from kfac_dist.config.classes import ClassConditionalConfig, from_flag
-from kfac_dist.config.section import BelowOne, Count, Pattern, Section, Seed
+from kfac_dist.config.section import BelowOne, Count, Flag, Pattern, Section, Seed
 
 
 class Fisher(StrEnum):
@@ -72,6 +72,8 @@ class CurvatureConfig(Section):
         exclude: Patterns of module names that get none; wins over `include`.
         uncovered: What no block covers keeps its `plain` gradient, or is divided by a `diagonal` Fisher.
         decay: β of the running average, applied once every `factor_every` steps.
+        decay_ramp: Let β be min(1 − 1/k, decay) in the k-th regular measurement: the plain mean of all at first, then
+            the running average (Martens & Grosse 2015, §5).
         factor_every: Steps between measurements.
         sample_fraction: Share of rows (samples, or tokens) that enter the factors: 1/k, every k-th row.
         factor_dtype: Precision in which the running averages are kept.
@@ -88,6 +90,7 @@ class CurvatureConfig(Section):
     exclude: tuple[Pattern, ...] = ()
     uncovered: Uncovered = Uncovered.PLAIN
     decay: BelowOne = 0.95
+    decay_ramp: Flag = False
     factor_every: Count = 10
     sample_fraction: Annotated[float, Field(ge=1e-6, le=1, strict=True, allow_inf_nan=False)] = 1.0
     factor_dtype: DType = DType.FLOAT32

@@ -9,16 +9,24 @@ from pydantic import Field, model_validator
 from kfac_dist.config.curvature import CurvatureConfig
 from kfac_dist.config.distribution import DistributionConfig
 from kfac_dist.config.inversion import InversionConfig
+from kfac_dist.config.schedules import ScheduleKind
 from kfac_dist.config.section import Flag, Section
-from kfac_dist.config.solver import CGConfig, StepSolver
+from kfac_dist.config.solver import CGConfig, NewtonConfig, StepSolver
 from kfac_dist.config.update import UpdateConfig
+
+# What newton measures and when, where a run doesn't say it: the paper's figures.
+_NEWTON: dict[str, tuple[type[Section], dict[str, Any]]] = {
+    "curvature": (CurvatureConfig, {"factor_every": 1, "decay_ramp": True}),
+    "inversion": (InversionConfig, {"inverse_every": 20}),
+}
 
 
 class KFACConfig(Section):
     """Everything that `KFAC` needs besides the model.
 
     `solver` says who finds the step. Where it isn't a first-order optimizer, the trust region of the direct step has
-    no say: `update.kl_clip` is then null.
+    no say: `update.kl_clip` is then null. Under `newton` statistics are measured every step and inverted every 20, and
+    `curvature.decay_ramp` is on, unless the sections say otherwise.
     """
 
     enabled: Flag = True
@@ -27,6 +35,7 @@ class KFACConfig(Section):
     inversion: InversionConfig = Field(default_factory=InversionConfig)
     distribution: DistributionConfig = Field(default_factory=DistributionConfig)
     update: UpdateConfig = Field(default_factory=UpdateConfig)
+    newton: NewtonConfig | None = None
     cg: CGConfig | None = None
 
     @model_validator(mode="before")
@@ -42,10 +51,30 @@ class KFACConfig(Section):
             update = {**update, "kl_clip": None}
         return {**data, "update": update}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _newton_measures_every_step(cls, data: Any) -> Any:
+        """Give the sections that newton reads its own defaults."""
+        if not isinstance(data, dict) or data.get("solver") != StepSolver.NEWTON:
+            return data
+        filled = dict(data)
+        for name, (kind, defaults) in _NEWTON.items():
+            section = data.get(name, {})
+            if isinstance(section, dict):
+                filled[name] = {**defaults, **section}
+            elif isinstance(section, kind):
+                missing = {key: value for key, value in defaults.items() if key not in section.model_fields_set}
+                filled[name] = section.model_copy(update=missing)
+        return filled
+
     @model_validator(mode="after")
     def _options_belong_to_solver(self) -> Self:
         if self.cg is not None and self.solver is not StepSolver.CG:
             raise ValueError(f"cg has no effect while solver is {self.solver}: leave it out, or set solver to cg")
+        if self.newton is not None and self.solver is not StepSolver.NEWTON:
+            raise ValueError(
+                f"newton has no effect while solver is {self.solver}: leave it out, or set solver to newton"
+            )
         if self.solver is StepSolver.DIRECT:
             return self
         if not self.enabled:
@@ -59,7 +88,34 @@ class KFACConfig(Section):
 
     def without_solver(self) -> Self:
         """Return the same K-FAC for a direct step: for who measures with it, or trains without."""
-        return self.model_copy(update={"solver": StepSolver.DIRECT, "cg": None})
+        return self.model_copy(update={"solver": StepSolver.DIRECT, "cg": None, "newton": None})
+
+    @model_validator(mode="after")
+    def _newton_fits_inversion(self) -> Self:
+        if self.solver is not StepSolver.NEWTON:
+            return self
+        inversion, search = self.inversion, self.newton_options.gamma_every
+        if inversion.damping.kind is not ScheduleKind.CONSTANT or inversion.damping.warmup_steps:
+            raise ValueError(
+                "inversion.damping must be a plain number while solver is newton: it is where λ starts, and the "
+                "Levenberg-Marquardt rule moves it"
+            )
+        if search % inversion.inverse_every:
+            raise ValueError(
+                f"newton.gamma_every ({search}) must be a multiple of inversion.inverse_every "
+                f"({inversion.inverse_every}): a search compares inverses of the same statistics; 0 keeps γ"
+            )
+        if search and (inversion.stagger > 1 or inversion.inverse_lag):
+            raise ValueError(
+                "newton.gamma_every needs all inverses at once and in time: set inversion.stagger to 1 and "
+                "inversion.inverse_lag to 0, or newton.gamma_every to 0"
+            )
+        return self
+
+    @property
+    def newton_options(self) -> NewtonConfig:
+        """The section `newton`, or its defaults."""
+        return self.newton or NewtonConfig()
 
     @property
     def cg_options(self) -> CGConfig:

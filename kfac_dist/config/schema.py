@@ -5,7 +5,7 @@ Each section answers one question and has its own file here, so that a construct
     run  model  data  loss  optimizer  engine  train  checkpoint  metrics        the training run
     kfac = curvature (what is measured) + inversion (what is solved)
          + distribution (who does it) + update (what is done with the result)
-         + solver (who finds the step) with cg
+         + solver (who finds the step) with newton or cg
 
 Everything here is a plain value: nothing imports torch, so that a configuration can be checked in milliseconds.
 Values out of range and unknown keys are refused here; `kfac_dist.config.load` turns a refusal into a message that
@@ -52,6 +52,7 @@ from kfac_dist.config.schedules import ScheduleKind as ScheduleKind
 from kfac_dist.config.section import Seconds, Seed
 from kfac_dist.config.section import Section as Section
 from kfac_dist.config.solver import CGConfig as CGConfig
+from kfac_dist.config.solver import NewtonConfig as NewtonConfig
 from kfac_dist.config.solver import StepSolver as StepSolver
 from kfac_dist.config.train import BatchGrowth as BatchGrowth
 from kfac_dist.config.train import TrainConfig as TrainConfig
@@ -158,6 +159,16 @@ class Config(Section):
             )
         if self.train.clip_grad_norm is not None:
             raise ValueError(f"train.clip_grad_norm has no effect {found}: no optimizer sees a gradient; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _products_take_samples(self) -> Self:
+        share = self.kfac.newton_options.products_fraction
+        if share < 1 and self.loss.name.loss_terms is not LossTerms.SAMPLE:
+            raise ValueError(
+                f"kfac.newton.products_fraction ({share}) needs a loss with one term a sample, found {self.loss.name}: "
+                "leave it out"
+            )
         return self
 
     @property

@@ -13,7 +13,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from kfac_dist.config.schedules import Schedule, ScheduleKind
-from kfac_dist.config.section import Count, CountOrZero, Positive, Section
+from kfac_dist.config.section import Count, CountOrZero, Flag, Positive, Section
 
 
 class StepSolver(StrEnum):
@@ -60,5 +60,43 @@ class CGConfig(Section):
             raise ValueError(
                 f"adapt_every ({self.adapt_every}) and a {self.damping.kind} damping both move λ: give damping one "
                 "value, or leave adapt_every out"
+            )
+        return self
+
+
+class NewtonConfig(Section):
+    """How `newton` finds its step: `δ = αΔ + μδ₀`, from K-FAC's Δ and the step before (Martens & Grosse 2015, §6–7).
+
+    λ of the quadratic model starts at `kfac.inversion.damping`, a number here, and follows the Levenberg–Marquardt
+    rule. K-FAC's inverses carry a damping of their own, γ², which starts at λ + l2 and is searched for.
+
+    Attributes:
+        damping_every: T₁: steps between two judgements of λ, which take a trial pass over the batch; 0 keeps λ.
+        damping_bounds: The least and the greatest λ, and γ² without l2.
+        gamma_every: T₂: steps between searches for γ, a multiple of `kfac.inversion.inverse_every`; each inverts three
+            times instead of once. 0 keeps γ.
+        momentum: Whether the step before is part of the plane; without it only α is found.
+        products_fraction: Share of the batch that products with the Fisher are taken over: 1/k, every k-th sample.
+    """
+
+    damping_every: CountOrZero = 5
+    damping_bounds: tuple[Positive, Positive] = (1e-6, 1e4)
+    gamma_every: CountOrZero = 20
+    momentum: Flag = True
+    products_fraction: Annotated[float, Field(ge=1e-3, le=1, strict=True, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Self:
+        if self.damping_bounds[0] > self.damping_bounds[1]:
+            raise ValueError(f"damping_bounds: {list(self.damping_bounds)} must be the least, then the greatest")
+        return self
+
+    @model_validator(mode="after")
+    def _fraction_is_one_in_k(self) -> Self:
+        samples = 1 / self.products_fraction
+        if abs(samples - round(samples)) > 0.02 * samples:
+            raise ValueError(
+                f"products_fraction ({self.products_fraction}) must be 1/k for a whole k, such as 0.5 or 0.1: one "
+                "sample in k is used"
             )
         return self

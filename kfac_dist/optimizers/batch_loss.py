@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.autograd.forward_ad as forward_mode
@@ -45,19 +45,35 @@ class RecordedPass:
         inputs: What the model was given.
         targets: What the loss was given.
         random: State of the random generators before it: the CPU's, and the device's if it has one of its own.
+        first_sample: Index of the first sample in the step's global batch.
     """
 
     inputs: Inputs
     targets: Tensor
     random: tuple[Tensor, ...]
+    first_sample: int = 0
 
     @classmethod
+<<<<<<< HEAD
     def record(cls, inputs: Inputs, targets: Tensor) -> RecordedPass:
         """Record the pass that comes next."""
         states = [torch.get_rng_state()]
         if targets.is_cuda:
             states.append(torch.cuda.get_rng_state(targets.device))
         return cls(inputs, targets, tuple(states))
+=======
+    def record(cls, inputs: Tensor, targets: Tensor, first_sample: int = 0) -> RecordedPass:
+        """Record the pass that comes next."""
+        states = [torch.get_rng_state()]
+        if inputs.is_cuda:
+            states.append(torch.cuda.get_rng_state(inputs.device))
+        return cls(inputs, targets, tuple(states), first_sample)
+
+    def every(self, stride: int, phase: int) -> RecordedPass:
+        """Return the same pass over those samples alone whose global index is `phase` modulo `stride`."""
+        first = (phase - self.first_sample) % stride
+        return replace(self, inputs=self.inputs[first::stride], targets=self.targets[first::stride])
+>>>>>>> 1078c89 (Train by K-FAC Newton: exact rescaling and momentum, Levenberg-Marquardt λ, γ by search)
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
@@ -114,6 +130,17 @@ class BatchLoss:
         self._communicator = communicator
         # One graph is kept for all products; those of several micro-batches would hold all of their activations.
         self._kept: _Graph | None = None
+
+    def thinned(self, stride: int, phase: int) -> BatchLoss:
+        """Return the loss on every `stride`-th sample of the global batch, one in each `stride` from `phase` on.
+
+        For losses with one term a sample, with any number of samples: at least one is taken.
+        """
+        samples = int(self._terms)
+        phase %= min(stride, samples)
+        parts = [part for one in self._passes if len((part := one.every(stride, phase)).inputs)]
+        kept = -(-(samples - phase) // stride)
+        return BatchLoss(self._module, self.space, parts, self._total, kept, self._communicator)
 
     @torch.no_grad()
     def product(self, vector: Tensor, shared: Sequence[Tensor] = ()) -> Product:

@@ -6,6 +6,7 @@ from kfac_dist.config.schema import StepSolver
 from kfac_dist.errors import ConfigError
 from kfac_dist.optimizers.batch_loss import Total
 from kfac_dist.optimizers.cg import CGStepper
+from kfac_dist.optimizers.newton import NewtonStepper
 from kfac_dist.optimizers.stepper import Stepper
 from kfac_dist.preconditioner.kfac import KFAC
 
@@ -26,6 +27,6 @@ def build_stepper(kfac: KFAC, total: Total, *, total_steps: int | None = None) -
         case StepSolver.DIRECT:
             raise ConfigError("kfac.solver is direct: a first-order optimizer takes the step after kfac.step()")
         case StepSolver.NEWTON:
-            raise ConfigError("kfac.solver newton isn't there yet: set cg or direct")
+            return NewtonStepper(kfac, total, total_steps=total_steps)
         case StepSolver.CG:
             return CGStepper(kfac, total, total_steps=total_steps)

@@ -34,7 +34,7 @@ class LevenbergMarquardt:
 
     Args:
         damping: λ at first.
-        every: T₁, steps between two changes.
+        every: T₁, steps between two changes; 0 keeps λ.
         bounds: What λ stays within.
 
     Attributes:
@@ -48,7 +48,7 @@ class LevenbergMarquardt:
 
     def due(self, step: int) -> bool:
         """Whether λ is judged by this step, counted from 0: the last of every T₁."""
-        return (step + 1) % self._every == 0
+        return self._every > 0 and (step + 1) % self._every == 0
 
     def judge(self, change: float, predicted: float) -> float:
         """Adapt λ to one step, and return ρ.
@@ -88,7 +88,7 @@ class GammaSearch:
     Args:
         damping: λ at first.
         l2: η, weight decay that is part of the loss.
-        every: T₂, steps between two searches.
+        every: T₂, steps between two searches; 0 keeps γ.
         bounds: What γ² − η stays within.
 
     Attributes:
@@ -103,7 +103,7 @@ class GammaSearch:
 
     def due(self, step: int) -> bool:
         """Whether this step, counted from 0, searches; the first has only just begun with √(λ+η)."""
-        return step > 0 and step % self._every == 0
+        return self._every > 0 and step > 0 and step % self._every == 0
 
     def candidates(self) -> tuple[float, ...]:
         """Return the values to try, without those that the bounds make equal; the present one is the first."""

@@ -81,14 +81,23 @@ class Stepper(ABC):
 
     # ---- what loops call
 
+<<<<<<< HEAD
     def micro_batch(self, inputs: Inputs, targets: Tensor) -> None:
+=======
+    def micro_batch(self, inputs: Tensor, targets: Tensor, first_sample: int | None = None) -> None:
+>>>>>>> 1078c89 (Train by K-FAC Newton: exact rescaling and momentum, Levenberg-Marquardt λ, γ by search)
         """Record the micro-batch whose forward pass comes next.
 
         Args:
             inputs: What the model will be called with.
             targets: What the loss compares its outputs with.
+            first_sample: Global index of its first sample within the step; by default ranks hold equal consecutive
+                parts.
         """
-        self._passes.append(RecordedPass.record(inputs, targets))
+        if first_sample is None:
+            ranks = self.kfac.communicator
+            first_sample = (len(self._passes) * ranks.size + ranks.rank) * len(inputs)
+        self._passes.append(RecordedPass.record(inputs, targets, first_sample))
 
     @torch.no_grad()
     def propose(self, terms: float | Tensor | None = None) -> None:

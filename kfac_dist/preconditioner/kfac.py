@@ -77,6 +77,7 @@ class KFAC:
         self.config = parse_kfac(config)
         self.steps = 0
         self._damping_factor = 1.0
+        self._own_damping: float | None = None
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._total_steps = total_steps
         self._engine = as_engine(model)
@@ -212,12 +213,46 @@ class KFAC:
     @property
     def damping(self) -> float:
         """λ of the current step, without the weight decay that is part of the loss."""
-        return self._damping_factor * value_at(self.config.inversion.damping, self.steps, self._total_steps)
+        configured = value_at(self.config.inversion.damping, self.steps, self._total_steps)
+        return self._damping_factor * (configured if self._own_damping is None else self._own_damping)
 
     @property
     def damping_factor(self) -> float:
         """What `multiply_damping` has set."""
         return self._damping_factor
+
+    def set_damping(self, value: float) -> None:
+        """Damp by this from now on, in place of what is configured; `multiply_damping` still multiplies it.
+
+        Inverses take it up when they are refreshed next. It is no part of `state_dict`: who sets it sets it again after
+        loading one.
+
+        Args:
+            value: λ, without the weight decay that is part of the loss. The same on every rank.
+        """
+        self._own_damping = value
+
+    @torch.no_grad()
+    def refresh_again(self) -> None:
+        """Solve all inverses anew from the same statistics with the present damping, for use at once; collective.
+
+        Between `update_curvature` and `advance` of a step at which every inverse is due.
+        """
+        slots = tuple(sorted({block.slot for block in self.plan.blocks.values()}))
+        with self.phases(Phase.INVERSION):
+            self._refresh.start(slots, self._reduction.totals, self._total_damping, self.steps)
+        with self.phases(Phase.SHARING):
+            self._refresh.activate(self.steps)
+
+    def inverses(self) -> dict[str, Tensor]:
+        """Return copies of what this rank preconditions with, by unit."""
+        return {unit.name: group.payload(unit).clone() for group in self._groups for unit in group.units}
+
+    def use_inverses(self, values: Mapping[str, Tensor]) -> None:
+        """Precondition with what `inverses` returned on this rank."""
+        for group in self._groups:
+            for unit in group.units:
+                group.load(unit, values[unit.name])
 
     def multiply_damping(self, factor: float, *, refresh: bool = False) -> None:
         """Multiply the configured damping from now on, such as after steps that had to be skipped.
@@ -340,6 +375,8 @@ class KFAC:
         self._measurement.begin(self.steps, active=active)
         self._slots: tuple[int, ...] = ()
         if active:
+            if self.config.curvature.decay_ramp:
+                self._averages.decay = self._cadence.decay(self.steps, self.config.curvature.decay)
             self._slots = tuple(sorted({*self._cadence.due(self.steps), *self._overdue}))
             self._reduction.begin(self._slots)
 

@@ -54,6 +54,10 @@ class Cadence:
         """Whether statistics are measured in this step's backward pass."""
         return step % self.factor_every == 0 or self.starting(step)
 
+    def decay(self, step: int, decay: float) -> float:
+        """Return β of a step's measurement when it is ramped up: min(1 − 1/k, β) in the k-th regular one."""
+        return min(1 - 1 / (step // self.factor_every + 1), decay)
+
     def due(self, step: int) -> tuple[int, ...]:
         """Return the slots whose inverses are refreshed after this step's measurement."""
         if step == 0:

@@ -79,7 +79,7 @@ class Passes:
         module = engine.module
         inputs = each(engine.prepared, micro.inputs)
         if self._parts.stepper is not None:
-            self._parts.stepper.micro_batch(inputs, micro.targets)
+            self._parts.stepper.micro_batch(inputs, micro.targets, micro.first_sample)
         with explained(where, module, micro.inputs, micro.targets):
             outputs = forward(engine.model, inputs)
             if kfac is not None:

@@ -44,7 +44,7 @@ LINES = {
     "batch that doesn't grow": (
         "batch_size: 64",
         "batch_size: 64\n  batch_growth: {final: 64, steps: 9}",
-        "train: batch_growth.final (64) must exceed batch_size (64)",
+        "train.batch_growth.final (64) must exceed batch_size (64)",
     ),
     "growing batch under DeepSpeed": (
         "train:\n  batch_size: 64",
