@@ -88,7 +88,7 @@ class NewtonConfig(Section):
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> Self:
         if self.damping_bounds[0] > self.damping_bounds[1]:
-            raise ValueError(f"damping_bounds: {list(self.damping_bounds)} must be the least, then the greatest")
+            raise ValueError(f"damping_bounds ({list(self.damping_bounds)}) must be the least λ, then the greatest")
         return self
 
     @model_validator(mode="after")

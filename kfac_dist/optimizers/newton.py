@@ -146,17 +146,15 @@ class NewtonStepper(Stepper):
         """Return the step; every T₁ steps λ follows from what it does to the batch's loss."""
         if not self.trust.due(self.kfac.steps):
             return step
-        change = self._loss(problem, step) - self._loss(problem, None)
+        change = float(problem.batch.value(step) - problem.batch.value()) + self._decay_change(step)
         self._numbers["rho"] = self.trust.judge(change, predicted)
         return step if math.isfinite(change) else torch.full_like(step, torch.nan)
 
-    def _loss(self, problem: Problem, offset: Tensor | None) -> float:
-        """Return h(θ + offset), with the weight decay that is part of it."""
-        loss = float(problem.batch.value(offset))
-        if self._l2:
-            point = self.space.point() if offset is None else self.space.point() + offset
-            loss += self._l2 / 2 * float(torch.dot(point, point))
-        return loss
+    def _decay_change(self, step: Tensor) -> float:
+        """Return what a step adds to the weight decay that is part of the loss: `η (θᵀδ + ½ δᵀδ)`."""
+        product = torch.dot(self.space.point() + step / 2, step) / self.kfac.communicator.size
+        self.kfac.communicator.all_reduce(product, label=LABEL).wait()
+        return self._l2 * float(product)
 
     def _use(self, gamma: float) -> None:
         """Damp K-FAC's inverses by γ from the next refresh on."""

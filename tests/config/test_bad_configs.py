@@ -180,6 +180,35 @@ ARGUMENTS = {
     ),
     "no optimizer": (["optimizer=null"], "optimizer: missing; expected a mapping with keys name, lr"),
     "options of another solver": (["kfac.cg.lr=1"], "kfac.cg has no effect while solver is direct"),
+    "options of newton": (["kfac.newton.gamma_every=4"], "kfac.newton has no effect while solver is direct"),
+    "search between inverses": (
+        ["optimizer=null", "kfac={solver: newton, newton: {gamma_every: 30}}"],
+        "kfac.newton.gamma_every (30) must be a multiple of inversion.inverse_every (100)",
+    ),
+    "search with staggered inverses": (
+        ["optimizer=null", "kfac={solver: newton, inversion: {inverse_every: 20, stagger: 2}}"],
+        "needs all inverses at once and in time: set inversion.stagger to 1",
+    ),
+    "scheduled damping of newton": (
+        ["optimizer=null", "kfac={solver: newton, inversion: {damping: {value: 1, kind: linear, final: 0}}}"],
+        "kfac.inversion.damping must be a plain number while solver is newton",
+    ),
+    "newton's bounds the wrong way round": (
+        ["optimizer=null", "kfac={solver: newton, newton: {damping_bounds: [2.0, 1.0]}}"],
+        "kfac.newton.damping_bounds ([2.0, 1.0]) must be the least λ, then the greatest",
+    ),
+    "share of products that is no 1/k": (
+        ["optimizer=null", "kfac={solver: newton, newton: {products_fraction: 0.7}}"],
+        "kfac.newton.products_fraction (0.7) must be 1/k",
+    ),
+    "share of products of tokens": (
+        [
+            "optimizer=null",
+            "loss.name=token_cross_entropy",
+            "kfac={solver: newton, newton: {products_fraction: 0.5}, inversion: {inverse_every: 20}}",
+        ],
+        "kfac.newton.products_fraction (0.5) needs a loss with one term a sample",
+    ),
     "solver without K-FAC": (["optimizer=null", "kfac={solver: cg, enabled: false}"], "solver cg builds on K-FAC"),
     "solver beside an optimizer": (["kfac.solver=cg"], "optimizer has no effect while kfac.solver is cg"),
     "solver beside a clip": (
