@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import ModelError
-from kfac_dist.inputs import Inputs, arguments
+from kfac_dist.inputs import Inputs, arguments, each
 from kfac_dist.optimizers.vectors import VectorSpace
 
 LABEL = "curvature products"
@@ -54,26 +54,17 @@ class RecordedPass:
     first_sample: int = 0
 
     @classmethod
-<<<<<<< HEAD
-    def record(cls, inputs: Inputs, targets: Tensor) -> RecordedPass:
+    def record(cls, inputs: Inputs, targets: Tensor, first_sample: int = 0) -> RecordedPass:
         """Record the pass that comes next."""
         states = [torch.get_rng_state()]
         if targets.is_cuda:
             states.append(torch.cuda.get_rng_state(targets.device))
-        return cls(inputs, targets, tuple(states))
-=======
-    def record(cls, inputs: Tensor, targets: Tensor, first_sample: int = 0) -> RecordedPass:
-        """Record the pass that comes next."""
-        states = [torch.get_rng_state()]
-        if inputs.is_cuda:
-            states.append(torch.cuda.get_rng_state(inputs.device))
         return cls(inputs, targets, tuple(states), first_sample)
 
     def every(self, stride: int, phase: int) -> RecordedPass:
         """Return the same pass over those samples alone whose global index is `phase` modulo `stride`."""
         first = (phase - self.first_sample) % stride
-        return replace(self, inputs=self.inputs[first::stride], targets=self.targets[first::stride])
->>>>>>> 1078c89 (Train by K-FAC Newton: exact rescaling and momentum, Levenberg-Marquardt λ, γ by search)
+        return replace(self, inputs=each(lambda x: x[first::stride], self.inputs), targets=self.targets[first::stride])
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
@@ -138,7 +129,7 @@ class BatchLoss:
         """
         samples = int(self._terms)
         phase %= min(stride, samples)
-        parts = [part for one in self._passes if len((part := one.every(stride, phase)).inputs)]
+        parts = [part for one in self._passes if len((part := one.every(stride, phase)).targets)]
         kept = -(-(samples - phase) // stride)
         return BatchLoss(self._module, self.space, parts, self._total, kept, self._communicator)
 

@@ -81,11 +81,7 @@ class Stepper(ABC):
 
     # ---- what loops call
 
-<<<<<<< HEAD
-    def micro_batch(self, inputs: Inputs, targets: Tensor) -> None:
-=======
-    def micro_batch(self, inputs: Tensor, targets: Tensor, first_sample: int | None = None) -> None:
->>>>>>> 1078c89 (Train by K-FAC Newton: exact rescaling and momentum, Levenberg-Marquardt λ, γ by search)
+    def micro_batch(self, inputs: Inputs, targets: Tensor, first_sample: int | None = None) -> None:
         """Record the micro-batch whose forward pass comes next.
 
         Args:
@@ -96,7 +92,7 @@ class Stepper(ABC):
         """
         if first_sample is None:
             ranks = self.kfac.communicator
-            first_sample = (len(self._passes) * ranks.size + ranks.rank) * len(inputs)
+            first_sample = (len(self._passes) * ranks.size + ranks.rank) * len(targets)
         self._passes.append(RecordedPass.record(inputs, targets, first_sample))
 
     @torch.no_grad()

@@ -211,13 +211,7 @@ def _train_compared(
     compared = config.model_copy(
         update={
             "optimizer": optimizer,
-<<<<<<< HEAD
             "kfac": config.kfac.without_solver().model_copy(update={"enabled": False}),
-=======
-            "kfac": config.kfac.model_copy(
-                update={"enabled": False, "solver": StepSolver.DIRECT, "cg": None, "newton": None}
-            ),
->>>>>>> 1078c89 (Train by K-FAC Newton: exact rescaling and momentum, Levenberg-Marquardt λ, γ by search)
             "checkpoint": config.checkpoint.model_copy(update={"resume": resume}),
             "compare": {},
         }
