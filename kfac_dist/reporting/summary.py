@@ -51,7 +51,7 @@ def result_table(title: str, rows: Sequence[RunSummary]) -> Table:
     """
     table = Table(title=title, title_justify="left")
     table.add_column("optimizer")
-    scores = list(dict.fromkeys(name for row in rows for name in row.scores))
+    scores = next(([next(iter(row.scores))] for row in rows if row.scores), [])  # the main one; all are in result.json
     headings = ("train loss", "test loss", f"test {rows[0].metric}", *scores, "steps", "time", "ms/step")
     for heading in headings:
         table.add_column(heading, justify="right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -32,6 +33,15 @@ def test_the_best_losses_are_bold() -> None:
     columns = {str(column.header): list(column.cells) for column in table.columns}
     assert columns["train loss"] == ["[bold]1.5[/bold]", "2.5"]
     assert columns["test loss"] == ["1.75", "[bold]1.65[/bold]"]
+
+
+def test_the_main_score_has_a_column() -> None:
+    scored = replace(KFAC, scores={"chrF": 31.25, "chrF de": 40.0})
+    table = result_table("title", [SGD, scored])
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["chrF"] == ["–", "31.25"]
+    assert "chrF de" not in columns
+    assert "chrF" not in _shown(KFAC, SGD)
 
 
 def test_a_diverged_run_says_so() -> None:
