@@ -47,6 +47,12 @@ class Uncovered(StrEnum):
 
     PLAIN = "plain"
     DIAGONAL = "diagonal"
+    DIAGONAL_MC = "diagonal_mc"
+
+    @property
+    def draws(self) -> bool:
+        """Whether labels are drawn from the model for it."""
+        return self is Uncovered.DIAGONAL_MC
 
 
 class DType(StrEnum):
@@ -70,7 +76,9 @@ class CurvatureConfig(Section):
         sharing_overrides: Pattern (`fnmatch`, on module names) to setting; the first match wins.
         include: Patterns of module names that get K-FAC blocks.
         exclude: Patterns of module names that get none; wins over `include`.
-        uncovered: What no block covers keeps its `plain` gradient, or is divided by a `diagonal` Fisher.
+        uncovered: What no block covers keeps its `plain` gradient, or is divided by a `diagonal` Fisher: the
+            data's labels, for nothing more than the averaged gradient; `diagonal_mc` draws labels from the model, for a
+            backward pass and a sum over the ranks at steps that measure.
         decay: β of the running average, applied once every `factor_every` steps.
         decay_ramp: Let β be min(1 − 1/k, decay) in the k-th regular measurement: the plain mean of all at first, then
             the running average (Martens & Grosse 2015, §5).
@@ -128,6 +136,15 @@ class CurvatureConfig(Section):
             raise ValueError(
                 f"factor_dtype bfloat16 can't follow a decay of {self.decay}: steps of {1 - self.decay:.2g} round away "
                 f"in eight bits; use float32, or a decay of at most {_MOST_DECAY_IN_BF16}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_drawn(self) -> Self:
+        if self.uncovered.draws and self.fisher not in (Fisher.MC, Fisher.TYPE2):
+            raise ValueError(
+                f"uncovered diagonal_mc draws labels from the model, which fisher {self.fisher} doesn't: set fisher to "
+                "mc or type2, or uncovered to diagonal"
             )
         return self
 

@@ -121,6 +121,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _drawn_gradients_are_whole(self) -> Self:
+        if self.kfac.enabled and self.kfac.curvature.uncovered.draws and self.engine.name is not EngineName.DDP:
+            raise ValueError(
+                f"kfac.curvature.uncovered diagonal_mc needs engine.name: ddp, found {self.engine.name}: it sends "
+                "drawn labels back to whole parameters; use uncovered: diagonal, whose gradients the engine brings"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _targets_are_classes(self) -> Self:
         curvature = self.kfac.curvature
         if curvature.class_conditional is None:

@@ -53,8 +53,6 @@ LABEL = "fisher"
 SAMPLES = 32
 # Numbers that a forward pass of all samples may compute; of larger models fewer samples are looked at.
 ELEMENTS = 2**20
-# Weights at which the variance is measured along the way, the first and the last among them.
-MOMENTS = 6
 REPEATS = 5
 
 
@@ -65,10 +63,12 @@ class Wish:
     Attributes:
         steps: Steps of training to follow the variance over.
         deviation: Relative standard deviation to count labels for.
+        moments: Weights at which to measure along the way, the first and the last among them.
     """
 
     steps: int = 20
     deviation: float = 0.1
+    moments: int = 6
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _examine(config: Config, parts: Parts, twin: nn.Module, ranks: Communicator,
     history: dict[int, dict[str, Sums]] = {}
     stepping = looking = 0.0
     parts.engine.module.train()
-    for moment in _moments(min(wish.steps, parts.total_steps)):
+    for moment in _moments(min(wish.steps, parts.total_steps), wish.moments):
         stepping += _timed(partial(trainer.take, moment - trainer.step), parts)
         _follow(twin, parts.engine.module)
         with _measuring(ranks):
@@ -261,7 +261,7 @@ def _follow(twin: nn.Module, module: nn.Module) -> None:
             target.copy_(source)
 
 
-def _moments(steps: int) -> list[int]:
+def _moments(steps: int, count: int) -> list[int]:
     """Return the steps after which to measure: none taken, all of them, and some between, closer at first."""
-    between = {round(steps ** (k / (MOMENTS - 1))) for k in range(1, MOMENTS - 1)} if steps > 1 else set()
+    between = {round(steps ** (k / (count - 1))) for k in range(1, count - 1)} if steps > 1 else set()
     return sorted({0, steps, *between})

@@ -36,19 +36,19 @@ def _estimators(report: FisherReport) -> Iterator[str]:
                 f"these weights (off by {row.curvedness:.0e} of a step as long as they are; largest ∂²h: {row.bend:.0e}"
                 "), so that −∂²ℓ is ∂hᵀC∂h whatever the labels are; no label has to be drawn"
             )
-        elif row.role and row.second is not None:
+        elif row.role and row.second is not None and row.first:
             yield (
                 f"{row.role} layer ({row.layer}): {row.better}, relative standard deviation "
                 f"{min(row.first, row.second):.2g} against {max(row.first, row.second):.2g} with one label"
             )
-        elif row.role:
+        elif row.role and row.refused:
             yield f"{row.role} layer ({row.layer}): Î1; Î2 is refused: {row.refused}"
     refused = [row.layer for row in report.layers if row.refused and not row.role]
     if refused:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         reason = next(row.refused for row in report.layers if row.layer == refused[0])
         yield f"Î2 is refused in {', '.join(refused[:SHOWN])}{more}: {reason}"
-    others = [row for row in report.layers if not row.role and row.second is not None]
+    others = [row for row in report.layers if not row.role and row.second is not None and row.first]
     better = sum(row.better == "Î2" for row in others)
     if others:
         yield f"of the other layers, Î2 has less variance in {better} of {len(others)}"
@@ -103,15 +103,14 @@ def _share(report: FisherReport, passes: int, config: Config) -> str:
 
 def _empirical(report: FisherReport) -> Iterator[str]:
     last = report.trend[-1].step
-    found = [row.empirical for row in report.trend if row.step in (0, last)]
-    low, high = min(found), max(found)
-    if low >= 1 / CLOSE and high <= CLOSE:
-        yield (
-            f"empirical (the data's labels, no further backward) has {low:.2f} to {high:.2f} of the Fisher's trace, up "
-            f"to step {last}: it will do so far"
-        )
-    else:
-        yield (
-            f"empirical (the data's labels, no further backward) has {low:.2g} to {high:.2g} of the Fisher's trace, up "
-            f"to step {last}: it is another matrix, whose scale damping would have to follow"
-        )
+    ratios = []
+    for step in (0, last):
+        rows = [row for row in report.trend if row.step == step]
+        ratios.append(sum(row.empirical * row.trace for row in rows) / max(sum(row.trace for row in rows), 1e-300))
+    steps = f"{ratios[0]:.2g} of the Fisher's trace at first" + (f", {ratios[1]:.2g} after step {last}" if last else "")
+    verdict = (
+        "it will do so far"
+        if all(1 / CLOSE <= ratio <= CLOSE for ratio in ratios)
+        else "it is another matrix, whose scale damping would have to follow"
+    )
+    yield (f"empirical (the data's labels, no further backward) has {steps}, from {report.samples} samples: {verdict}")

@@ -55,7 +55,9 @@ class FisherRow:
 
     @property
     def better(self) -> str:
-        """The estimator with less variance."""
+        """The estimator with less variance; neither where the Fisher is zero at all that was looked at."""
+        if not self.trace:
+            return "–"
         return "Î2" if self.second is not None and self.second <= self.first else "Î1"
 
 

@@ -9,6 +9,9 @@ from rich.text import Text
 from kfac_dist.doctor.fisher_report import FisherReport, FisherRow, TrendRow
 from kfac_dist.doctor.tables import name_lines, plain_table
 
+# Layers whose course is shown.
+FOLLOWED = 10
+
 
 def fisher_view(report: FisherReport, *, narrow: bool) -> RenderableType:
     """Return tables of the layers, of their course, what it costs, and the advice."""
@@ -53,13 +56,27 @@ def _trend(report: FisherReport, narrow: bool) -> Table:
     table.add_column("", no_wrap=True)
     for step in steps:
         table.add_column(str(step), justify="right", no_wrap=True)
-    for layer in dict.fromkeys(row.layer for row in report.trend):
+    shown = _worth_following(report)
+    for layer in shown:
         rows: list[TrendRow] = [found[layer, step] for step in steps]
         table.add_row(name_lines(layer, narrow), "tr I", *(f"{row.trace:.2g}" for row in rows))
         table.add_row("", "Î1", *(f"{row.first:.1e}" for row in rows))
         if rows[0].second is not None:
             table.add_row("", "Î2", *(f"{row.second:.1e}" if row.second else "0" for row in rows))
+    if len(shown) < len(report.layers):
+        table.caption = f"the noisiest and the last two of {len(report.layers)} layers; --json has them all"
+        table.caption_justify = "left"
     return table
+
+
+def _worth_following(report: FisherReport) -> list[str]:
+    """Return the layers to show over the steps, in their order: of many, those where Î1 varies most, and the last."""
+    names = [row.layer for row in report.layers]
+    if len(names) <= FOLLOWED:
+        return names
+    at_first = {row.layer: row.first for row in report.trend if row.step == 0}
+    noisiest = sorted(names[:-2], key=at_first.__getitem__)[2 - FOLLOWED :]
+    return [name for name in names if name in {*noisiest, *names[-2:]}]
 
 
 def _cost(report: FisherReport) -> Text:

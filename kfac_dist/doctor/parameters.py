@@ -56,8 +56,8 @@ def coverage_finding(rows: tuple[ParameterRow, ...], uncovered: Uncovered) -> Fi
     text = f"{blocks} blocks precondition {percent} of {trained:,} trained values"
     if covered == trained:
         return Finding("coverage", Severity.FINE, text)
-    if uncovered is Uncovered.DIAGONAL:
-        text += "; the others are divided by a diagonal Fisher (kfac.curvature.uncovered: diagonal)"
+    if uncovered is not Uncovered.PLAIN:
+        text += f"; the others are divided by a diagonal Fisher (kfac.curvature.uncovered: {uncovered})"
         return Finding("coverage", Severity.FINE, text)
     text += "; the others keep their plain gradient, see their rows"
     if share >= 0.5:
@@ -72,7 +72,7 @@ def _without_block(reason: str, uncovered: Uncovered, parameter: nn.Parameter) -
         return {"reason": f"{reason}; plain gradient"}
     return {
         "kind": "Diagonal",
-        "reason": f"{reason}; uncovered: diagonal",
+        "reason": f"{reason}; uncovered: {uncovered}",
         "factor_bytes": FLOAT_BYTES * parameter.numel(),
     }
 

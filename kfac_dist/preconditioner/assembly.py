@@ -18,9 +18,10 @@ from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.cost import measure_costs
 from kfac_dist.engines import Engine
-from kfac_dist.errors import ModelError
+from kfac_dist.errors import ConfigError, ModelError
 from kfac_dist.preconditioner.class_memory import check_class_memory
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
+from kfac_dist.preconditioner.drawn import DrawnGradients
 from kfac_dist.preconditioner.memory import keeps_own_factors_only
 from kfac_dist.preconditioner.plan import Plan, block_units, build_plan, exchange_buckets
 from kfac_dist.preconditioner.reduction import FactorReduction
@@ -86,8 +87,14 @@ def make_plan(
 def assemble(
     engine: Engine, coverage: Coverage, config: KFACConfig, comm: Communicator, plan: Plan, device: torch.device
 ) -> Assembly:
-    """Build what the plan asks of this rank; collective, because ranks are split into rows and columns."""
+    """Build what the plan asks of this rank; collective, because ranks are split into rows and columns.
+
+    Raises:
+        ConfigError: The engine doesn't give what `uncovered` needs.
+    """
     distribution, curvature = config.distribution, config.curvature
+    uncovered = _uncovered(engine, coverage, config)
+    drawn = _drawn(engine, uncovered, device) if curvature.uncovered.draws and uncovered else None
     lean = keeps_own_factors_only(config, comm.size)
     averages = RunningAverages(
         plan.units,
@@ -120,7 +127,8 @@ def assemble(
         transport = ReplicatedTransport(coverage.blocks, groups, plan, row)
     rest = DiagonalFisher(
         engine,
-        _uncovered(engine, coverage, config),
+        uncovered,
+        drawn=drawn,
         decay=curvature.decay,
         communicator=comm,
         row=row,
@@ -133,10 +141,19 @@ def assemble(
 
 def _uncovered(engine: Engine, coverage: Coverage, config: KFACConfig) -> list[str]:
     """Return the trained parameters that get a diagonal Fisher, the same on every rank whatever it holds of them."""
-    if config.curvature.uncovered is not Uncovered.DIAGONAL:
+    if config.curvature.uncovered is Uncovered.PLAIN:
         return []
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     return [name for name in coverage.uncovered if name in trained]
+
+
+def _drawn(engine: Engine, names: Sequence[str], device: torch.device) -> DrawnGradients:
+    if engine.sharded or engine.optimizer is not None:
+        raise ConfigError(
+            f"kfac.curvature.uncovered: diagonal_mc sends drawn labels back to whole parameters, which "
+            f"{type(engine).__name__} doesn't have: use uncovered: diagonal"
+        )
+    return DrawnGradients(engine.module, names, device)
 
 
 def _groups_of(

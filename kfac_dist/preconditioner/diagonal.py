@@ -5,7 +5,13 @@
 
 A batch's gradient is a mean of n terms' gradients of (nearly) zero mean, so that E[n ḡ²] is the diagonal of the Fisher,
 in the unit of every block's: λ means the same. It is estimated from what the ranks have averaged already, so nothing
-but n is sent; where gradients are sharded, each rank has the diagonal of its own slices.
+but n is sent; where gradients are sharded, each rank has the diagonal of its own slices. That is the empirical Fisher,
+with the data's labels, and assumes a mean of zero, which is true of the Fisher and of gradients near a minimum.
+
+With labels drawn from the model (`uncovered: diagonal_mc`), ḡ is the mean of the drawn labels' gradients, whose mean is
+exactly zero: E[n ḡ²] is the Fisher's diagonal I, Î1 of Soen & Sun (2024) with one square a batch. By a batch's square
+alone its relative standard deviation is near √2 whatever n is, as a sum of many terms is near normal; the running
+average of β divides it by √((1 + β)/(1 − β)).
 """
 
 from __future__ import annotations
@@ -21,8 +27,10 @@ from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.slices import gather_slices
 from kfac_dist.engines import Engine
 from kfac_dist.errors import CheckpointError
+from kfac_dist.preconditioner.drawn import DrawnGradients
 
 LABEL = "loss_terms"
+LABEL_DRAWN = "drawn gradients"
 LABEL_STATE = "checkpoint"
 
 
@@ -32,6 +40,7 @@ class DiagonalFisher:
     Args:
         engine: Where the gradients are.
         names: The parameters, the same on every rank; none makes everything here do nothing.
+        drawn: Gradients at drawn labels, to measure by; None measures by the averaged gradients.
         decay: β.
         communicator: The ranks that average gradients.
         row: The ranks that together hold each gradient once, if the engine is sharded.
@@ -43,12 +52,14 @@ class DiagonalFisher:
         engine: Engine,
         names: Sequence[str],
         *,
+        drawn: DrawnGradients | None = None,
         decay: float,
         communicator: Communicator,
         row: Communicator,
         device: torch.device,
     ) -> None:
         self.names = tuple(names)
+        self.drawn = drawn
         self._engine = engine
         self._decay = decay
         self._communicator = communicator
@@ -75,15 +86,27 @@ class DiagonalFisher:
         """
         if not self.names:
             return
-        total = torch.ones_like(self._weight) * terms
-        self._communicator.all_reduce(total, label=LABEL).wait()
-        self.collect(self._engine.gradients())
-        new = self.gradient.square() * (total / self._engine.gradient_scale**2)
-        known = taken & (total > 0)
+        new, known = self._by_average(terms) if self.drawn is None else self._by_drawn(self.drawn.total)
+        known = known & taken
         zero_unless(known, new)
         rate = (1 - self._decay) * known.float()
         self._sum.lerp_(new, rate)
         self._weight.lerp_(torch.ones_like(rate), rate)
+
+    def _by_average(self, terms: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return n ḡ² of the averaged gradients, and whether there were terms."""
+        total = torch.ones_like(self._weight) * terms
+        self._communicator.all_reduce(total, label=LABEL).wait()
+        self.collect(self._engine.gradients())
+        return self.gradient.square() * (total / self._engine.gradient_scale**2), total > 0
+
+    def _by_drawn(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Return n ḡ² of the drawn labels' gradients, and whether there were terms and all is finite."""
+        self._communicator.all_reduce(total, label=LABEL_DRAWN).wait()
+        terms = total[-1]
+        new = total[:-1].square() / terms.clamp(min=1)
+        # A step that is taken may still have overflowed here: these gradients are sums, not means.
+        return new, (terms > 0) & torch.isfinite(new).all()
 
     def collect(self, gradients: dict[str, Tensor]) -> None:
         """Fill `gradient` with the parameters' gradients, zero where there is none: no rank used the parameter."""

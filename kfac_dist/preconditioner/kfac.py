@@ -477,6 +477,7 @@ class KFAC:
             communicator=self.communicator,
             scaler=self._scaler,
             phases=self.phases,
+            drawn=self._rest.drawn,
         )
 
     def _check_lr(self) -> None:

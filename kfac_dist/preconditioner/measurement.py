@@ -26,6 +26,7 @@ from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
+from kfac_dist.preconditioner.drawn import DrawnGradients
 from kfac_dist.preconditioner.loss_scale import LossScaleWatch
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.reduction import FactorReduction
@@ -56,6 +57,7 @@ class Measurement:
         communicator: The ranks; this one's number places its samples in the global batch.
         scaler: The AMP scaler whose scale output gradients carry, if any.
         phases: Told how long this takes.
+        drawn: Takes gradients at drawn labels, for parameters without a block.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Measurement:
         communicator: Communicator,
         scaler: torch.amp.GradScaler | None,
         phases: PhaseTimer,
+        drawn: DrawnGradients | None = None,
     ) -> None:
         self._engine = engine
         self._blocks = blocks
@@ -78,6 +81,7 @@ class Measurement:
         self._communicator = communicator
         self._scaler = scaler
         self._phases = phases
+        self._drawn = drawn
         self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
         self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
         self._capture = Capture(engine.module, blocks, self._measure, own_backward=self._own_backward)
@@ -100,6 +104,8 @@ class Measurement:
         self._description = None
         self._went_back = self._unlabelled = False
         self._positions, self._pass = 0.0, 0
+        if self._drawn is not None:
+            self._drawn.reset()
         self._capture.reset()
         self._capture.active = active
         self._scale.begin(active=active)
@@ -157,6 +163,10 @@ class Measurement:
 
         self._scale.paused = True
         with self._phases(Phase.STATISTICS):
+            if self._drawn is not None:
+                per_token = self._config.loss_terms is LossTerms.TOKEN
+                terms = self._positions if per_token else float(outputs.shape[0])
+                self._drawn.add(outputs, self._drawn_labels(outputs, micro.first_sample), terms)
             self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
         self._scale.paused = False
         self._went_back = True
@@ -259,9 +269,12 @@ class Measurement:
         assert config.likelihood is not None  # the schema refuses these Fishers without one
         if config.fisher is Fisher.TYPE2:
             return hessian_columns(config.likelihood, outputs)
-        return [
-            label_gradient(config.likelihood, outputs, seed=config.seed, step=self._step, first_sample=first_sample)
-        ]
+        return [self._drawn_labels(outputs, first_sample)]
+
+    def _drawn_labels(self, outputs: Tensor, first_sample: int) -> Tensor:
+        config = self._config
+        assert config.likelihood is not None
+        return label_gradient(config.likelihood, outputs, seed=config.seed, step=self._step, first_sample=first_sample)
 
     def _classes_of_columns(self, outputs: Tensor, first_sample: int) -> Iterator[Classes | None]:
         """Yield the classes of the terms behind each vector that is sent back: drawn ones, or a column's own."""

@@ -14,7 +14,11 @@ from kfac_dist.curvature.factors import FactorKind, Unit
 from kfac_dist.preconditioner.memory import RankBytes
 from kfac_dist.preconditioner.plan import Plan
 
-_TREATMENTS = {Uncovered.PLAIN: "Plain gradient", Uncovered.DIAGONAL: "Diagonal Fisher"}
+_TREATMENTS = {
+    Uncovered.PLAIN: "Plain gradient",
+    Uncovered.DIAGONAL: "Diagonal Fisher",
+    Uncovered.DIAGONAL_MC: "Diagonal Fisher",
+}
 
 
 def plan_view(

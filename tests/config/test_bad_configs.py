@@ -51,6 +51,16 @@ LINES = {
         "engine: {name: zero1}\ntrain:\n  batch_size: 64\n  batch_growth: {final: 128, steps: 9}",
         "train.batch_growth and engine.name zero1 exclude each other",
     ),
+    "drawn labels for the diagonal of an empirical Fisher": (
+        "factor_every: 10",
+        "factor_every: 10\n    uncovered: diagonal_mc",
+        "uncovered diagonal_mc draws labels from the model, which fisher empirical doesn't: set fisher to mc or type2",
+    ),
+    "drawn labels for the diagonal of shards": (
+        "kfac:\n  curvature:",
+        "engine: {name: fsdp2}\nkfac:\n  curvature:\n    fisher: mc\n    uncovered: diagonal_mc",
+        "kfac.curvature.uncovered diagonal_mc needs engine.name: ddp, found fsdp2",
+    ),
     "zero count": ("batch_size: 64", "batch_size: 0", "found 0, expected a whole number >= 1"),
     "null count": ("batch_size: 64", "batch_size:", "found null, expected a whole number >= 1"),
     "missing key": ("  batch_size: 64\n", "", "{file}:12: train.batch_size: missing; expected a whole number >= 1"),
