@@ -198,6 +198,7 @@ def plan(
         from kfac_dist.preconditioner.memory import rank_bytes
         from kfac_dist.preconditioner.plan import build_plan
         from kfac_dist.preconditioner.plan_table import plan_view
+        from kfac_dist.preconditioner.savings import savings
 
         coverage = find_blocks(_model_of_shapes(resolved.model), resolved.kfac.curvature)
         shards = resolved.engine.shard_size(world_size)
@@ -211,7 +212,15 @@ def plan(
         check_class_memory(planned, resolved.kfac)
         kept = rank_bytes(planned, resolved.kfac, sharded=shards > 1)
         console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-        console.print(plan_view(planned, kept, coverage.uncovered, resolved.kfac.curvature.uncovered))
+        options = savings(
+            coverage.blocks,
+            resolved.kfac,
+            world_size=world_size,
+            local_world_size=node_size or world_size,
+            shard_size=shards,
+        )
+        treatment = resolved.kfac.curvature.uncovered
+        console.print(plan_view(planned, kept, coverage.uncovered, treatment, options))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kfac_dist.config.curvature import DType
 from kfac_dist.config.schedules import Schedule
-from kfac_dist.config.section import Count, CountOrZero, Section
+from kfac_dist.config.section import Count, CountOrZero, Flag, Section
 
 
 class Solver(StrEnum):
@@ -34,6 +34,8 @@ class InversionConfig(Section):
         max_factor_dim: Factors larger than this are cut into near-equal diagonal blocks (Block K-FAC).
         inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; solved they are
             in fp32.
+        offload: Keep inverses in host memory, and bring each group of them to the device when it preconditions: two
+            groups are there at a time. Costs their way over the bus in every step; on a CPU it costs and saves nothing.
     """
 
     solver: Solver = Solver.CHOLESKY
@@ -44,3 +46,4 @@ class InversionConfig(Section):
     early_refresh: CountOrZero = 1
     max_factor_dim: Annotated[int, Field(ge=2, strict=True)] | None = None
     inverse_dtype: DType = DType.FLOAT32
+    offload: Flag = False

@@ -68,6 +68,22 @@ def complete(matrix: Tensor) -> Tensor:
     return matrix
 
 
+def asymmetry(matrix: Tensor, width: int | None = None) -> Tensor:
+    """Return `max|M − Mᵀ| / max|M|` of `[batch, n, n]`, a 0-dim tensor, over what has both of its halves.
+
+    The largest entry of a positive semi-definite matrix is on its diagonal.
+
+    Args:
+        matrix: The matrices.
+        width: Rows that `accumulate_gram` was given had so many columns: both halves are in its diagonal panels alone.
+            By default all entries are there.
+    """
+    tiles = [(0, matrix.shape[-1])] if width is None else _panels(width)
+    parts = [matrix[..., start:stop, start:stop] for start, stop in tiles]
+    largest = torch.stack([(part - part.mT).abs().max() for part in parts]).max().float()
+    return largest / matrix.diagonal(dim1=-2, dim2=-1).abs().max().float().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def traces(matrix: Tensor) -> Tensor:
     """Return the sum of all diagonals of `[batch, n, n]`, a 0-dim tensor.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +19,12 @@ from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.solvers import is_eigen, payload_numel
 
+if TYPE_CHECKING:
+    from kfac_dist.curvature.offload import Offload
 
-@dataclass(frozen=True)
-class _Piece:
+
+@dataclass
+class Piece:
     """One diagonal block of one side, for all blocks of a group: `matrix [k·batch, n, n]`, `vector [k·batch, n]`."""
 
     start: int
@@ -41,6 +45,7 @@ class Group(ABC):
 
     Attributes:
         gradient: `[k·batch, d_out, d_in]` workspace that the caller fills with the blocks' gradients.
+        home: Keeps the payloads elsewhere between uses, if anybody does.
     """
 
     def __init__(
@@ -55,15 +60,21 @@ class Group(ABC):
         self.units = tuple(unit for own in units for unit in own)
         batch, d_out, d_in = blocks[0].matrix_shape
         self.gradient = torch.zeros(len(blocks) * batch, d_out, d_in, device=device)
+        self.home: Offload | None = None
         self._batch = batch
         self._dtype = dtype
-        self._place: dict[str, tuple[_Piece, slice]] = {}
-        self._sides: dict[Side, list[_Piece]] = {}
+        self._place: dict[str, tuple[Piece, slice]] = {}
+        self._sides: dict[Side, list[Piece]] = {}
         for like in zip(*units, strict=True):
             piece = _allocate(like[0], len(blocks), solver, device, dtype)
             self._sides.setdefault(like[0].side, []).append(piece)
             for index, unit in enumerate(like):
                 self._place[unit.name] = (piece, slice(index * unit.batch, (index + 1) * unit.batch))
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Everything that the payloads are stored in."""
+        return [piece for own in self._sides.values() for piece in own]
 
     def matrix(self, buffer: Tensor, index: int) -> Tensor:
         """Return block `index`'s matrix `[batch, d_out, d_in]` in a buffer shaped like `gradient`."""
@@ -74,16 +85,25 @@ class Group(ABC):
         piece, rows = self._place[unit.name]
         if piece.matrix is None:
             assert piece.vector is not None
-            piece.vector[rows].copy_(payload.view(unit.shape))
+            self._put(piece.vector[rows], payload.view(unit.shape))
             return
-        piece.matrix[rows].copy_(payload[: unit.numel].view(unit.shape))
+        self._put(piece.matrix[rows], payload[: unit.numel].view(unit.shape))
         if piece.vector is not None:
-            piece.vector[rows].copy_(payload[unit.numel :].view(unit.batch, unit.dim))
+            self._put(piece.vector[rows], payload[unit.numel :].view(unit.batch, unit.dim))
+
+    def _put(self, place: Tensor, values: Tensor) -> None:
+        if self.home is None:
+            place.copy_(values)
+        else:
+            self.home.put(place, values.to(place.dtype))
 
     def payload(self, unit: Unit) -> Tensor:
         """Return a unit's flat fp32 payload; a view where there is one, so that looking costs nothing."""
         piece, rows = self._place[unit.name]
-        parts = [part[rows].flatten().float() for part in (piece.matrix, piece.vector) if part is not None]
+        if self.home is not None:
+            self.home.settle()
+        device = self.gradient.device
+        parts = [part[rows].flatten().to(device).float() for part in (piece.matrix, piece.vector) if part is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @abstractmethod
@@ -117,7 +137,7 @@ class EigenGroup(Group):
     def apply(self, damping: float) -> Tensor:
         """See `Group.apply`."""
         out = torch.empty_like(self.gradient)
-        whole = [_Piece(0, self.gradient.shape[1], None, None)]
+        whole = [Piece(0, self.gradient.shape[1], None, None)]
         for g in self._sides.get(Side.G, whole):
             for a in self._sides[Side.A]:
                 tile = self.gradient[:, g.start : g.stop, a.start : a.stop]
@@ -125,7 +145,7 @@ class EigenGroup(Group):
         return out
 
 
-def _damped_tile(tile: Tensor, g: _Piece, a: _Piece, damping: float) -> Tensor:
+def _damped_tile(tile: Tensor, g: Piece, a: Piece, damping: float) -> Tensor:
     dtype = next((piece.matrix.dtype for piece in (g, a) if piece.matrix is not None), tile.dtype)
     tile = tile.to(dtype)
     if g.matrix is not None:
@@ -140,7 +160,7 @@ def _damped_tile(tile: Tensor, g: _Piece, a: _Piece, damping: float) -> Tensor:
     return tile if a.matrix is None else tile @ a.matrix.mT
 
 
-def _multiply_right(gradient: Tensor, pieces: Sequence[_Piece]) -> Tensor:
+def _multiply_right(gradient: Tensor, pieces: Sequence[Piece]) -> Tensor:
     if len(pieces) == 1:
         matrix, vector = pieces[0].matrix, pieces[0].vector
         if vector is not None:
@@ -152,7 +172,7 @@ def _multiply_right(gradient: Tensor, pieces: Sequence[_Piece]) -> Tensor:
     return out
 
 
-def _multiply_left(pieces: Sequence[_Piece], gradient: Tensor) -> Tensor:
+def _multiply_left(pieces: Sequence[Piece], gradient: Tensor) -> Tensor:
     if not pieces:
         return gradient
     if len(pieces) == 1:
@@ -165,7 +185,7 @@ def _dense(matrix: Tensor | None) -> Tensor:
     return matrix
 
 
-def _allocate(unit: Unit, blocks: int, solver: Solver, device: torch.device, dtype: torch.dtype) -> _Piece:
+def _allocate(unit: Unit, blocks: int, solver: Solver, device: torch.device, dtype: torch.dtype) -> Piece:
     """Return identity payloads for one unit of each block of a group."""
     rows = blocks * unit.batch
     matrix = vector = None
@@ -173,7 +193,20 @@ def _allocate(unit: Unit, blocks: int, solver: Solver, device: torch.device, dty
         matrix = torch.eye(unit.dim, device=device, dtype=dtype).expand(rows, -1, -1).clone()
     if unit.kind is FactorKind.DIAGONAL or payload_numel(unit, solver) > unit.numel:
         vector = torch.ones(rows, unit.dim, device=device)
-    return _Piece(unit.start, unit.stop, matrix, vector)
+    return Piece(unit.start, unit.stop, matrix, vector)
+
+
+def stored_bytes(unit: Unit, solver: Solver, itemsize: int) -> tuple[int, ...]:
+    """Return the bytes of a unit's payload as a group stores them: its matrices', its vectors'.
+
+    Args:
+        unit: The unit.
+        solver: What makes the payload.
+        itemsize: Bytes of a matrix's value; vectors are fp32.
+    """
+    vectors = payload_numel(unit, solver) - (unit.numel if unit.kind is FactorKind.DENSE else 0)
+    matrices = itemsize * unit.numel if unit.kind is FactorKind.DENSE else 0
+    return tuple(size for size in (matrices, 4 * vectors) if size)
 
 
 def build_groups(
@@ -182,15 +215,38 @@ def build_groups(
     solver: Solver,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    largest: int | None = None,
 ) -> list[Group]:
-    """Return groups of blocks that share one batched product, in order of first appearance."""
+    """Return groups of blocks that share one batched product, in order of first appearance.
+
+    Args:
+        blocks: The blocks.
+        units: The units of each.
+        solver: What makes the payloads.
+        device: Where the groups live.
+        dtype: Precision of matrices.
+        largest: Bytes of payloads above which a group is cut in several; by default none is.
+    """
     alike: dict[tuple[object, ...], list[Block]] = {}
     for block in blocks:
         shape = tuple((u.side, u.start, u.stop, u.batch, u.kind) for u in units[block.name])
         alike.setdefault((block.matrix_shape, shape), []).append(block)
     groups: list[Group] = []
-    for members in alike.values():
+    for members in [part for like in alike.values() for part in _cut(like, units, solver, dtype, largest)]:
         own = [units[block.name] for block in members]
         kind = EigenGroup if any(is_eigen(unit, solver) for unit in own[0]) else InverseGroup
         groups.append(kind(members, own, solver, device, dtype))
     return groups
+
+
+def _cut(
+    like: list[Block], units: dict[str, tuple[Unit, ...]], solver: Solver, dtype: torch.dtype, largest: int | None
+) -> list[list[Block]]:
+    each = sum(sum(stored_bytes(unit, solver, dtype.itemsize)) for unit in units[like[0].name])
+    count = group_size(len(like), each, largest)
+    return [like[first : first + count] for first in range(0, len(like), count)]
+
+
+def group_size(blocks: int, each: int, largest: int | None) -> int:
+    """Return how many of like blocks are in one group, each with payloads of `each` bytes."""
+    return blocks if largest is None else max(1, min(blocks, largest // max(1, each)))

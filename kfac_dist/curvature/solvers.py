@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kfac_dist.config.schema import Solver
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
-from kfac_dist.curvature.gram import complete
+from kfac_dist.curvature.gram import asymmetry, complete
 
 _RAISES = (1.0, 10.0, 100.0, 1000.0)
 # On a CPU, larger matrices gain nothing from a batch, and stacking them costs a copy.
@@ -91,8 +91,15 @@ def tikhonov(trace_a: float, dim_a: int, trace_g: float, dim_g: int, damping: fl
     return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 
-def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], int]:
+def solve(
+    tasks: Sequence[Task], solver: Solver, asymmetries: dict[str, Tensor] | None = None
+) -> tuple[list[Tensor | None], int]:
     """Solve every task, equal sizes in one batch.
+
+    Args:
+        tasks: What is to be solved.
+        solver: How.
+        asymmetries: Told how far each dense unit's inverse was from symmetric, before it was made so; 0-dim tensors.
 
     Returns:
         The flat payloads in the order of the tasks, None where nothing good could be computed and nothing good was
@@ -114,7 +121,7 @@ def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], i
         # Under `eigen`, unit-wise blocks are still inverted.
         method = Solver.CHOLESKY if solver is Solver.EIGEN and not eigen else solver
         try:
-            _solve_batch([tasks[index] for index in members], members, payloads, method)
+            _solve_batch([tasks[index] for index in members], members, payloads, method, asymmetries)
         except RuntimeError as error:  # out of memory above all: raised on one rank, it would leave the others waiting
             warnings.warn(
                 f"inverting {len(members)} factors failed: {error}; the last good inverses stay", stacklevel=2
@@ -127,7 +134,13 @@ def solve(tasks: Sequence[Task], solver: Solver) -> tuple[list[Tensor | None], i
     return payloads, failures
 
 
-def _solve_batch(tasks: list[Task], positions: list[int], payloads: list[Tensor | None], solver: Solver) -> None:
+def _solve_batch(
+    tasks: list[Task],
+    positions: list[int],
+    payloads: list[Tensor | None],
+    solver: Solver,
+    asymmetries: dict[str, Tensor] | None,
+) -> None:
     """Solve dense units of one size; leaves None where the result isn't finite."""
     sizes = [task.unit.batch for task in tasks]
     matrices = _stack([task.factor() for task in tasks])
@@ -142,6 +155,10 @@ def _solve_batch(tasks: list[Task], positions: list[int], payloads: list[Tensor 
         return
     damping = torch.cat([torch.full((task.unit.batch,), task.damping, dtype=torch.float64) for task in tasks])
     inverse, good = _inverse(matrices, damping.to(matrices.device), tasks, solver)
+    if asymmetries is not None:
+        asymmetries |= {task.unit.name: asymmetry(part) for task, part in zip(tasks, inverse.split(sizes), strict=True)}
+    if solver is Solver.NEWTON_SCHULZ:
+        inverse = (inverse + inverse.mT) / 2
     for position, part, ok in zip(positions, torch.split(inverse, sizes), torch.split(good, sizes), strict=True):
         if bool(ok.all()):
             payloads[position] = part.flatten()
@@ -212,7 +229,7 @@ def newton_schulz(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     from `I/‖M‖_∞`, about 2·log₂κ iterations away.
 
     Returns:
-        The inverses, and which of them reached the residual.
+        The inverses, symmetric up to rounding, and which of them reached the residual.
     """
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     cold = eye / matrices.abs().sum(-1).amax(-1)[:, None, None]
@@ -230,7 +247,6 @@ def newton_schulz(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         inverse = torch.baddbmm(inverse, inverse, residual)
         if bool(good.all()):
             break
-    inverse = (inverse + inverse.mT) / 2
     return inverse, good & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1).sum(-1))
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
-from kfac_dist.curvature.gram import accumulate_gram
+from kfac_dist.curvature.gram import accumulate_gram, asymmetry
 
 if TYPE_CHECKING:
     from kfac_dist.curvature.classes import Members
@@ -127,6 +127,8 @@ class RunningAverages:
         self._written = [False] * len(units)
         self._counts: list[float | Tensor] = [0.0] * len(units)
         self._by_class: dict[int, Tensor] = {}
+        # Columns of the rows that made a dense unit; None if it was added as a whole.
+        self._widths: dict[str, int | None] = {}
         self._pieces: dict[tuple[str, Side], list[Unit]] = {}
         for unit in units:
             self._pieces.setdefault((unit.block, unit.side), []).append(unit)
@@ -151,6 +153,7 @@ class RunningAverages:
             out = self.layout.view(self.window, unit)
             own = rows[..., unit.start : min(unit.stop, width)]
             border = ones and unit.stop > width
+            self._widths[unit.name] = own.shape[-1]
             beta = self._beta(unit)
             if members is None:
                 accumulate_gram(out, own, alpha=scale, beta=beta, ones=border)
@@ -163,7 +166,9 @@ class RunningAverages:
         """Add `[batch, n]` to a diagonal factor, or `[batch, n, n]` to a dense one."""
         for unit in self._pieces[block, side]:
             part = values[:, unit.start : unit.stop]
-            part = part[..., unit.start : unit.stop] if unit.kind is FactorKind.DENSE else part
+            if unit.kind is FactorKind.DENSE:
+                part = part[..., unit.start : unit.stop]
+                self._widths.setdefault(unit.name, None)
             view = self.layout.view(self.window, unit)
             view.add_(part) if self._beta(unit) else view.copy_(part)
 
@@ -272,6 +277,16 @@ class RunningAverages:
     def sums(self, unit: Unit) -> Tensor:
         """Return the unit's sum S, a view in the averages' precision; upper block-triangle, `[classes·batch, n, n]`."""
         return self.held.view(self.average, unit)
+
+    def asymmetry(self, unit: Unit) -> Tensor | None:
+        """Return how far a dense unit's sum is from symmetric, a 0-dim tensor; None if nothing tells its halves apart.
+
+        Whoever inverts it reads one half, or mirrors it. A unit that this rank hasn't measured since it was built is
+        not known well enough.
+        """
+        if unit.name not in self._widths:
+            return None
+        return asymmetry(self.sums(unit), self._widths[unit.name])
 
     def _held_values(self, span: Span) -> slice:
         held = [self.held.index(unit) for unit in self.layout.units[span.units] if unit in self.held]

@@ -24,6 +24,7 @@ from kfac_dist.doctor.findings import CurvatureRow, Finding, Severity
 from kfac_dist.doctor.gauss_newton import ENTRIES, compare, hessian_rows
 from kfac_dist.doctor.measure import factors as measured_factors
 from kfac_dist.doctor.measure import found_shared, measuring
+from kfac_dist.doctor.symmetry import examine_symmetry
 from kfac_dist.inputs import Inputs, each
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.plan import block_units
@@ -67,13 +68,13 @@ def examine_curvature(
     if columns > ROWS:
         text = f"not compared with the exact curvature: {columns:,} outputs a term, at most {ROWS} are compared"
         return [Finding("curvature", Severity.FINE, text)], ()
-    rows = _compare(config, module, loss, one, ranks, sharing=Sharing.EXPAND)
+    rows, symmetry = _compare(config, module, loss, one, ranks, sharing=Sharing.EXPAND)
     many = _batch(config, module, data, one, columns)
     if many is None:
-        return _judge(rows), rows
-    further = _compare(config, module, loss, many, ranks, sharing=None)
+        return [*_judge(rows), *symmetry], rows
+    further, symmetry = _compare(config, module, loss, many, ranks, sharing=None)
     shown = (*(row for row in rows if row.exact), *(row for row in further if not row.exact))
-    return _judge((*rows, *further)), shown
+    return [*_judge((*rows, *further)), *symmetry], shown
 
 
 def _samples(config: Config, data: Source, count: int) -> Micro:
@@ -115,13 +116,14 @@ def _batch(config: Config, module: nn.Module, data: Source, one: Micro, columns:
 
 def _compare(
     config: Config, module: nn.Module, loss: Loss, micro: Micro, ranks: Communicator, *, sharing: Sharing | None
-) -> tuple[CurvatureRow, ...]:
+) -> tuple[tuple[CurvatureRow, ...], list[Finding]]:
     inputs, targets = micro
     with measuring(module, config.kfac, Fisher.TYPE2, sharing=sharing) as kfac:
         outputs = _pass(module, inputs, kfac)
         if any(samples is not Samples.SHARED for samples in found_shared(kfac).values()):
             outputs = _pass(module, inputs, kfac)
         found = _factors(kfac)
+        symmetry = examine_symmetry(kfac, ranks)
         blocks = [block for block in kfac.coverage.blocks if block.name in found]
         others = [block for block in kfac.coverage.blocks if block.name not in found]
         names = [block.name for block in kfac.coverage.blocks]
@@ -136,7 +138,7 @@ def _compare(
             for block in others
         ]
         rows.sort(key=lambda row: names.index(row.block) if row.block else 0)
-    return tuple(ranks.gather_objects(rows, label="curvature")[0])
+    return tuple(ranks.gather_objects(rows, label="curvature")[0]), symmetry
 
 
 def _pass(module: nn.Module, inputs: Inputs, kfac: KFAC) -> Tensor:

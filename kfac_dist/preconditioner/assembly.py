@@ -11,6 +11,7 @@ import torch
 from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, Uncovered
 from kfac_dist.curvature.blocks import Block, Coverage
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.offload import GROUP_BYTES, Offload
 from kfac_dist.curvature.precondition import Group, build_groups
 from kfac_dist.curvature.solvers import Task, solve
 from kfac_dist.curvature.statistics import RunningAverages
@@ -42,6 +43,7 @@ class Assembly:
         reduction: Adds the ranks' statistics up.
         row: The ranks that hand each other gradients.
         groups: The blocks that it preconditions.
+        offload: Keeps the groups' inverses on the host, if it is asked for.
         rest: What it does with parameters that have no block.
         refresh: Keeps the groups' inverses up to date.
         transport: Moves gradients to the groups and back.
@@ -51,6 +53,7 @@ class Assembly:
     reduction: FactorReduction
     row: Communicator
     groups: Sequence[Group]
+    offload: Offload | None
     rest: DiagonalFisher
     refresh: Refresh
     transport: Transport
@@ -110,6 +113,7 @@ def assemble(
         _groups_of(coverage.blocks, names, plan, config, device) for names in columns[plan.grid.column_of(comm.rank)]
     ]
     groups = [group for bucket in buckets for group in bucket]
+    offload = Offload(groups, device) if config.inversion.offload else None
     refresh = Refresh(
         averages,
         plan,
@@ -135,7 +139,7 @@ def assemble(
         device=device,
     )
     return Assembly(
-        averages, FactorReduction(averages, plan, comm, distribution), row, groups, rest, refresh, transport
+        averages, FactorReduction(averages, plan, comm, distribution), row, groups, offload, rest, refresh, transport
     )
 
 
@@ -163,7 +167,8 @@ def _groups_of(
     units = {name: plan.blocks[name].units for name in names}
     inversion = config.inversion
     dtype = _DTYPES[inversion.inverse_dtype]
-    return build_groups([by_name[name] for name in names], units, inversion.solver, device, dtype)
+    largest = GROUP_BYTES if inversion.offload else None
+    return build_groups([by_name[name] for name in names], units, inversion.solver, device, dtype, largest)
 
 
 def _measured_costs(

@@ -271,9 +271,11 @@ class KFAC:
     def metrics(self) -> dict[str, float]:
         """Return numbers worth logging; waits for the device.
 
-        All but `failed_inversions` and `bytes_sent` are the same on every rank: these are its own, and add up.
+        All but `failed_inversions`, `bytes_sent` and `asymmetry` are the same on every rank: the first two are its own
+        and add up, the third is the largest of what it inverted; left out before there is any.
         """
         traffic = self.communicator.traffic
+        asymmetries = self.asymmetries()
         return {
             "damping": self.damping,
             "kl_scale": float(self._kl_scale),
@@ -281,6 +283,7 @@ class KFAC:
             "failed_inversions": self._refresh.failures,
             "collectives": traffic.total_calls,
             "bytes_sent": traffic.total_bytes,
+            **({"asymmetry": max(asymmetries.values())} if asymmetries else {}),
         }
 
     def inspect(self, outside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
@@ -297,6 +300,16 @@ class KFAC:
         """Return what all ranks have read since the last call, by step and rank; collective."""
         ranks = self.communicator.gather_objects(self._refresh.inspector.take(), label="inspection")
         return sorted((reading for own in ranks for reading in own), key=lambda reading: (reading.step, reading.rank))
+
+    def asymmetries(self) -> dict[tuple[str, str], float]:
+        """Return `max|M − Mᵀ| / max|M|` of what this rank last inverted; waits for the device.
+
+        Measured on running averages before half of each is mirrored or left unread, and on inverses before they are
+        made symmetric. Keys are a unit's name and `factor` or `inverse`. What can't be asymmetric isn't listed:
+        eigenbases, diagonals, and factors that came as packed triangles.
+        """
+        found = self._refresh.asymmetries
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
     def remove(self) -> None:
         """Take K-FAC off the model: its hooks and its process groups."""
@@ -408,11 +421,14 @@ class KFAC:
 
     def _precondition(self, gradients: dict[str, Tensor], *, clip: float | None) -> None:
         """Collect, precondition, clip and deliver gradients, in place."""
+        if self._offload is not None:
+            self._offload.begin()
         self._transport.collect(gradients)
         self._rest.collect(gradients)
         products = []
         for groups in self._transport.arriving():
-            updates = [group.apply(self._total_damping) for group in groups]
+            present = groups if self._offload is None else self._offload.streamed(groups)
+            updates = [group.apply(self._total_damping) for group in present]
             products += [_dot(update, group.gradient) for update, group in zip(updates, groups, strict=True)]
             self._transport.send(groups, updates)
         rest = self._rest.apply(self._total_damping)
@@ -467,7 +483,7 @@ class KFAC:
         parts = assemble(self._engine, self.coverage, self.config, self.communicator, self.plan, self._device)
         self._averages, self._reduction = parts.averages, parts.reduction
         self._groups, self._row, self._rest = parts.groups, parts.row, parts.rest
-        self._refresh, self._transport = parts.refresh, parts.transport
+        self._refresh, self._transport, self._offload = parts.refresh, parts.transport, parts.offload
         self._measurement = Measurement(
             self._engine,
             self._blocks,

@@ -2,7 +2,8 @@
 
     factors     running averages, for each class where they are kept apart; also the window of a step, where it isn't
                 given back after it
-    inverses    what the blocks of the rank's column are preconditioned with
+    inverses    what the blocks of the rank's column are preconditioned with; with `offload` two groups of them, and
+                all of them on the host
     gradients   workspaces of these blocks, and what travels
 
 With placement `owner`, `reduction: reduce_scatter` and `reduce_every: step` all three are of the rank's own blocks, and
@@ -17,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kfac_dist.config.schema import DType, KFACConfig, ReduceEvery, Reduction
-from kfac_dist.curvature.factors import FactorKind, Unit
-from kfac_dist.curvature.solvers import payload_numel
-from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.curvature.factors import Unit
+from kfac_dist.curvature.offload import GROUP_BYTES, aligned
+from kfac_dist.curvature.precondition import group_size, stored_bytes
+from kfac_dist.preconditioner.plan import BlockPlan, Plan, exchange_buckets
 
 _FLOAT = 4
 _BYTES = {DType.FLOAT32: 4, DType.BFLOAT16: 2}
@@ -27,15 +29,23 @@ _BYTES = {DType.FLOAT32: 4, DType.BFLOAT16: 2}
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes on one rank."""
+    """Bytes on one rank.
+
+    Attributes:
+        factors: Statistics.
+        inverses: What the device holds of inverses.
+        gradients: Workspaces, and what travels.
+        host: Inverses in host memory.
+    """
 
     factors: int
     inverses: int
     gradients: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All that is on the device."""
         return self.factors + self.inverses + self.gradients
 
 
@@ -69,8 +79,27 @@ def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankByt
         elif grid.columns > 1:  # the results of all columns
             gradients += _FLOAT * elements
         factors = _numel(plan.owned(rank)) * average if own else _numel(plan.units) * (average + _FLOAT)
-        inverses = sum(_payload_bytes(unit, config) for name in blocks for unit in plan.blocks[name].units)
-        found.append(RankBytes(factors, inverses, gradients))
+        inverses, host = sum(_payload_bytes(plan.blocks[name], config) for name in blocks), 0
+        if config.inversion.offload:
+            groups = _groups(plan, config, grid.column_of(rank), sharded=sharded)
+            inverses, host = min(2, len(groups)) * max(groups, default=0), sum(groups)
+        found.append(RankBytes(factors, inverses, gradients, host))
+    return found
+
+
+def _groups(plan: Plan, config: KFACConfig, column: int, *, sharded: bool) -> list[int]:
+    """Return the bytes of each group of a column's inverses as offloading lays them out; see `build_groups`."""
+    found = []
+    for names in exchange_buckets(plan, config.distribution.buckets if sharded else 1)[column]:
+        alike: dict[object, list[str]] = {}
+        for name in names:
+            alike.setdefault(plan.blocks[name].likeness, []).append(name)
+        for members in alike.values():
+            block = plan.blocks[members[0]]
+            sizes = [size for unit in block.units for size in _stored(unit, config)]
+            count = group_size(len(members), sum(sizes), GROUP_BYTES)
+            parts = [min(count, len(members) - first) for first in range(0, len(members), count)]
+            found += [aligned([size * part for size in sizes])[-1] for part in parts]
     return found
 
 
@@ -78,8 +107,9 @@ def _numel(units: Sequence[Unit]) -> int:
     return sum(unit.statistics.numel for unit in units)
 
 
-def _payload_bytes(unit: Unit, config: KFACConfig) -> int:
-    vectors = payload_numel(unit, config.inversion.solver)
-    if unit.kind is FactorKind.DIAGONAL:
-        return _FLOAT * vectors
-    return _BYTES[config.inversion.inverse_dtype] * unit.numel + _FLOAT * (vectors - unit.numel)
+def _payload_bytes(block: BlockPlan, config: KFACConfig) -> int:
+    return sum(size for unit in block.units for size in _stored(unit, config))
+
+
+def _stored(unit: Unit, config: KFACConfig) -> tuple[int, ...]:
+    return stored_bytes(unit, config.inversion.solver, _BYTES[config.inversion.inverse_dtype])

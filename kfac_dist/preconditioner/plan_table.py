@@ -13,6 +13,7 @@ from kfac_dist.config.schema import Uncovered
 from kfac_dist.curvature.factors import FactorKind, Unit
 from kfac_dist.preconditioner.memory import RankBytes
 from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.preconditioner.savings import Saving
 
 _TREATMENTS = {
     Uncovered.PLAIN: "Plain gradient",
@@ -22,7 +23,11 @@ _TREATMENTS = {
 
 
 def plan_view(
-    plan: Plan, kept: Sequence[RankBytes], uncovered: Mapping[str, str], treatment: Uncovered = Uncovered.PLAIN
+    plan: Plan,
+    kept: Sequence[RankBytes],
+    uncovered: Mapping[str, str],
+    treatment: Uncovered = Uncovered.PLAIN,
+    options: Sequence[Saving] = (),
 ) -> Group:
     """Return the plan's tables, ready for rich to print.
 
@@ -31,12 +36,16 @@ def plan_view(
         kept: What each rank keeps.
         uncovered: Parameters without a block, and why they have none.
         treatment: What becomes of their gradients.
+        options: What options that spare memory do.
     """
     summary = (
         f"{len(plan.blocks)} blocks, {len(plan.units)} units, {plan.grid.world_size} ranks. "
         f"Inversion load, largest over mean: {plan.assignment.imbalance():.2f}"
     )
     parts: list[Table | str] = [_block_table(plan), "", _rank_table(plan, kept), "", summary]
+    if options:
+        parts += ["", "Options that spare memory, each with all else as configured; bytes of the fullest rank:", ""]
+        parts += [_option_table(options)]
     if uncovered:
         parts += ["", f"{_TREATMENTS[treatment]} for {len(uncovered)} parameters:"]
         parts += [f"  {name}: {reason}" for name, reason in uncovered.items()]
@@ -60,11 +69,19 @@ def _block_table(plan: Plan) -> Table:
 
 
 def _rank_table(plan: Plan, kept: Sequence[RankBytes]) -> Table:
-    table = _table("rank", "units", "inversion n³", "bytes kept", "factors", "inverses", "gradients")
+    table = _table("rank", "units", "inversion n³", "bytes kept", "factors", "inverses", "gradients", "on the host")
     loads = plan.assignment.load()
     for rank, own in enumerate(kept):
-        sizes = (own.total, own.factors, own.inverses, own.gradients)
+        sizes = (own.total, own.factors, own.inverses, own.gradients, own.host)
         table.add_row(str(rank), str(len(plan.owned(rank))), f"{loads[rank]:.2e}", *(f"{size:,}" for size in sizes))
+    return table
+
+
+def _option_table(options: Sequence[Saving]) -> Table:
+    table = _table("option", "is", "without", "with", "saved", "to the host")
+    for option in options:
+        sizes = (option.without.total, option.having.total, option.device, option.having.host)
+        table.add_row(option.option, "on" if option.active else "off", *(f"{size:,}" for size in sizes))
     return table
 
 

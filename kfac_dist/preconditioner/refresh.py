@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schema import Solver
-from kfac_dist.curvature.factors import Side, Unit
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.precondition import Group
 from kfac_dist.curvature.solvers import Task, is_eigen, is_symmetric, payload_numel, solve, tikhonov
 from kfac_dist.curvature.statistics import RunningAverages
@@ -62,6 +62,9 @@ class Refresh:
         failures: Units that this rank could not solve, and left as they were.
         pending: Payloads on their way.
         inspector: Reads spectra of what is solved here, if somebody has asked.
+        asymmetries: How far this rank's factors, and their inverses, were from symmetric when they were last solved and
+            before anything made them so, by the unit's name and `factor` or `inverse`; 0-dim tensors. Eigenbases have
+            no such number, and no more have factors that a packed wire has mirrored.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Refresh:
         self.failures = 0
         self.pending: list[Refreshed] = []
         self.inspector = Inspector(rank)
+        self.asymmetries: dict[tuple[str, str], Tensor] = {}
         self._averages = averages
         self._plan = plan
         self._column = column
@@ -174,8 +178,10 @@ class Refresh:
             coefficients = None if classes is None else classes.coefficients
             tasks.append(Task(unit, self._averages.sums(unit), delta, previous, weight, coefficients))
             kept.append(None)
+        inverses: dict[str, Tensor] = {}
         with self.inspector.watching(tasks):
-            solved, failures = solve(tasks, self._solver)
+            solved, failures = solve(tasks, self._solver, inverses)
+        self._note_asymmetries([task.unit for task in tasks], inverses)
         self.failures += failures
         fresh = iter(
             payload if payload is task.previous else self._fold_identity(task.unit, payload, weights, traces, damping)
@@ -183,6 +189,13 @@ class Refresh:
             if payload is not None
         )
         return [next(fresh) if previous is None else previous for previous in kept]
+
+    def _note_asymmetries(self, units: Sequence[Unit], inverses: Mapping[str, Tensor]) -> None:
+        mirrored = self._pack and self._plan.grid.world_size > 1
+        for unit in units if not mirrored else ():
+            if unit.kind is FactorKind.DENSE and (found := self._averages.asymmetry(unit)) is not None:
+                self.asymmetries[unit.name, "factor"] = found
+        self.asymmetries |= {(name, "inverse"): found for name, found in inverses.items()}
 
     def _quotients(self, totals: Tensor, combined: Mapping[str, Combined]) -> tuple[list[float], list[float]]:
         """Return what each unit's sum is divided by, and its trace: the weight, or tr F for `L ⊗ R / tr F`.

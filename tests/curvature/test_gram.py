@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_dist.curvature.gram import accumulate_gram, complete, gram, traces
+from kfac_dist.curvature.gram import accumulate_gram, asymmetry, complete, gram, traces
 from tests.curvature.measured import assert_close
 
 
@@ -100,3 +100,16 @@ def test_gram_is_complete_and_fp32() -> None:
     found = gram(rows)
     assert found.dtype is torch.float32
     assert_close(found, exact(rows, 1.0))
+
+
+@pytest.mark.parametrize(("n", "ones"), [(9, True), (300, False), (515, True)])
+def test_asymmetry_looks_where_both_halves_are(n: int, ones: bool) -> None:
+    rows = torch.randn(1, 7, n - ones, generator=torch.Generator().manual_seed(0))
+    out = torch.zeros(1, n, n)
+    accumulate_gram(out, rows, alpha=1.0, beta=0.0, ones=ones)
+    assert float(asymmetry(out, n - ones)) < 1e-6  # though panels below the diagonal, and the border's row, are empty
+    whole = complete(out.clone())
+    assert float(asymmetry(whole)) == 0.0
+    largest = float(out.diagonal(dim1=-2, dim2=-1).max())
+    out[0, 2, 1] += 0.5 * largest
+    assert float(asymmetry(out, n - ones)) == pytest.approx(0.5, rel=1e-4)

@@ -1,0 +1,38 @@
+"""How far factors and inverses are from symmetric, before anything makes them so."""
+
+from __future__ import annotations
+
+from kfac_dist.config.schema import Solver
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.doctor.findings import Finding, Severity
+from kfac_dist.preconditioner.kfac import KFAC
+
+# Rounding leaves far less; more means that one half of a matrix isn't the other's mirror image.
+TOLERANCE = 1e-3
+_NAMES = {"factor": "factors", "inverse": "inverses"}
+
+
+def examine_symmetry(kfac: KFAC, ranks: Communicator) -> list[Finding]:
+    """Name the layer whose factor, and the one whose inverse, was the least symmetric when last solved; collective.
+
+    Args:
+        kfac: After a refresh.
+        ranks: The ranks.
+    """
+    gathered = ranks.gather_objects(kfac.asymmetries(), label="symmetry")
+    found = {key: value for own in gathered for key, value in own.items()}
+    said, largest = [], 0.0
+    for kind, plural in _NAMES.items():
+        values = {name: value for (name, which), value in found.items() if which == kind}
+        if values:
+            worst = max(values, key=lambda name: values[name])
+            said.append(f"{plural} by at most {values[worst]:.1e} of their largest entry ({worst})")
+            largest = max(largest, *values.values())
+        elif kind == "factor":
+            said.append("factors by construction not: what measured them, or a packed wire, keeps one half")
+        elif kfac.config.inversion.solver is Solver.EIGEN:
+            said.append("of eigenbases there is nothing to compare")
+    if not found:
+        return []
+    severity = Severity.FINE if largest <= TOLERANCE else Severity.WARNING
+    return [Finding("symmetry", severity, f"asymmetric before it is mirrored: {'; '.join(said)}")]

@@ -1,0 +1,131 @@
+"""Options that spare memory: planned bytes are those that are really there, and results stay what they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config.options import parse_kfac
+from kfac_dist.curvature.blocks import find_blocks
+from kfac_dist.preconditioner.memory import rank_bytes
+from kfac_dist.preconditioner.savings import Saving, savings
+from tests.harness import run_ranks
+from tests.preconditioner.test_invariance import TOLERANCE, configuration
+from tests.preconditioner.workloads import Run, relative
+
+AWAY = {"offload": True}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("mlp", configuration(inversion=AWAY)),
+    ("mlp", configuration("eigen", inversion={**AWAY, "inverse_lag": 1, "stagger": 2}, placement="owner")),
+    ("token", configuration("newton_schulz", inversion=AWAY, curvature={"loss_terms": "token"})),
+]
+
+
+def trained(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Tensor]]:
+    found = []
+    for name, config in cases:
+        run = Run(name, config)
+        found.append(run.train(8))
+        offload = run.kfac._offload
+        planned = rank_bytes(run.kfac.plan, run.kfac.config, sharded=False)[run.rank]
+        if offload is not None:
+            assert (planned.inverses, planned.host) == (offload.device_bytes, offload.host_bytes)
+        run.close()
+    return found
+
+
+def without(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "inversion": {**config["inversion"], "offload": False}}
+
+
+def test_offloading_changes_no_bit_and_not_with_the_ranks() -> None:
+    here = trained([(name, without(config)) for name, config in CASES])
+    away = trained(CASES)
+    for expected, found in zip(here, away, strict=True):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for ranks in run_ranks(3, trained, CASES):
+        for expected, found in zip(here, ranks, strict=True):
+            assert relative(found, expected) < TOLERANCE
+
+
+def test_a_state_comes_from_the_host_and_goes_back() -> None:
+    name, config = CASES[0]
+    run = Run(name, config)
+    run.train(4)
+    state = run.kfac.state_dict()
+    expected = run.train(4, first=4)
+    again = Run(name, without(config))
+    again.train(4)
+    again.kfac.load_state_dict(state)
+    found = again.train(4, first=4)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    run.close()
+    again.close()
+
+
+def planned(config: dict[str, Any], world_size: int = 4) -> dict[str, Saving]:
+    parsed = parse_kfac(config)
+    model = nn.Sequential(*(nn.Linear(64 + index, 65 + index, device="meta") for index in range(8)))
+    blocks = find_blocks(model, parsed.curvature).blocks
+    found = savings(blocks, parsed, world_size=world_size, local_world_size=world_size, shard_size=1)
+    return {saving.option: saving for saving in found}
+
+
+def test_each_option_is_planned_with_and_without() -> None:
+    found = planned({})
+    assert not any(saving.active for saving in found.values())
+    values = sum((64 + i + 1) ** 2 + (65 + i) ** 2 for i in range(8))
+    assert found["curvature.factor_dtype: bfloat16"].device == 2 * values
+    assert found["inversion.inverse_dtype: bfloat16"].device == 2 * values
+    assert found["curvature.sample_fraction: 0.25"].device == 0
+    offload = found["inversion.offload: true"]
+    assert offload.without.host == 0
+    assert 4 * values <= offload.having.host < 4 * values + 2 * 256 * 8
+    assert offload.having.inverses < 4 * values / 3
+    scattered = found["distribution: reduce_scatter, step"]
+    assert scattered.having.factors < scattered.without.factors / 4
+    assert found["distribution.placement: owner"].having.inverses < 4 * values / 3
+    on = planned({"inversion": {"offload": True}})["inversion.offload: true"]
+    assert on.active
+    assert (on.without, on.having) == (offload.without, offload.having)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "newton_schulz", "eigen"])
+def test_asymmetry_is_measured_before_anything_mirrors(solver: str) -> None:
+    run = Run("conv", configuration(solver, inversion={"inverse_every": 2}))
+    assert "asymmetry" not in run.kfac.metrics()
+    run.train(2)
+    found = run.kfac.asymmetries()
+    names = {unit.name for unit in run.kfac.plan.units}
+    assert {name for name, kind in found if kind == "factor"} == names  # all are dense
+    inverses = {name for name, kind in found if kind == "inverse"}
+    # Unit-wise blocks are inverted whatever the solver.
+    assert inverses == (names if solver != "eigen" else {name for name in names if "/F/" in name})
+    assert all(0 <= value < 1e-4 for value in found.values())
+    assert run.kfac.metrics()["asymmetry"] == max(found.values())
+    if solver == "newton_schulz":
+        assert found["stem/A/0", "inverse"] > 0  # products of rounded numbers
+    # What is put into one half alone is seen, and named.
+    unit = next(unit for unit in run.kfac.plan.units if unit.name == "stem/G/0")
+    run.kfac._averages.sums(unit)[0, 3, 1] += 100.0
+    run.train(1, first=2)
+    spoilt = run.kfac.asymmetries()
+    assert max(spoilt, key=lambda key: spoilt[key]) == ("stem/G/0", "factor")
+    assert spoilt["stem/G/0", "factor"] > 0.1
+    run.close()
+
+
+def packed() -> dict[tuple[str, str], float]:
+    run = Run("mlp", configuration(pack_triangles=True))
+    run.train(1)
+    found = run.kfac.asymmetries()
+    run.close()
+    return found
+
+
+def test_what_a_packed_wire_has_mirrored_is_not_said_to_be_measured() -> None:
+    found = [key for rank in run_ranks(3, packed) for key in rank]
+    assert {kind for _, kind in found} == {"inverse"}
