@@ -308,8 +308,12 @@ class KFAC:
         made symmetric. Keys are a unit's name and `factor` or `inverse`. What can't be asymmetric isn't listed:
         eigenbases, diagonals, and factors that came as packed triangles.
         """
-        found = self._refresh.asymmetries
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+        return {
+            (unit.name, kind): value
+            for kind, values in zip(("factor", "inverse"), self._refresh.asymmetries.tolist(), strict=True)
+            for unit, value in zip(self.plan.units, values, strict=True)
+            if value >= 0
+        }
 
     def remove(self) -> None:
         """Take K-FAC off the model: its hooks and its process groups."""

@@ -62,9 +62,9 @@ class Refresh:
         failures: Units that this rank could not solve, and left as they were.
         pending: Payloads on their way.
         inspector: Reads spectra of what is solved here, if somebody has asked.
-        asymmetries: How far this rank's factors, and their inverses, were from symmetric when they were last solved and
-            before anything made them so, by the unit's name and `factor` or `inverse`; 0-dim tensors. Eigenbases have
-            no such number, and no more have factors that a packed wire has mirrored.
+        asymmetries: `[2, units]`: how far this rank's factors, and their inverses, were from symmetric when they were
+            last solved and before anything made them so; −1 where nothing was measured. Eigenbases have no such number,
+            and no more have factors that a packed wire has mirrored.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Refresh:
         self.failures = 0
         self.pending: list[Refreshed] = []
         self.inspector = Inspector(rank)
-        self.asymmetries: dict[tuple[str, str], Tensor] = {}
+        self.asymmetries = torch.full((2, len(plan.units)), -1.0, device=averages.device)
         self._averages = averages
         self._plan = plan
         self._column = column
@@ -192,10 +192,12 @@ class Refresh:
 
     def _note_asymmetries(self, units: Sequence[Unit], inverses: Mapping[str, Tensor]) -> None:
         mirrored = self._pack and self._plan.grid.world_size > 1
-        for unit in units if not mirrored else ():
-            if unit.kind is FactorKind.DENSE and (found := self._averages.asymmetry(unit)) is not None:
-                self.asymmetries[unit.name, "factor"] = found
-        self.asymmetries |= {(name, "inverse"): found for name, found in inverses.items()}
+        for unit in units:
+            index = self._averages.layout.index(unit)
+            if unit.kind is FactorKind.DENSE and not mirrored and (found := self._averages.asymmetry(unit)) is not None:
+                self.asymmetries[0, index] = found
+            if unit.name in inverses:
+                self.asymmetries[1, index] = inverses[unit.name]
 
     def _quotients(self, totals: Tensor, combined: Mapping[str, Combined]) -> tuple[list[float], list[float]]:
         """Return what each unit's sum is divided by, and its trace: the weight, or tr F for `L ⊗ R / tr F`.
