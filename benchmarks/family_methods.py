@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from benchmarks.trials import Grid
 from benchmarks.workloads import reconstruction
 from kfac_dist import KFAC
+from kfac_dist.optimizers import build_stepper
+from kfac_dist.optimizers.dissected import MSVAG
 
 Setting = dict[str, Any]
 
@@ -51,6 +53,30 @@ class FirstOrder:
             self._kfac.step()
         for optimizer in self._optimizers:
             optimizer.step()
+
+
+class Solved:
+    """Steps that a solver of K-FAC finds from the quadratic model of the batch's loss."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+        self._model = model
+        self._kfac = KFAC(model, config)
+        self._stepper = build_stepper(self._kfac, summed_reconstruction)
+
+    def scale_lr(self, share: float) -> None:
+        """The solver finds the length of its steps, too."""
+
+    def step(self, batch: Tensor) -> None:
+        self._model.zero_grad()
+        self._stepper.micro_batch(batch, batch)
+        outputs = self._model(batch)
+        self._kfac.fisher_backward(outputs)
+        reconstruction(outputs, batch).backward()
+        self._stepper.step()
+
+
+def summed_reconstruction(outputs: Tensor, inputs: Tensor) -> Tensor:
+    return reconstruction(outputs, inputs) * len(inputs)
 
 
 @dataclass(frozen=True)
@@ -129,6 +155,10 @@ def shampoo(model: nn.Module, setting: Setting) -> Stepper:
     return FirstOrder(model, [optimizer])
 
 
+def msvag(model: nn.Module, setting: Setting) -> Stepper:
+    return FirstOrder(model, [MSVAG(model.parameters(), lr=setting["lr"], beta=setting["beta"])])
+
+
 # ---- K-FAC before a first-order optimizer
 
 
@@ -149,7 +179,10 @@ def kfac_config(setting: Setting, **inversion: Any) -> dict[str, Any]:
             "inverse_dtype": setting["inverse_dtype"],
             **inversion,
         },
-        "update": {"kl_clip": setting["kl_clip"], "kl_clip_lr": setting["lr"]},
+        "update": {
+            "kl_clip": setting.get("kl_clip"),
+            "kl_clip_lr": setting["lr"] if "kl_clip" in setting else "current",
+        },
     }
 
 
@@ -161,6 +194,12 @@ def with_sgd(**inversion: Any) -> Callable[[nn.Module, Setting], Stepper]:
         return FirstOrder(model, [optimizer], KFAC(model, kfac_config(setting, **inversion), optimizer=optimizer))
 
     return build
+
+
+def cg(model: nn.Module, setting: Setting) -> Stepper:
+    """K-FAC CG; the loss is so convex in its outputs that its step may be long."""
+    options = {"lr": setting["lr"], "max_iterations": setting["iterations"], "window": 5}
+    return Solved(model, kfac_config(setting) | {"solver": "cg", "cg": options})
 
 
 def block_kfac(model: nn.Module, setting: Setting) -> Stepper:
@@ -212,13 +251,47 @@ KFAC_GRIDS: dict[str, Grid] = {
     },
 }
 
+# Exact damping adds λ to the products of eigenvalues: it takes less of it than both factors do.
+EIGEN_GRIDS = {
+    "digits": KFAC_GRIDS["digits"] | {"damping": [0.0003, 0.001, 0.003, 0.01]},
+    "mnist5k": KFAC_GRIDS["mnist5k"] | {"damping": [0.001, 0.003, 0.01, 0.03]},
+}
+MSVAG_GRIDS: dict[str, Grid] = {
+    "digits": {"lr": [0.01, 0.03, 0.1, 0.3], "beta": [0.9, 0.95, 0.99], "final": [0.1]},
+    "mnist5k": {"lr": [0.003, 0.006, 0.01, 0.03], "beta": [0.9, 0.95], "final": [0.1]},
+}
+CG_GRIDS: dict[str, Grid] = {
+    "digits": {
+        "lr": [0.3, 0.5, 1.0],
+        "damping": [0.003, 0.01, 0.03],
+        "iterations": [5, 10, 20],
+        "batch": [256, 512],
+        "decay": [0.8],
+        "intervals": [(5, 20)],
+        "early_refresh": [10],
+        "inverse_dtype": ["float32"],
+    },
+    "mnist5k": {
+        "lr": [0.3, 0.5, 1.0],
+        "damping": [0.03, 0.1],
+        "iterations": [5, 10],
+        "batch": [256, 512],
+        "decay": [0.8],
+        "intervals": [(10, 50)],
+        "early_refresh": [1],
+        "inverse_dtype": ["float32"],
+    },
+}
+
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD-Nesterov", sgd, SGD_GRIDS),
     "adamw": Method("AdamW", adamw, ADAMW_GRIDS),
     "muon": Method("Muon", muon, MUON_GRIDS),
     "soap": Method("SOAP", soap, SOAP_GRIDS, package="pytorch-optimizer"),
     "shampoo": Method("Shampoo", shampoo, SHAMPOO_GRIDS, package="pytorch-optimizer"),
+    "msvag": Method("M-SVAG", msvag, MSVAG_GRIDS, own=True),
     "kfac": Method("K-FAC", with_sgd(), KFAC_GRIDS, own=True),
-    "kfac_eigen": Method("K-FAC, eigen", with_sgd(solver="eigen"), KFAC_GRIDS, own=True),
+    "kfac_eigen": Method("K-FAC, eigen", with_sgd(solver="eigen"), EIGEN_GRIDS, own=True),
     "kfac_block": Method("Block K-FAC", block_kfac, KFAC_GRIDS, own=True),
+    "cg": Method("K-FAC CG", cg, CG_GRIDS, own=True),
 }
