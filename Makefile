@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "kfac_dist needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing)." \
 	    "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,dev,mlxtend,hf,language,mpi,metrics,docs]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,dev,mlxtend,hf,language,mpi,metrics,docs,report]'
 	@# Its build needs the torch that is installed by now, and none of its extensions.
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --quiet setuptools wheel ninja
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \

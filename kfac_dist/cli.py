@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,7 @@ NOT_READY = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 1.0
+REPORT_FILE = "report.html"
 PIPE_WIDTH = 160
 DOCTOR_WIDTH = 110
 
@@ -84,7 +86,9 @@ def train(
             return
         from kfac_dist.training.run import train as run
 
-        run(resolved, compare=compare, quiet=quiet)
+        result = run(resolved, compare=compare, quiet=quiet)
+        if not quiet and result.preempted_at is None and find_spec("plotly") is not None and _leads():
+            _write_page([result.directory], result.directory / REPORT_FILE)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -258,6 +262,18 @@ def doctor(
         raise typer.Exit(NOT_READY)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, such as runs/byte-gpt; the first leads.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write; report.html in the first run's directory by default.")
+    ] = None,
+) -> None:
+    """Write one page on what runs did and why: losses, time by phase, spectra, who inverted what; works offline."""
+    with _exit_codes():
+        _write_page(runs, out if out is not None else runs[0] / REPORT_FILE)
+
+
 @app.command("version")
 def show_version() -> None:
     """Print the versions that a bug report needs."""
@@ -304,6 +320,13 @@ def _model_of_shapes(target: Target) -> nn.Module:
             return build_model(target)
     except ConfigError:  # perhaps because it reads values, which a tensor without memory hasn't
         return build_model(target)
+
+
+def _write_page(directories: list[Path], path: Path) -> None:
+    from kfac_dist.reporting.report import read_run, write_report
+
+    write_report([run for directory in directories for run in read_run(directory)], path)
+    print(f"report: {path}")
 
 
 @contextmanager

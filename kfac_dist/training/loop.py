@@ -344,6 +344,7 @@ class Trainer:
             "samples_per_second": totals.samples_per_second,
             "seconds": self.stopwatch.seconds,
             "memory_bytes": peak_memory_bytes(self._device),
+            "skipped": totals.skipped,
         }
         if self.parts.kfac is not None:
             record |= {f"kfac/{name}": value for name, value in self.parts.kfac.metrics().items()}

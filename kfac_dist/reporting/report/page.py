@@ -1,0 +1,155 @@
+"""The page: one file of HTML with everything inside, which follows the reader's light or dark setting."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from kfac_dist.errors import KFACError
+from kfac_dist.reporting.progress import duration
+from kfac_dist.reporting.report.runs import RunData
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what it shows, and charts beside each other."""
+
+    title: str
+    text: str
+    charts: Sequence[Any]
+    height: int = 380
+
+
+def write_report(runs: Sequence[RunData], path: Path) -> None:
+    """Write the page.
+
+    Args:
+        runs: The runs, the one of interest first.
+        path: Where to write.
+
+    Raises:
+        KFACError: plotly is missing, or the file can't be written.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise KFACError("the report's charts need plotly: pip install 'kfac_dist[report]'") from error
+    sections = list(_sections(runs))
+    title = html.escape(", ".join(run.name for run in runs if ": " not in run.name))
+    links = "".join(f'<a href="#s{index}">{html.escape(s.title)}</a>' for index, s in enumerate(sections))
+    body = "\n".join(_section(index, section) for index, section in enumerate(sections))
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} · kfac_dist</title><link rel="icon" href="data:,">
+<style>{_part("page.css")}</style><script>{get_plotlyjs()}</script></head>
+<body><h1>{title}</h1>
+{_table(runs)}
+<nav>{links}<a href="#configuration">Configuration</a></nav>
+{body}
+<h2 id="configuration">Configuration</h2>
+{"".join(_configuration(run) for run in runs)}
+<script>{_part("page.js")}</script></body></html>
+"""
+    try:
+        path.write_text(page)
+    except OSError as error:
+        raise KFACError(f"can't write {path}: {error.strerror}") from error
+
+
+def _sections(runs: Sequence[RunData]) -> Iterator[Section]:
+    from kfac_dist.reporting.report import charts
+
+    yield Section(
+        "Loss",
+        "Training loss of the batches since the last point; open marks are the test data's.",
+        [charts.losses(runs, "step", "step"), charts.losses(runs, "seconds", "seconds of training")],
+    )
+    yield Section(
+        "Where a step's time goes", "Rank 0's mean over its run.", [charts.phases(runs)], 140 + 60 * len(runs)
+    )
+    for run in runs:
+        if run.readings:
+            yield from _of_curvature(run)
+    numbers: list[tuple[str, str, dict[str, Any]]] = [
+        ("kfac/damping", "damping λ", {"log": True}),
+        ("kfac/kl_scale", "scale of the step by the KL clip", {}),
+        ("lr", "learning rate", {}),
+        ("skipped", "steps skipped since the last point", {}),
+        ("kfac/failed_inversions", "inversions that failed, so far", {}),
+        ("memory_bytes", "peak memory of rank 0, GB", {"scale": 1e-9}),
+    ]
+    shown = [charts.over_steps(runs, key, label, **how) for key, label, how in numbers if charts.has(runs, key)]
+    if shown:
+        yield Section("Damping, clip, skipped steps and memory", "As logged.", shown, 300)
+
+
+def _of_curvature(run: RunData) -> Iterator[Section]:
+    from kfac_dist.reporting.report import charts
+
+    yield Section(
+        f"Who inverted what: {run.name}",
+        "Left the last refresh that was looked at, a segment a factor, divided by n³; right each rank's time for what "
+        "it inverted at those refreshes.",
+        [charts.inversions(run), charts.refreshes(run)],
+    )
+    yield Section(
+        f"Factors: {run.name}",
+        "Eigenvalues of a factor that the menu chooses, beside what damping adds to them; the condition of what is "
+        "inverted; and π, by which damping is split over A and G.",
+        [charts.spectra(run), charts.conditions(run), charts.splits(run)],
+        440,
+    )
+
+
+def _section(index: int, section: Section) -> str:
+    how = {"full_html": False, "include_plotlyjs": False, "default_height": section.height}
+    drawn = [chart.to_html(config={"responsive": True}, **how) for chart in section.charts]
+    charts = "".join(f'<div class="card">{chart}</div>' for chart in drawn)
+    return (
+        f'<h2 id="s{index}">{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>'
+        f'<div class="{"pair" if len(section.charts) > 1 else ""}">{charts}</div>'
+    )
+
+
+def _table(runs: Sequence[RunData]) -> str:
+    heads = ("run", "state", "steps", "ranks", "restarts", "train loss", "test loss", "figure", "time", "ms/step")
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(run)) + "</tr>" for run in runs)
+    return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
+
+
+def _row(run: RunData) -> tuple[str, ...]:
+    state = run.state
+    step = run.records[-1]["step"] if run.records else 0
+    seconds = run.records[-1]["seconds"] if run.records else 0.0
+    result = run.result or {}
+    figure = "–"
+    if result.get("metric_value") is not None:
+        figure = f"{result['metric']} {result['metric_value']:.4g}"
+    return (
+        run.name,
+        "–" if state is None else f"{state.state}{f' ({state.reason})' if state.reason else ''}",
+        f"{step:,}",
+        "–" if state is None else str(state.ranks),
+        "–" if state is None else str(state.restarts),
+        _number(result.get("train_loss")),
+        _number(result.get("test_loss")),
+        figure,
+        duration(seconds) if seconds >= 10 else f"{seconds:.1f} s",
+        f"{1000 * seconds / step:.2f}" if step else "–",
+    )
+
+
+def _part(name: str) -> str:
+    return (files("kfac_dist.reporting.report") / name).read_text()
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.5g}"
+
+
+def _configuration(run: RunData) -> str:
+    return f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(run.configuration)}</pre></details>"
