@@ -88,11 +88,11 @@ class TrendRow:
 
 @dataclass(frozen=True)
 class FisherCost:
-    """Seconds on this machine, medians; of the slowest rank.
+    """Seconds on this machine.
 
     Attributes:
-        step: One step of the run, with everything that K-FAC does in it, spread over the steps taken; None if none was.
-        backward: One more backward pass of a step's batch, with drawn labels.
+        step: One step of the run with everything that K-FAC does in it, the mean over those taken; None if none was.
+        backward: One more backward pass of a step's batch, with drawn labels; the median of the slowest rank.
         coordinate: ∂_ih and ∂²_iih of one parameter's value, of as many samples as were looked at.
     """
 
