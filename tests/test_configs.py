@@ -45,6 +45,7 @@ SMALL = {
     "translation.yaml": ("model.args={layers: 1, width: 16, heads: 2, context: 20, vocabulary: 1000}",),
     "digits_autoencoder.yaml": (),
     "digits_autoencoder_cg.yaml": ("kfac.cg.compare_every=4",),
+    "digits_classes.yaml": ("kfac.curvature.class_conditional=true",),
     "digits_classifier.yaml": ("train.epochs=null",),
     "digits_autoencoder_newton.yaml": ("kfac.newton={gamma_every: 4, damping_every: 2}",),
     "digits_resnet20.yaml": ("model.args={width: 4}", "data.args={test_fraction: 0.02}", "train.epochs=null"),

@@ -159,6 +159,22 @@ ARGUMENTS = {
         "contradicts loss.name (sigmoid_cross_entropy)",
     ),
     "terms against loss": (["kfac.curvature.loss_terms=token"], "kfac.curvature.loss_terms (token) contradicts"),
+    "classes of pixels": (
+        ["kfac.curvature.class_conditional=true"],
+        "kfac.curvature.class_conditional needs targets that are classes, loss.name (sigmoid_cross_entropy) has none",
+    ),
+    "no class at all": (
+        ["loss.name=cross_entropy", "kfac.curvature.class_conditional={classes: 0}"],
+        "kfac.curvature.class_conditional.classes: found 0, expected a whole number >= 1",
+    ),
+    "classes without G": (
+        ["loss.name=cross_entropy", "kfac.curvature={class_conditional: true, fisher: input_only}"],
+        "class_conditional has no effect on fisher input_only",
+    ),
+    "classes of a sample's tokens": (
+        ["loss.name=token_cross_entropy", "kfac.curvature={class_conditional: true, sharing: reduce}"],
+        "kfac.curvature.class_conditional needs kfac.curvature.sharing: expand for a loss of tokens",
+    ),
     "ignored class of bits": (["loss.ignore_index=0"], "loss.ignore_index has no effect on sigmoid_cross_entropy"),
     "lr of a clip that is off": (
         ["kfac.update={kl_clip: null, kl_clip_lr: 0.1}"],
