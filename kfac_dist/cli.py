@@ -197,14 +197,14 @@ def plan(
         resolved = _load(config, overrides, {})
         from rich.console import Console
 
-        from kfac_dist.curvature.blocks import find_blocks
+        from kfac_dist.curvature.chain import find_all
         from kfac_dist.preconditioner.class_memory import check_class_memory
         from kfac_dist.preconditioner.memory import rank_bytes
         from kfac_dist.preconditioner.plan import build_plan
         from kfac_dist.preconditioner.plan_table import plan_view
         from kfac_dist.preconditioner.savings import savings
 
-        coverage = find_blocks(_model_of_shapes(resolved.model), resolved.kfac.curvature)
+        coverage = find_all(_model_of_shapes(resolved.model), resolved.kfac)
         shards = resolved.engine.shard_size(world_size)
         planned = build_plan(
             coverage.blocks,

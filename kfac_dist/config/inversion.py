@@ -20,11 +20,20 @@ class Solver(StrEnum):
     NEWTON_SCHULZ = "newton_schulz"
 
 
+class Structure(StrEnum):
+    """Which blocks of the Fisher matrix the inverse knows: layers by themselves, or with the layer that follows."""
+
+    BLOCK_DIAGONAL = "block_diagonal"
+    BLOCK_TRIDIAGONAL = "block_tridiagonal"
+
+
 class InversionConfig(Section):
     """What is solved: the method, its damping, and when.
 
     Attributes:
         solver: `cholesky` and `newton_schulz` damp the factors (factored Tikhonov); `eigen` damps exactly.
+        structure: `block_tridiagonal`, for chains of linear layers, takes account of neighbouring layers (Martens &
+            Grosse 2015, §4.3). It is solved by `eigen`, and damps the factors all the same.
         damping: λ; a number or a schedule over steps.
         inverse_every: Steps between refreshes of one block's inverses (T_inv); a multiple of `factor_every`.
         stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once.
@@ -39,6 +48,7 @@ class InversionConfig(Section):
     """
 
     solver: Solver = Solver.CHOLESKY
+    structure: Structure = Structure.BLOCK_DIAGONAL
     damping: Schedule = Schedule(value=0.003)
     inverse_every: Count = 100
     stagger: Count = 1

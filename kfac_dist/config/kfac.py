@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from kfac_dist.config.curvature import CurvatureConfig
-from kfac_dist.config.distribution import DistributionConfig
-from kfac_dist.config.inversion import InversionConfig
+from kfac_dist.config.curvature import CurvatureConfig, DType, Fisher
+from kfac_dist.config.distribution import DistributionConfig, Placement, Reduction
+from kfac_dist.config.inversion import InversionConfig, Solver, Structure
 from kfac_dist.config.schedules import ScheduleKind
 from kfac_dist.config.section import Flag, Section
 from kfac_dist.config.solver import CGConfig, NewtonConfig, StepSolver
@@ -89,6 +89,38 @@ class KFACConfig(Section):
     def without_solver(self) -> Self:
         """Return the same K-FAC for a direct step: for who measures with it, or trains without."""
         return self.model_copy(update={"solver": StepSolver.DIRECT, "cg": None, "newton": None})
+
+    @model_validator(mode="after")
+    def _chains_are_whole(self) -> Self:
+        if self.inversion.structure is Structure.BLOCK_DIAGONAL:
+            return self
+        needed = {
+            "inversion.solver": (self.inversion.solver, Solver.EIGEN),
+            "inversion.max_factor_dim": (self.inversion.max_factor_dim, None),
+            "inversion.stagger": (self.inversion.stagger, 1),
+            "inversion.inverse_dtype": (self.inversion.inverse_dtype, DType.FLOAT32),
+            "inversion.offload": (self.inversion.offload, False),
+            "curvature.class_conditional": (self.curvature.class_conditional, None),
+            "distribution.reduction": (self.distribution.reduction, Reduction.ALL_REDUCE),
+        }
+        for key, (found, value) in needed.items():
+            if found != value:
+                allowed = "null" if value is None else str(value).lower()
+                raise ValueError(
+                    f"{key} ({str(found).lower()}) must be {allowed} while inversion.structure is "
+                    "block_tridiagonal, whose layers are solved with their neighbours"
+                )
+        if self.distribution.placement not in (Placement.AUTO, Placement.REPLICATED):
+            raise ValueError(
+                f"distribution.placement ({self.distribution.placement}) must be auto or replicated while "
+                "inversion.structure is block_tridiagonal: a layer's step takes the gradients of its neighbours"
+            )
+        if self.curvature.fisher is Fisher.INPUT_ONLY:
+            raise ValueError(
+                "curvature.fisher input_only has no G while inversion.structure is block_tridiagonal, which needs that "
+                "of neighbouring layers: use another fisher"
+            )
+        return self
 
     @model_validator(mode="after")
     def _newton_fits_inversion(self) -> Self:

@@ -41,6 +41,7 @@ from kfac_dist.config.engine import FSDP2Config as FSDP2Config
 from kfac_dist.config.engine import Precision as Precision
 from kfac_dist.config.inversion import InversionConfig as InversionConfig
 from kfac_dist.config.inversion import Solver as Solver
+from kfac_dist.config.inversion import Structure as Structure
 from kfac_dist.config.kfac import KFACConfig as KFACConfig
 from kfac_dist.config.loss import LossConfig as LossConfig
 from kfac_dist.config.loss import LossName as LossName

@@ -11,6 +11,7 @@ still one factor.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -20,24 +21,31 @@ class FactorKind(StrEnum):
 
     DENSE = "dense"
     DIAGONAL = "diagonal"
+    CROSS = "cross"
 
 
 class Side(StrEnum):
-    """Which factor of a block: input side, output side, or the whole (unit-wise) block."""
+    """Which factor of a block: input side, output side, or the whole (unit-wise) block.
+
+    In a chain of layers, also the moments of a side with the same side of the layer that follows.
+    """
 
     A = "A"
     G = "G"
     F = "F"
+    A_NEXT = "A_next"
+    G_NEXT = "G_next"
 
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """Shape of one factor: `batch` independent matrices (or diagonals) of size `dim`."""
+    """Shape of one factor: `batch` independent matrices (or diagonals) of size `dim`; `dim`×`columns` if crossed."""
 
     side: Side
     dim: int
     batch: int = 1
     kind: FactorKind = FactorKind.DENSE
+    columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,9 @@ class Unit:
         start: First row of the factor that belongs to this unit.
         stop: Row after the last.
         batch: Independent matrices (groups, normalised units).
-        kind: Dense or diagonal.
+        kind: Dense, diagonal, or crossed with another layer's.
         classes: Classes whose statistics are kept apart; 0 if they aren't.
+        columns: Columns of a crossed unit.
     """
 
     block: str
@@ -63,6 +72,7 @@ class Unit:
     batch: int
     kind: FactorKind
     classes: int = 0
+    columns: int = 0
 
     @property
     def name(self) -> str:
@@ -76,13 +86,19 @@ class Unit:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the factor: `[batch, n, n]`, or `[batch, n]` for a diagonal."""
-        return (self.batch, self.dim, self.dim) if self.kind is FactorKind.DENSE else (self.batch, self.dim)
+        """Shape of the factor: `[batch, n, n]`, `[batch, n]` for a diagonal, `[batch, n, columns]` if crossed."""
+        match self.kind:
+            case FactorKind.DENSE:
+                return (self.batch, self.dim, self.dim)
+            case FactorKind.DIAGONAL:
+                return (self.batch, self.dim)
+            case FactorKind.CROSS:
+                return (self.batch, self.dim, self.columns)
 
     @property
     def numel(self) -> int:
         """Number of the factor's values."""
-        return self.batch * self.dim * (self.dim if self.kind is FactorKind.DENSE else 1)
+        return math.prod(self.shape)
 
     @property
     def statistics(self) -> Unit:
@@ -91,8 +107,14 @@ class Unit:
 
     @property
     def cost(self) -> float:
-        """Inversion cost: n³ for each dense matrix, n for a diagonal."""
-        return float(self.batch * (self.dim**3 if self.kind is FactorKind.DENSE else self.dim))
+        """Inversion cost: n³ for each dense matrix (the other layer's, if crossed), n for a diagonal."""
+        match self.kind:
+            case FactorKind.DENSE:
+                return float(self.batch * self.dim**3)
+            case FactorKind.DIAGONAL:
+                return float(self.batch * self.dim)
+            case FactorKind.CROSS:
+                return float(self.batch * self.columns**3)
 
 
 def cut(dim: int, max_dim: int | None) -> tuple[tuple[int, int], ...]:
@@ -103,9 +125,9 @@ def cut(dim: int, max_dim: int | None) -> tuple[tuple[int, int], ...]:
 
 
 def units_of(block: str, factors: tuple[FactorSpec, ...], max_dim: int | None, classes: int = 0) -> tuple[Unit, ...]:
-    """Return the units of a block, in the order of its factors; diagonals are never cut."""
+    """Return the units of a block, in the order of its factors; only dense ones are cut."""
     return tuple(
-        Unit(block, factor.side, index, start, stop, factor.batch, factor.kind, classes)
+        Unit(block, factor.side, index, start, stop, factor.batch, factor.kind, classes, factor.columns)
         for factor in factors
-        for index, (start, stop) in enumerate(cut(factor.dim, None if factor.kind is FactorKind.DIAGONAL else max_dim))
+        for index, (start, stop) in enumerate(cut(factor.dim, max_dim if factor.kind is FactorKind.DENSE else None))
     )

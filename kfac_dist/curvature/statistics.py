@@ -323,8 +323,8 @@ def _diagonal_index(layout: FlatUnits, device: torch.device) -> tuple[list[int],
     edges, parts = [0], []
     for position, unit in enumerate(layout.units):
         start = layout.span(position, position + 1).start
-        if unit.kind is FactorKind.DIAGONAL:
-            own = torch.arange(unit.batch * unit.dim)
+        if unit.kind is not FactorKind.DENSE:  # a crossed one's diagonal doesn't tell whether the rest is finite
+            own = torch.arange(unit.numel)
         else:
             matrices = torch.arange(unit.batch)[:, None] * unit.dim**2
             own = (matrices + torch.arange(unit.dim) * (unit.dim + 1)).flatten()

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from kfac_dist.config.schema import Config, EngineName, Precision
-from kfac_dist.curvature.blocks import Coverage, find_blocks
+from kfac_dist.curvature.blocks import Coverage
+from kfac_dist.curvature.chain import find_all
 from kfac_dist.distributed.agreement import agree_on_plan, plan_digest
 from kfac_dist.distributed.bootstrap import World, bootstrap
 from kfac_dist.distributed.communicator import Communicator, build_communicator
@@ -97,7 +98,7 @@ def _examine(case: _Case, planned: int, fisher: Wish | None) -> Report:
     model, loss, train, test = built
     trial = _try_out(case, model, loss, train, test)
     _walk(case, loss, train, test, trial)
-    coverage = find_blocks(model, case.config.kfac.curvature)
+    coverage = find_all(model, case.config.kfac)
     trained = any(parameter.requires_grad for parameter in model.parameters())
     plan = _plan(case, coverage, planned, trial) if trained else None
     uncovered = case.config.kfac.curvature.uncovered

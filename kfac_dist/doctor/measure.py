@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kfac_dist.config.schema import DType, Fisher, KFACConfig, Sharing, UpdateConfig
+from kfac_dist.config.schema import DType, Fisher, KFACConfig, Sharing, Structure, UpdateConfig
 from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.engines import Engine
 from kfac_dist.preconditioner.kfac import KFAC
@@ -33,6 +33,7 @@ def measuring(
     curvature = config.curvature.model_copy(update={**changes, "factor_dtype": DType.FLOAT32})
     inversion = config.inversion.model_copy(
         update={"inverse_every": 1, "stagger": 1, "inverse_lag": 0, "max_factor_dim": None}
+        | {"structure": Structure.BLOCK_DIAGONAL}
     )
     distribution = config.distribution.model_copy(update={"communication_dtype": DType.FLOAT32})
     parts = {"curvature": curvature, "inversion": inversion, "distribution": distribution}

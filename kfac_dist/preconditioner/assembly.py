@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, Uncovered
+from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, Structure, Uncovered
 from kfac_dist.curvature.blocks import Block, Coverage
+from kfac_dist.curvature.chain import ChainGroup
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.offload import GROUP_BYTES, Offload
 from kfac_dist.curvature.precondition import Group, build_groups
@@ -20,6 +21,7 @@ from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.cost import measure_costs
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ConfigError, ModelError
+from kfac_dist.preconditioner.chain_refresh import ChainRefresh
 from kfac_dist.preconditioner.class_memory import check_class_memory
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
 from kfac_dist.preconditioner.drawn import DrawnGradients
@@ -114,7 +116,8 @@ def assemble(
     ]
     groups = [group for bucket in buckets for group in bucket]
     offload = Offload(groups, device) if config.inversion.offload else None
-    refresh = Refresh(
+    kind = ChainRefresh if config.inversion.structure is Structure.BLOCK_TRIDIAGONAL else Refresh
+    refresh = kind(
         averages,
         plan,
         groups,
@@ -166,6 +169,9 @@ def _groups_of(
     by_name = {block.name: block for block in blocks}
     units = {name: plan.blocks[name].units for name in names}
     inversion = config.inversion
+    if inversion.structure is Structure.BLOCK_TRIDIAGONAL:
+        chain = [block for block in blocks if block.name in units]
+        return [ChainGroup(chain, [units[block.name] for block in chain], device)]
     dtype = _DTYPES[inversion.inverse_dtype]
     largest = GROUP_BYTES if inversion.offload else None
     return build_groups([by_name[name] for name in names], units, inversion.solver, device, dtype, largest)

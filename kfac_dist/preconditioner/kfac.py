@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schedules import value_at
-from kfac_dist.config.schema import KFACConfig, StepSolver
-from kfac_dist.curvature.blocks import find_blocks
+from kfac_dist.config.schema import KFACConfig, StepSolver, Structure
+from kfac_dist.curvature.chain import find_all
 from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.engines import Engine, as_engine
 from kfac_dist.errors import ConfigError, ModelError
@@ -83,9 +83,10 @@ class KFAC:
         self._engine = as_engine(model)
         self._optimizer = self._engine.optimizer if optimizer is None else optimizer
         self._check_lr()
+        self._check_whole()
 
         with self._engine.whole_shapes():
-            self.coverage = find_blocks(self._engine.module, self.config.curvature)
+            self.coverage = find_all(self._engine.module, self.config)
         self._blocks = self.coverage.blocks
         self._cadence = Cadence.of(self.config)
         distribution = self.config.distribution
@@ -499,6 +500,13 @@ class KFAC:
             phases=self.phases,
             drawn=self._rest.drawn,
         )
+
+    def _check_whole(self) -> None:
+        if self._engine.sharded and self.config.inversion.structure is Structure.BLOCK_TRIDIAGONAL:
+            raise ConfigError(
+                "kfac.inversion.structure: block_tridiagonal needs every gradient whole on every rank: train under "
+                "DDP, or set it to block_diagonal"
+            )
 
     def _check_lr(self) -> None:
         update = self.config.update

@@ -19,6 +19,7 @@ from kfac_dist.config.schema import CurvatureConfig, Fisher, LossTerms
 from kfac_dist.curvature.blocks import Block, MicroBatch, Use
 from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.curvature.capture import Capture, warn_of_accumulation
+from kfac_dist.curvature.chain import NeighbourMoments
 from kfac_dist.curvature.classes import Classes
 from kfac_dist.curvature.factors import Side
 from kfac_dist.curvature.fisher import drawn_classes, hessian_columns, label_gradient
@@ -85,6 +86,7 @@ class Measurement:
         self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
         self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
         self._capture = Capture(engine.module, blocks, self._measure, own_backward=self._own_backward)
+        self._neighbours = NeighbourMoments(blocks)
         self._scale = LossScaleWatch(engine.module, lambda: self._micro_batch(own=False))
         self._step = 0
         self._positions = 0.0
@@ -107,6 +109,7 @@ class Measurement:
         if self._drawn is not None:
             self._drawn.reset()
         self._capture.reset()
+        self._neighbours.reset()
         self._capture.active = active
         self._scale.begin(active=active)
 
@@ -159,7 +162,9 @@ class Measurement:
                 block.measure(uses, replace(micro, classes=current), self._averages, _EVERY_SIDE)
                 return
             sink = self._averages if first else _SumsOnly(self._averages)
-            block.measure(uses, micro, sink, _EVERY_SIDE if first else _EVERY_SIDE - {Side.A})
+            sides = _EVERY_SIDE if first else _EVERY_SIDE - {Side.A}
+            block.measure(uses, micro, sink, sides)
+            self._neighbours.measure(block, uses, micro, sink, sides)
 
         self._scale.paused = True
         with self._phases(Phase.STATISTICS):
@@ -260,6 +265,7 @@ class Measurement:
             micro = replace(micro, classes=None)
         with self._phases(Phase.STATISTICS):
             block.measure(uses, micro, self._averages, self._sides)
+            self._neighbours.measure(block, uses, micro, self._averages, self._sides)
         if self._last:
             with self._phases(Phase.REDUCTION):
                 self._reduction.completed(block.name)

@@ -295,7 +295,7 @@ class KroneckerBlock(Block):
 
     def _measure_inputs(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink) -> None:
         rows = [self.use_rows(use, batch.batch_size) for use in uses]
-        for part in _shared(rows, self.sharing, mean=True):
+        for part in shared_rows(rows, self.sharing, mean=True):
             kept, members = sample(part, batch), batch.members(self.name, part.shape[1], inputs=True)
             sink.add_rows(self.name, Side.A, kept, scale=1.0, ones=self.has_bias, members=members)
             counts = None if members is None else members.counts(kept.device)
@@ -306,7 +306,7 @@ class KroneckerBlock(Block):
         terms = loss_terms(rows[0], batch)
         total = kept_total = 0
         by_class: list[Tensor] = []
-        for part in _shared(rows, self.sharing, mean=False):
+        for part in shared_rows(rows, self.sharing, mean=False):
             kept, members = sample(part, batch), batch.members(self.name, part.shape[1], inputs=False)
             scaled, factor = unscale(kept, terms, batch)
             sink.add_rows(self.name, Side.G, scaled, scale=factor**2, ones=False, members=members)
@@ -385,7 +385,7 @@ def fold_samples(rows: Tensor, batch_size: int | None) -> Tensor:
     return rows.reshape(batch, batch_size, found // batch_size * positions, width)
 
 
-def _shared(rows: Sequence[Tensor], sharing: Sharing, *, mean: bool) -> list[Tensor]:
+def shared_rows(rows: Sequence[Tensor], sharing: Sharing, *, mean: bool) -> list[Tensor]:
     """Bring uses `[batch, B, T, d]` to rows `[batch, M, d]` by the weight-sharing setting.
 
     Expand keeps every position; reduce sums a sample's positions over all uses (means, for activations). Uses that saw

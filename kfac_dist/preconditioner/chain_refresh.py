@@ -1,0 +1,97 @@
+"""Refreshing the block-tridiagonal inverse of a chain: what a unit's owner solves takes its neighbour's factors, too.
+
+    unit of block i    A, G             A_next, G_next
+    takes              M_i, M_{i+1}, M_{i,i+1}    M_{i+1}, M_{i,i+1}
+    makes              K, s             Ψ
+
+The units are divided over the ranks like all others, and shared by one broadcast. Each needs statistics that belong to
+other units, so that all ranks keep all of them (reduction all_reduce).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.chain import NEXT
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.gram import complete
+from kfac_dist.curvature.solvers import tikhonov
+from kfac_dist.curvature.tridiagonal import regression, root_and_told
+from kfac_dist.preconditioner.class_combination import Combined
+from kfac_dist.preconditioner.refresh import Refresh
+
+_SIDE = {crossed: side for side, crossed in NEXT.items()}
+
+
+class ChainRefresh(Refresh):
+    """Solves the units of a chain in float64; see `Refresh` for its arguments."""
+
+    def _solve(
+        self, units: Sequence[Unit], totals: Tensor, combined: Mapping[str, Combined], damping: float
+    ) -> list[Tensor]:
+        weights, traces = totals[:2].tolist()
+        solved = []
+        for unit in units:
+            previous = self._groups[unit.name].payload(unit)
+            try:
+                payload = self._payload(unit, weights, traces, damping)
+            except RuntimeError as error:  # not positive definite, no memory: raised on one rank, others would wait
+                warnings.warn(f"solving {unit.name} failed: {error}; its last good inverse stays", stacklevel=2)
+                payload = None
+            if payload is None or not bool(torch.isfinite(payload).all()):
+                self.failures += self._weight(unit, weights) > 0
+                payload = previous
+            solved.append(payload)
+        return solved
+
+    def _payload(self, unit: Unit, weights: list[float], traces: list[float], damping: float) -> Tensor | None:
+        """Return K and s, or Ψ; None while something that it takes was never measured."""
+        side = _SIDE.get(unit.side, unit.side)
+        crossed = self._unit(unit.block, NEXT[side])
+        following = None if crossed is None else self._following(unit.block)
+        takes = [unit, *([crossed] if crossed is not None else [])]
+        takes += [self._required(following, side)] if following is not None else []
+        if any(self._weight(taken, weights) <= 0 for taken in takes):
+            return None
+        after = cross = None
+        if crossed is not None and following is not None:
+            after = self._damped(following, side, weights, traces, damping)
+            cross = self._averages.sums(crossed)[0].double() / self._weight(crossed, weights)
+        if unit.kind is FactorKind.CROSS:
+            assert after is not None
+            assert cross is not None
+            return regression(after, cross).flatten().float()
+        root, told = root_and_told(self._damped(unit.block, side, weights, traces, damping), after, cross)
+        return torch.cat([root.flatten(), told]).float()
+
+    def _damped(self, block: str, side: Side, weights: list[float], traces: list[float], damping: float) -> Tensor:
+        """Return a factor with its share of the damping (§6.3), in float64."""
+        unit = self._required(block, side)
+        matrix = complete(self._averages.sums(unit)[0].double() / self._weight(unit, weights))
+        mean: list[float] = []
+        for other in (self._required(block, Side.A), self._required(block, Side.G)):
+            weight = self._weight(other, weights)
+            mean += [traces[self._averages.layout.index(other)] / weight if weight > 0 else 0.0, other.dim]
+        on_a, on_g = tikhonov(mean[0], int(mean[1]), mean[2], int(mean[3]), damping)
+        matrix.diagonal().add_(on_a if side is Side.A else on_g)
+        return matrix
+
+    def _weight(self, unit: Unit, weights: list[float]) -> float:
+        return weights[self._averages.layout.index(unit)]
+
+    def _unit(self, block: str, side: Side) -> Unit | None:
+        return next((unit for unit in self._plan.blocks[block].units if unit.side is side), None)
+
+    def _required(self, block: str, side: Side) -> Unit:
+        unit = self._unit(block, side)
+        assert unit is not None
+        return unit
+
+    def _following(self, block: str) -> str:
+        """Return the block after this one in the chain, which is the model's order."""
+        names = list(self._plan.blocks)
+        return names[names.index(block) + 1]
