@@ -16,8 +16,9 @@ in the same mode. What a pass writes into buffers, such as running statistics, g
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -193,8 +194,7 @@ class BatchLoss:
     def _tangent(self, one: RecordedPass, vector: Tensor) -> Tensor:
         """Return `J v` at a micro-batch's outputs, by forward-mode differentiation."""
         directions = self.space.views(vector)
-        # The fused kernels of attention have no forward-mode derivative; their sums of products have.
-        with torch.no_grad(), one.repeated(), sdpa_kernel(SDPBackend.MATH), forward_mode.dual_level():
+        with torch.no_grad(), one.repeated(), _differentiable_forward(self._module), forward_mode.dual_level():
             duals = {
                 name: forward_mode.make_dual(p.detach(), directions[name]) for name, p in self.space.parameters.items()
             }
@@ -251,6 +251,19 @@ class _Graph:
             self._outputs, parameters, vector.to(self._outputs.dtype), retain_graph=True, allow_unused=True
         )
         return space.flatten({name: g for name, g in zip(names, gradients, strict=True) if g is not None})
+
+
+@contextmanager
+def _differentiable_forward(module: nn.Module) -> Iterator[None]:
+    """Return a context without the fused kernels of attention and recurrent layers: they have no forward derivative."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # of no use on this machine
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
 
 
 def _precise(tensor: Tensor) -> Tensor:

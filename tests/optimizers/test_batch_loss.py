@@ -58,6 +58,31 @@ def test_the_loss_is_that_of_the_moved_model_and_nothing_is_left_behind() -> Non
     assert found == pytest.approx(float(case.total(case.model(case.inputs), case.targets).detach()) / case.terms)
 
 
+class Recurrent(nn.Module):
+    """In float32 an LSTM on the CPU is one fused kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(3, 4, batch_first=True)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.memory(x)[0][:, -1])
+        return outputs
+
+
+def test_recurrent_layers_are_multiplied_without_their_fused_kernels() -> None:
+    torch.manual_seed(2)
+    plain, model = cases()["categorical"], Recurrent()
+    case = Case(model, torch.randn(6, 5, 3), plain.targets, plain.total, 6)
+    batch = batch_loss(case, [slice(None)], SoloCommunicator())
+    v = vectors(batch.space)[0].float()
+    product = batch.product(v)
+    precise = Case(model.double(), case.inputs.double(), plain.targets, plain.total, 6)
+    matrix = dense(precise, dict(model.named_parameters()))
+    torch.testing.assert_close(product.vector.double(), matrix @ v.double(), rtol=1e-4, atol=1e-5)
+
+
 def test_an_operation_without_a_forward_derivative_is_named() -> None:
     class Twice(torch.autograd.Function):
         @staticmethod
