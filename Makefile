@@ -58,7 +58,7 @@ lint: setup ## Check style, formatting, types, shell scripts and image builds
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 docs: setup ## Build the documentation site into site/; fail on broken links
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: setup ## Apply the style
 	$(BIN)/ruff check --fix

@@ -202,6 +202,12 @@ def cg(model: nn.Module, setting: Setting) -> Stepper:
     return Solved(model, kfac_config(setting) | {"solver": "cg", "cg": options})
 
 
+def newton(model: nn.Module, setting: Setting) -> Stepper:
+    """K-FAC Newton: momentum, the length of steps, λ and γ are its own; batches stay as they are."""
+    every = setting["intervals"][1]
+    return Solved(model, kfac_config(setting) | {"solver": "newton", "newton": {"gamma_every": every}})
+
+
 def block_kfac(model: nn.Module, setting: Setting) -> Stepper:
     """K-FAC whose factors are cut into blocks of half the widest layer at most."""
     widest = max(parameter.shape[1] for parameter in model.parameters() if parameter.ndim == 2)
@@ -213,15 +219,15 @@ SGD_GRIDS: dict[str, Grid] = {
     "mnist5k": {"lr": [0.002, 0.003, 0.004, 0.006], "momentum": [0.9, 0.8, 0.95], "final": [0.01, 0.1]},
 }
 ADAMW_GRIDS: dict[str, Grid] = {
-    "digits": {"lr": [0.001, 0.002, 0.004, 0.008, 0.016], "beta2": [0.95, 0.99, 0.999], "final": [0.01, 0.1]},
+    "digits": {"lr": [0.002, 0.004, 0.008, 0.016, 0.032], "beta2": [0.95, 0.99, 0.999], "final": [0.01, 0.1]},
     "mnist5k": {"lr": [0.0003, 0.0005, 0.001, 0.002], "beta2": [0.95, 0.99, 0.999], "final": [0.01, 0.1]},
 }
 MUON_GRIDS: dict[str, Grid] = {
-    "digits": {"lr": [0.01, 0.02, 0.05, 0.1], "momentum": [0.9, 0.95], "rest_lr": [0.002, 0.008], "final": [0.1]},
+    "digits": {"lr": [0.02, 0.05, 0.1], "momentum": [0.8, 0.9, 0.95], "rest_lr": [0.002, 0.008], "final": [0.1]},
     "mnist5k": {"lr": [0.005, 0.01, 0.02, 0.05], "momentum": [0.9, 0.95], "rest_lr": [0.0005, 0.002], "final": [0.1]},
 }
 SOAP_GRIDS: dict[str, Grid] = {
-    "digits": {"lr": [0.002, 0.004, 0.008, 0.016], "beta2": [0.9, 0.95, 0.99], "every": [10, 50], "final": [0.1]},
+    "digits": {"lr": [0.004, 0.008, 0.016, 0.032], "beta2": [0.8, 0.9, 0.95], "every": [10, 50], "final": [0.1]},
     "mnist5k": {"lr": [0.0005, 0.001, 0.002, 0.004], "beta2": [0.9, 0.95], "every": [50, 100], "final": [0.1]},
 }
 SHAMPOO_GRIDS: dict[str, Grid] = {
@@ -283,6 +289,25 @@ CG_GRIDS: dict[str, Grid] = {
     },
 }
 
+NEWTON_GRIDS: dict[str, Grid] = {
+    "digits": {
+        "damping": [0.1, 1.0, 10.0],
+        "batch": [256, 512, 1024],
+        "decay": [0.8, 0.95],
+        "intervals": [(1, 20), (5, 20)],
+        "early_refresh": [1],
+        "inverse_dtype": ["float32"],
+    },
+    "mnist5k": {
+        "damping": [1.0, 10.0],
+        "batch": [512, 1024],
+        "decay": [0.8, 0.95],
+        "intervals": [(5, 20), (10, 50)],
+        "early_refresh": [1],
+        "inverse_dtype": ["float32"],
+    },
+}
+
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD-Nesterov", sgd, SGD_GRIDS),
     "adamw": Method("AdamW", adamw, ADAMW_GRIDS),
@@ -294,4 +319,5 @@ METHODS: dict[str, Method] = {
     "kfac_eigen": Method("K-FAC, eigen", with_sgd(solver="eigen"), EIGEN_GRIDS, own=True),
     "kfac_block": Method("Block K-FAC", block_kfac, KFAC_GRIDS, own=True),
     "cg": Method("K-FAC CG", cg, CG_GRIDS, own=True),
+    "newton": Method("K-FAC Newton", newton, NEWTON_GRIDS, own=True),
 }

@@ -18,6 +18,7 @@ SHOWN = (
     "configs/*.yaml",
     "examples/*.py",
     "kfac_dist/reporting/grafana.json",
+    "kfac_dist/tasks/*.py",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "LICENSE",
