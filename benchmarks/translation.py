@@ -1,15 +1,15 @@
 """Translation with K-FAC and with AdamW at equal tuning: held-out loss and chrF against steps and CPU seconds.
 
-Both get the same number of trials, the points of their grids, and the same budgets of steps. Trials of 600 steps train
-without the strings of `dev` and `test` and are judged by chrF on `dev`, on a seed of their own. The chosen setting then
-trains 1,200 steps on everything but `test`, on another seed, and is judged on `test`, which no choice has seen. K-FAC
-measures in the reduce setting; the chosen trial is repeated in the expand setting.
+Both get the same number of trials, the points of their grids, and the same number of steps. Trials train without the
+strings of `dev` and `test` and are judged by chrF on `dev`, on a seed of their own. The chosen setting then trains on
+everything but `test`, on another seed, and is judged on `test`, which no choice has seen. K-FAC measures in the reduce
+setting; the chosen trial is repeated in the expand setting.
 
 Seconds are CPU seconds of one thread in training steps, so that a busy machine distorts them little: measuring,
 inverting and preconditioning are in them, evaluation isn't. Beside both stands what the copied source scores: many
 names are the same in two languages.
 
-    python -m benchmarks.translation [--trials 6] [--seeds 3] [--workers 1] [--out FILE] [--ledger FILE]
+    python -m benchmarks.translation [--trials 6] [--seeds 1] [--workers 1] [--steps 600] [--out FILE] [--ledger FILE]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ class Budget:
 
 
 TUNING = Budget()
-FINAL = Budget(steps=1200, points=12)
 
 # As many points in each, all of them tried. K-FAC's lr bounds its step where the KL clip doesn't; its dampings were
 # chosen after a look at the toy task of the tests, where a smaller one learnt to copy less well.
@@ -139,7 +138,7 @@ def judge(data: DataSplits, model: nn.Module) -> dict[str, Any]:
 def trial(method: str, setting: dict[str, Any], budget: Budget, sharing: str = "reduce") -> dict[str, Any]:
     """Return how a setting ends on `dev`."""
     torch.set_num_threads(1)
-    seldom = Budget(**{**asdict(budget), "points": 1})
+    seldom = replace(budget, points=1)
     return list(train(translations(held_out="dev"), method, setting, TUNING_SEED, seldom, sharing))[-1]
 
 
@@ -157,7 +156,7 @@ def copied() -> dict[str, float]:
     return data.score.summarize(data.score.beside(sources, prefixes, targets))
 
 
-def compare(trials: int, seeds: int, ledger: Ledger) -> dict[str, Any]:
+def compare(trials: int, seeds: int, final: Budget, ledger: Ledger) -> dict[str, Any]:
     settings = {method: draws(GRIDS[method], trials) for method in METHODS}
     tried = ledger.all(trial, [(m, setting, TUNING) for m in METHODS for setting in settings[m]])
     log: dict[str, list[Any]] = {}
@@ -167,7 +166,7 @@ def compare(trials: int, seeds: int, ledger: Ledger) -> dict[str, Any]:
         log[method] = [{"setting": s, **end} for s, end in zip(settings[method], ends, strict=True)]
         best[method] = max(log[method], key=lambda entry: entry["chrF"])["setting"]
         print(f"{method}: {best[method]}", flush=True)
-    curves = ledger.all(run_seed, [(m, best[m], seed, FINAL) for m in METHODS for seed in range(seeds)])
+    curves = ledger.all(run_seed, [(m, best[m], seed, final) for m in METHODS for seed in range(seeds)])
     by_method = {method: curves[place * seeds : (place + 1) * seeds] for place, method in enumerate(METHODS)}
     [expand] = ledger.all(trial, [("kfac", best["kfac"], TUNING, "expand")])
     names = [name for name in curves[0][-1] if name != "step"]
@@ -213,12 +212,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, each of one thread")
     parser.add_argument("--out", type=Path, default=RESULTS / "translation.json")
     parser.add_argument("--ledger", type=Path, default=None)
+    parser.add_argument("--steps", type=int, default=TUNING.steps, help="steps of the chosen settings' trainings")
     arguments = parser.parse_args()
+    final = replace(TUNING, steps=arguments.steps, points=12)
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        results = compare(arguments.trials, arguments.seeds, Ledger(arguments.ledger, pool))
+        results = compare(arguments.trials, arguments.seeds, final, Ledger(arguments.ledger, pool))
     settings = {
         "tuning": asdict(TUNING),
-        "final": asdict(FINAL),
+        "final": asdict(final),
         "trials": arguments.trials,
         "grids": GRIDS,
         "tuning_seed": TUNING_SEED,
