@@ -48,6 +48,7 @@ SMALL = {
     "digits_classes.yaml": ("kfac.curvature.class_conditional=true",),
     "digits_classifier.yaml": ("train.epochs=null",),
     "digits_autoencoder_newton.yaml": ("kfac.newton={gamma_every: 4, damping_every: 2}",),
+    "digits_autoencoder_tridiagonal.yaml": ("kfac.newton={gamma_every: 4, damping_every: 2}",),
     "digits_resnet20.yaml": ("model.args={width: 4}", "data.args={test_fraction: 0.02}", "train.epochs=null"),
     "dissecting_adam.yaml": (),
     "mnist5k_autoencoder.yaml": ("model.args.dims=[784, 32, 8]",),

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from kfac_dist.config.schema import CGConfig, EngineConfig, KFACConfig
+from kfac_dist.config.schema import CGConfig, EngineConfig, KFACConfig, NewtonConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,6 +55,15 @@ def test_the_options_of_cg_are_shown_as_they_are() -> None:
 
     assert set(shown["cg"]) == set(CGConfig.model_fields)
     KFACConfig.model_validate(shown)
+
+
+def test_the_options_of_newton_are_shown_as_they_are() -> None:
+    shown = yaml.safe_load(the_block("yaml", "solver: newton"))["kfac"]
+
+    assert set(shown["newton"]) == set(NewtonConfig.model_fields)
+    assert NewtonConfig.model_validate(shown["newton"]) == NewtonConfig()
+    config = KFACConfig.model_validate(shown)
+    assert (config.curvature.factor_every, config.curvature.decay_ramp, config.inversion.inverse_every) == (1, True, 20)
 
 
 def test_the_ddp_loop_runs_on_two_ranks(tmp_path: Path) -> None:

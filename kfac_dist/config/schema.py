@@ -172,6 +172,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _chains_need_whole_gradients(self) -> Self:
+        structure = self.kfac.inversion.structure
+        if self.kfac.enabled and structure is Structure.BLOCK_TRIDIAGONAL and self.engine.name is not EngineName.DDP:
+            raise ValueError(
+                f"kfac.inversion.structure ({structure}) needs engine.name ddp, found {self.engine.name}: a "
+                "layer's step takes the whole gradients of its neighbours"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _products_take_samples(self) -> Self:
         share = self.kfac.newton_options.products_fraction
         if share < 1 and self.loss.name.loss_terms is not LossTerms.SAMPLE:

@@ -206,6 +206,22 @@ ARGUMENTS = {
     ),
     "no optimizer": (["optimizer=null"], "optimizer: missing; expected a mapping with keys name, lr"),
     "options of another solver": (["kfac.cg.lr=1"], "kfac.cg has no effect while solver is direct"),
+    "chain without eigen": (
+        ["kfac.inversion.structure=block_tridiagonal"],
+        "inversion.solver (cholesky) must be eigen while inversion.structure is block_tridiagonal",
+    ),
+    "chain under a sharded engine": (
+        ["kfac.inversion={structure: block_tridiagonal, solver: eigen}", "engine.name=fsdp2"],
+        "kfac.inversion.structure (block_tridiagonal) needs engine.name ddp, found fsdp2",
+    ),
+    "chain on owners": (
+        ["kfac.inversion={structure: block_tridiagonal, solver: eigen}", "kfac.distribution.placement=owner"],
+        "kfac.distribution.placement (owner) must be auto or replicated while",
+    ),
+    "chain without G": (
+        ["kfac.inversion={structure: block_tridiagonal, solver: eigen}", "kfac.curvature.fisher=input_only"],
+        "kfac.curvature.fisher input_only has no G while inversion.structure is block_tridiagonal",
+    ),
     "options of newton": (["kfac.newton.gamma_every=4"], "kfac.newton has no effect while solver is direct"),
     "search between inverses": (
         ["optimizer=null", "kfac={solver: newton, newton: {gamma_every: 30}}"],
