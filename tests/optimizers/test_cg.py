@@ -236,3 +236,10 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     record = read_metrics(resumed / "metrics.jsonl")[-2]
     assert record["solver/iterations"] > 0
     assert record["lr"] == 1.0
+
+
+def test_a_run_that_began_with_direct_steps_goes_on_with_solved_ones(tmp_path: Path) -> None:
+    train(small_config(tmp_path, kfac=True, train={"steps": 4}), quiet=True)
+    begun = str(tmp_path / "small/checkpoints/step-00000004")
+    train(run_of(tmp_path, "replicated", checkpoint={"resume": begun}), quiet=True)
+    assert set(losses(tmp_path / "replicated/small")) == {5}
