@@ -1,6 +1,7 @@
 """The variance of both estimators of the diagonal Fisher, layer by layer, at first and along training with K-FAC.
 
-What `kfac-dist doctor --fisher` measures, on the shipped runs with smooth models, for several seeds.
+What `kfac-dist doctor --fisher` measures, on the shipped runs with smooth models, for several seeds. Variances only:
+they don't depend on the machine, and seconds would want a quiet one.
 
     python -m benchmarks.diagonal_fisher [--seeds 3] [--steps 100] [--moments 9] [--out FILE]
 """
@@ -85,7 +86,7 @@ def main() -> None:
     for name in RUNS:
         reports = [measure(name, seed, wish) for seed in range(arguments.seeds)]
         medians[name] = summary(reports)
-        results[name] = {"medians": medians[name], "seeds": reports}
+        results[name] = {"medians": medians[name], "at_first": [report["layers"] for report in reports]}
     settings = {"seeds": arguments.seeds, "steps": arguments.steps, "moments": arguments.moments}
     path = write("diagonal_fisher", arguments.out, settings, results)
     draw(medians, path.with_suffix(".png"))
