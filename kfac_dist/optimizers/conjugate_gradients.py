@@ -113,7 +113,7 @@ def conjugate_gradients(
         point = point.add(direction, alpha=length)
         residual = residual.sub(pushed, alpha=length)
         values.append(values[-1] - inner * length / 2)
-    if curved_down and len(values) == 1 and start is None:
+    if curved_down and values == [0.0]:
         point = direction
     return Solution(point, tuple(values), products, curved_down)
 

@@ -99,9 +99,10 @@ def test_curvature_that_is_not_positive_ends_it_at_the_last_good_iterate() -> No
     assert list(found.values) == sorted(found.values, reverse=True)
     assert float(gradient @ found.point) < 0
     # At once, without an iterate: the preconditioned gradient.
-    downhill = conjugate_gradients(multiply_by(-matrix @ matrix), lambda v: v / 2, gradient, 0.0, Rule(100), None)
-    assert downhill.iterations == 0
-    torch.testing.assert_close(downhill.point, -gradient / 2)
+    for start in (None, gradient):
+        downhill = conjugate_gradients(multiply_by(-matrix @ matrix), lambda v: v / 2, gradient, 0.0, Rule(100), start)
+        assert downhill.iterations == 0
+        torch.testing.assert_close(downhill.point, -gradient / 2)
 
 
 def test_nothing_to_solve_is_solved() -> None:
