@@ -105,7 +105,12 @@ ONLY = {
 }
 
 # What the parts below `training` may read of a configuration: values, not files.
-PLAIN_CONFIG = ("kfac_dist.config.schema", "kfac_dist.config.schedules", "kfac_dist.config.options")
+PLAIN_CONFIG = (
+    "kfac_dist.config.spelling",
+    "kfac_dist.config.schema",
+    "kfac_dist.config.schedules",
+    "kfac_dist.config.options",
+)
 
 
 def imports_of(source: str, path: str) -> Iterator[str]:

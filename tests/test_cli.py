@@ -182,6 +182,21 @@ def test_plan_shows_blocks_ranks_and_balance(run_file: str) -> None:
     assert "linear4.weight: matched by 'linear4' of kfac.curvature.exclude" in output
 
 
+def test_plan_shows_splits_and_second_moments(run_file: str) -> None:
+    splits = "kfac.inversion.splits={linear1: {inputs: [32, 33], outputs: 4}}"
+    code, output = invoke("plan", run_file, splits, "kfac.inversion.solver=ekfac")
+    rows = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+
+    assert code == 0, output
+    assert "A 32+33 G 4·3" in rows["linear1"]
+    assert f"{4 * 12 * 65:,} on " in rows["linear1"]
+
+    code, output = invoke("plan", run_file, "kfac.inversion.splits={lineer1: 2}")
+    assert code == 2
+    assert "kfac.inversion.splits: 'lineer1' cuts nothing" in output
+    assert "did you mean 'linear1'?" in output
+
+
 def test_plan_shows_that_what_a_rank_keeps_shrinks(run_file: str) -> None:
     kept = []
     for size in (2, 4):

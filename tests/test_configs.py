@@ -43,7 +43,12 @@ SMALL = {
         "data.args={context: 16, test_fraction: 0.001, copies: 1}",
     ),
     "translation.yaml": ("model.args={layers: 1, width: 16, heads: 2, context: 20, vocabulary: 1000}",),
+    "byte_gpt_blocks.yaml": (
+        "model.args={layers: 1, width: 16, heads: 2, context: 16}",
+        "data.args={context: 16, test_fraction: 0.001}",
+    ),
     "digits_autoencoder.yaml": (),
+    "digits_autoencoder_ekfac.yaml": (),
     "digits_autoencoder_cg.yaml": ("kfac.cg.compare_every=4",),
     "digits_classes.yaml": ("kfac.curvature.class_conditional=true",),
     "digits_classifier.yaml": ("train.epochs=null",),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kfac_dist.config.document import Document, Place, dotted, plain_value, show
 from kfac_dist.config.fields import Allowed, Path, all_paths, allowed_at
+from kfac_dist.config.spelling import did_you_mean
 from kfac_dist.errors import ConfigError
 
 MOST = 10
@@ -27,13 +27,6 @@ def config_error(error: ValidationError, document: Document) -> ConfigError:
     if len(ordered) > MOST:
         ordered[MOST:] = [f"… and {len(ordered) - MOST} more"]
     return ConfigError("\n".join(ordered))
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Name the closest known name as `"; did you mean 'x'?"`, or return nothing."""
-    spelled = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1)
-    return f"; did you mean '{spelled[close[0]]}'?" if close else ""
 
 
 def _explain(detail: ErrorDetails, document: Document) -> tuple[Path, str]:

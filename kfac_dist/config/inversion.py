@@ -10,6 +10,7 @@ from pydantic import Field
 from kfac_dist.config.curvature import DType
 from kfac_dist.config.schedules import Schedule
 from kfac_dist.config.section import Count, CountOrZero, Flag, Section
+from kfac_dist.config.splits import SplitConfig
 
 
 class Solver(StrEnum):
@@ -18,6 +19,7 @@ class Solver(StrEnum):
     CHOLESKY = "cholesky"
     EIGEN = "eigen"
     NEWTON_SCHULZ = "newton_schulz"
+    EKFAC = "ekfac"
 
 
 class Structure(StrEnum):
@@ -31,7 +33,8 @@ class InversionConfig(Section):
     """What is solved: the method, its damping, and when.
 
     Attributes:
-        solver: `cholesky` and `newton_schulz` damp the factors (factored Tikhonov); `eigen` damps exactly.
+        solver: `cholesky` and `newton_schulz` damp the factors (factored Tikhonov); `eigen` damps exactly;
+            `ekfac` does, and measures the eigenvalues of A ⊗ G instead of multiplying them (George et al. 2018).
         structure: `block_tridiagonal`, for chains of linear layers, takes account of neighbouring layers (Martens &
             Grosse 2015, §4.3). It is solved by `eigen`, and damps the factors all the same.
         damping: λ; a number or a schedule over steps.
@@ -40,7 +43,11 @@ class InversionConfig(Section):
         inverse_lag: Steps between the refresh of an inverse and its first use, so that sharing overlaps training.
         early_refresh: At the start, inverses also refresh at this step and at 2, 4, 8, … times it, until the regular
             refreshes begin; those steps measure, too. 0 keeps the first batch's inverses until then.
+        rescale_every: `ekfac` only: steps between measurements of the second moments in the eigenbasis; a divisor of
+            `factor_every`. null measures them with the factors; 1 at every step, at the cost of a measurement.
         max_factor_dim: Factors larger than this are cut into near-equal diagonal blocks (Block K-FAC).
+        splits: Pattern (`fnmatch`, on module names) to where the factors of these layers are cut, before
+            `max_factor_dim`; the first match wins.
         inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; solved they are
             in fp32.
         offload: Keep inverses in host memory, and bring each group of them to the device when it preconditions: two
@@ -54,6 +61,8 @@ class InversionConfig(Section):
     stagger: Count = 1
     inverse_lag: CountOrZero = 0
     early_refresh: CountOrZero = 1
+    rescale_every: Count | None = None
     max_factor_dim: Annotated[int, Field(ge=2, strict=True)] | None = None
+    splits: dict[str, SplitConfig] = Field(default_factory=dict)
     inverse_dtype: DType = DType.FLOAT32
     offload: Flag = False

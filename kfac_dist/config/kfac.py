@@ -12,6 +12,7 @@ from kfac_dist.config.inversion import InversionConfig, Solver, Structure
 from kfac_dist.config.schedules import ScheduleKind
 from kfac_dist.config.section import Flag, Section
 from kfac_dist.config.solver import CGConfig, NewtonConfig, StepSolver
+from kfac_dist.config.splits import SplitBy
 from kfac_dist.config.update import UpdateConfig
 
 # What newton measures and when, where a run doesn't say it: the paper's figures.
@@ -97,6 +98,7 @@ class KFACConfig(Section):
         needed = {
             "inversion.solver": (self.inversion.solver, Solver.EIGEN),
             "inversion.max_factor_dim": (self.inversion.max_factor_dim, None),
+            "inversion.splits": (self.inversion.splits or None, None),
             "inversion.stagger": (self.inversion.stagger, 1),
             "inversion.inverse_dtype": (self.inversion.inverse_dtype, DType.FLOAT32),
             "inversion.offload": (self.inversion.offload, False),
@@ -171,5 +173,43 @@ class KFACConfig(Section):
             raise ValueError(
                 f"inversion.inverse_lag ({self.inversion.inverse_lag}) must be shorter than the time between two "
                 f"refreshes ({refresh // self.inversion.stagger} steps)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit_classes(self) -> Self:
+        apart = [pattern for pattern, split in self.inversion.splits.items() if split.by is SplitBy.PER_GROUP]
+        if apart and self.curvature.class_conditional is not None:
+            raise ValueError(
+                f"inversion.splits ({apart[0]}: per_group) and curvature.class_conditional exclude each other: a "
+                "layer's classes are combined over all of its groups; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rescaling_fits(self) -> Self:
+        inversion, curvature = self.inversion, self.curvature
+        rescale = inversion.rescale_every
+        if inversion.solver is not Solver.EKFAC:
+            if rescale is not None:
+                raise ValueError(
+                    f"inversion.rescale_every has no effect on solver {inversion.solver}, which measures no second "
+                    "moments: leave it out, or set inversion.solver to ekfac"
+                )
+            return self
+        if curvature.fisher is Fisher.INPUT_ONLY:
+            raise ValueError(
+                "inversion.solver ekfac needs the gradients of single samples, and curvature.fisher input_only "
+                "measures no output gradients: use eigen, or another fisher"
+            )
+        if inversion.offload:
+            raise ValueError(
+                "inversion.offload and inversion.solver ekfac exclude each other: bases that are measured in are never "
+                "idle; leave offload out, or use eigen"
+            )
+        if rescale is not None and curvature.factor_every % rescale:
+            raise ValueError(
+                f"inversion.rescale_every ({rescale}) must divide curvature.factor_every ({curvature.factor_every}), "
+                "so that steps that measure factors measure the second moments, too"
             )
         return self

@@ -55,6 +55,8 @@ from kfac_dist.config.section import Section as Section
 from kfac_dist.config.solver import CGConfig as CGConfig
 from kfac_dist.config.solver import NewtonConfig as NewtonConfig
 from kfac_dist.config.solver import StepSolver as StepSolver
+from kfac_dist.config.splits import SplitBy as SplitBy
+from kfac_dist.config.splits import SplitConfig as SplitConfig
 from kfac_dist.config.train import BatchGrowth as BatchGrowth
 from kfac_dist.config.train import TrainConfig as TrainConfig
 from kfac_dist.config.update import UpdateConfig as UpdateConfig

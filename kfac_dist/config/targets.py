@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from kfac_dist.config.explain import did_you_mean
 from kfac_dist.config.schema import Target
+from kfac_dist.config.spelling import did_you_mean
 from kfac_dist.errors import ConfigError, KFACError
 
 Kind = Literal["model", "data"]

@@ -1,8 +1,8 @@
 """Factors and the units that they are cut into: names and shapes only.
 
-A block has one or two *factors* (A and G of a Kronecker product, or one unit-wise F). A factor larger than
-`max_factor_dim` is cut into near-equal diagonal blocks, and each of those is a *unit*: the smallest piece of work that
-is measured, reduced, inverted and shared on its own.
+A block has one or two *factors* (A and G of a Kronecker product, or one unit-wise F). A factor may be cut into diagonal
+blocks, by named splits (heads, groups, sizes) and where it is larger than `max_factor_dim`, and each of those is a
+*unit*: the smallest piece of work that is measured, reduced, inverted and shared on its own.
 
 Where statistics are kept apart by class, a unit has as many sums as there are classes; what is inverted and shared is
 still one factor.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -27,7 +28,8 @@ class FactorKind(StrEnum):
 class Side(StrEnum):
     """Which factor of a block: input side, output side, or the whole (unit-wise) block.
 
-    In a chain of layers, also the moments of a side with the same side of the layer that follows.
+    In a chain of layers, also the moments of a side with the same side of the layer that follows. S is no factor:
+    EKFAC's second moments in the eigenbasis of A and G.
     """
 
     A = "A"
@@ -35,6 +37,7 @@ class Side(StrEnum):
     F = "F"
     A_NEXT = "A_next"
     G_NEXT = "G_next"
+    S = "S"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Unit:
         kind: Dense, diagonal, or crossed with another layer's.
         classes: Classes whose statistics are kept apart; 0 if they aren't.
         columns: Columns of a crossed unit.
+        first: The first of the factor's independent matrices that this unit has.
     """
 
     block: str
@@ -73,6 +77,7 @@ class Unit:
     kind: FactorKind
     classes: int = 0
     columns: int = 0
+    first: int = 0
 
     @property
     def name(self) -> str:
@@ -117,17 +122,66 @@ class Unit:
                 return float(self.batch * self.columns**3)
 
 
-def cut(dim: int, max_dim: int | None) -> tuple[tuple[int, int], ...]:
-    """Return the ranges of the near-equal diagonal blocks, none larger than `max_dim`, that `dim` is cut into."""
-    pieces = 1 if max_dim is None else -(-dim // max_dim)
-    edges = [dim * i // pieces for i in range(pieces + 1)]
-    return tuple(itertools.pairwise(edges))
+@dataclass(frozen=True)
+class Heads:
+    """What a layer has to do with heads.
+
+    Attributes:
+        side: G where it makes them, A where it reads them.
+        fused: Whether it makes queries, keys and values at once.
+        dim: Width of one head; None where the model doesn't say.
+    """
+
+    side: Side
+    fused: bool
+    dim: int | None
 
 
-def units_of(block: str, factors: tuple[FactorSpec, ...], max_dim: int | None, classes: int = 0) -> tuple[Unit, ...]:
+@dataclass(frozen=True)
+class Cuts:
+    """Where the factors of a block are cut, besides by `max_factor_dim`.
+
+    Attributes:
+        sizes: Sizes of the diagonal blocks of a side's factor; a side that isn't named is whole.
+        groups: Whether each of a factor's independent matrices is a unit of its own.
+    """
+
+    sizes: Mapping[Side, tuple[int, ...]] = field(default_factory=dict)
+    groups: bool = False
+
+
+def equal_parts(dim: int, parts: int) -> tuple[int, ...]:
+    """Return the sizes of near-equal parts."""
+    edges = [dim * i // parts for i in range(parts + 1)]
+    return tuple(b - a for a, b in itertools.pairwise(edges))
+
+
+def cut(dim: int, max_dim: int | None, sizes: tuple[int, ...] | None = None) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of the diagonal blocks: of the given sizes, and near-equal parts of what exceeds `max_dim`."""
+    parts = [
+        part
+        for size in (sizes or (dim,))
+        for part in (equal_parts(size, 1 if max_dim is None else -(-size // max_dim)))
+    ]
+    return tuple(itertools.pairwise((0, *itertools.accumulate(parts))))
+
+
+def units_of(
+    block: str, factors: tuple[FactorSpec, ...], max_dim: int | None, classes: int = 0, cuts: Cuts | None = None
+) -> tuple[Unit, ...]:
     """Return the units of a block, in the order of its factors; only dense ones are cut."""
+    cuts = cuts or Cuts()
     return tuple(
-        Unit(block, factor.side, index, start, stop, factor.batch, factor.kind, classes, factor.columns)
+        Unit(block, factor.side, index, start, stop, size, factor.kind, classes, factor.columns, first)
         for factor in factors
-        for index, (start, stop) in enumerate(cut(factor.dim, max_dim if factor.kind is FactorKind.DENSE else None))
+        for index, (first, size, (start, stop)) in enumerate(_places(factor, max_dim, cuts))
     )
+
+
+def _places(factor: FactorSpec, max_dim: int | None, cuts: Cuts) -> list[tuple[int, int, tuple[int, int]]]:
+    """Return first matrix, number of matrices and range of each unit."""
+    if factor.kind is not FactorKind.DENSE:
+        return [(0, factor.batch, (0, factor.dim))]
+    lanes = [(lane, 1) for lane in range(factor.batch)] if cuts.groups else [(0, factor.batch)]
+    ranges = cut(factor.dim, max_dim, cuts.sizes.get(factor.side))
+    return [(first, size, place) for first, size in lanes for place in ranges]

@@ -20,7 +20,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from kfac_dist.curvature.precondition import Group, Piece
+from kfac_dist.curvature.payloads import Piece
+from kfac_dist.curvature.precondition import Group
 
 # Like blocks are batched up to so many bytes of payloads; larger groups would leave nothing on the host.
 GROUP_BYTES = 32 * 2**20

@@ -3,9 +3,9 @@
 A *payload* is what the owner of a unit computes and the others receive, one flat tensor a unit:
 
     dense unit,    cholesky / newton_schulz   (M + δI)⁻¹                  batch·n²
-    dense unit,    eigen                      Q, then eigenvalues d       batch·(n² + n)
+    dense unit,    eigen / ekfac              Q, then eigenvalues d       batch·(n² + n)
     diagonal unit, cholesky / newton_schulz   1 / (m + δ)                 batch·n
-    diagonal unit, eigen                      m itself                    batch·n
+    diagonal unit, eigen / ekfac              m itself                    batch·n
     unit-wise F,   any solver                 (F + λI)⁻¹                  batch·n²
 
 A factorisation that fails is retried in float64, then with ten times the damping, up to a limit; what still fails keeps
@@ -26,6 +26,8 @@ from kfac_dist.config.schema import Solver
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import asymmetry, complete
 
+# EKFAC's bases are those of the factors; what it measures in them is `moments`' affair.
+_EIGEN = (Solver.EIGEN, Solver.EKFAC)
 _RAISES = (1.0, 10.0, 100.0, 1000.0)
 # On a CPU, larger matrices gain nothing from a batch, and stacking them costs a copy.
 _LARGEST_BATCHED = 256
@@ -67,7 +69,7 @@ class Task:
 
 def is_eigen(unit: Unit, solver: Solver) -> bool:
     """Whether the unit's payload is an eigendecomposition (or the bare diagonal), damped only when it is applied."""
-    return solver is Solver.EIGEN and unit.side is not Side.F
+    return solver in _EIGEN and unit.side is not Side.F
 
 
 def payload_numel(unit: Unit, solver: Solver) -> int:
@@ -119,7 +121,7 @@ def solve(
             batches.setdefault(key, []).append(index)
     for (eigen, _, _), members in batches.items():
         # Under `eigen`, unit-wise blocks are still inverted.
-        method = Solver.CHOLESKY if solver is Solver.EIGEN and not eigen else solver
+        method = solver if solver not in _EIGEN else Solver.EIGEN if eigen else Solver.CHOLESKY
         try:
             _solve_batch([tasks[index] for index in members], members, payloads, method, asymmetries)
         except RuntimeError as error:  # out of memory above all: raised on one rank, it would leave the others waiting

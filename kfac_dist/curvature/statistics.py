@@ -151,7 +151,7 @@ class RunningAverages:
         width = rows.shape[-1]
         for unit in self._pieces[block, side]:
             out = self.layout.view(self.window, unit)
-            own = rows[..., unit.start : min(unit.stop, width)]
+            own = rows[unit.first : unit.first + unit.batch, :, unit.start : min(unit.stop, width)]
             border = ones and unit.stop > width
             self._widths[unit.name] = own.shape[-1]
             beta = self._beta(unit)
@@ -165,7 +165,8 @@ class RunningAverages:
     def add_values(self, block: str, side: Side, values: Tensor) -> None:
         """Add `[batch, n]` to a diagonal factor, or `[batch, n, n]` to a dense one."""
         for unit in self._pieces[block, side]:
-            part = values[:, unit.start : unit.stop]
+            own = values if unit.classes else values[unit.first : unit.first + unit.batch]
+            part = own[:, unit.start : unit.stop]
             if unit.kind is FactorKind.DENSE:
                 part = part[..., unit.start : unit.stop]
                 self._widths.setdefault(unit.name, None)

@@ -32,7 +32,7 @@ def measuring(
         changes |= {"sharing": sharing, "sharing_overrides": {}}
     curvature = config.curvature.model_copy(update={**changes, "factor_dtype": DType.FLOAT32})
     inversion = config.inversion.model_copy(
-        update={"inverse_every": 1, "stagger": 1, "inverse_lag": 0, "max_factor_dim": None}
+        update={"inverse_every": 1, "stagger": 1, "inverse_lag": 0, "max_factor_dim": None, "splits": {}}
         | {"structure": Structure.BLOCK_DIAGONAL}
     )
     distribution = config.distribution.model_copy(update={"communication_dtype": DType.FLOAT32})

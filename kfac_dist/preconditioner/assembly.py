@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from kfac_dist.curvature.blocks import Block, Coverage
 from kfac_dist.curvature.chain import ChainGroup
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.offload import GROUP_BYTES, Offload
+from kfac_dist.curvature.payloads import Payloads
 from kfac_dist.curvature.precondition import Group, build_groups
 from kfac_dist.curvature.solvers import Task, solve
 from kfac_dist.curvature.statistics import RunningAverages
@@ -26,6 +27,7 @@ from kfac_dist.preconditioner.class_memory import check_class_memory
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
 from kfac_dist.preconditioner.drawn import DrawnGradients
 from kfac_dist.preconditioner.memory import keeps_own_factors_only
+from kfac_dist.preconditioner.moments import Moments
 from kfac_dist.preconditioner.plan import Plan, block_units, build_plan, exchange_buckets
 from kfac_dist.preconditioner.reduction import FactorReduction
 from kfac_dist.preconditioner.refresh import Refresh
@@ -48,6 +50,7 @@ class Assembly:
         offload: Keeps the groups' inverses on the host, if it is asked for.
         rest: What it does with parameters that have no block.
         refresh: Keeps the groups' inverses up to date.
+        moments: EKFAC's, if there are any.
         transport: Moves gradients to the groups and back.
     """
 
@@ -58,6 +61,7 @@ class Assembly:
     offload: Offload | None
     rest: DiagonalFisher
     refresh: Refresh
+    moments: Moments | None
     transport: Transport
 
 
@@ -116,15 +120,22 @@ def assemble(
     ]
     groups = [group for bucket in buckets for group in bucket]
     offload = Offload(groups, device) if config.inversion.offload else None
+    column = _split(comm, plan.grid.worker_groups())
+    holders: dict[str, Payloads] = {unit.name: group for group in groups for unit in group.units}
+    moments: Moments | None = None
+    if any(block.moments is not None for block in plan.blocks.values()):
+        holders |= _bases_elsewhere(coverage.blocks, plan, holders, config, device)
+        moments = Moments(plan, holders, column, comm, config, device)
     kind = ChainRefresh if config.inversion.structure is Structure.BLOCK_TRIDIAGONAL else Refresh
     refresh = kind(
         averages,
         plan,
-        groups,
-        _split(comm, plan.grid.worker_groups()),
+        holders,
+        column if moments is None else comm,
         comm.rank,
         config.inversion.solver,
         pack=distribution.pack_triangles,
+        moments=moments,
     )
     transport: Transport
     if engine.sharded:
@@ -142,7 +153,15 @@ def assemble(
         device=device,
     )
     return Assembly(
-        averages, FactorReduction(averages, plan, comm, distribution), row, groups, offload, rest, refresh, transport
+        averages,
+        FactorReduction(averages, plan, comm, distribution),
+        row,
+        groups,
+        offload,
+        rest,
+        refresh,
+        moments,
+        transport,
     )
 
 
@@ -175,6 +194,20 @@ def _groups_of(
     dtype = _DTYPES[inversion.inverse_dtype]
     largest = GROUP_BYTES if inversion.offload else None
     return build_groups([by_name[name] for name in names], units, inversion.solver, device, dtype, largest)
+
+
+def _bases_elsewhere(
+    blocks: Sequence[Block], plan: Plan, held: Mapping[str, Payloads], config: KFACConfig, device: torch.device
+) -> dict[str, Payloads]:
+    """Return room for the eigenbases, by unit name, of EKFAC's blocks that other columns precondition."""
+    inversion = config.inversion
+    found: dict[str, Payloads] = {}
+    for block in blocks:
+        own = plan.blocks[block.name]
+        if own.moments is not None and own.units[0].name not in held:
+            bases = Payloads([block], [own.units], inversion.solver, device, _DTYPES[inversion.inverse_dtype])
+            found |= dict.fromkeys((unit.name for unit in own.units), bases)
+    return found
 
 
 def _measured_costs(

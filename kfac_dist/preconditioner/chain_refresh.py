@@ -36,7 +36,7 @@ class ChainRefresh(Refresh):
         weights, traces = totals[:2].tolist()
         solved = []
         for unit in units:
-            previous = self._groups[unit.name].payload(unit)
+            previous = self.holders[unit.name].payload(unit)
             try:
                 payload = self._payload(unit, weights, traces, damping)
             except RuntimeError as error:  # not positive definite, no memory: raised on one rank, others would wait

@@ -343,6 +343,8 @@ class KFAC:
         self._refreshed = state.marked(self._parts(), values, "refreshed")
         self._measurement.load_samples(state.samples(self._parts(), values))
         self._averages.discard()
+        if self._moments is not None:
+            self._moments.averages.discard()
         self._begin()
 
     def sharded_state_dict(self) -> dict[str, Any]:
@@ -373,9 +375,9 @@ class KFAC:
         return state.Parts(
             plan=self.plan,
             averages=self._averages,
-            groups=self._groups,
             reduction=self._reduction,
             refresh=self._refresh,
+            moments=self._moments,
             communicator=self.communicator,
             lagged=self._cadence.lag > 0,
             rest=self._rest,
@@ -390,11 +392,14 @@ class KFAC:
     def _begin(self) -> None:
         """Prepare the hooks for the step that comes next."""
         active = self._cadence.measures(self.steps)
-        self._measurement.begin(self.steps, active=active)
+        self._factors = active
+        self._measurement.begin(self.steps, factors=active, moments=self._cadence.rescales(self.steps))
         self._slots: tuple[int, ...] = ()
         if active:
             if self.config.curvature.decay_ramp:
                 self._averages.decay = self._cadence.decay(self.steps, self.config.curvature.decay)
+                if self._moments is not None:
+                    self._moments.averages.decay = self._averages.decay
             self._slots = tuple(sorted({*self._cadence.due(self.steps), *self._overdue}))
             self._reduction.begin(self._slots)
 
@@ -402,7 +407,8 @@ class KFAC:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
         with self.phases(Phase.REDUCTION):
             taken = self._measurement.finish(self._engine.finite_everywhere(self.communicator))
-        self._rest.measure(self._measurement.terms, taken)
+        if self._factors:
+            self._rest.measure(self._measurement.terms, taken)
         if not self._slots:
             return
         if not bool(taken):  # the step will be skipped: as if it had never been, and the refresh stays due
@@ -488,12 +494,14 @@ class KFAC:
         parts = assemble(self._engine, self.coverage, self.config, self.communicator, self.plan, self._device)
         self._averages, self._reduction = parts.averages, parts.reduction
         self._groups, self._row, self._rest = parts.groups, parts.row, parts.rest
-        self._refresh, self._transport, self._offload = parts.refresh, parts.transport, parts.offload
+        self._refresh, self._moments = parts.refresh, parts.moments
+        self._transport, self._offload = parts.transport, parts.offload
         self._measurement = Measurement(
             self._engine,
             self._blocks,
             self._averages,
             self._reduction,
+            self._moments,
             self.config.curvature,
             communicator=self.communicator,
             scaler=self._scaler,

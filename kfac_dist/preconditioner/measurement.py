@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schema import CurvatureConfig, Fisher, LossTerms
-from kfac_dist.curvature.blocks import Block, MicroBatch, Use
+from kfac_dist.curvature.blocks import Block, KroneckerBlock, MicroBatch, Use
 from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.curvature.capture import Capture, warn_of_accumulation
 from kfac_dist.curvature.chain import NeighbourMoments
@@ -29,6 +29,7 @@ from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.drawn import DrawnGradients
 from kfac_dist.preconditioner.loss_scale import LossScaleWatch
+from kfac_dist.preconditioner.moments import Moments
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.reduction import FactorReduction
 
@@ -54,6 +55,7 @@ class Measurement:
         blocks: Its blocks.
         averages: Where statistics go.
         reduction: Sends them.
+        moments: EKFAC's, if there are any.
         config: What is measured.
         communicator: The ranks; this one's number places its samples in the global batch.
         scaler: The AMP scaler whose scale output gradients carry, if any.
@@ -67,6 +69,7 @@ class Measurement:
         blocks: tuple[Block, ...],
         averages: RunningAverages,
         reduction: FactorReduction,
+        moments: Moments | None,
         config: CurvatureConfig,
         *,
         communicator: Communicator,
@@ -78,6 +81,8 @@ class Measurement:
         self._blocks = blocks
         self._averages = averages
         self._reduction = reduction
+        self._moments = moments
+        self._factors = False
         self._config = config
         self._communicator = communicator
         self._scaler = scaler
@@ -100,8 +105,12 @@ class Measurement:
         """Whether this step is measured."""
         return self._capture.active
 
-    def begin(self, step: int, *, active: bool) -> None:
-        """Prepare for a step."""
+    def begin(self, step: int, *, factors: bool, moments: bool) -> None:
+        """Prepare for a step that measures factors, EKFAC's moments, both or nothing."""
+        active = factors or moments
+        self._factors = factors
+        if self._moments is not None:
+            self._moments.begin(active=moments)
         self._step = step
         self._description = None
         self._went_back = self._unlabelled = False
@@ -156,7 +165,9 @@ class Measurement:
                 yield column
 
         def measure(block: Block, uses: list[Use], first: bool) -> None:
-            if not self._reduction.accepts(block.name):
+            if self._moments is not None and isinstance(block, KroneckerBlock):
+                self._moments.measure(block, uses, micro, counted=first)
+            if not self._factors or not self._reduction.accepts(block.name):
                 return
             if block.by_class and current is not None:
                 block.measure(uses, replace(micro, classes=current), self._averages, _EVERY_SIDE)
@@ -168,14 +179,14 @@ class Measurement:
 
         self._scale.paused = True
         with self._phases(Phase.STATISTICS):
-            if self._drawn is not None:
+            if self._drawn is not None and self._factors:
                 per_token = self._config.loss_terms is LossTerms.TOKEN
                 terms = self._positions if per_token else float(outputs.shape[0])
                 self._drawn.add(outputs, self._drawn_labels(outputs, micro.first_sample), terms)
             self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
         self._scale.paused = False
         self._went_back = True
-        if self._last:
+        if self._last and self._factors:
             for block in self._blocks:
                 self._reduction.completed(block.name)
 
@@ -187,13 +198,13 @@ class Measurement:
         """
         self._capture.flush()
         if self._own_backward and not self._went_back:
-            self._reduction.finish(torch.zeros_like(finite))  # the other ranks may be waiting there
+            self._close(torch.zeros_like(finite))  # the other ranks may be waiting there
             raise ModelError(
                 f"kfac.curvature.fisher is {self._config.fisher}: call kfac.fisher_backward(outputs) after the forward "
                 "pass, before loss.backward()"
             )
         if self._unlabelled:
-            self._reduction.finish(torch.zeros_like(finite))
+            self._close(torch.zeros_like(finite))
             raise ModelError(
                 "kfac.curvature.class_conditional keeps statistics apart by class: call kfac.micro_batch(classes="
                 "labels) before each forward pass, with a label for each of its samples or tokens"
@@ -203,7 +214,7 @@ class Measurement:
         if passes > 1 and self._description is None and self._engine.backward_pass().last is None:
             warn_of_accumulation(passes)
         late = self._reduction.late
-        taken = self._reduction.finish(finite)
+        taken = self._close(finite)
         if late:
             warnings.warn(
                 f"{', '.join(sorted(late))} ran backward again after the micro-batch that kfac.micro_batch(last=True) "
@@ -232,12 +243,18 @@ class Measurement:
     def discard(self) -> None:
         """Forget what the step has measured; collective where this step reduces."""
         self._capture.reset()
-        self._reduction.finish(torch.zeros((), dtype=torch.bool, device=self._averages.device))
+        self._close(torch.zeros((), dtype=torch.bool, device=self._averages.device))
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         self._capture.remove()
         self._scale.stop()
+
+    def _close(self, taken: Tensor) -> Tensor:
+        """Move all averages that this step has measured, if every rank takes it; returns whether they do."""
+        if self._factors:
+            taken = self._reduction.finish(taken)
+        return taken if self._moments is None else self._moments.finish(taken)
 
     @property
     def _last(self) -> bool:
@@ -250,7 +267,7 @@ class Measurement:
         return bool(self._engine.backward_pass().last)
 
     def _measure(self, block: Block, uses: list[Use]) -> None:
-        if not self._reduction.accepts(block.name):
+        if self._factors and not self._reduction.accepts(block.name):
             return
         if self._pass != self._capture.passes:
             self._pass, self._positions = self._capture.passes, 0.0
@@ -264,9 +281,12 @@ class Measurement:
         elif micro.classes is not None:
             micro = replace(micro, classes=None)
         with self._phases(Phase.STATISTICS):
-            block.measure(uses, micro, self._averages, self._sides)
-            self._neighbours.measure(block, uses, micro, self._averages, self._sides)
-        if self._last:
+            if self._factors:
+                block.measure(uses, micro, self._averages, self._sides)
+                self._neighbours.measure(block, uses, micro, self._averages, self._sides)
+            if self._moments is not None and isinstance(block, KroneckerBlock):
+                self._moments.measure(block, uses, micro, counted=True)
+        if self._last and self._factors:
             with self._phases(Phase.REDUCTION):
                 self._reduction.completed(block.name)
 

@@ -2,8 +2,8 @@
 
     factors     running averages, for each class where they are kept apart; also the window of a step, where it isn't
                 given back after it
-    inverses    what the blocks of the rank's column are preconditioned with; with `offload` two groups of them, and
-                all of them on the host
+    inverses    what the blocks of the rank's column are preconditioned with, under EKFAC every block's eigenbases; with
+                `offload` two groups of them, and all of them on the host
     gradients   workspaces of these blocks, and what travels
 
 With placement `owner`, `reduction: reduce_scatter` and `reduce_every: step` all three are of the rank's own blocks, and
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from kfac_dist.config.schema import DType, KFACConfig, ReduceEvery, Reduction
 from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.offload import GROUP_BYTES, aligned
-from kfac_dist.curvature.precondition import group_size, stored_bytes
+from kfac_dist.curvature.payloads import stored_bytes
+from kfac_dist.curvature.precondition import group_size
 from kfac_dist.preconditioner.plan import BlockPlan, Plan, exchange_buckets
 
 _FLOAT = 4
@@ -79,7 +80,11 @@ def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankByt
         elif grid.columns > 1:  # the results of all columns
             gradients += _FLOAT * elements
         factors = _numel(plan.owned(rank)) * average if own else _numel(plan.units) * (average + _FLOAT)
-        inverses, host = sum(_payload_bytes(plan.blocks[name], config) for name in blocks), 0
+        # EKFAC measures every block in its basis, wherever it is preconditioned.
+        bases = [name for name, block in plan.blocks.items() if name in blocks or block.moments is not None]
+        inverses, host = sum(_payload_bytes(plan.blocks[name], config) for name in bases), 0
+        inverses += _FLOAT * sum(matrices[name] for name in blocks if plan.blocks[name].moments is not None)
+        factors += _moment_bytes(plan, config, rank)
         if config.inversion.offload:
             groups = _groups(plan, config, grid.column_of(rank), sharded=sharded)
             inverses, host = min(2, len(groups)) * max(groups, default=0), sum(groups)
@@ -95,12 +100,20 @@ def _groups(plan: Plan, config: KFACConfig, column: int, *, sharded: bool) -> li
         for name in names:
             alike.setdefault(plan.blocks[name].likeness, []).append(name)
         for members in alike.values():
-            block = plan.blocks[members[0]]
-            sizes = [size for unit in block.units for size in _stored(unit, config)]
+            sizes = _stored(plan.blocks[members[0]].units, config)
             count = group_size(len(members), sum(sizes), GROUP_BYTES)
             parts = [min(count, len(members) - first) for first in range(0, len(members), count)]
             found += [aligned([size * part for size in sizes])[-1] for part in parts]
     return found
+
+
+def _moment_bytes(plan: Plan, config: KFACConfig, rank: int) -> int:
+    """Return the bytes of EKFAC's running averages on a rank, and of their window where it stays between steps."""
+    moments = plan.of_moments()
+    average = _BYTES[config.curvature.factor_dtype]
+    if config.distribution.reduction is Reduction.REDUCE_SCATTER and plan.grid.world_size > 1:
+        return _numel(moments.owned(rank)) * average
+    return _numel(moments.units) * (average + _FLOAT)
 
 
 def _numel(units: Sequence[Unit]) -> int:
@@ -108,8 +121,8 @@ def _numel(units: Sequence[Unit]) -> int:
 
 
 def _payload_bytes(block: BlockPlan, config: KFACConfig) -> int:
-    return sum(size for unit in block.units for size in _stored(unit, config))
+    return sum(_stored(block.units, config))
 
 
-def _stored(unit: Unit, config: KFACConfig) -> tuple[int, ...]:
-    return stored_bytes(unit, config.inversion.solver, _BYTES[config.inversion.inverse_dtype])
+def _stored(units: Sequence[Unit], config: KFACConfig) -> list[int]:
+    return stored_bytes(units, config.inversion.solver, _BYTES[config.inversion.inverse_dtype])

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kfac_dist.config.schema import AssignmentStrategy, Fisher, KFACConfig, Placement
 from kfac_dist.curvature.blocks import Block
-from kfac_dist.curvature.factors import Side, Unit, units_of
+from kfac_dist.curvature.factors import FactorKind, Side, Unit, units_of
+from kfac_dist.curvature.precondition import rescales
 from kfac_dist.curvature.solvers import payload_numel
+from kfac_dist.curvature.splits import check_patterns, cuts_of
 from kfac_dist.distributed.assignment import Assignment, WorkItem, assign
 from kfac_dist.distributed.grid import Grid, build_grid
 from kfac_dist.distributed.segments import split_buckets
@@ -35,6 +37,8 @@ class BlockPlan:
         slot: When it refreshes.
         matrix_shape: `(batch, d_out, d_in)` of its gradient matrix.
         partial_traces: See `Block.partial_traces`.
+        moments: EKFAC's second moments of the block, where it has any.
+        moments_owner: The rank that keeps them when they are reduced to owners.
     """
 
     name: str
@@ -45,6 +49,8 @@ class BlockPlan:
     slot: int
     matrix_shape: tuple[int, int, int]
     partial_traces: bool = False
+    moments: Unit | None = None
+    moments_owner: int = 0
 
     @property
     def inversion_cost(self) -> float:
@@ -57,14 +63,21 @@ class BlockPlan:
         return _FLOAT * sum(unit.statistics.numel for unit in self.units)
 
     @property
+    def moments_bytes(self) -> int:
+        """Bytes of the block's second moments in fp32; 0 without any."""
+        return 0 if self.moments is None else _FLOAT * self.moments.numel
+
+    @property
     def likeness(self) -> tuple[object, ...]:
         """What blocks have in common that one batched product can precondition."""
-        return self.matrix_shape, tuple((u.side, u.start, u.stop, u.batch, u.kind) for u in self.units)
+        units = tuple((u.side, u.start, u.stop, u.first, u.batch, u.kind) for u in self.units)
+        return self.matrix_shape, units, self.moments is None
 
     @property
     def row(self) -> tuple[str, str]:
         """Name, and everything that ranks have to agree on."""
-        return self.name, f"{self.description}; owners {self.owners}, column {self.column}, slot {self.slot}"
+        moments = "" if self.moments is None else f", moments {self.moments_owner}"
+        return self.name, f"{self.description}; owners {self.owners}, column {self.column}, slot {self.slot}{moments}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,19 @@ class Plan:
         """Return the range `[first, last)` of units of consecutive slots in the flat order."""
         inside = [index for index, unit in enumerate(self.units) if self.blocks[unit.block].slot in slots]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+    def of_moments(self) -> Plan:
+        """Return the plan of EKFAC's second moments: a unit for each block that has them, all in one slot."""
+        blocks = {
+            name: replace(block, units=(block.moments,), owners=(block.moments_owner,), slot=0)
+            for name, block in self.blocks.items()
+            if block.moments is not None
+        }
+        order = dict.fromkeys(unit.block for unit in self.units if unit.block in blocks)
+        units = tuple(blocks[name].units[0] for name in order)
+        owners = {unit.name: blocks[unit.block].moments_owner for unit in units}
+        columns = {name: block.column for name, block in blocks.items()}
+        return Plan(blocks, units, Assignment(self.grid, owners, columns, ()), self.grid)
 
     def column_blocks(self, column: int) -> list[str]:
         """Return the blocks that a column preconditions, in the model's order."""
@@ -123,10 +149,11 @@ def build_plan(
         unit_cost: Cost of one inversion; n³ by default, measured seconds for `cost_model: measured`.
 
     Raises:
-        ConfigError: The placement doesn't fit the number of ranks, or the engine's shards.
+        ConfigError: The placement doesn't fit the number of ranks or the engine's shards, or a split its layers.
     """
     distribution = config.distribution
     grid = _grid(config, world_size, local_world_size, shard_size)
+    check_patterns(blocks, config.inversion.splits)
     units = {block.name: block_units(block, config) for block in blocks}
     cost = unit_cost or (lambda unit: unit.cost)
     items = [
@@ -146,6 +173,9 @@ def build_plan(
             slot=slots[block.name],
             matrix_shape=block.matrix_shape,
             partial_traces=block.partial_traces,
+            moments=moments_unit(block, units[block.name], config),
+            # Beside its costliest inversion: there is nothing to balance, a rank's share follows from that.
+            moments_owner=assignment.owners[max(units[block.name], key=lambda unit: unit.cost).name],
         )
         for block in blocks
     }
@@ -194,7 +224,16 @@ def block_units(block: Block, config: KFACConfig) -> tuple[Unit, ...]:
         if config.curvature.fisher is not Fisher.INPUT_ONLY or factor.side is not Side.G
     )
     classes = config.curvature.class_slots if block.by_class else 0
-    return units_of(block.name, measured, config.inversion.max_factor_dim, classes)
+    cuts = cuts_of(block, config.inversion.splits)
+    return units_of(block.name, measured, config.inversion.max_factor_dim, classes, cuts)
+
+
+def moments_unit(block: Block, units: Sequence[Unit], config: KFACConfig) -> Unit | None:
+    """Return the unit of a block's second moments under EKFAC; None where they aren't defined."""
+    if not rescales(block, units, config.inversion.solver):
+        return None
+    batch, d_out, d_in = block.matrix_shape
+    return Unit(block.name, Side.S, 0, 0, d_out * d_in, batch, FactorKind.DIAGONAL)
 
 
 def _slots(units: Mapping[str, tuple[Unit, ...]], slots: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from kfac_dist.config.schema import Uncovered
 from kfac_dist.curvature.factors import FactorKind, Unit
 from kfac_dist.preconditioner.memory import RankBytes
-from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.preconditioner.plan import BlockPlan, Plan
 from kfac_dist.preconditioner.savings import Saving
 
 _TREATMENTS = {
@@ -53,7 +53,9 @@ def plan_view(
 
 
 def _block_table(plan: Plan) -> Table:
-    table = _table("block", "factors", "owners", "preconditioned by", "slot", "factor bytes", "inversion n³")
+    measured = any(block.moments is not None for block in plan.blocks.values())
+    headings = ("factors", "owners", "preconditioned by", "slot", "factor bytes", "inversion n³")
+    table = _table("block", *headings, *(("moment bytes",) if measured else ()))
     for block in plan.blocks.values():
         workers = plan.assignment.workers(block.name)
         table.add_row(
@@ -64,8 +66,14 @@ def _block_table(plan: Plan) -> Table:
             str(block.slot),
             f"{block.factor_bytes:,}",
             f"{block.inversion_cost:.2e}",
+            *([_moments(block)] if measured else []),
         )
     return table
+
+
+def _moments(block: BlockPlan) -> str:
+    """Bytes of EKFAC's second moments, and the rank that has them if they are reduced to owners."""
+    return "eigenvalues" if block.moments is None else f"{block.moments_bytes:,} on {block.moments_owner}"
 
 
 def _rank_table(plan: Plan, kept: Sequence[RankBytes]) -> Table:
@@ -92,10 +100,19 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
+def _runs(numbers: Sequence[int]) -> list[str]:
+    """Write numbers that follow each other unchanged as one: 4·64."""
+    counted = [(number, len(list(own))) for number, own in groupby(numbers)]
+    return [f"{count}·{number}" if count > 1 else str(number) for number, count in counted]
+
+
 def _factor(units: list[Unit]) -> str:
-    """One factor: its side, `diag`, the number of matrices if several, and the sizes that it is cut into."""
+    """One factor: its side, `diag`, the number of matrices if several, and the sizes that it is cut into.
+
+    `12·64` is twelve units of size 64, of which each may have another owner; `12×64` one unit of twelve matrices.
+    """
     first = units[0]
-    sizes = "+".join(str(unit.dim) for unit in units)
+    sizes = "+".join(_runs([unit.dim for unit in units]))
     kind = "diag " if first.kind is FactorKind.DIAGONAL else ""
     batch = f"{first.batch}×" if first.batch > 1 else ""
     return f"{first.side} {kind}{batch}{sizes}"

@@ -67,18 +67,28 @@ class FactorReduction:
         plan: Who owns which unit.
         comm: The ranks that measure.
         config: What is sent, when and how.
+        label: What the traffic counts it as.
 
     Attributes:
         totals: `[2 + C, units]` weights and traces over all ranks, and weights by class, as of the last reduction of
             each unit.
     """
 
-    def __init__(self, averages: RunningAverages, plan: Plan, comm: Communicator, config: DistributionConfig) -> None:
+    def __init__(
+        self,
+        averages: RunningAverages,
+        plan: Plan,
+        comm: Communicator,
+        config: DistributionConfig,
+        *,
+        label: str = LABEL,
+    ) -> None:
         self.totals = torch.zeros_like(averages.scalars)
         self._averages = averages
         self._plan = plan
         self._comm = comm
         self._every = config.reduce_every
+        self._label = label
         self._reduction = config.reduction
         self._dtype = _DTYPES[config.communication_dtype]
         self._pack = config.pack_triangles
@@ -173,21 +183,21 @@ class FactorReduction:
             averages.blend(span, 1.0 if self._scattering else 1 / self._comm.size)
         window = averages.window
         if bucket.wire is None:
-            bucket.work = self._comm.all_reduce(window[span.values], label=LABEL)
+            bucket.work = self._comm.all_reduce(window[span.values], label=self._label)
             return
         bucket.sent = bucket.wire.buffer(self._dtype, averages.device)
         for unit in bucket.wire.units:
             bucket.wire.put(bucket.sent, unit, averages.layout.view(window, unit))
         if self._scattering:
-            bucket.work = reduce_to_owners(self._comm, bucket.sent, bucket.wire.layout, label=LABEL)
+            bucket.work = reduce_to_owners(self._comm, bucket.sent, bucket.wire.layout, label=self._label)
         else:
-            bucket.work = self._comm.all_reduce(bucket.sent, label=LABEL)
+            bucket.work = self._comm.all_reduce(bucket.sent, label=self._label)
 
     def _exchange_scalars(self, spans: list[Span], taken: Tensor) -> Tensor:
         """Add up the weights and traces of what was sent (what stays local must not be touched), and the votes."""
         scalars = [self._averages.window_scalars[:, span.units] for span in spans]
         message = torch.cat([*(part.flatten() for part in scalars), (~taken).float().view(1)])
-        self._comm.all_reduce(message, label=LABEL).wait()
+        self._comm.all_reduce(message, label=self._label).wait()
         sizes = [part.numel() for part in scalars]
         for part, total in zip(scalars, torch.split(message[:-1], sizes), strict=True):
             part.copy_(total.view_as(part))
@@ -258,7 +268,7 @@ class FactorReduction:
         averages = self._averages
         for values in (averages.average, averages.scalars):
             values.div_(self.shares)
-            self._comm.all_reduce(values, label=LABEL).wait()
+            self._comm.all_reduce(values, label=self._label).wait()
         self.totals.copy_(averages.scalars)
         if self._scattering:
             averages.scalars.mul_(self._own)

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from kfac_dist.config.schema import Solver
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
-from kfac_dist.curvature.precondition import Group
+from kfac_dist.curvature.payloads import Payloads
 from kfac_dist.curvature.solvers import Task, is_eigen, is_symmetric, payload_numel, solve, tikhonov
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator, Work
 from kfac_dist.distributed.segments import share_segments
 from kfac_dist.preconditioner.class_combination import Combined, combine
 from kfac_dist.preconditioner.inspection import Inspector
+from kfac_dist.preconditioner.moments import Moments
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.wire import UnitWire
 
@@ -51,11 +52,13 @@ class Refresh:
     Args:
         averages: The statistics.
         plan: Who owns what.
-        groups: The groups that this rank preconditions with.
-        column: The ranks that share inverses with this one.
+        holders: Who holds each unit's payload here, by unit name: the groups that this rank preconditions with, and
+            for EKFAC bases of other columns' blocks.
+        sharing: The ranks that share inverses with this one: its column, or for EKFAC all.
         rank: This rank.
         solver: How factors are inverted.
         pack: Whether symmetric inverses travel as triangles.
+        moments: EKFAC's, which follow their bases.
 
     Attributes:
         refreshes: Refreshes that this rank took part in.
@@ -65,31 +68,34 @@ class Refresh:
         asymmetries: `[2, units]`: how far this rank's factors, and their inverses, were from symmetric when they were
             last solved and before anything made them so; −1 where nothing was measured. Eigenbases have no such number,
             and no more have factors that a packed wire has mirrored.
+        holders: Who holds each unit's payload here.
     """
 
     def __init__(
         self,
         averages: RunningAverages,
         plan: Plan,
-        groups: Sequence[Group],
-        column: Communicator,
+        holders: Mapping[str, Payloads],
+        sharing: Communicator,
         rank: int,
         solver: Solver,
         *,
         pack: bool,
+        moments: Moments | None,
     ) -> None:
         self.refreshes = 0
         self.failures = 0
         self.pending: list[Refreshed] = []
         self.inspector = Inspector(rank)
         self.asymmetries = torch.full((2, len(plan.units)), -1.0, device=averages.device)
+        self.holders = holders
         self._averages = averages
         self._plan = plan
-        self._column = column
+        self._sharing = sharing
         self._rank = rank
         self._solver = solver
         self._pack = pack
-        self._groups = {unit.name: group for group in groups for unit in group.units}
+        self._moments = moments
         self._wires: dict[tuple[int, ...], UnitWire] = {}
 
     def start(self, slots: tuple[int, ...], totals: Tensor, damping: float, due: int) -> None:
@@ -108,16 +114,16 @@ class Refresh:
         names = {unit.name for unit in wire.units}
         self.pending = [other for other in self.pending if not names & {unit.name for unit, _ in self.arrived(other)}]
         own = [unit for unit in wire.units if self._plan.assignment.owners[unit.name] == self._rank]
-        combined = combine(wire.units, own, self._averages, totals, self._column)
+        combined = combine(wire.units, own, self._averages, totals, self._sharing)
         solved = list(zip(own, self._solve(own, totals, combined, damping), strict=True))
         self.refreshes += 1
-        if self._column.size == 1:
+        if self._sharing.size == 1:
             self.pending.append(Refreshed(due, solved))
             return
         buffer = wire.buffer(torch.float32, self._averages.device)
         for unit, payload in solved:
             wire.put(buffer, unit, payload)
-        work = share_segments(self._column, buffer, wire.layout, label=LABEL)
+        work = share_segments(self._sharing, buffer, wire.layout, label=LABEL)
         self.pending.append(Refreshed(due, None, (wire, buffer, work)))
 
     def unmeasured(self, slots: tuple[int, ...], totals: Tensor) -> set[int]:
@@ -131,8 +137,14 @@ class Refresh:
         due = [refreshed for refreshed in self.pending if refreshed.due <= step]
         self.pending = [refreshed for refreshed in self.pending if refreshed.due > step]
         for refreshed in due:
-            for unit, payload in self.arrived(refreshed):
-                self._groups[unit.name].load(unit, payload)
+            arrived = [(unit, payload) for unit, payload in self.arrived(refreshed) if unit.name in self.holders]
+            if self._moments is not None:
+                self._moments.load(arrived, self.holders)
+                continue
+            for unit, payload in arrived:
+                self.holders[unit.name].load(unit, payload)
+        if self._moments is not None and due:
+            self._moments.publish()
 
     def arrived(self, refreshed: Refreshed) -> list[tuple[Unit, Tensor]]:
         """Wait for payloads on their way, and return them."""
@@ -149,14 +161,18 @@ class Refresh:
         return payload_numel(unit, self._solver)
 
     def _lay_out(self, slots: tuple[int, ...]) -> UnitWire:
-        """Return the layout in which the payloads of these slots travel inside the column."""
-        owners = self._plan.assignment.owners
-        units = [u for u in self._plan.units if u.name in self._groups and self._plan.blocks[u.block].slot in slots]
-        grid = self._plan.grid
+        """Return the layout in which the payloads of these slots travel among the ranks that share them."""
+        grid, owners = self._plan.grid, self._plan.assignment.owners
+        everyone = self._sharing.size == grid.world_size
+        units = [
+            unit
+            for unit in self._plan.units
+            if self._plan.blocks[unit.block].slot in slots and (everyone or unit.name in self.holders)
+        ]
         return UnitWire(
             units,
-            [grid.row_of(owners[unit.name]) for unit in units],
-            self._column.size,
+            [owners[unit.name] if everyone else grid.row_of(owners[unit.name]) for unit in units],
+            self._sharing.size,
             numel=lambda unit: payload_numel(unit, self._solver),
             packed=lambda unit: self._pack and is_symmetric(unit, self._solver),
         )
@@ -169,7 +185,7 @@ class Refresh:
         kept: list[Tensor | None] = []
         for unit in units:
             weight = weights[self._averages.layout.index(unit)]
-            previous = self._groups[unit.name].payload(unit)
+            previous = self.holders[unit.name].payload(unit)
             if weight <= 0:  # never measured on any rank: the plain gradient stays
                 kept.append(previous)
                 continue

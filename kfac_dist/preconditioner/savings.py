@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kfac_dist.config.schema import DType, KFACConfig, Placement, ReduceEvery, Reduction
+from kfac_dist.config.schema import DType, KFACConfig, Placement, ReduceEvery, Reduction, Solver
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.errors import ConfigError
 from kfac_dist.preconditioner.memory import RankBytes, rank_bytes
@@ -119,4 +119,7 @@ def _saving(option: Option, config: KFACConfig, planned: Callable[[Changes], Ran
 
 def _changed(config: KFACConfig, changes: Changes) -> KFACConfig:
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
-    return config.model_copy(update=sections)
+    changed = config.model_copy(update=sections)
+    if changed.inversion.offload and changed.inversion.solver is Solver.EKFAC:  # a copy isn't validated
+        raise ConfigError("kfac.inversion.offload and solver ekfac exclude each other")
+    return changed

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kfac_dist.config.schema import KFACConfig
+from kfac_dist.config.schema import KFACConfig, Solver
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Cadence:
         slots: Number of slots.
         lag: Steps between a regular refresh and its first use.
         early: First of the early refreshes; 0 for none.
+        rescale_every: Steps between measurements of EKFAC's second moments; 0 for none.
     """
 
     factor_every: int
@@ -37,6 +38,7 @@ class Cadence:
     slots: int
     lag: int
     early: int
+    rescale_every: int = 0
 
     @classmethod
     def of(cls, config: KFACConfig) -> Cadence:
@@ -48,6 +50,7 @@ class Cadence:
             inversion.stagger,
             inversion.inverse_lag,
             inversion.early_refresh,
+            (inversion.rescale_every or config.curvature.factor_every) if inversion.solver is Solver.EKFAC else 0,
         )
 
     def measures(self, step: int) -> bool:
@@ -57,6 +60,10 @@ class Cadence:
     def decay(self, step: int, decay: float) -> float:
         """Return β of a step's measurement when it is ramped up: min(1 − 1/k, β) in the k-th regular one."""
         return min(1 - 1 / (step // self.factor_every + 1), decay)
+
+    def rescales(self, step: int) -> bool:
+        """Whether EKFAC's second moments are measured in this step: whenever factors are, and in between."""
+        return bool(self.rescale_every) and (self.measures(step) or step % self.rescale_every == 0)
 
     def due(self, step: int) -> tuple[int, ...]:
         """Return the slots whose inverses are refreshed after this step's measurement."""

@@ -9,6 +9,7 @@
     units/<name>/samples            how samples share its layer's output (`broadcast.Samples`), 0 if not known yet
     units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
     diagonal                        the diagonal Fisher of parameters without a block, if there is one
+    moments/<name>                  EKFAC's second moments, under scalars, sum and payload; whether they are `ready`
 
 Between refreshes every rank has its own sums. Saving adds them up first (the average is linear, so this changes them by
 rounding at most) and every rank goes on with the result, as the resumed run will.
@@ -16,7 +17,7 @@ rounding at most) and every rank goes on with the result, as the resumed run wil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,12 @@ import torch
 from torch import Tensor
 
 from kfac_dist.curvature.factors import Unit
-from kfac_dist.curvature.precondition import Group
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments
 from kfac_dist.errors import CheckpointError
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
+from kfac_dist.preconditioner.moments import Moments
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.reduction import FactorReduction
 from kfac_dist.preconditioner.refresh import Refresh, Refreshed
@@ -44,9 +45,9 @@ class Parts:
 
     plan: Plan
     averages: RunningAverages
-    groups: Sequence[Group]
     reduction: FactorReduction
     refresh: Refresh
+    moments: Moments | None
     communicator: Communicator
     lagged: bool
     rest: DiagonalFisher
@@ -64,7 +65,7 @@ def held(parts: Parts) -> dict[str, Any]:
     """Return what this rank holds: sums that are global here, and payloads of its column; collective."""
     parts.reduction.consolidate()
     pending = _pending(parts)
-    groups = {unit.name: group for group in parts.groups for unit in group.units}
+    holders = parts.refresh.holders
     units: dict[str, dict[str, Tensor]] = {}
     for unit in parts.plan.units:
         entry = {
@@ -75,8 +76,8 @@ def held(parts: Parts) -> dict[str, Any]:
         }
         if parts.reduction.keeps(unit):
             entry["sum"] = parts.averages.sums(unit).clone()
-        if unit.name in groups:
-            entry["payload"] = groups[unit.name].payload(unit).clone()
+        if unit.name in holders:
+            entry["payload"] = holders[unit.name].payload(unit).clone()
             if parts.lagged:
                 payload, due = pending.get(unit.name, (torch.zeros_like(entry["payload"]), _NEVER))
                 entry |= {"pending": payload, "due": torch.tensor(due)}
@@ -86,6 +87,7 @@ def held(parts: Parts) -> dict[str, Any]:
         "shares": torch.tensor(parts.reduction.shares),
         "units": units,
         **({"diagonal": parts.rest.state_dict()} if parts.rest.names else {}),
+        **({} if parts.moments is None else {"moments": parts.moments.held()}),
     }
 
 
@@ -95,7 +97,10 @@ def gather(parts: Parts) -> dict[str, Any]:
     if parts.communicator.size == 1:
         return values
     for key in ("sum", "payload", *(("pending",) if parts.lagged else ())):
-        _gather_key(parts, values["units"], key)
+        _gather_key(parts, parts.plan, values["units"], key)
+    if parts.moments is not None:
+        for key in ("sum", "payload"):
+            _gather_key(parts, parts.moments.plan, values["moments"], key)
     if parts.lagged:
         _gather_due(parts, values["units"])
     return values
@@ -110,17 +115,19 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
     _check(parts, values)
     parts.rest.load_state_dict(values.get("diagonal"))
     scale = float(values["shares"]) / parts.reduction.shares
-    groups = {unit.name: group for group in parts.groups for unit in group.units}
+    holders = parts.refresh.holders
     parts.refresh.pending.clear()
     coming: dict[int, list[tuple[Unit, Tensor]]] = {}
     for unit in parts.plan.units:
         entry = values["units"][unit.name]
         parts.reduction.restore(unit, entry.get("sum"), entry["scalars"], scale)
-        if unit.name in groups:
-            groups[unit.name].load(unit, entry["payload"].to(parts.averages.device))
+        if unit.name in holders:
+            holders[unit.name].load(unit, entry["payload"].to(parts.averages.device))
             if parts.lagged and "due" in entry and int(entry["due"]) != _NEVER:
                 coming.setdefault(int(entry["due"]), []).append((unit, entry["pending"].to(parts.averages.device)))
     parts.refresh.pending.extend(Refreshed(due, payloads) for due, payloads in sorted(coming.items()))
+    if parts.moments is not None:
+        parts.moments.restore(values.get("moments"))
     return int(values["step"])
 
 
@@ -142,24 +149,23 @@ def _pending(parts: Parts) -> dict[str, tuple[Tensor, int]]:
     }
 
 
-def _gather_key(parts: Parts, units: dict[str, dict[str, Tensor]], key: str) -> None:
+def _gather_key(parts: Parts, plan: Plan, units: dict[str, dict[str, Tensor]], key: str) -> None:
     """Give every rank a key of every unit, from the unit's owner: it holds all of its own units' values."""
-    owners = parts.plan.assignment.owners
-    stored = {unit.name: unit.statistics for unit in parts.plan.units}
+    owners = plan.assignment.owners
+    stored = {unit.name: unit.statistics for unit in plan.units}
     numel = {
-        unit.name: stored[unit.name].numel if key == "sum" else parts.refresh.payload_numel(unit)
-        for unit in parts.plan.units
+        unit.name: stored[unit.name].numel if key == "sum" else parts.refresh.payload_numel(unit) for unit in plan.units
     }
     layout = SegmentLayout(
-        [Segment(unit.name, numel[unit.name], owners[unit.name]) for unit in parts.plan.units], parts.communicator.size
+        [Segment(unit.name, numel[unit.name], owners[unit.name]) for unit in plan.units], parts.communicator.size
     )
     dtype = parts.averages.average.dtype if key == "sum" else torch.float32
     buffer = torch.empty(layout.numel, dtype=dtype, device=parts.averages.device)
-    for unit in parts.plan.units:
-        if parts.owns(unit):
+    for unit in plan.units:
+        if owners[unit.name] == parts.communicator.rank:
             layout.view(buffer, unit.name).copy_(units[unit.name][key].flatten())
     share_segments(parts.communicator, buffer, layout, label=LABEL).wait()
-    for unit in parts.plan.units:
+    for unit in plan.units:
         values = layout.view(buffer, unit.name)
         units[unit.name][key] = values.view(stored[unit.name].shape) if key == "sum" else values
 
@@ -177,7 +183,7 @@ def _check(parts: Parts, values: Mapping[str, Any]) -> None:
         if unit.name not in saved:
             raise CheckpointError(
                 f"the K-FAC state has no unit {unit.name!r}: it belongs to another model, to other "
-                "kfac.curvature.include/exclude, or to another kfac.inversion.max_factor_dim"
+                "kfac.curvature.include/exclude, or to other kfac.inversion.max_factor_dim or splits"
             )
         scalars, own = saved[unit.name]["scalars"], parts.averages.scalars
         if len(scalars) != len(own):
@@ -188,7 +194,8 @@ def _check(parts: Parts, values: Mapping[str, Any]) -> None:
         found, shape = saved[unit.name].get("sum"), unit.statistics.shape
         if found is not None and tuple(found.shape) != shape:
             raise CheckpointError(
-                f"the K-FAC state of unit {unit.name!r} has shape {tuple(found.shape)}, this model's is {shape}"
+                f"the K-FAC state of unit {unit.name!r} has shape {tuple(found.shape)}, this model's is {shape}: "
+                "it belongs to another model, or to other kfac.inversion.max_factor_dim or splits"
             )
         payload = saved[unit.name].get("payload")
         if payload is not None and payload.numel() != parts.refresh.payload_numel(unit):

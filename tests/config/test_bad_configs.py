@@ -61,6 +61,52 @@ LINES = {
         "engine: {name: fsdp2}\nkfac:\n  curvature:\n    fisher: mc\n    uncovered: diagonal_mc",
         "kfac.curvature.uncovered diagonal_mc needs engine.name: ddp, found fsdp2",
     ),
+    "groups apart by class": (
+        "factor_every: 10\n  inversion:",
+        "factor_every: 10\n    class_conditional: true\n  inversion:\n    splits: {conv: per_group}",
+        "kfac.inversion.splits (conv: per_group) and curvature.class_conditional exclude each other",
+    ),
+    "sizes without a side": (
+        "inverse_every: 100",
+        "inverse_every: 100\n    splits: {encoder: [3, 4]}",
+        "kfac.inversion.splits.encoder: sizes [3, 4] need a side: write {{outputs: [3, 4]}}, or inputs",
+    ),
+    "a way to split that there isn't": (
+        "inverse_every: 100",
+        "inverse_every: 100\n    splits: {encoder: per_haed}",
+        "found 'per_haed', expected one of per_head, per_group or null; did you mean 'per_head'?",
+    ),
+    "heads and sizes": (
+        "inverse_every: 100",
+        "inverse_every: 100\n    splits: {encoder: {by: per_head, inputs: 2}}",
+        "give per_head, per_group, a number, or a mapping with inputs or outputs: one of them",
+    ),
+    "number of heads without heads": (
+        "inverse_every: 100",
+        "inverse_every: 100\n    splits: {encoder: {outputs: 2, heads: 2}}",
+        "kfac.inversion.splits.encoder.heads has no effect without by: per_head",
+    ),
+    "no parts": ("inverse_every: 100", "inverse_every: 100\n    splits: {encoder: 0}", "expected a whole number >= 1"),
+    "moments without EKFAC": (
+        "inverse_every: 100",
+        "inverse_every: 100\n    rescale_every: 5",
+        "kfac.inversion.rescale_every has no effect on solver cholesky",
+    ),
+    "moments between measurements": (
+        "inverse_every: 100",
+        "inverse_every: 100\n    solver: ekfac\n    rescale_every: 4",
+        "kfac.inversion.rescale_every (4) must divide curvature.factor_every (10)",
+    ),
+    "EKFAC with bases on the host": (
+        "inverse_every: 100",
+        "inverse_every: 100\n    solver: ekfac\n    offload: true",
+        "kfac.inversion.offload and inversion.solver ekfac exclude each other",
+    ),
+    "EKFAC without output gradients": (
+        "factor_every: 10\n  inversion:",
+        "factor_every: 10\n    fisher: input_only\n  inversion:\n    solver: ekfac",
+        "kfac.inversion.solver ekfac needs the gradients of single samples",
+    ),
     "zero count": ("batch_size: 64", "batch_size: 0", "found 0, expected a whole number >= 1"),
     "null count": ("batch_size: 64", "batch_size:", "found null, expected a whole number >= 1"),
     "missing key": ("  batch_size: 64\n", "", "{file}:12: train.batch_size: missing; expected a whole number >= 1"),

@@ -35,6 +35,7 @@ CASES = [
     Case("mlp", {**configuration(**LEAN), "update": {"l2": 0.01}}, micro_batches=3),
     Case("mlp", configuration(fisher="mc"), frozen=("2",)),
     Case("conv", configuration(buckets=16)),
+    Case("conv", configuration("ekfac", inversion={"rescale_every": 1}, **LEAN)),
     Case("token", configuration("eigen", curvature=TOKEN, reduction="reduce_scatter")),
     Case("token", configuration(curvature=TOKEN, **LEAN), clip=0.05),
     Case("tied", configuration(curvature=TOKEN)),

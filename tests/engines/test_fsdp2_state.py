@@ -18,6 +18,7 @@ DIAGONAL = {"uncovered": "diagonal"}
 CASES = [
     Case("scaled", configuration(curvature=DIAGONAL)),
     Case("mlp", configuration("eigen", inversion={"stagger": 2, "inverse_lag": 1, "max_factor_dim": 6}, **LEAN)),
+    Case("mlp", configuration("ekfac", inversion={"inverse_lag": 1, "rescale_every": 1}, **LEAN)),
     Case("token", configuration(curvature={"loss_terms": "token"}, **LEAN)),
 ]
 # Mesh of `fully_shard`, or None for DDP; ranks; and how far.

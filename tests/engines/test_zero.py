@@ -63,6 +63,7 @@ LAYOUTS = [
     Case(3, "tied", accumulated=2, zero=ALL_SHARDED),
     Case(3, "token", zero={**ALL_SHARDED, "sub_group_size": 40}, init=True),
     Case(3, "gpt2", zero=ALL_SHARDED, kfac={"inversion": {"max_factor_dim": 8}}),
+    Case(2, "conv", kfac={"inversion": {"solver": "ekfac"}}),
 ]
 # What doesn't depend on how many ranks there are.
 OPTIONS = [

@@ -28,6 +28,7 @@ class Case:
         tokens: T, labels of a sample; 0 for one label a sample. A third of a token's labels is ignored, unevenly.
         curvature: Options of `kfac.curvature`.
         placement: Option of `kfac.distribution`.
+        splits: Option of `kfac.inversion`.
         autocast: Precision of the forward pass.
         scaled: Whether the loss is scaled, as for fp16.
         steps: How many.
@@ -38,6 +39,7 @@ class Case:
     tokens: int = 0
     curvature: Mapping[str, Any] = field(default_factory=dict)
     placement: str = "auto"
+    splits: Mapping[str, Any] = field(default_factory=dict)
     autocast: torch.dtype | None = None
     scaled: bool = False
     steps: int = 6
@@ -68,7 +70,7 @@ def train(case: Case) -> dict[str, Tensor]:
             "loss_terms": "token" if case.tokens else "sample",
             **case.curvature,
         },
-        "inversion": {"inverse_every": 2, "damping": 0.05},
+        "inversion": {"inverse_every": 2, "damping": 0.05, "splits": dict(case.splits)},
         "distribution": {"placement": case.placement},
     }
     kfac = KFAC(wrapped, options, optimizer=optimizer, grad_scaler=scaler)

@@ -146,7 +146,7 @@ def host_reads(distribution: dict[str, Any], solver: str) -> list[int]:
 ORIGINAL_FREE_TO_READ = statistics.free_to_read
 
 
-@pytest.mark.parametrize("solver", ["cholesky", "eigen"])
+@pytest.mark.parametrize("solver", ["cholesky", "eigen", "ekfac"])
 @pytest.mark.parametrize(
     "distribution",
     [

@@ -52,11 +52,15 @@ def train_all(names: list[str], steps: int) -> dict[str, dict[str, Tensor]]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # T5's relative positions can't be measured, and say so
-        return {name: train(replace(CASES[name], steps=steps)) for name in names}
+        return {name: train(replace(ALL[name], steps=steps)) for name in names}
+
+
+# Heads apart: of fused queries, keys and values, and of the projection that reads them.
+ALL = {**CASES, "gpt2, heads": replace(CASES["gpt2"], splits={"*.attn.*": "per_head"})}
 
 
 # On three ranks the layers that no other test has there: transformers' Conv1D, and LLaMA's norms.
-@pytest.mark.parametrize(("size", "names", "steps"), [(2, list(CASES), 20), (3, ["gpt2", "llama"], 4)])
+@pytest.mark.parametrize(("size", "names", "steps"), [(2, list(CASES), 20), (3, ["gpt2", "gpt2, heads", "llama"], 4)])
 def test_ranks_train_as_one_process_does(size: int, names: list[str], steps: int) -> None:
     [alone] = run_ranks(1, train_all, names, steps, process_group=False, timeout=180)
     wrong = {}

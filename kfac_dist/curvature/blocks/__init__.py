@@ -2,6 +2,7 @@
 
 base          what a block is
 linear, convolution, transposed, attention, embedding, tied, norm
+heads         what a layer has to do with attention's heads
 table         layer type → block
 coverage      model, configuration → blocks, and reasons for the rest
 """

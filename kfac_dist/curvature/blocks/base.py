@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.classes import Classes, Members
-from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
+from kfac_dist.curvature.factors import FactorKind, FactorSpec, Heads, Side
 from kfac_dist.errors import ModelError
 
 
@@ -83,6 +83,13 @@ class Use:
         use = copy.copy(self)
         use.grad = None
         use.take(grad)
+        return use
+
+    def part(self, samples: slice) -> Use:
+        """Return the same call as if the layer had seen some of the samples only; they come first in its tensors."""
+        use = copy.copy(self)
+        use._inputs = self.inputs[samples]
+        use.grad = None if self.grad is None else self.grad[samples]
         return use
 
 
@@ -184,10 +191,13 @@ class Block(ABC):
         sharing: How positions that share the weight enter.
         partial_traces: Whether A and G are the partial traces of F, so that F ≈ A ⊗ G / tr F and not A ⊗ G.
         by_class: Whether its statistics can be kept apart by class.
+        heads: What the layer has to do with attention's heads, if `find_blocks` has found that out.
+        per_sample: Whether rows of A and G make the gradients of single samples, as EKFAC needs them.
     """
 
     partial_traces = False
     by_class = False
+    per_sample = False
 
     def __init__(
         self,
@@ -203,6 +213,7 @@ class Block(ABC):
         self.modules = (module, *also)
         self.sharing = sharing
         self.parameters = trained_parameters(name, self.modules) if parameters is None else parameters
+        self.heads: Heads | None = None
 
     factors: tuple[FactorSpec, ...]
     matrix_shape: tuple[int, int, int]
@@ -269,6 +280,7 @@ class KroneckerBlock(Block):
 
     has_bias: bool
     by_class = True
+    per_sample = True
 
     @abstractmethod
     def input_rows(self, inputs: Tensor, batch_size: int | None) -> Tensor:

@@ -17,6 +17,7 @@ from kfac_dist.config.schema import CurvatureConfig, Fisher, Sharing
 from kfac_dist.curvature.blocks.attention import AttentionBlock, attention_blocks
 from kfac_dist.curvature.blocks.base import Block
 from kfac_dist.curvature.blocks.embedding import EmbeddingBlock
+from kfac_dist.curvature.blocks.heads import heads_of
 from kfac_dist.curvature.blocks.linear import LinearBlock
 from kfac_dist.curvature.blocks.norm import NormBlock
 from kfac_dist.curvature.blocks.table import block_class
@@ -65,6 +66,9 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
         covered |= {key for block in found for key in block.parameters}
         for parameter in own.values():
             reasons.setdefault(names[id(parameter)], reason if parameter.requires_grad else FROZEN)
+    modules = dict(model.named_modules())
+    for block in blocks:
+        block.heads = heads_of(block, modules)
     return Coverage(tuple(blocks), {name: reasons[name] for name in names.values() if name not in covered})
 
 
