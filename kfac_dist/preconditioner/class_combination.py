@@ -57,9 +57,11 @@ def combine(
         return {}
     weights = {unit.name: totals[2 : 2 + unit.classes, averages.layout.index(unit)] for unit in units}
     summaries = _exchange(units, {unit.name for unit in own}, averages, weights, column)
+    host = totals.double().cpu()
+    weights = {unit.name: host[2 : 2 + unit.classes, averages.layout.index(unit)] for unit in units}
     found: dict[str, Combined] = {}
     for _, members in itertools.groupby(units, key=lambda unit: unit.block):
-        found |= _combine_block(list(members), summaries, {name: part.double().cpu() for name, part in weights.items()})
+        found |= _combine_block(list(members), summaries, weights)
     return found
 
 

@@ -14,7 +14,8 @@ from kfac_dist.preconditioner.memory import rank_bytes
 from kfac_dist.preconditioner.savings import Saving, savings
 from tests.harness import run_ranks
 from tests.preconditioner.test_invariance import TOLERANCE, configuration
-from tests.preconditioner.workloads import Run, relative
+from tests.preconditioner.test_transport import ShardedRun
+from tests.preconditioner.workloads import CLASSES, Run, relative
 
 AWAY = {"offload": True}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -35,6 +36,32 @@ def trained(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Tensor]]:
             assert (planned.inverses, planned.host) == (offload.device_bytes, offload.host_bytes)
         run.close()
     return found
+
+
+def sharded(cases: list[tuple[str, dict[str, Any]]], size: int) -> list[dict[str, Tensor]]:
+    """The same where each rank has slices of gradients, which exchanges bring to the blocks' owners in buckets."""
+    found = []
+    for name, config in cases:
+        run = ShardedRun(name, config, size)
+        found.append(run.train(8))
+        offload = run.kfac._offload
+        planned = rank_bytes(run.kfac.plan, run.kfac.config, sharded=True)[run.rank]
+        assert offload is not None
+        assert (planned.inverses, planned.host) == (offload.device_bytes, offload.host_bytes)
+        run.close()
+    return found
+
+
+def test_what_exchanges_bring_is_preconditioned_from_the_host() -> None:
+    by_class = {"class_conditional": {"classes": CLASSES}}
+    cases = [
+        ("mlp", configuration("eigen", inversion=AWAY, buckets=2)),
+        ("conv", configuration(inversion=AWAY, curvature=by_class, reduction="reduce_scatter", reduce_every="step")),
+    ]
+    expected = trained([(name, without(config)) for name, config in cases])
+    for found in run_ranks(2, sharded, cases, 2):
+        for parameters, wanted in zip(found, expected, strict=True):
+            assert relative(parameters, wanted) < TOLERANCE
 
 
 def without(config: dict[str, Any]) -> dict[str, Any]:
