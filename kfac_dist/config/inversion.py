@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kfac_dist.config.curvature import DType
 from kfac_dist.config.schedules import Schedule
-from kfac_dist.config.section import Count, CountOrZero, Flag, Section
+from kfac_dist.config.section import Count, CountOrZero, Flag, Fraction, Section
 from kfac_dist.config.splits import SplitConfig
 
 
@@ -29,6 +29,23 @@ class Structure(StrEnum):
     BLOCK_TRIDIAGONAL = "block_tridiagonal"
 
 
+class AdaptConfig(Section):
+    """A damping that follows the trust region of `update.kl_clip`: more where steps are cut, less where they fit.
+
+    Attributes:
+        every: Steps that are judged together; judged they are at the next refresh of inverses.
+        rate: What the damping is multiplied by while steps are cut to a tenth and less, and divided by while half of
+            them and more is left.
+        lowest: Least factor of the configured damping.
+        highest: Largest factor of the configured damping.
+    """
+
+    every: Count = 10
+    rate: Annotated[float, Field(gt=1, strict=True, allow_inf_nan=False)] = 1.5
+    lowest: Fraction = 0.1
+    highest: Annotated[float, Field(ge=1, strict=True, allow_inf_nan=False)] = 1000.0
+
+
 class InversionConfig(Section):
     """What is solved: the method, its damping, and when.
 
@@ -38,6 +55,7 @@ class InversionConfig(Section):
         structure: `block_tridiagonal`, for chains of linear layers, takes account of neighbouring layers (Martens &
             Grosse 2015, §4.3). It is solved by `eigen`, and damps the factors all the same.
         damping: λ; a number or a schedule over steps.
+        adapt: How λ follows the trust region; null leaves it to the schedule alone.
         inverse_every: Steps between refreshes of one block's inverses (T_inv); a multiple of `factor_every`.
         stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once.
         inverse_lag: Steps between the refresh of an inverse and its first use, so that sharing overlaps training.
@@ -57,6 +75,7 @@ class InversionConfig(Section):
     solver: Solver = Solver.CHOLESKY
     structure: Structure = Structure.BLOCK_DIAGONAL
     damping: Schedule = Schedule(value=0.003)
+    adapt: AdaptConfig | None = None
     inverse_every: Count = 100
     stagger: Count = 1
     inverse_lag: CountOrZero = 0

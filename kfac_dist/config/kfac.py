@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from kfac_dist.config.curvature import CurvatureConfig, DType, Fisher
+from kfac_dist.config.curvature import CurvatureConfig, DType, Fisher, Uncovered
 from kfac_dist.config.distribution import DistributionConfig, Placement, Reduction
 from kfac_dist.config.inversion import InversionConfig, Solver, Structure
 from kfac_dist.config.schedules import ScheduleKind
@@ -150,6 +150,35 @@ class KFACConfig(Section):
     def newton_options(self) -> NewtonConfig:
         """The section `newton`, or its defaults."""
         return self.newton or NewtonConfig()
+
+    @model_validator(mode="after")
+    def _graft_has_its_parts(self) -> Self:
+        graft = self.update.graft
+        if graft is not None and self.solver is not StepSolver.DIRECT:
+            raise ValueError(
+                f"update.graft has no effect while solver is {self.solver}, which finds the step's length from its "
+                "quadratic model: leave it out"
+            )
+        if graft is not None and self.inversion.structure is Structure.BLOCK_TRIDIAGONAL:
+            raise ValueError(
+                "update.graft measures layers one by one, and inversion.structure block_tridiagonal couples them: "
+                "leave one of them out"
+            )
+        if graft is not None and self.curvature.uncovered is Uncovered.DIAGONAL:
+            raise ValueError(
+                "update.graft lets what no block covers take the first-order step, so that curvature.uncovered: "
+                "diagonal would have no effect: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adaptation_has_a_region(self) -> Self:
+        if self.inversion.adapt is not None and self.update.kl_clip is None:
+            raise ValueError(
+                "inversion.adapt follows the trust region, and there is none while update.kl_clip is null: give it a "
+                "value, or leave inversion.adapt out"
+            )
+        return self
 
     @property
     def cg_options(self) -> CGConfig:

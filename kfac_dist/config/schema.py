@@ -39,6 +39,7 @@ from kfac_dist.config.engine import EngineConfig as EngineConfig
 from kfac_dist.config.engine import EngineName as EngineName
 from kfac_dist.config.engine import FSDP2Config as FSDP2Config
 from kfac_dist.config.engine import Precision as Precision
+from kfac_dist.config.inversion import AdaptConfig as AdaptConfig
 from kfac_dist.config.inversion import InversionConfig as InversionConfig
 from kfac_dist.config.inversion import Solver as Solver
 from kfac_dist.config.inversion import Structure as Structure
@@ -59,6 +60,8 @@ from kfac_dist.config.splits import SplitBy as SplitBy
 from kfac_dist.config.splits import SplitConfig as SplitConfig
 from kfac_dist.config.train import BatchGrowth as BatchGrowth
 from kfac_dist.config.train import TrainConfig as TrainConfig
+from kfac_dist.config.update import Graft as Graft
+from kfac_dist.config.update import GraftScope as GraftScope
 from kfac_dist.config.update import UpdateConfig as UpdateConfig
 
 

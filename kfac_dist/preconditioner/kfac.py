@@ -29,13 +29,15 @@ from kfac_dist.config.schema import KFACConfig, StepSolver, Structure
 from kfac_dist.curvature.chain import find_all
 from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.engines import Engine, as_engine
-from kfac_dist.errors import ConfigError, ModelError
+from kfac_dist.errors import ConfigError
 from kfac_dist.preconditioner import state
+from kfac_dist.preconditioner.adaptation import DampingAdaptation
 from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
 from kfac_dist.preconditioner.inspection import RefreshReading
 from kfac_dist.preconditioner.measurement import Description, Measurement
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.schedule import Cadence
+from kfac_dist.preconditioner.step_length import StepLength
 
 
 class KFAC:
@@ -82,7 +84,6 @@ class KFAC:
         self._total_steps = total_steps
         self._engine = as_engine(model)
         self._optimizer = self._engine.optimizer if optimizer is None else optimizer
-        self._check_lr()
         self._check_whole()
 
         with self._engine.whole_shapes():
@@ -99,7 +100,6 @@ class KFAC:
         self._build()
         self._overdue: set[int] = set()
         self._refreshed: set[int] = set()
-        self._kl_scale = torch.ones((), device=self._device)
         self._begin()
         # An engine that drives its optimizer may be stepped by the user's unchanged loop.
         self._done = False
@@ -127,7 +127,7 @@ class KFAC:
         self.update_curvature()
         with self.phases(Phase.PRECONDITIONING):
             self._add_weight_decay()
-            self._precondition(self._engine.gradients(), clip=self.config.update.kl_clip)
+            self._precondition(self._engine.gradients(), self._length)
         self.advance()
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class KFAC:
                 without a block keep their values (with `uncovered: diagonal` they are divided by its damped Fisher).
         """
         with self.phases(Phase.PRECONDITIONING):
-            self._precondition(vectors, clip=None)
+            self._precondition(vectors, None)
 
     def advance(self) -> None:
         """End the step: the last part of `step`, for solvers that take the step themselves."""
@@ -214,7 +214,7 @@ class KFAC:
     @property
     def damping(self) -> float:
         """λ of the current step, without the weight decay that is part of the loss."""
-        configured = value_at(self.config.inversion.damping, self.steps, self._total_steps)
+        configured = value_at(self.config.inversion.damping, self.steps, self._total_steps) * self._adaptation.factor
         return self._damping_factor * (configured if self._own_damping is None else self._own_damping)
 
     @property
@@ -279,7 +279,8 @@ class KFAC:
         asymmetries = self.asymmetries()
         return {
             "damping": self.damping,
-            "kl_scale": float(self._kl_scale),
+            "kl_scale": float(self._length.kl_scale),
+            "predicted_kl": float(self._length.predicted_kl),
             "refreshes": self._refresh.refreshes,
             "failed_inversions": self._refresh.failures,
             "collectives": traffic.total_calls,
@@ -381,6 +382,7 @@ class KFAC:
             communicator=self.communicator,
             lagged=self._cadence.lag > 0,
             rest=self._rest,
+            adaptation=self._adaptation,
             step=self.steps,
             overdue=self._overdue,
             refreshed=self._refreshed,
@@ -420,6 +422,7 @@ class KFAC:
         lag = 0 if first else self._cadence.lag_after(self.steps)
         self._overdue |= self._refresh.unmeasured(self._slots, self._reduction.totals) & first
         self._refreshed |= set(self._slots)
+        self._adaptation.judge()
         with self.phases(Phase.INVERSION):
             self._refresh.start(self._slots, self._reduction.totals, self._total_damping, self.steps + lag)
         self._refresh.inspector.read(self.steps)
@@ -430,22 +433,25 @@ class KFAC:
             self.step()
         self._done = False
 
-    def _precondition(self, gradients: dict[str, Tensor], *, clip: float | None) -> None:
-        """Collect, precondition, clip and deliver gradients, in place."""
+    def _precondition(self, gradients: dict[str, Tensor], length: StepLength | None) -> None:
+        """Collect, precondition, lengthen or shorten, and deliver gradients, in place."""
         if self._offload is not None:
             self._offload.begin()
         self._transport.collect(gradients)
         self._rest.collect(gradients)
-        products = []
         for groups in self._transport.arriving():
             present = groups if self._offload is None else self._offload.streamed(groups)
             updates = [group.apply(self._total_damping) for group in present]
-            products += [_dot(update, group.gradient) for update, group in zip(updates, groups, strict=True)]
+            if length is not None:
+                length.shape(groups, updates)
             self._transport.send(groups, updates)
         rest = self._rest.apply(self._total_damping)
-        scale = None if clip is None else self._trust(clip, products, rest)
+        scale = None if length is None else length.scale(rest)
         self._transport.deliver(gradients, scale)
         self._rest.deliver(gradients, rest, scale)
+        if length is not None:
+            length.replace_plain(gradients)
+            self._adaptation.note(length.kl_scale)
 
     def _add_weight_decay(self) -> None:
         l2 = self.config.update.l2 * self._engine.gradient_scale
@@ -454,30 +460,6 @@ class KFAC:
         gradients, parameters = self._engine.gradients(), self._engine.parameters()
         if gradients:
             torch._foreach_add_(list(gradients.values()), [parameters[name] for name in gradients], alpha=l2)
-
-    def _trust(self, clip: float, products: list[Tensor], rest: Tensor) -> Tensor:
-        """Return the scale of all updates, `ν = min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩)))`, on the device.
-
-        Args:
-            clip: κ.
-            products: ⟨Δ, ∇⟩ of this rank's groups.
-            rest: Δ of the parameters without a block.
-        """
-        products = [*products, *self._rest.products(rest)]
-        total = torch.stack(products).sum() if products else torch.zeros((), device=self._device)
-        self._row.all_reduce(total, label="kl_clip").wait()
-        length = self._lr() / self._engine.gradient_scale
-        self._kl_scale = (clip / (total * length**2).clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
-        return self._kl_scale
-
-    def _lr(self) -> float | Tensor:
-        """Return the lr of the KL clip: the largest of the groups, so that the trust region holds for all of them."""
-        fixed = self.config.update.kl_clip_lr
-        if not isinstance(fixed, str):
-            return fixed
-        assert self._optimizer is not None
-        rates: list[float | Tensor] = [group["lr"] for group in self._optimizer.param_groups]
-        return rates[0] if len(rates) == 1 else max(rates)
 
     @property
     def engine(self) -> Engine:
@@ -496,6 +478,16 @@ class KFAC:
         self._groups, self._row, self._rest = parts.groups, parts.row, parts.rest
         self._refresh, self._moments = parts.refresh, parts.moments
         self._transport, self._offload = parts.transport, parts.offload
+        self._adaptation = DampingAdaptation(self.config.inversion.adapt, self.communicator, self._device)
+        self._length = StepLength(
+            self.config.update,
+            self._engine,
+            self._optimizer,
+            self._row,
+            self._rest,
+            [name for name in self.coverage.uncovered if name not in self._rest.names],
+            self._device,
+        )
         self._measurement = Measurement(
             self._engine,
             self._blocks,
@@ -515,15 +507,3 @@ class KFAC:
                 "kfac.inversion.structure: block_tridiagonal needs every gradient whole on every rank: train under "
                 "DDP, or set it to block_diagonal"
             )
-
-    def _check_lr(self) -> None:
-        update = self.config.update
-        if update.kl_clip is not None and update.kl_clip_lr == "current" and self._optimizer is None:
-            raise ModelError(
-                "the KL clip needs the learning rate: pass KFAC(..., optimizer=optimizer), set "
-                "kfac.update.kl_clip_lr to a number, or switch it off with kfac.update.kl_clip: null"
-            )
-
-
-def _dot(update: Tensor, gradient: Tensor) -> Tensor:
-    return torch.dot(update.flatten(), gradient.flatten())

@@ -8,6 +8,7 @@
     units/<name>/refreshed          whether it has ever been refreshed
     units/<name>/samples            how samples share its layer's output (`broadcast.Samples`), 0 if not known yet
     units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
+    adaptation                      how the damping has followed the trust region, if it does
     diagonal                        the diagonal Fisher of parameters without a block, if there is one
     moments/<name>                  EKFAC's second moments, under scalars, sum and payload; whether they are `ready`
 
@@ -29,6 +30,7 @@ from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments
 from kfac_dist.errors import CheckpointError
+from kfac_dist.preconditioner.adaptation import DampingAdaptation
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
 from kfac_dist.preconditioner.moments import Moments
 from kfac_dist.preconditioner.plan import Plan
@@ -51,6 +53,7 @@ class Parts:
     communicator: Communicator
     lagged: bool
     rest: DiagonalFisher
+    adaptation: DampingAdaptation
     step: int
     overdue: set[int]
     refreshed: set[int]
@@ -88,6 +91,7 @@ def held(parts: Parts) -> dict[str, Any]:
         "units": units,
         **({"diagonal": parts.rest.state_dict()} if parts.rest.names else {}),
         **({} if parts.moments is None else {"moments": parts.moments.held()}),
+        **({"adaptation": parts.adaptation.state_dict()} if parts.adaptation.active else {}),
     }
 
 
@@ -114,6 +118,7 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
     """
     _check(parts, values)
     parts.rest.load_state_dict(values.get("diagonal"))
+    parts.adaptation.load_state_dict(values.get("adaptation"))
     scale = float(values["shares"]) / parts.reduction.shares
     holders = parts.refresh.holders
     parts.refresh.pending.clear()

@@ -18,6 +18,7 @@ def autoencoder(
     dims: Sequence[int],
     activation: Literal["tanh", "sigmoid", "relu", "gelu"] = "tanh",
     initialization: Literal["glorot", "sparse"] = "glorot",
+    initial_scale: float = 1.0,
 ) -> nn.Sequential:
     """Build an encoder with the given widths and its mirror image as decoder; the code and the output are linear.
 
@@ -28,9 +29,10 @@ def autoencoder(
         activation: Non-linearity of the hidden layers.
         initialization: `glorot` keeps the variance of activations and gradients; `sparse` gives every unit 15 incoming
             unit-normal weights (Martens 2010), as the experiments of Martens & Grosse did.
+        initial_scale: Factor of the initial weights: a start that is bad on purpose.
 
     Raises:
-        ValueError: Fewer than two widths, or a name that isn't one of those above.
+        ValueError: Fewer than two widths, a scale that isn't positive, or a name that isn't one of those above.
     """
     if len(dims) < 2 or min(dims) < 1:
         raise ValueError(f"dims needs at least an input and a code width, all positive; found {list(dims)}")
@@ -38,6 +40,8 @@ def autoencoder(
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if initialization not in ("glorot", "sparse"):
         raise ValueError(f"initialization {initialization!r} is not one of glorot, sparse")
+    if not initial_scale > 0:
+        raise ValueError(f"initial_scale is {initial_scale}, expected a number > 0")
     widths = [*dims, *reversed(dims[:-1])]
     code, output = len(dims) - 2, len(widths) - 2
     layers = nn.Sequential()
@@ -47,6 +51,8 @@ def autoencoder(
             _sparse(linear.weight)
         else:
             nn.init.xavier_uniform_(linear.weight)
+        with torch.no_grad():
+            linear.weight.mul_(initial_scale)
         nn.init.zeros_(linear.bias)
         layers.add_module(f"linear{index + 1}", linear)
         if index not in (code, output):

@@ -244,6 +244,25 @@ ARGUMENTS = {
         ["metrics.relative_variance=true", "optimizer={name: adamw, lr: 0.1}"],
         "found adamw: set optimizer.name to svag or msvag, or give adamw two equal betas",
     ),
+    "scope of no graft": (["kfac.update.graft_scope=global"], "graft_scope has no effect while graft is null"),
+    "graft of nothing": (["kfac.update.graft=adam"], "kfac.update.graft: found 'adam', expected"),
+    "graft beside a diagonal": (
+        ["kfac.update.graft=sign", "kfac.curvature.uncovered=diagonal"],
+        "curvature.uncovered: diagonal would have no effect",
+    ),
+    "graft of a chain": (
+        ["kfac.update.graft=sign", "kfac.inversion.structure=block_tridiagonal"],
+        "update.graft measures layers one by one",
+    ),
+    "graft of a solver": (
+        ["kfac.update.graft=sign", "kfac.solver=cg", "optimizer=null"],
+        "update.graft has no effect while solver is cg",
+    ),
+    "adaptation to nothing": (
+        ["kfac.inversion.adapt={every: 5}", "kfac.update.kl_clip=null"],
+        "inversion.adapt follows the trust region, and there is none",
+    ),
+    "adaptation that stands still": (["kfac.inversion.adapt.rate=1"], "adapt.rate: found 1, expected a number > 1"),
     "beta zero": (["optimizer={name: svag, lr: 0.1, beta: 0}"], "optimizer.beta: found 0, expected a number > 0"),
     "one beta": (["optimizer.betas=[0.8]"], "optimizer.betas.1: missing; expected a number >= 0 and < 1"),
     "three betas": (

@@ -81,6 +81,7 @@ OPTIONS = [
     Case(1, "skipping", optimizer="plain", zero=OFFLOAD),
     Case(2, accumulated=2, deepspeed=UNMANAGED),
     Case(2, kfac={"curvature": {"fisher": "type2"}}),
+    Case(2, kfac={"update": {"graft": "sign"}}),
     Case(2, "token", kfac={"curvature": {"exclude": ("embedding",), "uncovered": "diagonal"}}),
     Case(3, accumulated=2, deepspeed=UNMANAGED),
     Case(3, "token", zero={**ALL_SHARDED, "overlap_comm": True}, kfac={"curvature": {"fisher": "mc"}}),
