@@ -34,6 +34,7 @@ ALONE = (
 SMALL = {
     "bert_large.yaml": (*ALONE, "data.args.mask=29", "data.args.vocabulary=28"),
     "gpt_1.3b.yaml": ALONE,
+    "bad_start.yaml": (),
     "byte_gpt.yaml": (
         "model.args={layers: 1, width: 16, heads: 2, context: 16}",
         "data.args={context: 16, test_fraction: 0.001}",

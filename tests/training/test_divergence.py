@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kfac_dist.config.load import load_config, resolve
 from kfac_dist.config.schema import DivergenceConfig
 from kfac_dist.training import train
 from kfac_dist.training.divergence import DivergedError, Recovery, Verdict
@@ -118,3 +119,14 @@ def test_recovery_raises_lowers_and_goes_back() -> None:
     assert judge(21, 1, 1, last=True) is Verdict.GO_BACK, "a run must not end with a step that it skipped"
     recovery.went_back(Recovery(damping_factor=16.0), config, 10)
     assert (recovery.damping_factor, recovery.rollbacks, recovery.changed_at) == (64.0, 1, 10)
+
+
+def test_the_shipped_bad_start_diverges_bare_and_trains_as_it_is_configured(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "configs" / "bad_start.yaml"
+    short = (f"run.directory={tmp_path}", "train.steps=40", "checkpoint.every=0", "train.divergence.skips=2")
+    bare = ("optimizer.lr=0.1", "kfac.inversion.damping=0.03", "kfac.update.graft=null")
+    steadied = train(resolve(load_config(path, short)), quiet=True).runs[0]
+    assert steadied.train_loss is not None
+    assert steadied.train_loss < 80  # of some 3,700 at the start
+    with pytest.raises(DivergedError):
+        train(resolve(load_config(path, (*short, *bare))), quiet=True)
