@@ -28,6 +28,7 @@ from kfac_dist.tasks import build_data, build_model
 
 CONFIG = Path(__file__).parents[1] / "configs" / "bad_start.yaml"
 BARE = ("optimizer.lr=0.1", "kfac.inversion.damping=0.03", "kfac.update.graft=null")
+HIGHEST = 1e5  # of the picture
 CLIP = ("kfac.update.kl_clip=0.03", "kfac.update.kl_clip_lr=0.1")
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bare": ("K-FAC, bare", BARE),
@@ -96,25 +97,29 @@ def study(seeds: int) -> dict[str, Any]:
     return results
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """One line for each way, of the first seed; a cross where it ended."""
+def draw(results: dict[str, Any], seeds: int, path: Path) -> None:
+    """One line for each way, of the first seed; a cross where it ended too early."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 4.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    longest = max(len(found["losses"]) for found in results.values())
     for index, (name, found) in enumerate(results.items()):
         colour, line, _ = STYLES[index % len(STYLES)]
         losses = found["losses"]
         steps = range(1, len(losses) + 1)
         (drawn,) = axes.plot(steps, losses, linestyle=line, color=colour if index < len(STYLES) else "#000000")
-        drawn.set_label(WAYS[name][0] + (" (diverges)" if found["diverged"] else ""))
-        if found["diverged"]:
-            axes.plot(steps[-1:], losses[-1:], "x", color=drawn.get_color(), markersize=9, markeredgewidth=2)
+        fate = f" (diverges in {found['diverged']} of {seeds})" if found["diverged"] else ""
+        drawn.set_label(WAYS[name][0] + fate)
+        if len(losses) < longest:
+            axes.plot(
+                steps[-1:], [min(losses[-1], HIGHEST)], "x", color=drawn.get_color(), markersize=9, markeredgewidth=2
+            )
     axes.set(title="initial weights three times too large", xlabel="step", ylabel="training loss of the batch")
     axes.set_yscale("log")
-    axes.set_ylim(12, 1e5)
+    axes.set_ylim(12, HIGHEST)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(color="#dddddd", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
@@ -129,7 +134,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = study(arguments.seeds)
     path = write("bad_start", arguments.out or RESULTS / "bad_start.json", {"seeds": arguments.seeds}, results)
-    draw(results, path.with_suffix(".png"))
+    draw(results, arguments.seeds, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
