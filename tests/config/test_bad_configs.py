@@ -251,7 +251,7 @@ ARGUMENTS = {
         "curvature.uncovered: diagonal would have no effect",
     ),
     "graft of a chain": (
-        ["kfac.update.graft=sign", "kfac.inversion.structure=block_tridiagonal"],
+        ["kfac.update.graft=sign", "kfac.inversion={structure: block_tridiagonal, solver: eigen, inverse_every: 100}"],
         "update.graft measures layers one by one",
     ),
     "graft of a solver": (
