@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 DIMS = [64, 100, 50, 25, 8]
 BATCH, STEPS = 256, 300
 LOOKS = (0, 100, 300)
-LARGEST = 1300
+LARGEST = 700
 RUNS: dict[str, dict[str, Any]] = {
     "cholesky": {},
     "eigen": {"solver": "eigen"},
@@ -116,7 +116,9 @@ def train(data: Tensor, config: KFACConfig, seed: int, looks: dict[int, Any] | N
     seconds = 0.0
     for step in range(STEPS + 1):
         if looks is not None and step in LOOKS:
-            looks[step] = errors(model, data[:BATCH])
+            copy = autoencoder(dims=DIMS)  # without the training's hooks
+            copy.load_state_dict(model.state_dict())
+            looks[step] = errors(copy, data[:BATCH])
         if step == STEPS:
             break
         started = time.process_time()
