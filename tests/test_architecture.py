@@ -66,6 +66,7 @@ MAY_IMPORT = {
         "errors",
         "launching",
         "preconditioner",
+        "reporting",
         "slurm",
         "tasks",
         "training",
