@@ -202,10 +202,14 @@ def cg(model: nn.Module, setting: Setting) -> Stepper:
     return Solved(model, kfac_config(setting) | {"solver": "cg", "cg": options})
 
 
-def newton(model: nn.Module, setting: Setting) -> Stepper:
-    """K-FAC Newton: momentum, the length of steps, λ and γ are its own; batches stay as they are."""
-    every = setting["intervals"][1]
-    return Solved(model, kfac_config(setting) | {"solver": "newton", "newton": {"gamma_every": every}})
+def newton(**inversion: Any) -> Callable[[nn.Module, Setting], Stepper]:
+    """Return the builder of K-FAC Newton: momentum, steps' length, λ and γ are its own; batches stay as they are."""
+
+    def build(model: nn.Module, setting: Setting) -> Stepper:
+        options = {"solver": "newton", "newton": {"gamma_every": setting["intervals"][1]}}
+        return Solved(model, kfac_config(setting, **inversion) | options)
+
+    return build
 
 
 def block_kfac(model: nn.Module, setting: Setting) -> Stepper:
@@ -291,7 +295,7 @@ CG_GRIDS: dict[str, Grid] = {
 
 NEWTON_GRIDS: dict[str, Grid] = {
     "digits": {
-        "damping": [0.1, 1.0, 10.0],
+        "damping": [0.02, 0.2, 2.0],
         "batch": [256, 512, 1024],
         "decay": [0.8, 0.95],
         "intervals": [(1, 20), (5, 20)],
@@ -299,7 +303,7 @@ NEWTON_GRIDS: dict[str, Grid] = {
         "inverse_dtype": ["float32"],
     },
     "mnist5k": {
-        "damping": [1.0, 10.0],
+        "damping": [0.1, 1.0],
         "batch": [512, 1024],
         "decay": [0.8, 0.95],
         "intervals": [(5, 20), (10, 50)],
@@ -317,7 +321,9 @@ METHODS: dict[str, Method] = {
     "msvag": Method("M-SVAG", msvag, MSVAG_GRIDS, own=True),
     "kfac": Method("K-FAC", with_sgd(), KFAC_GRIDS, own=True),
     "kfac_eigen": Method("K-FAC, eigen", with_sgd(solver="eigen"), EIGEN_GRIDS, own=True),
+    "ekfac": Method("EKFAC", with_sgd(solver="ekfac"), EIGEN_GRIDS, own=True),
     "kfac_block": Method("Block K-FAC", block_kfac, KFAC_GRIDS, own=True),
     "cg": Method("K-FAC CG", cg, CG_GRIDS, own=True),
-    "newton": Method("K-FAC Newton", newton, NEWTON_GRIDS, own=True),
+    "newton": Method("K-FAC Newton", newton(), NEWTON_GRIDS, own=True),
+    "newton_chain": Method("K-FAC Newton, tridiagonal", newton(structure="block_tridiagonal"), NEWTON_GRIDS, own=True),
 }
