@@ -261,10 +261,10 @@ KFAC_GRIDS: dict[str, Grid] = {
     },
 }
 
-# Exact damping adds λ to the products of eigenvalues: it takes less of it than both factors do.
+# Exact damping adds λ to products of eigenvalues, of which many are next to nothing.
 EIGEN_GRIDS = {
-    "digits": KFAC_GRIDS["digits"] | {"damping": [0.0003, 0.001, 0.003, 0.01]},
-    "mnist5k": KFAC_GRIDS["mnist5k"] | {"damping": [0.001, 0.003, 0.01, 0.03]},
+    "digits": KFAC_GRIDS["digits"] | {"damping": [0.01, 0.03, 0.1]},
+    "mnist5k": KFAC_GRIDS["mnist5k"] | {"damping": [0.03, 0.1]},
 }
 MSVAG_GRIDS: dict[str, Grid] = {
     "digits": {"lr": [0.01, 0.03, 0.1, 0.3], "beta": [0.9, 0.95, 0.99], "final": [0.1]},
@@ -295,7 +295,7 @@ CG_GRIDS: dict[str, Grid] = {
 
 NEWTON_GRIDS: dict[str, Grid] = {
     "digits": {
-        "damping": [0.02, 0.2, 2.0],
+        "damping": [0.005, 0.02, 0.2],
         "batch": [256, 512, 1024],
         "decay": [0.8, 0.95],
         "intervals": [(1, 20), (5, 20)],
@@ -325,5 +325,7 @@ METHODS: dict[str, Method] = {
     "kfac_block": Method("Block K-FAC", block_kfac, KFAC_GRIDS, own=True),
     "cg": Method("K-FAC CG", cg, CG_GRIDS, own=True),
     "newton": Method("K-FAC Newton", newton(), NEWTON_GRIDS, own=True),
-    "newton_chain": Method("K-FAC Newton, tridiagonal", newton(structure="block_tridiagonal"), NEWTON_GRIDS, own=True),
+    "newton_chain": Method(
+        "K-FAC Newton, tridiagonal", newton(structure="block_tridiagonal", solver="eigen"), NEWTON_GRIDS, own=True
+    ),
 }
