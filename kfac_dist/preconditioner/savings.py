@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kfac_dist.config.schema import DType, KFACConfig, Placement, ReduceEvery, Reduction, Solver
+from pydantic import ValidationError
+
+from kfac_dist.config.schema import DType, KFACConfig, Placement, ReduceEvery, Reduction
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.errors import ConfigError
 from kfac_dist.preconditioner.memory import RankBytes, rank_bytes
@@ -85,7 +87,7 @@ _OPTIONS = (
 def savings(
     blocks: Sequence[Block], config: KFACConfig, *, world_size: int, local_world_size: int, shard_size: int
 ) -> list[Saving]:
-    """Return what each option does to the bytes of the fullest rank; those that don't fit the ranks are left out.
+    """Return what each option does to the bytes of the fullest rank, without those that ranks or options exclude.
 
     Args:
         blocks: The model's blocks.
@@ -113,13 +115,11 @@ def _saving(option: Option, config: KFACConfig, planned: Callable[[Changes], Ran
     )
     try:
         return Saving(option.name, active, planned(option.off), planned(option.on))
-    except ConfigError:
+    except (ConfigError, ValidationError):  # of the ranks; of other options
         return None
 
 
 def _changed(config: KFACConfig, changes: Changes) -> KFACConfig:
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
-    changed = config.model_copy(update=sections)
-    if changed.inversion.offload and changed.inversion.solver is Solver.EKFAC:  # a copy isn't validated
-        raise ConfigError("kfac.inversion.offload and solver ekfac exclude each other")
-    return changed
+    # Validated as a whole: a copy isn't, and some options exclude each other.
+    return KFACConfig.model_validate(config.model_copy(update=sections).model_dump())

@@ -118,6 +118,8 @@ def test_each_option_is_planned_with_and_without() -> None:
     on = planned({"inversion": {"offload": True}})["inversion.offload: true"]
     assert on.active
     assert (on.without, on.having) == (offload.without, offload.having)
+    excluded = planned({"curvature": {"decay": 0.99}, "inversion": {"solver": "ekfac"}})
+    assert found.keys() - excluded.keys() == {"curvature.factor_dtype: bfloat16", "inversion.offload: true"}
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "newton_schulz", "eigen"])
