@@ -55,6 +55,7 @@ SMALL = {
     "digits_classifier.yaml": ("train.epochs=null",),
     "digits_autoencoder_newton.yaml": ("kfac.newton={gamma_every: 4, damping_every: 2}",),
     "digits_autoencoder_tridiagonal.yaml": ("kfac.newton={gamma_every: 4, damping_every: 2}",),
+    "digits_gan.yaml": ("model.args={latent: 4, width: 2}", "game.score_samples=50"),
     "digits_resnet20.yaml": ("model.args={width: 4}", "data.args={test_fraction: 0.02}", "train.epochs=null"),
     "dissecting_adam.yaml": (),
     "mnist5k_autoencoder.yaml": ("model.args.dims=[784, 32, 8]",),

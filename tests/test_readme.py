@@ -72,6 +72,12 @@ def test_the_ddp_loop_runs_on_two_ranks(tmp_path: Path) -> None:
     run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ddp.py"], tmp_path)
 
 
+def test_the_game_in_ones_own_loop_runs(tmp_path: Path) -> None:
+    (tmp_path / "game.py").write_text(the_block("python", "game_field"))
+
+    run([sys.executable, "game.py"], tmp_path)
+
+
 def test_staged_adoption_selects_layers() -> None:
     names: dict[str, object] = {"KFACConfig": KFACConfig}
     exec(the_block("python", "CurvatureConfig"), names)

@@ -18,6 +18,7 @@ class LossName(StrEnum):
     TOKEN_CROSS_ENTROPY = "token_cross_entropy"
     SIGMOID_CROSS_ENTROPY = "sigmoid_cross_entropy"
     MSE = "mse"
+    ADVERSARIAL = "adversarial"
 
     @property
     def likelihood(self) -> Likelihood:
@@ -25,7 +26,7 @@ class LossName(StrEnum):
         match self:
             case LossName.CROSS_ENTROPY | LossName.TOKEN_CROSS_ENTROPY:
                 return Likelihood.CATEGORICAL
-            case LossName.SIGMOID_CROSS_ENTROPY:
+            case LossName.SIGMOID_CROSS_ENTROPY | LossName.ADVERSARIAL:
                 return Likelihood.BERNOULLI
             case LossName.MSE:
                 return Likelihood.GAUSSIAN

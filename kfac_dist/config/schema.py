@@ -3,6 +3,7 @@
 Each section answers one question and has its own file here, so that a constructor takes the few options that it needs:
 
     run  model  data  loss  optimizer  engine  train  checkpoint  metrics        the training run
+    game                                                                         two players instead of one model
     kfac = curvature (what is measured) + inversion (what is solved)
          + distribution (who does it) + update (what is done with the result)
          + solver (who finds the step) with newton or cg
@@ -39,6 +40,9 @@ from kfac_dist.config.engine import EngineConfig as EngineConfig
 from kfac_dist.config.engine import EngineName as EngineName
 from kfac_dist.config.engine import FSDP2Config as FSDP2Config
 from kfac_dist.config.engine import Precision as Precision
+from kfac_dist.config.game import DiscriminatorConfig as DiscriminatorConfig
+from kfac_dist.config.game import GameConfig as GameConfig
+from kfac_dist.config.game import Objective as Objective
 from kfac_dist.config.inversion import AdaptConfig as AdaptConfig
 from kfac_dist.config.inversion import InversionConfig as InversionConfig
 from kfac_dist.config.inversion import Solver as Solver
@@ -100,6 +104,7 @@ class Config(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    game: GameConfig | None = None
     compare: dict[str, OptimizerConfig] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -212,5 +217,32 @@ class Config(Section):
             raise ValueError(
                 f"metrics.relative_variance needs an optimizer that averages gradients and their squares with one β, "
                 f"found {self.first_order.name}: set optimizer.name to svag or msvag, or give adamw two equal betas"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _game_fits(self) -> Self:
+        adversarial = self.loss.name is LossName.ADVERSARIAL
+        if self.game is None:
+            if adversarial:
+                raise ValueError("loss.name adversarial is the loss of two players: add a game section (game: {})")
+            return self
+        if not adversarial:
+            raise ValueError(f"loss.name ({self.loss.name}) is no game's: write adversarial, or leave the game out")
+        if self.engine != EngineConfig():
+            raise ValueError(
+                "engine has no effect on a game, whose players are whole on every rank and averaged by the game "
+                "itself: leave the section out"
+            )
+        if self.kfac.solver is not StepSolver.DIRECT:
+            raise ValueError(
+                f"kfac.solver ({self.kfac.solver}) minimises one model of one loss, which a game hasn't: leave it out"
+            )
+        if self.kfac.curvature.class_conditional is not None:
+            raise ValueError("kfac.curvature.class_conditional needs a loss of class labels, which a game's is not")
+        if self.train.accumulate != 1:
+            raise ValueError(
+                f"train.accumulate ({self.train.accumulate}) must be 1 in a game: both players' gradients of the whole "
+                "batch are needed at once"
             )
         return self

@@ -103,7 +103,7 @@ class _Recorder:
     @property
     def watching(self) -> bool:
         """Whether forward passes are measured now."""
-        return self._capture.active and torch.is_grad_enabled()
+        return self._capture.active and not self._capture.paused and torch.is_grad_enabled()
 
     def record(
         self,
@@ -132,6 +132,7 @@ class Capture:
 
     Attributes:
         active: Whether forward passes are being watched; the owner sets it once a step.
+        paused: Whether what runs now is none of this capture's business, forward or back.
         batch_size: Samples that the model was last called with, None if it was not called itself.
         passes: Forward passes of the model since `reset`.
         passes_back: Those of them that the user's backward has come back to, by number.
@@ -147,6 +148,7 @@ class Capture:
         own_backward: bool,
     ) -> None:
         self.active = False
+        self.paused = False
         self.batch_size: int | None = None
         self.passes = 0
         self.passes_back: set[int] = set()
@@ -215,7 +217,7 @@ class Capture:
             pending.clear()
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.active or not torch.is_grad_enabled() or (self.passes and in_backward()):
+        if not self.active or self.paused or not torch.is_grad_enabled() or (self.passes and in_backward()):
             return
         self.flush()  # what an earlier micro-batch has left open is its own, not this one's
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
@@ -301,7 +303,7 @@ class Capture:
         self, block: Block, pending: _Pending, reference: weakref.ref[Use], graph: _Graph, grad: Tensor
     ) -> None:
         use = reference()
-        if use is None or not any(use is other for other in pending.uses):
+        if self.paused or use is None or not any(use is other for other in pending.uses):
             return  # a second backward through a graph that was measured already
         self.passes_back.add(graph.forward_pass)
         use.take(grad.detach())

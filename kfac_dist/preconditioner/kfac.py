@@ -37,7 +37,7 @@ from kfac_dist.preconditioner.inspection import RefreshReading
 from kfac_dist.preconditioner.measurement import Description, Measurement
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.schedule import Cadence
-from kfac_dist.preconditioner.step_length import StepLength
+from kfac_dist.preconditioner.step_length import HasRates, StepLength
 
 
 class KFAC:
@@ -53,6 +53,8 @@ class KFAC:
             it, `update.kl_clip` is null or `update.kl_clip_lr` is a number.
         grad_scaler: The AMP scaler, if there is one; call `unscale_` before `step`.
         total_steps: Length of the run, for damping schedules that span it.
+        check_scale: Whether the first measured step compares the loss's gradient at the model's outputs with that of a
+            plain mean. False where another model follows whose outputs the likelihood describes: a generator's.
 
     Attributes:
         coverage: The blocks, and why other parameters have none.
@@ -72,9 +74,10 @@ class KFAC:
         model: nn.Module | Engine,
         config: KFACConfig | Mapping[str, Any] | None = None,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: HasRates | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         total_steps: int | None = None,
+        check_scale: bool = True,
     ) -> None:
         self.config = parse_kfac(config)
         self.steps = 0
@@ -83,7 +86,8 @@ class KFAC:
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._total_steps = total_steps
         self._engine = as_engine(model)
-        self._optimizer = self._engine.optimizer if optimizer is None else optimizer
+        self._optimizer: HasRates | None = self._engine.optimizer if optimizer is None else optimizer
+        self._check_scale = check_scale
         self._check_whole()
 
         with self._engine.whole_shapes():
@@ -161,7 +165,11 @@ class KFAC:
         self._begin()
 
     def unobserved(self) -> AbstractContextManager[None]:
-        """Return a context in which passes through the model are not measured."""
+        """Return a context in which passes through the model are not measured, forward or back.
+
+        For those that aren't of its own loss: a generator's goes back through the discriminator, whose statistics it
+        must not enter.
+        """
         return self._measurement.paused()
 
     def micro_batch(
@@ -499,6 +507,7 @@ class KFAC:
             scaler=self._scaler,
             phases=self.phases,
             drawn=self._rest.drawn,
+            check_scale=self._check_scale,
         )
 
     def _check_whole(self) -> None:

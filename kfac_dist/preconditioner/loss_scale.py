@@ -166,7 +166,13 @@ class LossScaleWatch:
 
     def _forward_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         outputs = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not self._watching or not isinstance(outputs, Tensor) or not outputs.requires_grad or not outputs.ndim:
+        if (
+            not self._watching
+            or self.paused
+            or not isinstance(outputs, Tensor)
+            or not outputs.requires_grad
+            or not outputs.ndim
+        ):
             return
         values = outputs.detach().clone() if outputs.numel() < _COPIED else outputs.detach()
 

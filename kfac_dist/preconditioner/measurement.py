@@ -61,6 +61,7 @@ class Measurement:
         scaler: The AMP scaler whose scale output gradients carry, if any.
         phases: Told how long this takes.
         drawn: Takes gradients at drawn labels, for parameters without a block.
+        check_scale: Whether to compare the loss's gradient at the model's outputs with that of a plain mean.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Measurement:
         scaler: torch.amp.GradScaler | None,
         phases: PhaseTimer,
         drawn: DrawnGradients | None = None,
+        check_scale: bool = True,
     ) -> None:
         self._engine = engine
         self._blocks = blocks
@@ -93,6 +95,8 @@ class Measurement:
         self._capture = Capture(engine.module, blocks, self._measure, own_backward=self._own_backward)
         self._neighbours = NeighbourMoments(blocks)
         self._scale = LossScaleWatch(engine.module, lambda: self._micro_batch(own=False))
+        if not check_scale:
+            self._scale.stop()
         self._step = 0
         self._positions = 0.0
         self._pass = 0
@@ -148,6 +152,16 @@ class Measurement:
         self._capture.flush()  # what the last one has left open is still its own
         self._description = description
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return a context whose forward and backward passes are not measured."""
+        before = self._capture.paused
+        self._capture.paused = self._scale.paused = True
+        try:
+            yield
+        finally:
+            self._capture.paused = self._scale.paused = before
+
     def fisher_backward(self, outputs: Tensor) -> None:
         """Measure by K-FAC's own passes from the model's outputs, if the Fisher needs them and this step measures."""
         if not self.active or not self._own_backward:
@@ -177,14 +191,14 @@ class Measurement:
             block.measure(uses, micro, sink, sides)
             self._neighbours.measure(block, uses, micro, sink, sides)
 
-        self._scale.paused = True
+        before, self._scale.paused = self._scale.paused, True
         with self._phases(Phase.STATISTICS):
             if self._drawn is not None and self._factors:
                 per_token = self._config.loss_terms is LossTerms.TOKEN
                 terms = self._positions if per_token else float(outputs.shape[0])
                 self._drawn.add(outputs, self._drawn_labels(outputs, micro.first_sample), terms)
             self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
-        self._scale.paused = False
+        self._scale.paused = before
         self._went_back = True
         if self._last and self._factors:
             for block in self._blocks:
@@ -229,16 +243,6 @@ class Measurement:
                 scaled=self._scaler is not None,
             )
         return taken
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Return a context in which passes through the model are none of the step's."""
-        active, self._capture.active = self._capture.active, False
-        self._scale.paused = True
-        try:
-            yield
-        finally:
-            self._capture.active, self._scale.paused = active, False
 
     def discard(self) -> None:
         """Forget what the step has measured; collective where this step reduces."""

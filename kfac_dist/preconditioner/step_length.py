@@ -11,6 +11,7 @@ lr·Δ is predicted to make (per loss term); the trust region keeps it at κ/2 a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
 
 LABEL = "kl_clip"
+
+
+class HasRates(Protocol):
+    """What K-FAC reads learning rates from: an optimizer, or those groups of one that hold the model's parameters."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters, each with its `lr`."""
 
 
 class StepLength:
@@ -50,7 +59,7 @@ class StepLength:
         self,
         config: UpdateConfig,
         engine: Engine,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: HasRates | None,
         row: Communicator,
         rest: DiagonalFisher,
         plain: Sequence[str],

@@ -24,6 +24,7 @@ class RunSummary:
         metric_value: Its final value on the test data.
         note: Why there are no final values.
         scores: Further figures of the test data, by name; empty where its data brings none, or the run diverged.
+        evaluated: Name of what stands for the loss.
     """
 
     name: str
@@ -35,6 +36,7 @@ class RunSummary:
     metric_value: float | None
     note: str = ""
     scores: dict[str, float] = field(default_factory=dict)
+    evaluated: str = "loss"
 
     @property
     def milliseconds_per_step(self) -> float:
@@ -52,7 +54,9 @@ def result_table(title: str, rows: Sequence[RunSummary]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("optimizer")
     scores = next(([next(iter(row.scores))] for row in rows if row.scores), [])  # the main one; all are in result.json
-    headings = ("train loss", "test loss", f"test {rows[0].metric}", *scores, "steps", "time", "ms/step")
+    evaluated = rows[0].evaluated
+    losses = (f"train {evaluated}", f"test {evaluated}")
+    headings = (*losses, f"test {rows[0].metric}", *scores, "steps", "time", "ms/step")
     for heading in headings:
         table.add_column(heading, justify="right")
     best_train = min((row.train_loss for row in rows if row.train_loss is not None), default=None)

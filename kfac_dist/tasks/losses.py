@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from kfac_dist.config.schema import LossConfig, LossName
 from kfac_dist.errors import DataError
+from kfac_dist.tasks.game import discriminator_total
 
 
 class Loss(ABC):
@@ -27,11 +28,13 @@ class Loss(ABC):
 
     Attributes:
         metric: Name of the task's figure: `metric_sum` over the number of terms.
+        evaluated: Name of what an evaluation calls the loss.
         allowed: What a target may be, in words; `{last}` is the number of classes less one.
         counts_on_device: Whether only the targets' values tell the number of terms, so that ranks must add them up.
     """
 
     metric: ClassVar[str]
+    evaluated: ClassVar[str] = "loss"
     allowed: ClassVar[str] = "any number"
     counts_on_device: ClassVar[bool] = False
 
@@ -173,6 +176,33 @@ class SquaredError(Loss):
         return (outputs - targets).square().sum()
 
 
+class Adversarial(Loss):
+    """A discriminator's loss over pairs of logits, of a real sample and a made one; see `tasks.game`.
+
+    Targets play no part in it. A game is evaluated by its samples, not by this loss: `tasks.judge`.
+    """
+
+    metric = "classifier score"
+    evaluated = "Fréchet distance"
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `−Σ log σ(s_real) + log σ(−s_made)`.
+
+        Raises:
+            DataError: The outputs are no pairs.
+        """
+        if outputs.ndim != 2 or outputs.shape[1] != 2:
+            raise DataError(
+                f"loss adversarial: the model's outputs have shape {tuple(outputs.shape)}, expected the "
+                "discriminator's logits of pairs, [batch, 2]"
+            )
+        return discriminator_total(outputs)
+
+    def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return for how many pairs the discriminator finds the real sample the likelier one."""
+        return (outputs[:, 0] > outputs[:, 1]).sum()
+
+
 def build_loss(config: LossConfig) -> Loss:
     """Return the loss that a configuration names."""
     match config.name:
@@ -184,6 +214,8 @@ def build_loss(config: LossConfig) -> Loss:
             return SigmoidCrossEntropy()
         case LossName.MSE:
             return SquaredError()
+        case LossName.ADVERSARIAL:
+            return Adversarial()
 
 
 def _check_labels(name: str, outputs: Tensor, targets: Tensor, *, positions: bool) -> None:

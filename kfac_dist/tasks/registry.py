@@ -13,6 +13,7 @@ from kfac_dist.tasks import data, tokens
 from kfac_dist.tasks.autoencoder import autoencoder
 from kfac_dist.tasks.bert import bert
 from kfac_dist.tasks.byte_gpt import byte_gpt
+from kfac_dist.tasks.dcgan import dcgan
 from kfac_dist.tasks.mlp import mlp
 from kfac_dist.tasks.resnet import resnet20
 from kfac_dist.tasks.translation import translations
@@ -22,6 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "autoencoder": autoencoder,
     "bert": bert,
     "byte_gpt": byte_gpt,
+    "dcgan": dcgan,
     "mlp": mlp,
     "resnet20": resnet20,
     "translator": translator,
@@ -31,6 +33,7 @@ DATA: dict[str, Callable[..., data.DataSplits]] = {
     "byte_text": data.byte_text,
     "digits": data.digits,
     "digits_image": data.digits_image,
+    "digits_tile": data.digits_tile,
     "masked_text": tokens.masked_text,
     "mnist5k": data.mnist5k,
     "random_tokens": tokens.random_tokens,

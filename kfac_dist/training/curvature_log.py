@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 
 from kfac_dist.preconditioner.kfac import KFAC
+from kfac_dist.preconditioner.players import PlayersKFAC
 from kfac_dist.training.metrics import MetricsWriter
 
 
@@ -23,7 +24,7 @@ class CurvatureLog:
 
     def __init__(
         self,
-        kfac: KFAC,
+        kfac: KFAC | PlayersKFAC,
         writer: MetricsWriter | None,
         times: int,
         total_steps: int,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine
@@ -23,14 +23,16 @@ class Evaluation:
     """Means over the terms of the evaluated samples.
 
     Attributes:
-        loss: Mean loss.
+        loss: Mean loss, or what `Loss.evaluated` says.
         metric: Mean of the task's figure, `Loss.metric`.
         scores: Further figures, by the data's own `Score`.
+        pictures: Samples to be looked at, `[n, ...]`; None where a task makes none.
     """
 
     loss: float
     metric: float
     scores: dict[str, float] = field(default_factory=dict)
+    pictures: Tensor | None = None
 
 
 def evaluate(

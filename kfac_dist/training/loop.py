@@ -25,6 +25,7 @@ from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import CheckpointError
 from kfac_dist.optimizers import set_learning_rate
 from kfac_dist.optimizers.variance import RelativeVariance
+from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.reporting.progress import Status
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import Source, StepBatch
@@ -34,6 +35,7 @@ from kfac_dist.training.diagnosis import blame_data
 from kfac_dist.training.divergence import DivergedError as DivergedError
 from kfac_dist.training.divergence import Guard, Recovery, Verdict
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
+from kfac_dist.training.game import GamePasses, Referee
 from kfac_dist.training.metrics import peak_memory_bytes
 from kfac_dist.training.outputs import Outputs as Outputs
 from kfac_dist.training.preemption import Preempted, Preemption
@@ -75,13 +77,14 @@ class Trainer:
         self._saved_at = 0
         self._saved_moment = time.monotonic()
         self._guard = Guard(parts.engine, communicator, self._device)
-        self._passes = Passes(parts, communicator, self._guard, self._window)
+        self._passes = self._build_passes()
         self._recovery = Recovery()
         self._diverged = ""
         self._batches: Iterator[StepBatch] = iter(())
         self._curvature: CurvatureLog | None = None
         if parts.kfac is not None:
-            parts.kfac.phases.enabled = True
+            for kfac in parts.kfacs:
+                kfac.phases.enabled = True
             self._curvature = CurvatureLog(
                 parts.kfac, outputs.writer, config.metrics.spectra, parts.total_steps, self._standing
             )
@@ -140,6 +143,8 @@ class Trainer:
         samples = len(source) if samples is None else min(samples, len(source))
         average = self.parts.average
         with nullcontext() if average is None else average.in_place():
+            if self.parts.game is not None:
+                return Referee(self.parts.game, self.communicator).evaluate(source, samples)
             return evaluate(self.parts.engine, self.parts.loss, source, samples, batch_size, self.communicator, score)
 
     def save(self, *, unforeseen: bool = False, wait: bool = True) -> None:
@@ -202,6 +207,13 @@ class Trainer:
         if own:
             self._restore_own(own, facts["window"])
 
+    def _build_passes(self) -> Passes | GamePasses:
+        parts = self.parts
+        if parts.game is None:
+            return Passes(parts, self.communicator, self._guard, self._window)
+        assert not isinstance(parts.kfac, KFAC)
+        return GamePasses(parts.game, parts.kfac, self.communicator, self._guard, self._window)
+
     def _own_state(self) -> dict[str, dict[str, Tensor]]:
         """Return what this rank has for itself."""
         kfac = self.parts.kfac
@@ -230,7 +242,7 @@ class Trainer:
         Returns:
             The step's loss terms; the averaged gradients are in the engine.
         """
-        return self._passes.run(batch, f"step {self.step + 1}")
+        return self._passes.run(batch, self.step)
 
     def take(self, steps: int) -> None:
         """Take the next steps and nothing that surrounds them in a run: no log, no evaluation, no checkpoint."""
@@ -346,9 +358,10 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(self._device),
             "skipped": totals.skipped,
         }
+        record |= self._passes.figures()
         if self.parts.kfac is not None:
             record |= {f"kfac/{name}": value for name, value in self.parts.kfac.metrics().items()}
-            record |= {f"kfac/seconds/{phase}": value for phase, value in self.parts.kfac.phases.seconds().items()}
+            record |= {f"kfac/seconds/{phase}": value for phase, value in self.parts.phase_seconds().items()}
         if self.parts.stepper is not None:
             record |= {f"solver/{name}": value for name, value in self.parts.stepper.metrics().items()}
         if self.outputs.writer is not None:
@@ -408,13 +421,19 @@ class Trainer:
             self.outputs.writer.write(record | scores | variance_metrics(variances))
         figures = {self.parts.loss.metric: result.metric, **result.scores}
         said = ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
-        self.outputs.progress.note(f"step {self.step}: test loss {result.loss:.5g}, {said}")
+        self.outputs.progress.note(f"step {self.step}: test {self.parts.loss.evaluated} {result.loss:.5g}, {said}")
+        self.show(result)
 
     def relative_variances(self) -> dict[str, RelativeVariance]:
         """Return how noisy each parameter's gradient is, if that is wanted and the optimizer knows it; collective."""
         if not self.config.metrics.relative_variance:
             return {}
         return relative_variances(self.parts.engine, self.parts.optimizer, self.communicator)
+
+    def show(self, result: Evaluation) -> None:
+        """Write the pictures of an evaluation at the current step, if there are any."""
+        if self.outputs.writer is not None and result.pictures is not None:
+            self.outputs.writer.write_pictures(self.step, result.pictures)
 
     def _paused(self, action: Callable[[], None]) -> None:
         with self._standing():

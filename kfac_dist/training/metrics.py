@@ -13,8 +13,10 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kfac_dist.errors import KFACError
+from kfac_dist.reporting.pictures import is_pictures, write_grid
 
 METRICS_FILE = "metrics.jsonl"
 CURVATURE_FILE = "curvature.jsonl"
@@ -70,6 +72,16 @@ class MetricsWriter:
                 logs = [math.log10(value) for value in values if value > 0]
                 if logs:
                     self._board.add_histogram(f"log10 eigenvalues/{name}", np.asarray(logs), record["step"])
+
+    def write_pictures(self, step: int, samples: Tensor) -> None:
+        """Write samples `[n, ...]` of values in [−1, 1] as `samples/step-<step>.png`, if they are pictures."""
+        if self.failure is not None or not is_pictures(tuple(samples.shape)):
+            return
+        path = self._directory / "samples" / f"step-{step:08d}.png"
+        try:
+            write_grid(samples.float().numpy(), path)
+        except OSError as error:
+            self.failure = KFACError(f"can't write {path}: {error.strerror}")
 
     def close(self) -> None:
         """Flush and close all files."""

@@ -28,7 +28,7 @@ class Monitor:
         self, exporter: Exporter, name: str, parts: Parts, communicator: Communicator, checkpoints: Path
     ) -> None:
         self._exporter = exporter
-        self._kfac = parts.kfac
+        self._parts = parts
         self._engine = parts.engine
         self._communicator = communicator
         self._skipped = 0
@@ -48,7 +48,6 @@ class Monitor:
         self._skipped += skipped
         by_engine = self._engine.counters().get("skipped_steps", 0)  # an engine with a loss scale skips them itself
         calls, sent = self._traffic()
-        kfac = self._kfac
         self._exporter.publish(
             Reading(
                 step=record["step"],
@@ -58,7 +57,7 @@ class Monitor:
                 skipped_steps=self._skipped + int(by_engine),
                 damping=record.get("kfac/damping"),
                 failed_inversions=record.get("kfac/failed_inversions", 0),
-                phase_seconds={} if kfac is None else {str(k): v for k, v in kfac.phases.seconds().items()},
+                phase_seconds=self._parts.phase_seconds(),
                 collectives=calls,
                 bytes_sent=sent,
             )
@@ -68,7 +67,7 @@ class Monitor:
         """Return collectives and bytes by what they carried: the loop's own and K-FAC's."""
         calls: Counter[str] = Counter()
         sent: Counter[str] = Counter()
-        counters = [self._communicator.traffic, *([] if self._kfac is None else [self._kfac.communicator.traffic])]
+        counters = [self._communicator.traffic, *(kfac.communicator.traffic for kfac in self._parts.kfacs)]
         for traffic in counters:
             for label, (number, size) in traffic.snapshot().items():
                 calls[label] += number

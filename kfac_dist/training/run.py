@@ -261,6 +261,7 @@ def _writer(directory: Path, start: Checkpoint | None, session: Session) -> Iter
 
 def _summarize(name: str, trainer: Trainer) -> RunSummary:
     test = trainer.evaluate(trainer.parts.test)
+    trainer.show(test)
     train_loss = trainer.evaluate(trainer.parts.train, samples=len(trainer.parts.test)).loss
     return RunSummary(
         name=name,
@@ -271,6 +272,7 @@ def _summarize(name: str, trainer: Trainer) -> RunSummary:
         metric=trainer.parts.loss.metric,
         metric_value=test.metric,
         scores=test.scores,
+        evaluated=trainer.parts.loss.evaluated,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,11 +17,14 @@ from kfac_dist.engines import Engine, build_engine, check_engine
 from kfac_dist.errors import DataError
 from kfac_dist.optimizers import Stepper, build_optimizer, build_stepper
 from kfac_dist.preconditioner.kfac import KFAC
+from kfac_dist.preconditioner.players import PlayersKFAC
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.tasks.scores import Score
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.averaging import IterateAverage
 from kfac_dist.training.batches import Source, Stream, source_of
+from kfac_dist.training.game import GameParts
+from kfac_dist.training.game_setup import build_game, build_players, check_players, share_judge
 from kfac_dist.training.passes import forward, refuse_unused
 from kfac_dist.training.random_state import seed_everything
 from kfac_dist.training.sampler import Position, sampler_of
@@ -43,11 +47,12 @@ class Parts:
         stepper: Finds the step instead of the optimizer, which then descends by it; None for the direct solver.
         average: The running average of the weights, if the run keeps one.
         score: Further figures of the held-out data, if the data brings any.
+        game: What a game has beside these; None if the run is none.
     """
 
     engine: Engine
     optimizer: torch.optim.Optimizer
-    kfac: KFAC | None
+    kfac: KFAC | PlayersKFAC | None
     loss: Loss
     stream: Stream
     train: Source
@@ -56,6 +61,25 @@ class Parts:
     stepper: Stepper | None = None
     average: IterateAverage | None = None
     score: Score | None = None
+    game: GameParts | None = None
+
+    @property
+    def kfacs(self) -> tuple[KFAC, ...]:
+        """Every K-FAC of the run: of its model, or of each player."""
+        match self.kfac:
+            case None:
+                return ()
+            case KFAC():
+                return (self.kfac,)
+            case PlayersKFAC():
+                return self.kfac.members
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Return how long the parts of K-FAC's steps have taken so far, by name; of all players together."""
+        total: Counter[str] = Counter()
+        for kfac in self.kfacs:
+            total.update({str(phase): seconds for phase, seconds in kfac.phases.seconds().items()})
+        return dict(total)
 
 
 def build_parts(config: Config, world: World, communicator: Communicator) -> Parts:
@@ -79,26 +103,36 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
             raise DataError("the test data has no samples")
         sampler.check(communicator.size, Position())
         loss = build_loss(config.loss)
+        if config.game is not None:
+            check_players(config, model, train)
         trial = try_out(model.to(world.device), loss, train, test)
         check_targets(loss, train, trial.outputs)
+        game = build_game(config, model, train, test) if config.game is not None else None
         if communicator.size > 1 and config.engine.waits_for_every_gradient:
             refuse_unused(WHERE, trial.unused)
     agree_on_plan(communicator, parameter_shapes(model))
-    engine, optimizer = build_engine(
-        model, config.engine, config.train, world, partial(build_optimizer, config=config.first_order)
-    )
-    _settle(engine, loss, train)
     total_steps = settings.steps or sampler.steps(settings.epochs or 1)
-    kfac = stepper = None
-    if config.kfac.enabled:
-        options = with_classes(config.kfac, trial.outputs.shape[-1])
-        kfac = KFAC(engine, options, optimizer=optimizer, total_steps=total_steps)
-        if config.kfac.solver is not StepSolver.DIRECT:
-            stepper = build_stepper(kfac, loss.total, total_steps=total_steps)
+    engine: Engine
+    kfac: KFAC | PlayersKFAC | None = None
+    stepper = None
+    if game is not None:
+        share_judge(game, communicator)
+        engine, optimizer, kfac = build_players(config, game, total_steps)
+    else:
+        engine, optimizer = build_engine(
+            model, config.engine, config.train, world, partial(build_optimizer, config=config.first_order)
+        )
+        _settle(engine, loss, train)
+        if config.kfac.enabled:
+            options = with_classes(config.kfac, trial.outputs.shape[-1])
+            kfac = KFAC(engine, options, optimizer=optimizer, total_steps=total_steps)
+            if config.kfac.solver is not StepSolver.DIRECT:
+                stepper = build_stepper(kfac, loss.total, total_steps=total_steps)
     seed_everything(config.run.seed, rank=world.rank + 1)
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
     average = None if settings.iterate_averaging is None else IterateAverage(engine, settings.iterate_averaging)
-    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper, average, splits.score)
+    score = splits.score
+    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper, average, score, game)
 
 
 def with_classes(config: KFACConfig, outputs: int) -> KFACConfig:

@@ -7,32 +7,18 @@ micro-batches; the average is then the gradient of the mean over n, whatever W a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.inputs import each
+from kfac_dist.preconditioner.players import PlayersKFAC
 from kfac_dist.training.batches import MicroBatch, StepBatch
 from kfac_dist.training.divergence import Guard
 from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
 from kfac_dist.training.setup import Parts
+from kfac_dist.training.terms import TermCounts as TermCounts
 from kfac_dist.training.window import Window
-
-
-@dataclass(frozen=True)
-class TermCounts:
-    """Loss terms of a step.
-
-    Attributes:
-        here: Of each of this rank's micro-batches, on the device; None where the number of samples says it.
-        everywhere: Of all ranks and micro-batches together; at least 1.
-    """
-
-    here: Sequence[Tensor | None]
-    everywhere: int | Tensor
 
 
 class Passes:
@@ -46,32 +32,38 @@ class Passes:
     """
 
     def __init__(self, parts: Parts, communicator: Communicator, guard: Guard, window: Window) -> None:
+        assert not isinstance(parts.kfac, PlayersKFAC)
         self._parts = parts
+        self._kfac = parts.kfac
         self._communicator = communicator
         self._guard = guard
         self._window = window
 
-    def run(self, batch: StepBatch, where: str) -> TermCounts:
+    def run(self, batch: StepBatch, step: int) -> TermCounts:
         """Pass the micro-batches of a step through the model, forward and back; collective.
 
         Args:
             batch: This rank's part.
-            where: The step, for messages.
+            step: Steps done before.
 
         Returns:
             The step's loss terms; the averaged gradients are in the engine.
         """
-        counts = self._count_terms(batch)
+        counts, where = self._count_terms(batch), f"step {step + 1}"
         for micro, terms in zip(batch.micro_batches, counts.here, strict=True):
             last = micro is batch.micro_batches[-1]
             with self._parts.engine.synchronize(last):
                 self._forward_backward(micro, terms, counts.everywhere / self._communicator.size, last, where)
         return counts
 
+    def figures(self) -> dict[str, float]:
+        """Return numbers of the last step worth logging beside its loss; collective."""
+        return {}
+
     def _forward_backward(
         self, micro: MicroBatch, terms: Tensor | None, divisor: float | Tensor, last: bool, where: str
     ) -> None:
-        kfac, engine = self._parts.kfac, self._parts.engine
+        kfac, engine = self._kfac, self._parts.engine
         if kfac is not None:
             by_class = kfac.config.curvature.class_conditional is not None
             classes = self._parts.loss.labels(micro.targets) if by_class else None

@@ -142,6 +142,27 @@ LINES = {
     "steps and epochs": ("steps: 4", "steps: 4\n  epochs: 2", "{file}:14: train.steps: give steps or epochs"),
     "neither steps nor epochs": ("  steps: 4\n", "", "train: give steps or epochs, one of the two"),
     "batch smaller than micro-batches": ("steps: 4", "steps: 4\n  accumulate: 65", "train.batch_size (64) must be at"),
+    "adversarial loss without a game": (
+        "sigmoid_cross_entropy",
+        "adversarial",
+        "{file}:8: loss.name adversarial is the",
+    ),
+    "game with another loss": ("kfac:", "game: {}\nkfac:", "{file}:8: loss.name (sigmoid_cross_entropy) is no game's"),
+    "game under another engine": (
+        "sigmoid_cross_entropy",
+        "adversarial\ngame: {}\nengine: {name: fsdp2}",
+        "{file}:10: engine has no effect on a game",
+    ),
+    "game with accumulation": (
+        "sigmoid_cross_entropy\noptimizer:\n  lr: 0.1\n  momentum: 0.9\ntrain:\n",
+        "adversarial\noptimizer:\n  lr: 0.1\ngame: {}\ntrain:\n  accumulate: 2\n",
+        "{file}:13: train.accumulate (2) must be 1 in a game",
+    ),
+    "alignment without adjustment": (
+        "kfac:",
+        "game: {adjustment: 0.0, align: true}\nkfac:",
+        "game.align has no effect while adjustment is 0",
+    ),
     "duplicate key": ("steps: 4", "steps: 4\n  steps: 5", "{file}:15: train.steps: given twice, first in line 14"),
     "duplicate section": ("kfac:", "run: {name: b}\nkfac:", "{file}:15: run: given twice, first in line 1"),
     "key that isn't text": ("steps: 4", "4: 4", "{file}:14: keys are text, found 4: quote it"),
