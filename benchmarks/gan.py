@@ -1,10 +1,8 @@
 """What a GAN's samples are worth, step by step: K-FAC and Adam, each with and without symplectic adjustment.
 
-Steps are of constant length, or shrink by a cosine to a fiftieth over the run: K-FAC's trust region sets the length of
-a step whatever the gradient's, so that it doesn't settle by itself. With either, every method draws the same number of
-settings from its grid, by a fixed seed, and is tuned by the Fréchet distance that a short run ends with; the best
-setting is then run longer on other seeds. All runs are those of configs/digits_gan.yaml with other values, judged by
-the same classifier.
+Every method draws the same number of settings from its grid, by a fixed seed, and is tuned by the Fréchet distance that
+a short run ends with; the best setting is then run longer on other seeds. All runs are those of
+configs/digits_gan.yaml with other values, judged by the same classifier.
 
     python -m benchmarks.gan --ledger /tmp/gan.json        # goes on where it was interrupted
 """
@@ -34,7 +32,7 @@ from kfac_dist.training.metrics import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits_gan.yaml"
 TUNING_SEED, TUNING_STEPS, TRIALS = 100, 300, 8
-STEPS, EVERY, FINAL = 600, 50, 0.02
+STEPS, EVERY = 600, 50
 
 KFAC: Grid = {
     "kfac.update.kl_clip": [0.003, 0.01, 0.03],
@@ -55,7 +53,6 @@ GRIDS: dict[str, Grid] = {
     "adam": ADAM | PLAIN,
     "adam_adjusted": ADAM | ADJUSTED,
 }
-SCHEDULES: dict[str, dict[str, Any]] = {"constant": {}, "cosine": {"schedule": "cosine"}}
 LOOKS = {
     "kfac": ("K-FAC", "#0072B2", "--"),
     "kfac_adjusted": ("K-FAC, adjusted", "#0072B2", "-"),
@@ -76,11 +73,6 @@ def run(method: str, setting: dict[str, Any], seed: int, steps: int) -> tuple[Cu
         "train.evaluate_every": EVERY,
         "checkpoint.every": 0,
     }
-    if values.pop("schedule", "constant") == "cosine":
-        lr = values.get("optimizer.lr", load_config(CONFIG).first_order.lr.value)
-        values["optimizer.lr"] = {"value": lr, "kind": "cosine", "final": lr * FINAL}
-        if method.startswith("kfac"):  # else the trust region would undo the schedule
-            values["kfac.update.kl_clip_lr"] = lr
     if method.startswith("adam"):
         # The file's optimizer is SGD with its own options.
         values |= {"kfac.enabled": False, "optimizer.name": "adamw", "optimizer.momentum": 0.9}
@@ -124,41 +116,18 @@ def draw(results: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
-    for axes, schedule in zip(panels, SCHEDULES, strict=True):
-        for method, (label, colour, line) in LOOKS.items():
-            curves = [{s: distance for s, distance, _ in curve} for curve in results[schedule]["curves"][method]]
-            steps = sorted(curves[0])
-            values = [[curve[step] for curve in curves] for step in steps]
-            axes.plot(steps, [statistics.median(v) for v in values], line, color=colour, label=label)
-            axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.1)
-        axes.axhline(results["real"]["distance"], color="gray", linewidth=0.8, label="real samples")
-        axes.set(xlabel="steps", yscale="log", title=f"DCGAN on digits, 16×16: {schedule} step length")
-        axes.grid(visible=True, which="both", color="#eeeeee")
-    panels[0].set_ylabel("Fréchet distance to held-out digits")
-    panels[1].legend(frameon=False)
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for method, (label, colour, line) in LOOKS.items():
+        curves = [{step: distance for step, distance, _ in curve} for curve in results["curves"][method]]
+        steps = sorted(curves[0])
+        values = [[curve[step] for curve in curves] for step in steps]
+        axes.plot(steps, [statistics.median(v) for v in values], line, color=colour, label=label)
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.1)
+    axes.axhline(results["real"]["distance"], color="gray", linewidth=0.8, label="real samples")
+    axes.set(xlabel="steps", ylabel="Fréchet distance to held-out digits", yscale="log", title="DCGAN on digits, 16×16")
+    axes.grid(visible=True, which="both", color="#eeeeee")
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-
-
-def compare(ledger: Ledger, schedule: str, seeds: int) -> dict[str, Any]:
-    """Tune every method with one schedule, and run what is chosen."""
-    calls = [(m, setting | SCHEDULES[schedule]) for m, grid in GRIDS.items() for setting in draws(grid, TRIALS)]
-    tried = ledger.all(trial, calls)
-    log = {method: [t for t, (m, _) in zip(tried, calls, strict=True) if m == method] for method in GRIDS}
-    best = {method: min(found, key=lambda pair: pair[0])[1] for method, found in log.items()}
-    for method, setting in best.items():
-        print(f"{method}: {setting}", flush=True)
-    runs = [(method, best[method], seed, STEPS) for method in GRIDS for seed in range(seeds)]
-    ended = dict(zip([(m, s) for m, _, s, _ in runs], ledger.all(run, runs), strict=True))
-    by_method = {method: [ended[method, seed] for seed in range(seeds)] for method in GRIDS}
-    return {
-        "settings": best,
-        "final_distance": {m: spread([curve[-1][1] for curve, _ in found]) for m, found in by_method.items()},
-        "final_score": {m: spread([curve[-1][2] for curve, _ in found]) for m, found in by_method.items()},
-        "milliseconds_per_step": {m: spread([ms for _, ms in found]) for m, found in by_method.items()},
-        "curves": {method: [curve for curve, _ in found] for method, found in by_method.items()},
-        "tuning": log,
-    }
 
 
 def main() -> None:
@@ -170,8 +139,24 @@ def main() -> None:
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         ledger = Ledger(arguments.ledger, pool)
-        results = {schedule: compare(ledger, schedule, arguments.seeds) for schedule in SCHEDULES}
-    results["real"] = floor()
+        calls = [(method, setting) for method, grid in GRIDS.items() for setting in draws(grid, TRIALS)]
+        tried = ledger.all(trial, calls)
+        log = {method: [t for t, (m, _) in zip(tried, calls, strict=True) if m == method] for method in GRIDS}
+        best = {method: min(found, key=lambda pair: pair[0])[1] for method, found in log.items()}
+        for method, setting in best.items():
+            print(f"{method}: {setting}", flush=True)
+        runs = [(method, best[method], seed, STEPS) for method in GRIDS for seed in range(arguments.seeds)]
+        ended = dict(zip([(m, s) for m, _, s, _ in runs], ledger.all(run, runs), strict=True))
+    by_method = {method: [ended[method, seed] for seed in range(arguments.seeds)] for method in GRIDS}
+    results = {
+        "real": floor(),
+        "settings": best,
+        "final_distance": {m: spread([curve[-1][1] for curve, _ in found]) for m, found in by_method.items()},
+        "final_score": {m: spread([curve[-1][2] for curve, _ in found]) for m, found in by_method.items()},
+        "milliseconds_per_step": {m: spread([ms for _, ms in found]) for m, found in by_method.items()},
+        "curves": {method: [curve for curve, _ in found] for method, found in by_method.items()},
+        "tuning": log,
+    }
     settings = {
         "seeds": arguments.seeds,
         "steps": STEPS,

@@ -29,8 +29,8 @@ def bars(samples: int = 40, poisoned: int | None = None) -> DataSplits:
     for picture, label in zip(pictures, labels.tolist(), strict=True):
         (picture[0] if label < 4 else picture[0].T)[label % 4] += 1.6
     if poisoned is not None:
-        pictures[poisoned] = 1e38
-    pictures = pictures if poisoned is not None else pictures.clamp(-1, 1)
+        pictures[poisoned] = torch.nan
+    pictures = pictures.clamp(-1, 1)
     return DataSplits(
         TensorDataset(pictures[:samples], labels[:samples]), TensorDataset(pictures[samples:], labels[samples:])
     )

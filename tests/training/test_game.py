@@ -110,14 +110,15 @@ def test_a_run_leaves_figures_and_pictures_that_show_something(tmp_path: Path) -
     assert summary.metric == "classifier score"
     assert summary.metric_value is not None
     assert 1 <= summary.metric_value <= 8
-    assert _evaluations(result.directory)[0]["judge_accuracy"] > 0.9
+    assert _evaluations(result.directory)[0]["score/judge_accuracy"] > 0.9
 
 
-def test_a_step_of_which_one_player_overflows_is_skipped_by_both(tmp_path: Path) -> None:
-    """Sample 3 is finite, and what the discriminator makes of it is not: no weight and no statistic may move."""
+def test_a_step_that_is_not_finite_for_one_player_is_skipped_by_both(tmp_path: Path) -> None:
+    """Only the discriminator sees real samples, of which one is NaN: the generator's own gradient is finite."""
     config = small_game(
         tmp_path,
         data={"name": "tests.training.games:bars", "args": {"poisoned": 3, "samples": 7}},
+        game={"adjustment": 0.0, "score_samples": 30},
         train={"steps": 2, "log_every": 2, "divergence": {"skips": 9, "rollbacks": 0}},
         kfac={"curvature": {"factor_every": 1}, "inversion": {"inverse_every": 1, "damping": 0.1}},
     )
