@@ -60,6 +60,9 @@ LOOKS = {
     "adam_adjusted": ("Adam, adjusted", "#D55E00", "-"),
 }
 
+# Steps of one length, where those of the file shrink.
+CONSTANT: dict[str, Any] = {"optimizer.lr": 0.02, "kfac.update.kl_clip_lr": "current"}
+
 Curve = list[tuple[int, float, float]]  # step, Fréchet distance, score
 
 
@@ -67,6 +70,7 @@ def run(method: str, setting: dict[str, Any], seed: int, steps: int) -> tuple[Cu
     """Return a run's evaluations and its milliseconds a step; one that diverges has the curve up to there."""
     torch.set_num_threads(1)
     values = {
+        **CONSTANT,
         **setting,
         "run.seed": seed,
         "train.steps": steps,
@@ -153,7 +157,6 @@ def main() -> None:
         "settings": best,
         "final_distance": {m: spread([curve[-1][1] for curve, _ in found]) for m, found in by_method.items()},
         "final_score": {m: spread([curve[-1][2] for curve, _ in found]) for m, found in by_method.items()},
-        "milliseconds_per_step": {m: spread([ms for _, ms in found]) for m, found in by_method.items()},
         "curves": {method: [curve for curve, _ in found] for method, found in by_method.items()},
         "tuning": log,
     }
