@@ -50,14 +50,23 @@ class PlayersKFAC:
             kfac.multiply_damping(factor * self._factors[player], refresh=refresh)
 
     def metrics(self) -> dict[str, float]:
-        """Return every player's numbers under its name, and those of all: the first one's damping, sums of the rest."""
+        """Return every player's numbers under its name, and those of all: the first one's damping, sums of the rest.
+
+        Of asymmetries, which a player has that inverts something here, it is the largest.
+        """
         by_player = {player: kfac.metrics() for player, kfac in self._members.items()}
-        shown = next(iter(by_player.values()))
-        together = {
-            name: value if name == "damping" else sum(numbers[name] for numbers in by_player.values())
-            for name, value in shown.items()
-            if name != "kl_scale"
-        }
+        together: dict[str, float] = {}
+        for numbers in by_player.values():
+            for name, value in numbers.items():
+                match name:
+                    case "damping":
+                        together.setdefault(name, value)
+                    case "asymmetry":
+                        together[name] = max(value, together.get(name, 0.0))
+                    case "kl_scale":  # neither a sum nor either one's
+                        pass
+                    case _:
+                        together[name] = together.get(name, 0.0) + value
         return together | {
             f"{player}/{name}": numbers[name]
             for player, numbers in by_player.items()
