@@ -87,7 +87,7 @@ def test_train_hands_over_a_resolved_configuration(run_file: str, recorder: Reco
 
 
 def test_options_win_over_overrides(run_file: str, recorder: Recorder) -> None:
-    assert invoke("train", run_file, "run.name=a", "--name", "b")[0] == 0
+    assert invoke("train", run_file, "run.name=a", "--name", "b", "--quiet")[0] == 0
     assert recorder.config is not None
     assert recorder.config.run.name == "b"
 
