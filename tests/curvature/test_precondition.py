@@ -169,6 +169,20 @@ def test_identity_before_the_first_refresh(limit: int | None) -> None:
             assert_close(group.apply(DAMPING) * scale, group.gradient)
 
 
+@pytest.mark.parametrize("solver", Solver)
+def test_a_unit_may_keep_what_it_has(solver: Solver) -> None:
+    """What couldn't be solved is loaded as it was: from the group's own memory."""
+    blocks, _ = blocks_of()
+    for block in blocks:
+        units = cut_units([block], 2)[block.name]
+        (group,) = build_groups([block], {block.name: units}, solver, CPU)
+        before = [group.payload(unit).clone() for unit in units]
+        for unit in units:
+            group.load(unit, group.payload(unit))
+        for unit, payload in zip(units, before, strict=True):
+            assert torch.equal(group.payload(unit), payload)
+
+
 def test_apply_leaves_the_gradient_alone() -> None:
     blocks, units = blocks_of()
     for solver in (Solver.CHOLESKY, Solver.EIGEN):
