@@ -42,7 +42,9 @@ class MetricsWriter:
 
     def _open(self, first_step: int) -> None:
         self._streams = {
-            name: _continued(self._directory / name, first_step) for name in (METRICS_FILE, CURVATURE_FILE)
+            METRICS_FILE: _continued(self._directory / METRICS_FILE, first_step),
+            # A reading is of the step that is under way: it is numbered by the steps done before.
+            CURVATURE_FILE: _continued(self._directory / CURVATURE_FILE, first_step - 1),
         }
         self._board = _tensorboard(self._directory / "tensorboard", first_step)
 
@@ -104,9 +106,9 @@ class MetricsWriter:
             self.failure = KFACError(f"can't write {self._directory / name}: {error.strerror}")
 
 
-def _continued(path: Path, first_step: int) -> TextIO:
-    """Open a file of records to append to, with those of the steps that a resumed run has done."""
-    kept = [record for record in read_metrics(path) if record["step"] <= first_step] if first_step else []
+def _continued(path: Path, last_step: int) -> TextIO:
+    """Open a file of records to append to, with those up to the last step that a resumed run has done."""
+    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
     rewritten = path.with_suffix(".rewritten")
     rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
     rewritten.replace(path)

@@ -33,6 +33,18 @@ def test_a_resumed_run_drops_what_it_will_repeat_and_a_torn_line(tmp_path: Path)
     assert [record["loss"] for record in read_metrics(path)] == [0.1, 0.2, 0.3, 9.0]
 
 
+def test_a_resumed_run_reads_the_curvature_of_its_first_step_once(tmp_path: Path) -> None:
+    """Readings are numbered by the steps done before theirs, unlike metrics."""
+    writer = MetricsWriter(tmp_path)
+    for step in (0, 4, 8):
+        writer.write_curvature({"step": step}, {})
+    writer.close()
+    resumed = MetricsWriter(tmp_path, first_step=8)
+    resumed.write_curvature({"step": 8}, {})
+    resumed.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "curvature.jsonl")] == [0, 4, 8]
+
+
 def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     MetricsWriter(tmp_path).close()
