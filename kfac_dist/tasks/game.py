@@ -35,8 +35,12 @@ class TwoPlayers(nn.Module):
         self.latent = latent
 
     def forward(self, real: Tensor) -> Tensor:
-        """Return the logits `[batch, 2]` of real samples and of as many made of fixed noise."""
-        noise = game_noise(0, 0, len(real), self.latent).to(real)
+        """Return the logits `[batch, 2]` of real samples and of as many made of noise that the real ones determine.
+
+        For whoever looks at a model without a game: a sample's logits are the same in a batch and alone.
+        """
+        pixels = functional.normalize(real.flatten(1), dim=1)
+        noise = pixels @ game_noise(0, 0, pixels.shape[1], self.latent).to(real)
         return self.logits(real, self.generator(noise))
 
     def logits(self, real: Tensor, made: Tensor) -> Tensor:

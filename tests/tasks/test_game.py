@@ -46,6 +46,15 @@ def test_the_dcgan_makes_images_and_judges_them_near_even_odds_at_first() -> Non
         dcgan(latent=8, width=0)
 
 
+def test_a_look_at_the_players_without_a_game_is_the_same_in_a_batch_and_alone() -> None:
+    """`kfac-dist doctor` compares the two: noise by places in a batch would look like BatchNorm's coupling."""
+    torch.manual_seed(0)
+    game, real = dcgan(latent=8, width=4), torch.rand(5, 1, 16, 16)
+    together = game(real)
+    torch.testing.assert_close(torch.cat([game(sample[None]) for sample in real]), together)
+    assert len(together[:, 1].unique()) == 5
+
+
 def test_tiles_are_digits_between_minus_one_and_one() -> None:
     splits = digits_tile()
     images, labels = splits.train.tensors
