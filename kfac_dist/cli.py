@@ -323,9 +323,9 @@ def _model_of_shapes(target: Target) -> nn.Module:
 
 
 def _write_page(directories: list[Path], path: Path) -> None:
-    from kfac_dist.reporting.report import read_run, write_report
+    from kfac_dist.reporting.report import read_runs, write_report
 
-    write_report([run for directory in directories for run in read_run(directory)], path)
+    write_report(read_runs(directories), path)
     print(f"report: {path}")
 
 

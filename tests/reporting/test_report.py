@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,13 @@ from typer.testing import CliRunner
 
 from kfac_dist.cli import app
 from kfac_dist.config.load import load_config, resolve
-from kfac_dist.reporting.report import read_run, write_report
+from kfac_dist.errors import KFACError
+from kfac_dist.reporting.report import read_run, read_runs, write_report
 from kfac_dist.training import train
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'kfac_dist[report]'")
+from kfac_dist.reporting.report import charts  # needs plotly
+
 CONFIG = Path(__file__).parents[2] / "configs/digits_autoencoder.yaml"
 OVERRIDES = ("train.epochs=null", "train.steps=8", "train.log_every=2", "kfac.curvature.factor_every=2")
 INTERVALS = ("kfac.inversion.inverse_every=2", "metrics.spectra=4", "train.evaluate_every=4")
@@ -62,6 +66,79 @@ def test_what_is_no_run_is_told(run_directory: Path, tmp_path: Path) -> None:
     ended = CliRunner().invoke(app, ["report", str(torn)])
     assert ended.exit_code == 2
     assert "curvature.jsonl:1: no JSON" in ended.output + (ended.stderr or "")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("metrics.jsonl", b'{"loss": \xff}\n', "metrics.jsonl: can't be read: 'utf-8' codec"),
+        ("metrics.jsonl", b"3\n", "metrics.jsonl:1: expected a JSON object, found 3"),
+        ("config.yaml", b"\xff", "config.yaml: can't be read"),
+        ("result.json", b"[]", "result.json: expected a JSON object"),
+        ("result.json", b'[{"name": "kf', "result.json: no JSON"),
+    ],
+)
+def test_damaged_files_are_told(tmp_path: Path, file: str, content: bytes, said: str) -> None:
+    (tmp_path / "config.yaml").write_text("run: {name: mine}\n")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(KFACError, match=re.escape(said)):
+        read_run(tmp_path)
+
+
+def test_runs_with_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = tmp_path / "a/mine", tmp_path / "b/mine"
+    for directory in (mine, other):
+        directory.mkdir(parents=True)
+        (directory / "config.yaml").write_text("run: {name: mine}\n")
+    assert [run.name for run in read_runs([mine, other, mine / "../mine"])] == [str(mine), str(other)]
+    monkeypatch.chdir(mine)
+    assert [run.name for run in read_runs([Path()])] == ["mine"]
+
+
+def test_a_long_run_is_drawn_by_few_points_that_lose_no_skip(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {name: mine}\n")
+    lines = [
+        json.dumps({"step": step, "loss": float(step % 2), "skipped": int(step == 777)}) for step in range(1, 9002)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    [run] = read_run(tmp_path)
+    assert len(run.records) == 1801
+    assert run.records[-1]["step"] == 9001
+    assert [record["step"] for record in run.records if record["skipped"]] == [780]
+    assert {round(record["loss"], 1) for record in run.records[:-1]} == {0.4, 0.6}
+
+
+def test_a_game_shows_what_its_evaluations_are(tmp_path: Path) -> None:
+    """Its players are inverted one after the other, and what stands for a test loss is a distance of samples."""
+    (tmp_path / "config.yaml").write_text("game: {adjustment: 0.3}\n")
+    logged = [{"step": 2, "loss": 1.4, "seconds": 0.5}, {"step": 2, "test_loss": 900.0, "test_metric": 1.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in logged))
+    row = {"evaluated": "Fréchet distance", "test_loss": 900.0, "train_loss": 950.0, "metric": "m", "metric_value": 1.5}
+    (tmp_path / "result.json").write_text(json.dumps(row))
+    factor = {"step": 0, "side": "A", "rank": 0, "damping": 0.1, "spectrum": [1.0] * 33, "condition": 1.0, "dim": 2}
+    with (tmp_path / "curvature.jsonl").open("w") as stream:
+        for player, seconds, costs in (("one", 0.03, (2, 1)), ("two", 0.01, (5,))):
+            factors = [factor | {"block": player, "unit": f"{player}/{cost}", "cost": cost} for cost in costs]
+            stream.write(json.dumps({"step": 0, "rank": 0, "seconds": seconds, "factors": factors}) + "\n")
+    [run] = read_run(tmp_path)
+    assert [trace.name for trace in charts.losses([run], "step", "step").data] == [run.name]
+    assert charts.samples([run], "test_loss", "distance").data[0].y == (900.0,)
+    assert {bar.name: round(bar.x[0]) for bar in charts.inversions(run).data} == {"one/2": 20, "one/1": 10, "two/5": 10}
+    assert [list(trace.y) for trace in charts.refreshes(run).data] == [[40.0]]
+    write_report([run], tmp_path / "page.html")
+    assert "Fréchet distance 950" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_names_are_no_markup(run_directory: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "strange"
+    shutil.copytree(run_directory, strange)
+    readings = (strange / "curvature.jsonl").read_text()
+    (strange / "curvature.jsonl").write_text(readings.replace("linear1", "<b>x"))
+    write_report(read_run(strange), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;x" in text.replace("\\u0026", "&")
+    assert "<b>x" not in text
+    assert "\\u003cb\\u003ex" not in text  # plotly reads some tags in its texts, too
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

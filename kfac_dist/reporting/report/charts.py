@@ -5,6 +5,7 @@ Every curve and bar differs from its neighbours by dash, marker or pattern, too:
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -39,12 +40,12 @@ def losses(runs: Sequence[RunData], against: str, label: str) -> go.Figure:
     for index, run in enumerate(runs):
         looks = style(index, len(run.records))
         x = [record[against] for record in run.records]
-        figure.add_scatter(x=x, y=[record["loss"] for record in run.records], name=run.name, **looks)
-        if against == "step" and run.evaluations:
+        figure.add_scatter(x=x, y=[record["loss"] for record in run.records], name=_plain(run.name), **looks)
+        if against == "step" and run.evaluations and not run.game:
             figure.add_scatter(
                 x=[record["step"] for record in run.evaluations],
                 y=[record["test_loss"] for record in run.evaluations],
-                name=f"{run.name}, test",
+                name=f"{_plain(run.name)}, test",
                 mode="markers",
                 marker={"symbol": f"{MARKERS[index % len(MARKERS)]}-open", "size": 9, "color": looks["line"]["color"]},
             )
@@ -61,7 +62,7 @@ def phases(runs: Sequence[RunData]) -> go.Figure:
             parts.setdefault(name, [0.0] * len(runs))[place] = value
     for index, (name, values) in enumerate(parts.items()):
         figure.add_bar(
-            y=[run.name for run in runs],
+            y=[_plain(run.name) for run in runs],
             x=values,
             name=name,
             orientation="h",
@@ -104,11 +105,8 @@ def inversions(run: RunData) -> go.Figure:
     """Draw who inverted what when spectra were last read: a bar a rank, a segment a factor."""
     figure = go.Figure()
     last = _last_of_each_factor(run)
-    by_rank = _seconds_by_rank(run)
-    ranks = sorted({factor["rank"] for factor in last})
-    total = {rank: sum(f["cost"] for f in last if f["rank"] == rank) or 1.0 for rank in ranks}
-    for index, factor in enumerate(sorted(last, key=lambda found: -found["cost"])):
-        milliseconds = 1000 * by_rank[factor["rank"]] * factor["cost"] / total[factor["rank"]]
+    ranks = sorted({factor["rank"] for factor, _ in last})
+    for index, (factor, milliseconds) in enumerate(sorted(last, key=lambda found: -found[0]["cost"])):
         figure.add_bar(
             y=[f"rank {factor['rank']}"],
             x=[milliseconds],
@@ -118,11 +116,11 @@ def inversions(run: RunData) -> go.Figure:
                 "pattern": {"shape": PATTERNS[(index // len(COLOURS)) % len(PATTERNS)]},
                 "line": {"width": 1, "color": "rgba(128,128,128,0.6)"},
             },
-            name=factor["unit"],
+            name=_plain(factor["unit"]),
             showlegend=False,
-            text=factor["unit"] if index < _NAMED_FACTORS else None,
+            text=_plain(factor["unit"]) if index < _NAMED_FACTORS else None,
             textposition="inside",
-            hovertemplate=f"{factor['unit']}: {factor['dim']}×{factor['dim']}<br>rank {factor['rank']}, "
+            hovertemplate=f"{_plain(factor['unit'])}: {factor['dim']}×{factor['dim']}<br>rank {factor['rank']}, "
             f"{milliseconds:.2f} ms of its refresh, by n³<extra></extra>",
         )
     order = [f"rank {rank}" for rank in reversed(ranks)]
@@ -134,13 +132,11 @@ def refreshes(run: RunData) -> go.Figure:
     """Draw each rank's seconds of inverting over the run."""
     figure = go.Figure()
     for index, rank in enumerate(sorted({reading["rank"] for reading in run.readings})):
-        own = [reading for reading in run.readings if reading["rank"] == rank]
-        figure.add_scatter(
-            x=[reading["step"] for reading in own],
-            y=[1000 * reading["seconds"] for reading in own],
-            name=f"rank {rank}",
-            **style(index, len(own)),
-        )
+        own: dict[int, float] = {}  # a game's players are read one after the other
+        for reading in run.readings:
+            if reading["rank"] == rank:
+                own[reading["step"]] = own.get(reading["step"], 0.0) + 1000 * reading["seconds"]
+        figure.add_scatter(x=list(own), y=list(own.values()), name=f"rank {rank}", **style(index, len(own)))
     return _titled(figure, "step", "milliseconds of inverting")
 
 
@@ -151,7 +147,7 @@ def conditions(run: RunData) -> go.Figure:
         figure.add_scatter(
             x=[factor["step"] for factor in found],
             y=[factor["condition"] for factor in found],
-            name=unit,
+            name=_plain(unit),
             **style(index, len(found)),
         )
     return _titled(figure, "step", "(largest + damping) / (smallest + damping)", log=True)
@@ -184,7 +180,7 @@ def spectra(run: RunData) -> go.Figure:
     count = len(shares) + 1
     buttons = [
         {
-            "label": unit,
+            "label": _plain(unit),
             "method": "restyle",
             "args": [{"visible": [index // count == place for index in range(count * len(factors))]}],
         }
@@ -208,7 +204,7 @@ def splits(run: RunData) -> go.Figure:
         points = [(step, math.sqrt(at["A"] / at["G"])) for step, at in by_step.items() if at.get("A") and at.get("G")]
         if points:
             x, y = zip(*points, strict=True)
-            figure.add_scatter(x=x, y=y, name=block, **style(index, len(points)))
+            figure.add_scatter(x=x, y=y, name=_plain(block), **style(index, len(points)))
             index += 1
     return _titled(figure, "step", "π", log=True)
 
@@ -220,13 +216,28 @@ def over_steps(runs: Sequence[RunData], key: str, label: str, *, scale: float = 
         found = [(record["step"], record[key] * scale) for record in run.records if key in record]
         if found:
             x, y = zip(*found, strict=True)
-            figure.add_scatter(x=x, y=y, name=run.name, **style(index, len(found)))
+            figure.add_scatter(x=x, y=y, name=_plain(run.name), **style(index, len(found)))
+    return _titled(figure, "step", label, log=log)
+
+
+def samples(runs: Sequence[RunData], key: str, label: str, *, log: bool = False) -> go.Figure:
+    """Draw a number of the evaluations of games."""
+    figure = go.Figure()
+    for index, run in enumerate(runs):
+        if run.game and run.evaluations:
+            x, y = [record["step"] for record in run.evaluations], [record[key] for record in run.evaluations]
+            figure.add_scatter(x=x, y=y, name=_plain(run.name), **style(index, len(x)))
     return _titled(figure, "step", label, log=log)
 
 
 def has(runs: Iterable[RunData], key: str) -> bool:
     """Whether any of the runs has logged a number."""
     return any(key in record for run in runs for record in run.records)
+
+
+def _plain(name: str) -> str:
+    """Return a name as plotly shows it: its texts know some of HTML's tags."""
+    return html.escape(name, quote=False)
 
 
 def _at(spectrum: Sequence[float], share: float) -> float:
@@ -241,12 +252,14 @@ def _by_factor(run: RunData) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(factors.items()))
 
 
-def _last_of_each_factor(run: RunData) -> list[dict[str, Any]]:
-    return [found[-1] for found in _by_factor(run).values()]
-
-
-def _seconds_by_rank(run: RunData) -> dict[int, float]:
-    return {reading["rank"]: reading["seconds"] for reading in run.readings}
+def _last_of_each_factor(run: RunData) -> list[tuple[dict[str, Any], float]]:
+    """Return the last reading of every factor, and its milliseconds: its share by n³ of what was solved with it."""
+    last = {}
+    for reading in run.readings:
+        total = sum(factor["cost"] for factor in reading["factors"]) or 1.0
+        for factor in reading["factors"]:
+            last[factor["unit"]] = factor, 1000 * reading["seconds"] * factor["cost"] / total
+    return [last[unit] for unit in sorted(last)]
 
 
 def _titled(figure: go.Figure, x: str, y: str, *, log: bool = False) -> go.Figure:

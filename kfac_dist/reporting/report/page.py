@@ -55,7 +55,7 @@ def write_report(runs: Sequence[RunData], path: Path) -> None:
 <script>{_part("page.js")}</script></body></html>
 """
     try:
-        path.write_text(page)
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise KFACError(f"can't write {path}: {error.strerror}") from error
 
@@ -65,9 +65,13 @@ def _sections(runs: Sequence[RunData]) -> Iterator[Section]:
 
     yield Section(
         "Loss",
-        "Training loss of the batches since the last point; open marks are the test data's.",
+        "Training loss, a mean over the batches since the last point; open marks are the test data's.",
         [charts.losses(runs, "step", "step"), charts.losses(runs, "seconds", "seconds of training")],
     )
+    if any(run.game and run.evaluations for run in runs):
+        figures = [("test_loss", "Fréchet distance to held-out data"), ("test_metric", "classifier score")]
+        drawn = [charts.samples(runs, key, label, log=key == "test_loss") for key, label in figures]
+        yield Section("Samples", "How a classifier of the data judges what the generator makes.", drawn, 300)
     yield Section(
         "Where a step's time goes", "Rank 0's mean over its run.", [charts.phases(runs)], 140 + 60 * len(runs)
     )
@@ -135,8 +139,8 @@ def _row(run: RunData) -> tuple[str, ...]:
         f"{step:,}",
         "–" if state is None else str(state.ranks),
         "–" if state is None else str(state.restarts),
-        _number(result.get("train_loss")),
-        _number(result.get("test_loss")),
+        _evaluated(result, "train_loss"),
+        _evaluated(result, "test_loss"),
         figure,
         duration(seconds) if seconds >= 10 else f"{seconds:.1f} s",
         f"{1000 * seconds / step:.2f}" if step else "–",
@@ -145,6 +149,12 @@ def _row(run: RunData) -> tuple[str, ...]:
 
 def _part(name: str) -> str:
     return (files("kfac_dist.reporting.report") / name).read_text()
+
+
+def _evaluated(result: dict[str, Any], key: str) -> str:
+    """Return a run's final loss, with the name of what stands for it in a game."""
+    value, name = _number(result.get(key)), result.get("evaluated", "loss")
+    return value if name == "loss" or value == "–" else f"{name} {value}"
 
 
 def _number(value: float | None) -> str:

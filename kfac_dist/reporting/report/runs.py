@@ -14,6 +14,8 @@ from kfac_dist.errors import KFACError
 from kfac_dist.reporting.run_file import RunRecord, read_record
 
 _COMPARED = "compare-"
+# More points than this say no more, and make a page that a browser draws slowly.
+_POINTS = 2000
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,11 @@ class RunData:
         directory: Where it lies.
         state: What it is doing or how it ended; None if it doesn't say.
         configuration: The text of its `config.yaml`.
-        records: Logged steps that have a loss, in order.
+        records: Logged steps that have a loss, in order; of a long run as many together as make few enough points.
         evaluations: Evaluations between them.
         readings: What ranks read at refreshes (`curvature.jsonl`), by step and rank.
         result: Its final figures; None before its end.
+        game: Whether it is a game, whose evaluations judge samples, by other figures than a loss.
     """
 
     name: str
@@ -39,26 +42,51 @@ class RunData:
     evaluations: Sequence[dict[str, Any]]
     readings: Sequence[dict[str, Any]]
     result: dict[str, Any] | None
+    game: bool
 
 
-def read_run(directory: Path) -> list[RunData]:
+def read_runs(directories: Sequence[Path]) -> list[RunData]:
+    """Return runs, each followed by those that it was compared with; any directory that is given twice counts once.
+
+    They are called by their directories' names, or by the whole paths where names would be the same.
+
+    Raises:
+        KFACError: A directory holds no run, or a file of it can't be read.
+    """
+    chosen = list(dict.fromkeys(directory.resolve() for directory in directories))
+    names = [directory.name for directory in chosen]
+    return [
+        run
+        for directory, name in zip(chosen, names, strict=True)
+        for run in read_run(directory, name if names.count(name) == 1 else str(directory))
+    ]
+
+
+def read_run(directory: Path, name: str | None = None) -> list[RunData]:
     """Return a run and those that it was compared with.
+
+    Args:
+        directory: Of the run.
+        name: What it is called; by default as its directory.
 
     Raises:
         KFACError: The directory holds no run, or a file of it can't be read.
     """
     if not (directory / "config.yaml").is_file():
         raise KFACError(f"{directory} holds no run: it has no config.yaml; give the directory that `train` named")
-    own = _read(directory, directory.name)
+    name = name or directory.resolve().name
     compared = sorted(path for path in directory.glob(f"{_COMPARED}*") if (path / "config.yaml").is_file())
-    return [own, *(_read(path, f"{directory.name}: {path.name.removeprefix(_COMPARED)}") for path in compared)]
+    return [
+        _read(directory, name),
+        *(_read(path, f"{name}: {path.name.removeprefix(_COMPARED)}") for path in compared),
+    ]
 
 
 def _read(directory: Path, name: str) -> RunData:
     records = _records(directory / "metrics.jsonl")
-    configuration = (directory / "config.yaml").read_text()
+    configuration = _text(directory / "config.yaml")
     try:
-        yaml.safe_load(configuration)
+        values = yaml.safe_load(configuration)
     except yaml.YAMLError as error:
         raise KFACError(f"{directory / 'config.yaml'} is no YAML: {error}") from error
     return RunData(
@@ -66,10 +94,11 @@ def _read(directory: Path, name: str) -> RunData:
         directory=directory,
         state=read_record(directory),
         configuration=configuration,
-        records=[record for record in records if "loss" in record],
+        records=_thinned([record for record in records if "loss" in record]),
         evaluations=[record for record in records if "test_loss" in record],
         readings=_records(directory / "curvature.jsonl"),
         result=_result(directory / "result.json"),
+        game=isinstance(values, dict) and values.get("game") is not None,
     )
 
 
@@ -78,14 +107,31 @@ def _records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+    for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise KFACError(f"{path}:{number}: no JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise KFACError(f"{path}:{number}: expected a JSON object, found {line.strip()[:40]}")
+        records.append(record)
     return records
+
+
+def _thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return at most `_POINTS` records: the last of as many in a row, with the mean of their losses, and all skips."""
+    together = -(-len(records) // _POINTS)
+    if together <= 1:
+        return records
+    rows = [records[start : start + together] for start in range(0, len(records), together)]
+    return [
+        row[-1]
+        | {"loss": sum(record["loss"] for record in row) / len(row)}
+        | {"skipped": sum(record.get("skipped", 0) for record in row)}
+        for row in rows
+    ]
 
 
 def _result(path: Path) -> dict[str, Any] | None:
@@ -93,8 +139,17 @@ def _result(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(_text(path))
     except ValueError as error:
         raise KFACError(f"{path}: no JSON: {error}") from error
-    row: dict[str, Any] = found[0] if isinstance(found, list) else found
+    row = found[0] if isinstance(found, list) and found else found
+    if not isinstance(row, dict):
+        raise KFACError(f"{path}: expected a JSON object or a list of them, found {str(found)[:40]}")
     return row
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KFACError(f"{path}: can't be read: {error}") from error
