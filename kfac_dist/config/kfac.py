@@ -146,6 +146,18 @@ class KFACConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_moves_the_damping_of_cg(self) -> Self:
+        options, damping = self.cg_options, self.inversion.damping
+        moves = damping.kind is not ScheduleKind.CONSTANT or damping.warmup_steps
+        if self.solver is StepSolver.CG and options.adapt_every and options.damping is None and moves:
+            raise ValueError(
+                f"cg.adapt_every ({options.adapt_every}) moves λ, and so does the schedule of inversion.damping, where "
+                "it begins: give cg.damping a number, which leaves the schedule to the preconditioner, or leave "
+                "cg.adapt_every out"
+            )
+        return self
+
     @property
     def newton_options(self) -> NewtonConfig:
         """The section `newton`, or its defaults."""
@@ -164,10 +176,10 @@ class KFACConfig(Section):
                 "update.graft measures layers one by one, and inversion.structure block_tridiagonal couples them: "
                 "leave one of them out"
             )
-        if graft is not None and self.curvature.uncovered is Uncovered.DIAGONAL:
+        if graft is not None and self.curvature.uncovered is not Uncovered.PLAIN:
             raise ValueError(
                 "update.graft lets what no block covers take the first-order step, so that curvature.uncovered: "
-                "diagonal would have no effect: leave one of them out"
+                f"{self.curvature.uncovered} would have no effect: leave one of them out"
             )
         return self
 

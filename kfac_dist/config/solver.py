@@ -56,10 +56,12 @@ class CGConfig(Section):
 
     @model_validator(mode="after")
     def _one_moves_the_damping(self) -> Self:
-        if self.adapt_every and self.damping is not None and self.damping.kind is not ScheduleKind.CONSTANT:
+        damping = self.damping
+        if self.adapt_every and damping and (damping.kind is not ScheduleKind.CONSTANT or damping.warmup_steps):
+            what = "damping's warm-up" if damping.kind is ScheduleKind.CONSTANT else f"a {damping.kind} damping"
             raise ValueError(
-                f"adapt_every ({self.adapt_every}) and a {self.damping.kind} damping both move λ: give damping one "
-                "value, or leave adapt_every out"
+                f"adapt_every ({self.adapt_every}) and {what} both move λ: give damping one value, or leave "
+                "adapt_every out"
             )
         return self
 

@@ -271,6 +271,10 @@ ARGUMENTS = {
         ["kfac.update.graft=sign", "kfac.curvature.uncovered=diagonal"],
         "curvature.uncovered: diagonal would have no effect",
     ),
+    "graft beside drawn labels": (
+        ["kfac.update.graft=sign", "kfac.curvature={uncovered: diagonal_mc, fisher: mc}"],
+        "curvature.uncovered: diagonal_mc would have no effect",
+    ),
     "graft of a chain": (
         ["kfac.update.graft=sign", "kfac.inversion={structure: block_tridiagonal, solver: eigen, inverse_every: 100}"],
         "update.graft measures layers one by one",
@@ -362,6 +366,19 @@ ARGUMENTS = {
     "damping with two masters": (
         ["optimizer=null", "kfac.solver=cg", "kfac.cg={adapt_every: 5, damping: {value: 1, kind: linear, final: 0}}"],
         "kfac.cg.adapt_every (5) and a linear damping both move",
+    ),
+    "damping that warms up and adapts": (
+        ["optimizer=null", "kfac.solver=cg", "kfac.cg={adapt_every: 5, damping: {value: 1, warmup_steps: 3}}"],
+        "kfac.cg.adapt_every (5) and damping's warm-up both move",
+    ),
+    "preconditioner's schedule for a damping that adapts": (
+        [
+            "optimizer=null",
+            "kfac.solver=cg",
+            "kfac.cg.adapt_every=5",
+            "kfac.inversion.damping={value: 1, kind: linear, final: 0.1}",
+        ],
+        "cg.adapt_every (5) moves λ, and so does the schedule of inversion.damping",
     ),
     "rival without lr": (["compare.adamw.name=adamw"], "compare.adamw.lr: missing; expected a number > 0"),
     "engine of a later version": (["engine.name=pipeline"], "engine.name: found 'pipeline', expected"),
