@@ -78,6 +78,7 @@ class Stepper(ABC):
         self._total = total
         self._total_steps = total_steps
         self._passes: list[RecordedPass] = []
+        self._discarded = kfac.discarded
 
     # ---- what loops call
 
@@ -90,6 +91,7 @@ class Stepper(ABC):
             first_sample: Global index of its first sample within the step; by default ranks hold equal consecutive
                 parts.
         """
+        self._forget_discarded()
         if first_sample is None:
             ranks = self.kfac.communicator
             first_sample = (len(self._passes) * ranks.size + ranks.rank) * len(targets)
@@ -110,6 +112,7 @@ class Stepper(ABC):
             ModelError: `micro_batch` was not called, or the model has an operation that can't be differentiated
                 forward.
         """
+        self._forget_discarded()
         if not self._passes:
             raise ModelError(f"kfac.solver {self.kfac.config.solver}: call micro_batch(inputs, targets) before forward")
         kfac, passes = self.kfac, self._passes
@@ -186,6 +189,12 @@ class Stepper(ABC):
             if name not in values or values[name].shape != parameter.shape:
                 raise CheckpointError(f"the solver's state has no {list(parameter.shape)} for {name!r}: another model")
         return self.space.flatten(values)
+
+    def _forget_discarded(self) -> None:
+        """Let go of the micro-batches of a step that `KFAC.discard` has ended."""
+        if self._discarded != self.kfac.discarded:
+            self._discarded = self.kfac.discarded
+            self._passes.clear()
 
     def _write(self, step: Tensor) -> None:
         """Let −δ be the gradients; NaN if it isn't finite on every rank."""

@@ -61,6 +61,7 @@ class KFAC:
         plan: Who does what.
         communicator: The ranks; its `traffic` counts what was sent.
         steps: Steps taken.
+        discarded: Calls of `discard`.
         phases: How long the parts of steps take, once `phases.enabled` is set.
 
     Raises:
@@ -81,6 +82,7 @@ class KFAC:
     ) -> None:
         self.config = parse_kfac(config)
         self.steps = 0
+        self.discarded = 0
         self._damping_factor = 1.0
         self._own_damping: float | None = None
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
@@ -201,8 +203,10 @@ class KFAC:
     def discard(self) -> None:
         """Forget what this step has measured, such as a batch that will not be trained on after all.
 
-        Call it instead of `step`, on every rank; then go on with another batch.
+        Call it instead of `step`, on every rank; then go on with another batch. What a solver has been told of the
+        batch is forgotten, too.
         """
+        self.discarded += 1
         if self._measurement.active:
             self._measurement.discard()
             self._overdue |= set(self._slots)

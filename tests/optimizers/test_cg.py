@@ -243,3 +243,18 @@ def test_a_run_that_began_with_direct_steps_goes_on_with_solved_ones(tmp_path: P
     begun = str(tmp_path / "small/checkpoints/step-00000004")
     train(run_of(tmp_path, "replicated", checkpoint={"resume": begun}), quiet=True)
     assert set(losses(tmp_path / "replicated/small")) == {5}
+
+
+def test_what_was_told_of_a_discarded_batch_is_forgotten() -> None:
+    moved = []
+    for discards in (False, True):
+        model = net()
+        stepper = stepper_on(model, EXACT)
+        if discards:
+            stepper.micro_batch(*batch(5))
+            total(model(batch(5)[0]), batch(5)[1]).backward()
+            stepper.kfac.discard()
+        take_steps(model, stepper, 1)
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        stepper.kfac.remove()
+    assert torch.equal(*moved)
