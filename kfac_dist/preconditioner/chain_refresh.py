@@ -11,7 +11,7 @@ other units, so that all ranks keep all of them (reduction all_reduce).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from kfac_dist.curvature.chain import NEXT
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import complete
-from kfac_dist.curvature.solvers import tikhonov
+from kfac_dist.curvature.solvers import Task, tikhonov
 from kfac_dist.curvature.tridiagonal import regression, root_and_told
 from kfac_dist.preconditioner.class_combination import Combined
 from kfac_dist.preconditioner.refresh import Refresh
@@ -34,19 +34,30 @@ class ChainRefresh(Refresh):
         self, units: Sequence[Unit], totals: Tensor, combined: Mapping[str, Combined], damping: float
     ) -> list[Tensor]:
         weights, traces = totals[:2].tolist()
-        solved = []
+        with self.inspector.watching([*self._tasks(units, weights, traces, damping)]):
+            return [self._solve_unit(unit, weights, traces, damping) for unit in units]
+
+    def _solve_unit(self, unit: Unit, weights: list[float], traces: list[float], damping: float) -> Tensor:
+        previous = self.holders[unit.name].payload(unit)
+        try:
+            payload = self._payload(unit, weights, traces, damping)
+        except RuntimeError as error:  # not positive definite, no memory: raised on one rank, others would wait
+            warnings.warn(f"solving {unit.name} failed: {error}; its last good inverse stays", stacklevel=2)
+            payload = None
+        if payload is None or not bool(torch.isfinite(payload).all()):
+            self.failures += self._weight(unit, weights) > 0
+            return previous
+        return payload
+
+    def _tasks(
+        self, units: Sequence[Unit], weights: list[float], traces: list[float], damping: float
+    ) -> Iterator[Task]:
+        """Yield the factors among the units, for who reads their spectra: moments of two layers have none."""
         for unit in units:
-            previous = self.holders[unit.name].payload(unit)
-            try:
-                payload = self._payload(unit, weights, traces, damping)
-            except RuntimeError as error:  # not positive definite, no memory: raised on one rank, others would wait
-                warnings.warn(f"solving {unit.name} failed: {error}; its last good inverse stays", stacklevel=2)
-                payload = None
-            if payload is None or not bool(torch.isfinite(payload).all()):
-                self.failures += self._weight(unit, weights) > 0
-                payload = previous
-            solved.append(payload)
-        return solved
+            weight = self._weight(unit, weights)
+            if unit.kind is not FactorKind.CROSS and weight > 0:
+                delta = self._share(unit.block, unit.side, weights, traces, damping)
+                yield Task(unit, self._averages.sums(unit), delta, None, weight)
 
     def _payload(self, unit: Unit, weights: list[float], traces: list[float], damping: float) -> Tensor | None:
         """Return K and s, or Ψ; None while something that it takes was never measured."""
@@ -72,13 +83,17 @@ class ChainRefresh(Refresh):
         """Return a factor with its share of the damping (§6.3), in float64."""
         unit = self._required(block, side)
         matrix = complete(self._averages.sums(unit)[0].double() / self._weight(unit, weights))
+        matrix.diagonal().add_(self._share(block, side, weights, traces, damping))
+        return matrix
+
+    def _share(self, block: str, side: Side, weights: list[float], traces: list[float], damping: float) -> float:
+        """Return what the damping adds to the diagonal of one of a block's two factors."""
         mean: list[float] = []
         for other in (self._required(block, Side.A), self._required(block, Side.G)):
             weight = self._weight(other, weights)
             mean += [traces[self._averages.layout.index(other)] / weight if weight > 0 else 0.0, other.dim]
         on_a, on_g = tikhonov(mean[0], int(mean[1]), mean[2], int(mean[3]), damping)
-        matrix.diagonal().add_(on_a if side is Side.A else on_g)
-        return matrix
+        return on_a if side is Side.A else on_g
 
     def _weight(self, unit: Unit, weights: list[float]) -> float:
         return weights[self._averages.layout.index(unit)]

@@ -91,8 +91,8 @@ class Inspector:
         self._readings: list[RefreshReading] = []
 
     def ask(self, units: Iterable[Unit], outside: Callable[[], AbstractContextManager[None]]) -> None:
-        """Read these at their next refresh, inside of a context."""
-        self._wanted |= {unit.name for unit in units}
+        """Read these at their next refresh, inside of a context; moments of two layers have no spectrum."""
+        self._wanted |= {unit.name for unit in units if unit.kind is not FactorKind.CROSS}
         self._outside = outside
 
     def take(self) -> list[RefreshReading]:

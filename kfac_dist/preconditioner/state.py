@@ -18,7 +18,7 @@ rounding at most) and every rank goes on with the result, as the resumed run wil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,23 @@ def samples(parts: Parts, values: Mapping[str, Any]) -> dict[str, int]:
     return {unit.block: int(values["units"][unit.name].get("samples", 0)) for unit in parts.plan.units}
 
 
+def check_units(plan: Plan, saved: Iterable[str]) -> None:
+    """Refuse a state whose units, by name, are not all that the plan makes of the same blocks.
+
+    What a unit's values mean follows from its block's other units: a chain's eigenbases are none by themselves.
+
+    Raises:
+        CheckpointError: For the first unit of a known block that the plan hasn't.
+    """
+    known = {unit.name for unit in plan.units}
+    for name in saved:
+        if name not in known and name.rsplit("/", 2)[0] in plan.blocks:
+            raise CheckpointError(
+                f"the K-FAC state has a unit {name!r}, which this configuration hasn't: resume with the same "
+                "kfac.inversion.structure, max_factor_dim and splits, and the same kfac.curvature.fisher"
+            )
+
+
 def _pending(parts: Parts) -> dict[str, tuple[Tensor, int]]:
     return {
         unit.name: (payload.clone(), refreshed.due)
@@ -184,6 +201,7 @@ def _gather_due(parts: Parts, units: dict[str, dict[str, Tensor]]) -> None:
 
 def _check(parts: Parts, values: Mapping[str, Any]) -> None:
     saved = values.get("units", {})
+    check_units(parts.plan, saved)
     for unit in parts.plan.units:
         if unit.name not in saved:
             raise CheckpointError(

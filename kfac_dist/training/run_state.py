@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from kfac_dist.engines import Engine
 from kfac_dist.engines.holding import Holding
 from kfac_dist.errors import CheckpointError
+from kfac_dist.preconditioner.kfac import KFAC
+from kfac_dist.preconditioner.state import check_units
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
 from kfac_dist.training.random_state import capture_random_state, restore_random_state
@@ -34,6 +36,7 @@ from kfac_dist.training.setup import Parts
 from kfac_dist.training.slices import SavedRun, Wanted, piecewise, run_name, saved_runs, straight
 
 Saved = dict[str, list[SavedRun]]
+_UNITS = "kfac.units."
 
 
 def capture_state(parts: Parts, rank: int) -> dict[str, Any]:
@@ -87,6 +90,9 @@ def restore_state(
     holdings = engine.holdings()
     with agreed(checkpoints.communicator, CheckpointError, f"can't read {checkpoint.path}"):
         _check_model(engine, holdings, saved, checkpoint.path)
+        if isinstance(kfac, KFAC):
+            names = (name.removeprefix(_UNITS) for name in saved if name.startswith(_UNITS))
+            check_units(kfac.plan, {name.rsplit(".", 1)[0] for name in names})
     wanted = [Wanted(f"model.{h.name}", h.start, h.values) for h in holdings]
     wanted += [want for h in holdings for want in _optimizer_wants(h, optimizer, saved)]
     averaged = [] if average is None else average.wants(saved)

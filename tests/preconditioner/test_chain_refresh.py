@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kfac_dist.curvature.solvers import tikhonov
-from kfac_dist.errors import ConfigError, ModelError
+from kfac_dist.errors import CheckpointError, ConfigError, ModelError
 from kfac_dist.preconditioner.kfac import KFAC
 from tests.curvature.test_tridiagonal import dense_inverse
 from tests.harness import run_ranks
@@ -206,3 +206,31 @@ def test_options_that_a_chain_does_not_take_are_refused(key: str) -> None:
     values = {"solver": "cholesky", "max_factor_dim": 3, "stagger": 2, "inverse_dtype": "bfloat16"}
     with pytest.raises(ConfigError, match=rf"inversion\.{key} \({values[key]}\) must be .* block_tridiagonal"):
         _kfac(_model(), inverse_every=4, **{key: values[key]})
+
+
+def test_its_state_is_refused_by_layers_that_stand_alone() -> None:
+    model = _model()
+    chain = _kfac(model)
+    state = chain.state_dict()
+    chain.remove()
+    alone = _kfac(model, structure="block_diagonal")  # payloads of a chain are as large as eigenbases
+    with pytest.raises(CheckpointError, match=r"has a unit .*_next/0.*same kfac\.inversion\.structure"):
+        alone.load_state_dict(state)
+    alone.remove()
+
+
+def test_spectra_of_its_factors_are_read() -> None:
+    model = _model()
+    kfac = _kfac(model)
+    kfac.inspect()
+    for _ in range(2):
+        _backward(model, kfac, slice(0, 18), 18)
+        kfac.step()
+    [reading] = kfac.inspection()
+    assert {factor.side for factor in reading.factors} == {"A", "G"}
+    a, g = _moments(model)
+    found = next(factor for factor in reading.factors if factor.unit == "3/G/0")
+    on_g = tikhonov(float(a[-1][-1].trace()), len(a[-1][-1]), float(g[-1][-1].trace()), 3, DAMPING)[1]
+    assert found.damping == pytest.approx(on_g, rel=1e-4)
+    assert found.spectrum[-1] == pytest.approx(float(torch.linalg.eigvalsh(g[-1][-1])[-1]), rel=1e-4)
+    kfac.remove()

@@ -106,6 +106,17 @@ def _resume_on_ranks(directory: str) -> None:
     train(config, quiet=True)
 
 
+def test_a_chain_of_layers_is_not_resumed_by_layers_alone(tmp_path: Path) -> None:
+    chained = {"structure": "block_tridiagonal", "solver": "eigen", "inverse_every": 4}
+    train(small_config(tmp_path, kfac={"inversion": chained}, train={"steps": 2}), quiet=True)
+    begun = str(tmp_path / "small/checkpoints/step-00000002")
+    alone = small_config(
+        tmp_path / "alone", kfac={"inversion": {**chained, "structure": "block_diagonal"}}, checkpoint={"resume": begun}
+    )
+    with pytest.raises(CheckpointError, match=r"has a unit .*_next/0.*same kfac\.inversion\.structure"):
+        train(alone, quiet=True)
+
+
 def test_another_number_of_ranks_continues_the_run(tmp_path: Path) -> None:
     config = small_config(tmp_path / "1", kfac=True, train={"steps": 20}, checkpoint={"every": 7, "keep": 9})
     train(config, quiet=True)
