@@ -14,7 +14,7 @@ from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.distributed.bootstrap import World
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine, build_engine, check_engine
-from kfac_dist.errors import DataError
+from kfac_dist.errors import ConfigError, DataError
 from kfac_dist.optimizers import Stepper, build_optimizer, build_stepper
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.players import PlayersKFAC
@@ -141,10 +141,18 @@ def with_classes(config: KFACConfig, outputs: int) -> KFACConfig:
     Args:
         config: What K-FAC is to do.
         outputs: Of the model, for each term of the loss.
+
+    Raises:
+        ConfigError: It says another number than the model has outputs.
     """
     by_class = config.curvature.class_conditional
-    if by_class is None or by_class.classes is not None:
+    if by_class is None or by_class.classes == outputs:
         return config
+    if by_class.classes is not None:
+        raise ConfigError(
+            f"kfac.curvature.class_conditional.classes is {by_class.classes}, but the model has {outputs} outputs a "
+            f"term: samples of classes beyond the number would not be measured; set it to {outputs}, or leave it out"
+        )
     known = by_class.model_copy(update={"classes": outputs})
     curvature = config.curvature.model_copy(update={"class_conditional": known})
     return config.model_copy(update={"curvature": curvature})
