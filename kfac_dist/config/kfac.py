@@ -134,6 +134,12 @@ class KFACConfig(Section):
                 "inversion.damping must be a plain number while solver is newton: it is where λ starts, and the "
                 "Levenberg-Marquardt rule moves it"
             )
+        lowest, highest = self.newton_options.damping_bounds
+        if not lowest <= inversion.damping.value <= highest:
+            raise ValueError(
+                f"inversion.damping ({inversion.damping.value}) is where λ starts while solver is newton, and lies "
+                f"outside of newton.damping_bounds ([{lowest}, {highest}]): move it inside, or widen the bounds"
+            )
         if search % inversion.inverse_every:
             raise ValueError(
                 f"newton.gamma_every ({search}) must be a multiple of inversion.inverse_every "

@@ -367,6 +367,10 @@ ARGUMENTS = {
         ["optimizer=null", "kfac.solver=cg", "kfac.cg={adapt_every: 5, damping: {value: 1, kind: linear, final: 0}}"],
         "kfac.cg.adapt_every (5) and a linear damping both move",
     ),
+    "damping that starts outside of its bounds": (
+        ["optimizer=null", "kfac={solver: newton, newton: {damping_bounds: [0.01, 1.0]}, inversion: {damping: 0.003}}"],
+        "inversion.damping (0.003) is where λ starts while solver is newton, and lies outside of newton.damping_bounds",
+    ),
     "damping that warms up and adapts": (
         ["optimizer=null", "kfac.solver=cg", "kfac.cg={adapt_every: 5, damping: {value: 1, warmup_steps: 3}}"],
         "kfac.cg.adapt_every (5) and damping's warm-up both move",
