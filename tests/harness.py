@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -75,7 +76,10 @@ class _Worker:
     def stop(self, *, kill: bool) -> None:
         if kill:
             self.process.kill()
-        self.pipe.close()  # an idle worker leaves when its pipe ends
+        else:  # told, not left to its pipe's end: a process that was forked meanwhile may hold that open
+            with suppress(OSError):  # it has died already
+                self.pipe.send(None)
+        self.pipe.close()
         self.process.join()
 
 
@@ -185,8 +189,10 @@ def _serve(pipe: Connection) -> None:
     pipe.send("ready")
     while True:
         try:
-            task: _Task = pipe.recv()
+            task: _Task | None = pipe.recv()
         except EOFError:
+            return
+        if task is None:
             return
         outcome = _run(task)
         os.environ.clear()

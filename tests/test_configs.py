@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -96,7 +97,9 @@ def test_it_trains(name: str, tmp_path: Path) -> None:
         *SMALL[name],
     )
     config = resolve(load_config(CONFIGS / name, overrides))
+    before = set(multiprocessing.active_children())
     train(config, quiet=True)
+    assert set(multiprocessing.active_children()) <= before  # those that load samples end with the run
     result = json.loads((tmp_path / config.run.name / "result.json").read_text())
     assert result[0]["steps"] == 6
     assert result[0]["train_loss"] > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -164,8 +164,8 @@ class Stream:
         self.world_size = world_size
         self.accumulate = accumulate
 
-    def steps(self, start: Position) -> Iterator[StepBatch]:
-        """Yield the steps from a position on."""
+    def steps(self, start: Position) -> Generator[StepBatch]:
+        """Yield the steps from a position on; closed, it ends the processes that load samples."""
         position = start
         while True:
             for step in self._epoch(position):

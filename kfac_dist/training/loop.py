@@ -80,7 +80,7 @@ class Trainer:
         self._passes = self._build_passes()
         self._recovery = Recovery()
         self._diverged = ""
-        self._batches: Iterator[StepBatch] = iter(())
+        self._batches = parts.stream.steps(self.position)
         self._curvature: CurvatureLog | None = None
         if parts.kfac is not None:
             for kfac in parts.kfacs:
@@ -107,7 +107,7 @@ class Trainer:
         preemption = Preemption(self.outputs.signals, self.communicator, wishes=wishes)
         self._saved_moment = time.monotonic()
         self.stopwatch.start()
-        with self.outputs.watch.explaining():
+        with self.outputs.watch.explaining(), self._loading():
             while self.step < self.parts.total_steps:
                 self._at_boundary(preemption)
                 self.outputs.watch.at(f"step {self.step + 1}, loading the batch")
@@ -121,6 +121,14 @@ class Trainer:
             preemption.finish()
             self._settle_writes()
         self.stopwatch.stop()
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """End the processes that load samples with the run, whatever still refers to it."""
+        try:
+            yield
+        finally:
+            self._batches.close()
 
     def _at_boundary(self, preemption: Preemption) -> None:
         """Do what a rank has wished for."""
