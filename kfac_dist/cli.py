@@ -88,7 +88,10 @@ def train(
 
         result = run(resolved, compare=compare, quiet=quiet)
         if not quiet and result.preempted_at is None and find_spec("plotly") is not None and _leads():
-            _write_page([result.directory], result.directory / REPORT_FILE)
+            try:
+                _write_page([result.directory], result.directory / REPORT_FILE)
+            except KFACError as error:  # such as a full disk: the run itself is complete and saved
+                print(f"no report: {error}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kfac_dist import cli
 from kfac_dist.cli import app
 from kfac_dist.config.load import load_config, resolve
 from kfac_dist.errors import KFACError
@@ -169,3 +170,16 @@ def test_it_lives_in_a_browser(run_directory: Path, tmp_path: Path, scheme: str)
         browser.close()
     assert complaints == []
     assert not too_wide
+
+
+def test_a_report_that_cannot_be_written_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise KFACError("can't write report.html: No space left on device")
+
+    monkeypatch.setattr(cli, "_write_page", full)
+    options = (f"run.directory={tmp_path}", "train.epochs=null", "train.steps=1")
+
+    ended = CliRunner().invoke(app, ["train", str(CONFIG), *options])
+
+    assert ended.exit_code == 0, ended.output
+    assert "no report: can't write report.html: No space left on device" in ended.output

@@ -36,6 +36,7 @@ def test_a_run_leaves_its_files_and_a_comparison(tmp_path: Path, capsys: pytest.
         "compare-adamw",
         "compare-reckless",
         "config.yaml",
+        "curvature.jsonl",
         "loss.png",
         "metrics.jsonl",
         "result.json",
