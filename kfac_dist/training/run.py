@@ -6,6 +6,7 @@
       result.json      final figures                   compare-<entry>/              the same for each compared run
       relative_variance.json    if wanted: how noisy each parameter's gradient was at the end
       state.json       running, preempted, finished or failed
+      curvature.jsonl  spectra of the factors          report.html   all of it on one page, from `kfac-dist train`
 
 A fresh run moves the files of an earlier one of its name to `runs/<name>.previous`. SIGTERM or SIGUSR1 on any rank
 makes all of them save a checkpoint and return.
