@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from kfac_dist.config.classes import ClassConditionalConfig, from_flag
-from kfac_dist.config.section import BelowOne, Count, Flag, Pattern, Section, Seed
+from kfac_dist.config.section import BelowOne, Count, Flag, Pattern, Section, Seed, check_one_in_k
 
 
 class Fisher(StrEnum):
@@ -150,10 +150,5 @@ class CurvatureConfig(Section):
 
     @model_validator(mode="after")
     def _fraction_is_one_in_k(self) -> Self:
-        rows = 1 / self.sample_fraction
-        if abs(rows - round(rows)) > 0.02 * rows:
-            raise ValueError(
-                f"sample_fraction ({self.sample_fraction}) must be 1/k for a whole k, such as 0.5 or 0.1: one row "
-                "in k is measured"
-            )
+        check_one_in_k("sample_fraction", self.sample_fraction, "one row in k is measured")
         return self

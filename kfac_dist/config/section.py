@@ -23,3 +23,14 @@ class Section(BaseModel):
     """A frozen section that refuses unknown keys and silent type coercion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+
+def check_one_in_k(name: str, share: float, consequence: str) -> None:
+    """Refuse a share that takes no whole number of steps from one thing taken to the next.
+
+    Raises:
+        ValueError: It isn't 1/k.
+    """
+    k = 1 / share
+    if abs(k - round(k)) > 0.02 * k:
+        raise ValueError(f"{name} ({share}) must be 1/k for a whole k, such as 0.5 or 0.1: {consequence}")

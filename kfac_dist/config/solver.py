@@ -13,7 +13,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from kfac_dist.config.schedules import Schedule, ScheduleKind
-from kfac_dist.config.section import Count, CountOrZero, Flag, Positive, Section
+from kfac_dist.config.section import Count, CountOrZero, Flag, Positive, Section, check_one_in_k
 
 
 class StepSolver(StrEnum):
@@ -95,10 +95,5 @@ class NewtonConfig(Section):
 
     @model_validator(mode="after")
     def _fraction_is_one_in_k(self) -> Self:
-        samples = 1 / self.products_fraction
-        if abs(samples - round(samples)) > 0.02 * samples:
-            raise ValueError(
-                f"products_fraction ({self.products_fraction}) must be 1/k for a whole k, such as 0.5 or 0.1: one "
-                "sample in k is used"
-            )
+        check_one_in_k("products_fraction", self.products_fraction, "one sample in k is used")
         return self
