@@ -19,6 +19,7 @@ from tests.curvature.measured import assert_close
 
 NAN, INF = float("nan"), float("inf")
 INVERTERS = [Solver.CHOLESKY, Solver.NEWTON_SCHULZ]
+DECOMPOSERS = [Solver.EIGEN, Solver.EKFAC]
 
 
 def unit_of(n: int, batch: int = 1, side: Side = Side.A, kind: FactorKind = FactorKind.DENSE, index: int = 0) -> Unit:
@@ -61,10 +62,11 @@ def test_inverses(n: int, batch: int, solver: Solver) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 17, 257])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_eigenbases(n: int, batch: int) -> None:
+@pytest.mark.parametrize("solver", DECOMPOSERS)
+def test_eigenbases(n: int, batch: int, solver: Solver) -> None:
     """Q is orthogonal and `Q diag(d) Qᵀ` is the matrix itself: damping comes later."""
     matrix = positive(n, batch)
-    payload = solve_one(stale_below(matrix), Solver.EIGEN, 0.0)
+    payload = solve_one(stale_below(matrix), solver, 0.0)
     vectors, values = payload[: batch * n * n].view(batch, n, n), payload[batch * n * n :].view(batch, 1, n)
     assert_close(vectors @ vectors.mT, torch.eye(n).expand(batch, -1, -1))
     assert_close((vectors * values) @ vectors.mT, matrix)
@@ -88,7 +90,7 @@ def test_unit_wise_blocks_are_inverted_by_every_solver(solver: Solver) -> None:
 def test_diagonals(solver: Solver) -> None:
     values = torch.tensor([[0.0, 0.5, 2.0]])
     payload = solve_one(values.clone(), solver, 0.25, kind=FactorKind.DIAGONAL)
-    expected = values if solver is Solver.EIGEN else 1 / (values + 0.25)
+    expected = values if solver in DECOMPOSERS else 1 / (values + 0.25)
     assert_close(payload, expected.flatten())
 
 
@@ -152,7 +154,7 @@ def broken(kind: str, n: int = 4) -> Tensor:
 @pytest.mark.parametrize("solver", list(Solver))
 @pytest.mark.parametrize("known", [True, False])
 def test_a_failure_keeps_the_last_payload_and_harms_nobody(kind: str, solver: Solver, known: bool) -> None:
-    if solver is Solver.EIGEN and kind == "indefinite":
+    if solver in DECOMPOSERS and kind == "indefinite":
         pytest.skip("an eigendecomposition doesn't mind")
     good, bad = positive(4).float(), broken(kind)
     previous = torch.arange(float(payload_numel(unit_of(4), solver))) if known else None
