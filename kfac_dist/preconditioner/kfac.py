@@ -35,6 +35,7 @@ from kfac_dist.preconditioner.adaptation import DampingAdaptation
 from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
 from kfac_dist.preconditioner.inspection import RefreshReading
 from kfac_dist.preconditioner.measurement import Description, Measurement
+from kfac_dist.preconditioner.pace import Pace
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.schedule import Cadence
 from kfac_dist.preconditioner.step_length import HasRates, StepLength
@@ -95,7 +96,6 @@ class KFAC:
         with self._engine.whole_shapes():
             self.coverage = find_all(self._engine.module, self.config)
         self._blocks = self.coverage.blocks
-        self._cadence = Cadence.of(self.config)
         distribution = self.config.distribution
         self.communicator = self._engine.communicator(distribution.timeout_seconds, distribution.backend)
         # Compared before anything can fail on one rank alone: with other layers, or with none.
@@ -104,8 +104,7 @@ class KFAC:
         self.phases = PhaseTimer(self._device)
         self.plan = make_plan(self._engine, self._blocks, self.config, self.communicator, self._device)
         self._build()
-        self._overdue: set[int] = set()
-        self._refreshed: set[int] = set()
+        self._pace = Pace(Cadence.of(self.config), self.plan)
         self._begin()
         # An engine that drives its optimizer may be stepped by the user's unchanged loop.
         self._done = False
@@ -209,7 +208,7 @@ class KFAC:
         self.discarded += 1
         if self._measurement.active:
             self._measurement.discard()
-            self._overdue |= set(self._slots)
+            self._pace.skip()
             self._begin()
 
     def fisher_backward(self, outputs: Tensor) -> None:
@@ -251,9 +250,8 @@ class KFAC:
 
         Between `update_curvature` and `advance` of a step at which every inverse is due.
         """
-        slots = tuple(sorted({block.slot for block in self.plan.blocks.values()}))
         with self.phases(Phase.INVERSION):
-            self._refresh.start(slots, self._reduction.totals, self._total_damping, self.steps)
+            self._refresh.start(self._pace.every_slot, self._reduction.totals, self._total_damping, self.steps)
         with self.phases(Phase.SHARING):
             self._refresh.activate(self.steps)
 
@@ -278,7 +276,7 @@ class KFAC:
         """
         self._damping_factor = factor
         if refresh:
-            self._overdue |= {block.slot for block in self.plan.blocks.values()}
+            self._pace.owe_everything()
             self._begin()
 
     def metrics(self) -> dict[str, float]:
@@ -352,8 +350,8 @@ class KFAC:
             CheckpointError: The state belongs to another model, or to other `max_factor_dim`.
         """
         self.steps = state.load(self._parts(), values)
-        self._overdue = state.marked(self._parts(), values, "overdue")
-        self._refreshed = state.marked(self._parts(), values, "refreshed")
+        self._pace.overdue = state.marked(self._parts(), values, "overdue")
+        self._pace.refreshed = state.marked(self._parts(), values, "refreshed")
         self._measurement.load_samples(state.samples(self._parts(), values))
         self._averages.discard()
         if self._moments is not None:
@@ -392,12 +390,12 @@ class KFAC:
             refresh=self._refresh,
             moments=self._moments,
             communicator=self.communicator,
-            lagged=self._cadence.lag > 0,
+            lagged=self._pace.cadence.lag > 0,
             rest=self._rest,
             adaptation=self._adaptation,
             step=self.steps,
-            overdue=self._overdue,
-            refreshed=self._refreshed,
+            overdue=self._pace.overdue,
+            refreshed=self._pace.refreshed,
             samples=self._measurement.samples(),
         )
 
@@ -405,38 +403,32 @@ class KFAC:
 
     def _begin(self) -> None:
         """Prepare the hooks for the step that comes next."""
-        active = self._cadence.measures(self.steps)
-        self._factors = active
-        self._measurement.begin(self.steps, factors=active, moments=self._cadence.rescales(self.steps))
-        self._slots: tuple[int, ...] = ()
-        if active:
+        pace, cadence = self._pace, self._pace.cadence
+        pace.begin(self.steps)
+        self._measurement.begin(self.steps, factors=pace.measures, moments=cadence.rescales(self.steps))
+        if pace.measures:
             if self.config.curvature.decay_ramp:
-                self._averages.decay = self._cadence.decay(self.steps, self.config.curvature.decay)
+                self._averages.decay = cadence.decay(self.steps, self.config.curvature.decay)
                 if self._moments is not None:
                     self._moments.averages.decay = self._averages.decay
-            self._slots = tuple(sorted({*self._cadence.due(self.steps), *self._overdue}))
-            self._reduction.begin(self._slots)
+            self._reduction.begin(pace.slots)
 
     def _measure_and_refresh(self) -> None:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
         with self.phases(Phase.REDUCTION):
             taken = self._measurement.finish(self._engine.finite_everywhere(self.communicator))
-        if self._factors:
+        if self._pace.measures:
             self._rest.measure(self._measurement.terms, taken)
-        if not self._slots:
+        slots, totals = self._pace.slots, self._reduction.totals
+        if not slots:
             return
-        if not bool(taken):  # the step will be skipped: as if it had never been, and the refresh stays due
-            self._overdue |= set(self._slots)
+        if not bool(taken):  # the step will be skipped
+            self._pace.skip()
             return
-        self._overdue -= set(self._slots)
-        first = set(self._slots) - self._refreshed
-        # The first inverses are used at once; layers that had nothing measured for theirs are asked once more.
-        lag = 0 if first else self._cadence.lag_after(self.steps)
-        self._overdue |= self._refresh.unmeasured(self._slots, self._reduction.totals) & first
-        self._refreshed |= set(self._slots)
+        lag = self._pace.take(self.steps, self._refresh.unmeasured(slots, totals) if self._pace.first else ())
         self._adaptation.judge()
         with self.phases(Phase.INVERSION):
-            self._refresh.start(self._slots, self._reduction.totals, self._total_damping, self.steps + lag)
+            self._refresh.start(slots, totals, self._total_damping, self.steps + lag)
         self._refresh.inspector.read(self.steps)
 
     def _step_once(self) -> None:

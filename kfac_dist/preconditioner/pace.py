@@ -1,0 +1,75 @@
+"""What the coming step measures and refreshes, and what is still owed from steps that were not taken.
+
+due now, by the cadence ─┐
+overdue ─────────────────┴─▶ slots of this step ── taken ──▶ refreshed
+                                                └─ skipped ─▶ overdue: again at the next step that measures
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.preconditioner.schedule import Cadence
+
+
+class Pace:
+    """Keeps the slots of one run; the same on every rank, as it follows from the plan and from what ranks agree on.
+
+    Args:
+        cadence: The intervals.
+        plan: Which slots have blocks.
+
+    Attributes:
+        cadence: The intervals.
+        overdue: Slots whose refresh was due and has not happened.
+        refreshed: Slots that have ever been refreshed.
+        slots: What this step refreshes.
+        measures: Whether this step measures factors.
+    """
+
+    def __init__(self, cadence: Cadence, plan: Plan) -> None:
+        self.cadence = cadence
+        self.overdue: set[int] = set()
+        self.refreshed: set[int] = set()
+        self.slots: tuple[int, ...] = ()
+        self.measures = False
+        self._all = {block.slot for block in plan.blocks.values()}
+
+    @property
+    def every_slot(self) -> tuple[int, ...]:
+        """All slots, in order."""
+        return tuple(sorted(self._all))
+
+    def begin(self, step: int) -> None:
+        """Look up what a step does."""
+        self.measures = self.cadence.measures(step)
+        self.slots = tuple(sorted({*self.cadence.due(step), *self.overdue})) if self.measures else ()
+
+    def skip(self) -> None:
+        """Owe this step's refreshes: it is as if it had never been."""
+        self.overdue |= set(self.slots)
+
+    def owe_everything(self) -> None:
+        """Refresh every slot at the next step that measures."""
+        self.overdue |= self._all
+
+    @property
+    def first(self) -> set[int]:
+        """Those of this step's slots that were never refreshed before."""
+        return set(self.slots) - self.refreshed
+
+    def take(self, step: int, unmeasured: Iterable[int]) -> int:
+        """Take note that this step's slots are refreshed.
+
+        Args:
+            step: This step.
+            unmeasured: Those that have a layer without any statistics yet: they are asked once more after their first.
+
+        Returns:
+            After how many steps the new inverses are used: the first ones at once.
+        """
+        first = self.first
+        self.overdue = (self.overdue - set(self.slots)) | (set(unmeasured) & first)
+        self.refreshed |= set(self.slots)
+        return 0 if first else self.cadence.lag_after(step)
