@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "training",
         "__init__",
     },
+    "planning": {"config", "curvature", "distributed", "engines", "errors", "inputs", "preconditioner", "tasks"},
     "launching": {"errors"},
     "slurm": {"config", "errors", "reporting", "training"},
     "cli": {
@@ -65,6 +66,7 @@ MAY_IMPORT = {
         "engines",
         "errors",
         "launching",
+        "planning",
         "preconditioner",
         "reporting",
         "slurm",

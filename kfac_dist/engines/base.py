@@ -23,6 +23,9 @@ from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.layout import GradientLayout
 from kfac_dist.engines.holding import Holding, holdings_of
 
+# What the traffic counts the ranks' vote on their gradients as.
+FINITE = "finite"
+
 
 @dataclass(frozen=True)
 class BackwardPass:
@@ -185,7 +188,7 @@ class Engine(ABC):
         if not self.sharded:
             return finite
         bad = (~finite).float().view(1)
-        communicator.all_reduce(bad, label="finite").wait()
+        communicator.all_reduce(bad, label=FINITE).wait()
         return bad[0] == 0
 
     def finite(self) -> Tensor:

@@ -20,7 +20,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kfac_dist.config.schema import DType, KFACConfig, ReduceEvery, Reduction
+from kfac_dist.config.schema import DistributionConfig, DType, KFACConfig, ReduceEvery, Reduction
 from kfac_dist.curvature.blocks import KroneckerBlock, MicroBatch, Use
 from kfac_dist.curvature.factors import Side, Unit
 from kfac_dist.curvature.moments import level, second_moments, turn
@@ -72,12 +72,12 @@ class Moments:
             dtype=_DTYPES[config.curvature.factor_dtype],
             transient_window=scatters,
         )
-        # Sent after backward: beside the factors' buckets, two orders of collectives could cross.
-        distribution = config.distribution.model_copy(update={"reduce_every": ReduceEvery.STEP, "overlap": False})
+        distribution = moments_distribution(config.distribution)
         self.reduction = FactorReduction(self.averages, self.plan, comm, distribution, label=LABEL)
         self._column = column
         self._rank = comm.rank
-        self._wire = self._lay_out() if scatters and column.size > 1 else None
+        column_index = plan.grid.column_of(comm.rank)
+        self._wire = moments_wire(self.plan, column_index) if scatters and column.size > 1 else None
         self._ready: set[str] = set()
         self._open = False
 
@@ -202,18 +202,6 @@ class Moments:
         weight = self._weight(unit)
         return self.averages.sums(unit).float() / torch.where(weight > 0, weight, 1.0)
 
-    def _lay_out(self) -> UnitWire:
-        """Return the layout in which owners send S/w to the rest of their column."""
-        grid, owners = self.plan.grid, self.plan.assignment.owners
-        units = [unit for unit in self.plan.units if unit.block in self._groups]
-        return UnitWire(
-            units,
-            [grid.row_of(owners[unit.name]) for unit in units],
-            self._column.size,
-            numel=lambda unit: unit.numel,
-            packed=lambda unit: False,
-        )
-
     def _share(self, wire: UnitWire) -> None:
         buffer = wire.buffer(torch.float32, self.averages.device)
         for unit in wire.units:
@@ -223,3 +211,29 @@ class Moments:
         for unit in wire.units:
             values = wire.get(wire.layout.view(buffer, unit.name), unit)
             self._groups[unit.block].rescale(unit.block, values, self._weight(unit) > 0)
+
+
+def moments_distribution(config: DistributionConfig) -> DistributionConfig:
+    """Return how moments are reduced: at every measurement, and after backward.
+
+    Beside the factors' buckets, during backward, two orders of collectives could cross.
+    """
+    return config.model_copy(update={"reduce_every": ReduceEvery.STEP, "overlap": False})
+
+
+def moments_wire(plan: Plan, column: int) -> UnitWire:
+    """Return the layout in which owners send S/w to the rest of a column.
+
+    Args:
+        plan: The plan of the moments.
+        column: The column.
+    """
+    grid, owners = plan.grid, plan.assignment.owners
+    units = [unit for unit in plan.units if plan.blocks[unit.block].column == column]
+    return UnitWire(
+        units,
+        [grid.row_of(owners[unit.name]) for unit in units],
+        grid.group_size,
+        numel=lambda unit: unit.numel,
+        packed=lambda unit: False,
+    )

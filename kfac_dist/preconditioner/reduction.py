@@ -18,23 +18,22 @@ rank's vote on the step travel together in one small fp32 sum.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kfac_dist.config.schema import DistributionConfig, DType, ReduceEvery, Reduction
-from kfac_dist.curvature.factors import FactorKind, Unit
+from kfac_dist.config.schema import DistributionConfig
+from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.statistics import RunningAverages, Span
 from kfac_dist.distributed.communicator import Communicator, Work
-from kfac_dist.distributed.segments import PendingReduce, reduce_to_owners, split_buckets
+from kfac_dist.distributed.segments import PendingReduce
 from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.preconditioner.reduction_layout import ReductionLayout
 from kfac_dist.preconditioner.wire import UnitWire
 
 LABEL = "factors"
-_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
 
 
 @dataclass
@@ -87,12 +86,8 @@ class FactorReduction:
         self._averages = averages
         self._plan = plan
         self._comm = comm
-        self._every = config.reduce_every
         self._label = label
-        self._reduction = config.reduction
-        self._dtype = _DTYPES[config.communication_dtype]
-        self._pack = config.pack_triangles
-        self._count = config.buckets
+        self._layout = ReductionLayout(plan, config, averages.layout, comm.size)
         self._overlap = config.overlap and comm.size > 1
         self._current: _Measurement | None = None
         # On the device: whether a measuring step was taken is known there first.
@@ -100,22 +95,20 @@ class FactorReduction:
         self._own = torch.tensor(
             [plan.assignment.owners[unit.name] == comm.rank for unit in plan.units], device=averages.device
         )
-        self._layouts: dict[tuple[int, ...], tuple[list[tuple[Span, UnitWire | None]], list[Span]]] = {}
 
     @property
     def blending(self) -> bool:
         """Whether averages are local between refreshes."""
-        return self._every is ReduceEvery.REFRESH
+        return self._layout.blending
 
     # ---- during backward
 
     def begin(self, slots: tuple[int, ...]) -> None:
         """Begin a step that measures, and at which `slots` refresh."""
-        if slots not in self._layouts:
-            self._layouts[slots] = self._lay_out(slots)
-        reduced, local = self._layouts[slots]
-        buckets = [_Bucket(span, {u.block for u in self._plan.units[span.units]}, wire) for span, wire in reduced]
-        self._current = _Measurement(buckets, local, self._overlap)
+        reduced = self._layout.at(slots)
+        units = self._plan.units
+        buckets = [_Bucket(span, {u.block for u in units[span.units]}, wire) for span, wire in reduced.buckets]
+        self._current = _Measurement(buckets, reduced.local, self._overlap)
 
     def accepts(self, block: str) -> bool:
         """Whether a block may still measure: once its bucket has left, this step's statistics are closed."""
@@ -180,18 +173,14 @@ class FactorReduction:
         averages, span = self._averages, bucket.span
         averages.close(span)
         if self.blending:
-            averages.blend(span, 1.0 if self._scattering else 1 / self._comm.size)
+            averages.blend(span, 1.0 if self._layout.scattering else 1 / self._comm.size)
         window = averages.window
-        if bucket.wire is None:
-            bucket.work = self._comm.all_reduce(window[span.values], label=self._label)
-            return
-        bucket.sent = bucket.wire.buffer(self._dtype, averages.device)
-        for unit in bucket.wire.units:
-            bucket.wire.put(bucket.sent, unit, averages.layout.view(window, unit))
-        if self._scattering:
-            bucket.work = reduce_to_owners(self._comm, bucket.sent, bucket.wire.layout, label=self._label)
-        else:
-            bucket.work = self._comm.all_reduce(bucket.sent, label=self._label)
+        bucket.sent = window[span.values]
+        if bucket.wire is not None:
+            bucket.sent = bucket.wire.buffer(self._layout.dtype, averages.device)
+            for unit in bucket.wire.units:
+                bucket.wire.put(bucket.sent, unit, averages.layout.view(window, unit))
+        bucket.work = self._layout.send(self._comm, bucket.sent, bucket.wire, label=self._label)
 
     def _exchange_scalars(self, spans: list[Span], taken: Tensor) -> Tensor:
         """Add up the weights and traces of what was sent (what stays local must not be touched), and the votes."""
@@ -255,11 +244,11 @@ class FactorReduction:
     @property
     def shares(self) -> int:
         """How many ranks' averages add up to the total, once they are consolidated."""
-        return self._comm.size if self.blending and not self._scattering else 1
+        return self._comm.size if self.blending and not self._layout.scattering else 1
 
     def keeps(self, unit: Unit) -> bool:
         """Whether this rank's consolidated sum of a unit is the global one."""
-        return not self._scattering or self._plan.assignment.owners[unit.name] == self._comm.rank
+        return not self._layout.scattering or self._plan.assignment.owners[unit.name] == self._comm.rank
 
     def consolidate(self) -> None:
         """Add up averages that ranks have kept to themselves since the last refresh; collective."""
@@ -270,7 +259,7 @@ class FactorReduction:
             values.div_(self.shares)
             self._comm.all_reduce(values, label=self._label).wait()
         self.totals.copy_(averages.scalars)
-        if self._scattering:
+        if self._layout.scattering:
             averages.scalars.mul_(self._own)
             for unit in self._plan.units:
                 if not self.keeps(unit):
@@ -279,7 +268,7 @@ class FactorReduction:
 
     def consolidated_scalars(self, unit: Unit) -> Tensor:
         """Return the weight and the trace that belong to the consolidated sum of a unit, on every rank."""
-        source = self.totals if self.blending and self._scattering else self._averages.scalars
+        source = self.totals if self.blending and self._layout.scattering else self._averages.scalars
         return source[:, self._averages.layout.index(unit)]
 
     def restore(self, unit: Unit, total: Tensor | None, scalars: Tensor, scale: float) -> None:
@@ -313,47 +302,3 @@ class FactorReduction:
             "totals": self.totals,
             "dirty": self._dirty,
         }
-
-    # ---- layout
-
-    @property
-    def _scattering(self) -> bool:
-        return self._reduction is Reduction.REDUCE_SCATTER and self._comm.size > 1
-
-    def _lay_out(self, slots: tuple[int, ...]) -> tuple[list[tuple[Span, UnitWire | None]], list[Span]]:
-        """Return what is reduced when these slots refresh, and what stays local: everything, on one rank alone."""
-        if self._comm.size == 1:
-            return [], [self._averages.layout.span(0, len(self._plan.units))]
-        everything = not self.blending
-        ranges = [self._plan.slot_units((slot,)) for slot in self._slots()]
-        chosen = [r for slot, r in enumerate(ranges) if everything or slot in slots]
-        local = [r for slot, r in enumerate(ranges) if not (everything or slot in slots)]
-        reduced = [span for first, last in chosen for span in self._buckets(first, last)]
-        return (
-            [(span, self._wire(self._averages.layout.units[span.units])) for span in reduced],
-            [self._averages.layout.span(first, last) for first, last in local if last > first],
-        )
-
-    def _slots(self) -> Sequence[int]:
-        return range(1 + max((block.slot for block in self._plan.blocks.values()), default=0))
-
-    def _buckets(self, first: int, last: int) -> list[Span]:
-        """Cut units into buckets of near-equal bytes that keep a block's units together."""
-        units = self._averages.layout.units[first:last]
-        blocks = [list(own) for _, own in itertools.groupby(units, key=lambda unit: unit.block)]
-        edges = [first, *(first + n for n in itertools.accumulate(len(own) for own in blocks))]
-        cuts = split_buckets([sum(unit.numel for unit in own) for own in blocks], self._count)
-        return [self._averages.layout.span(edges[start], edges[stop]) for start, stop in cuts]
-
-    def _wire(self, units: Sequence[Unit]) -> UnitWire | None:
-        """Return the staging of a bucket, or None when the window itself can be summed in place."""
-        if not self._scattering and self._dtype is torch.float32 and not self._pack:
-            return None
-        owners = [self._plan.assignment.owners[unit.name] if self._scattering else 0 for unit in units]
-        return UnitWire(
-            units,
-            owners,
-            self._comm.size if self._scattering else 1,
-            numel=lambda unit: unit.numel,
-            packed=lambda unit: self._pack and unit.kind is FactorKind.DENSE,
-        )

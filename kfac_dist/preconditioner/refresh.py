@@ -108,7 +108,9 @@ class Refresh:
             due: The step from which on the new inverses are used.
         """
         if slots not in self._wires:
-            self._wires[slots] = self._lay_out(slots)
+            # Who shares them holds them: the units of the own column's blocks, or all.
+            column = None if self._sharing.size == self._plan.grid.world_size else self._plan.grid.column_of(self._rank)
+            self._wires[slots] = payload_wire(self._plan, slots, column, self._solver, pack=self._pack)
         wire = self._wires[slots]
         # What is still on its way for these slots is older than what comes now.
         names = {unit.name for unit in wire.units}
@@ -159,23 +161,6 @@ class Refresh:
     def payload_numel(self, unit: Unit) -> int:
         """Return the number of values in a unit's payload."""
         return payload_numel(unit, self._solver)
-
-    def _lay_out(self, slots: tuple[int, ...]) -> UnitWire:
-        """Return the layout in which the payloads of these slots travel among the ranks that share them."""
-        grid, owners = self._plan.grid, self._plan.assignment.owners
-        everyone = self._sharing.size == grid.world_size
-        units = [
-            unit
-            for unit in self._plan.units
-            if self._plan.blocks[unit.block].slot in slots and (everyone or unit.name in self.holders)
-        ]
-        return UnitWire(
-            units,
-            [owners[unit.name] if everyone else grid.row_of(owners[unit.name]) for unit in units],
-            self._sharing.size,
-            numel=lambda unit: payload_numel(unit, self._solver),
-            packed=lambda unit: self._pack and is_symmetric(unit, self._solver),
-        )
 
     def _solve(
         self, units: Sequence[Unit], totals: Tensor, combined: Mapping[str, Combined], damping: float
@@ -261,3 +246,28 @@ class Refresh:
             return payload
         _, on_g = self._split(unit.block, weights, traces, damping)
         return payload / (1 + on_g)
+
+
+def payload_wire(plan: Plan, slots: Sequence[int], column: int | None, solver: Solver, *, pack: bool) -> UnitWire:
+    """Return the layout in which payloads travel among the ranks that share them.
+
+    Args:
+        plan: Who owns what.
+        slots: What is refreshed.
+        column: The column whose ranks share; None for all ranks.
+        solver: What makes the payloads.
+        pack: Whether symmetric inverses travel as triangles.
+    """
+    grid, owners = plan.grid, plan.assignment.owners
+    units = [
+        unit
+        for unit in plan.units
+        if plan.blocks[unit.block].slot in slots and column in (None, plan.blocks[unit.block].column)
+    ]
+    return UnitWire(
+        units,
+        [owners[unit.name] if column is None else grid.row_of(owners[unit.name]) for unit in units],
+        grid.world_size if column is None else grid.group_size,
+        numel=lambda unit: payload_numel(unit, solver),
+        packed=lambda unit: pack and is_symmetric(unit, solver),
+    )

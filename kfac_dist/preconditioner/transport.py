@@ -28,6 +28,7 @@ from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.precondition import Group
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.exchange import Exchange, Part, plan_exchange
+from kfac_dist.distributed.layout import GradientLayout
 from kfac_dist.distributed.runs import as_rows
 from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments
 from kfac_dist.engines.base import Engine
@@ -88,13 +89,7 @@ class ReplicatedTransport(Transport):
         self._buffer: Tensor | None = None
         self._updates: list[Tensor] = []
         if row.size > 1:
-            self._layout = SegmentLayout(
-                [
-                    Segment(name, torch.Size(block.matrix_shape).numel(), plan.blocks[name].column)
-                    for name, block in self._blocks.items()
-                ],
-                row.size,
-            )
+            self._layout = update_layout(plan)
             # Every rank may precondition nothing (more columns than blocks) and still receives everything.
             device = next(iter(blocks[0].parameters.values())).device
             self._buffer = torch.zeros(self._layout.numel, device=device)
@@ -199,13 +194,7 @@ class ShardedTransport(Transport):
         wire = torch.bfloat16 if engine.gradient_dtype is torch.bfloat16 else torch.float32
         self._buckets = []
         for groups, inside in zip(buckets, names, strict=True):
-            parts = {
-                name: [
-                    _part(by_name[name], parameter, layout[parameter].shape, plan.blocks[name].column)
-                    for parameter in by_name[name].parameters
-                ]
-                for name in inside
-            }
+            parts = {name: exchange_parts(by_name[name], layout, plan) for name in inside}
             places, staged = _places(groups, parts)
             exchange_plan = plan_exchange(layout, [part for own in parts.values() for part in own], row.rank)
             exchange = Exchange(row, exchange_plan, places, device=device, wire_dtype=wire, label=LABEL)
@@ -240,6 +229,20 @@ class ShardedTransport(Transport):
         """See `Transport.deliver`."""
         for bucket in self._buckets:
             bucket.exchange.delivered(gradients, scale)
+
+
+def update_layout(plan: Plan) -> SegmentLayout:
+    """Return how preconditioned gradients lie in the buffer that a row of ranks shares: by column."""
+    return SegmentLayout(
+        [Segment(name, torch.Size(block.matrix_shape).numel(), block.column) for name, block in plan.blocks.items()],
+        plan.grid.columns,
+    )
+
+
+def exchange_parts(block: Block, layout: GradientLayout, plan: Plan) -> list[Part]:
+    """Return what travels of a block's parameters to who preconditions it, where an engine leaves ranks slices."""
+    owner = plan.blocks[block.name].column
+    return [_part(block, parameter, layout[parameter].shape, owner) for parameter in block.parameters]
 
 
 def _part(block: Block, parameter: str, shape: Sequence[int], owner: int) -> Part:

@@ -1,0 +1,9 @@
+"""What K-FAC would cost on other numbers of ranks, by other strategies and on other machines, before anything runs.
+
+Job             a model's shapes, a configuration and W: the same plan that ranks make at start-up      job.py
+rehearse        a rank's collectives in one kind of step, sent to nobody                               traffic.py
+Hardware        what products, inversions and messages cost: a profile, or what `calibrate` measured   hardware.py
+predict         both together: milliseconds added to a step, and where they go                         prediction.py
+strategies      the grid that is compared                                                              strategies.py
+view            the table, the bottlenecks and the recommendation as YAML                              table.py
+"""

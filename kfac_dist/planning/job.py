@@ -1,0 +1,178 @@
+"""A job that is planned and not run: the model's blocks, a configuration and a number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from kfac_dist.config.schema import EngineConfig, EngineName, KFACConfig, Precision
+from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.statistics import FlatUnits
+from kfac_dist.distributed.layout import GradientLayout, ParameterSlices, Slice
+from kfac_dist.preconditioner.memory import RankBytes, rank_bytes
+from kfac_dist.preconditioner.moments import moments_distribution
+from kfac_dist.preconditioner.plan import Plan, build_plan
+from kfac_dist.preconditioner.reduction_layout import ReductionLayout
+from kfac_dist.preconditioner.schedule import Cadence
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the planner knows of a model; tensors may be without memory.
+
+    Attributes:
+        blocks: Its blocks.
+        uncovered: Trained parameters without a block, and their elements.
+        rows: Rows that a sample adds to each block's factors, as far as they are known.
+    """
+
+    blocks: Sequence[Block]
+    uncovered: Mapping[str, int]
+    rows: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What a step does beside preconditioning.
+
+    Attributes:
+        factors: Whether it measures factors.
+        moments: Whether it measures EKFAC's second moments.
+        slots: The slots whose inverses it refreshes.
+    """
+
+    factors: bool
+    moments: bool
+    slots: tuple[int, ...]
+
+    @classmethod
+    def at(cls, cadence: Cadence, step: int) -> StepKind:
+        """Return the kind of one step."""
+        measures = cadence.measures(step)
+        return cls(measures, cadence.rescales(step), cadence.due(step) if measures else ())
+
+
+def kinds_of(cadence: Cadence) -> Counter[StepKind]:
+    """Return the kinds of steps in one window of `inverse_every` steps after the start, and how many of each."""
+    return Counter(StepKind.at(cadence, cadence.inverse_every + step) for step in range(cadence.inverse_every))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration on W ranks.
+
+    Attributes:
+        model: What is trained.
+        config: How it is preconditioned.
+        engine: Where gradients live.
+        plan: Who does what.
+        node_size: Ranks of a node.
+    """
+
+    model: Model
+    config: KFACConfig
+    engine: EngineConfig
+    plan: Plan
+    node_size: int
+
+    @classmethod
+    def of(cls, model: Model, config: KFACConfig, engine: EngineConfig, world_size: int, node_size: int) -> Job:
+        """Plan a job.
+
+        Raises:
+            ConfigError: The placement doesn't fit the number of ranks, or the engine's shards.
+        """
+        node = min(node_size, world_size)
+        plan = build_plan(
+            model.blocks,
+            config,
+            world_size=world_size,
+            local_world_size=node,
+            shard_size=engine.shard_size(world_size),
+        )
+        return cls(model, config, engine, plan, node)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.plan.grid.world_size
+
+    @property
+    def shard_size(self) -> int:
+        """Consecutive ranks that together hold each gradient once."""
+        return self.engine.shard_size(self.world_size)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold slices of gradients."""
+        return self.shard_size > 1
+
+    @cached_property
+    def kinds(self) -> Counter[StepKind]:
+        """The kinds of steps in one window, and how many there are of each."""
+        return kinds_of(Cadence.of(self.config))
+
+    @cached_property
+    def busiest(self) -> int:
+        """The rank with the most to invert; the first of several."""
+        load = self.plan.assignment.load()
+        return load.index(max(load))
+
+    @cached_property
+    def memory(self) -> list[RankBytes]:
+        """What each rank keeps."""
+        return rank_bytes(self.plan, self.config, sharded=self.sharded)
+
+    @cached_property
+    def reduction(self) -> ReductionLayout:
+        """How factors are reduced."""
+        return ReductionLayout(self.plan, self.config.distribution, FlatUnits(self.plan.units), self.world_size)
+
+    @cached_property
+    def moments(self) -> tuple[Plan, ReductionLayout] | None:
+        """The plan of EKFAC's second moments, and how they are reduced; None without any."""
+        plan = self.plan.of_moments()
+        if not plan.units:
+            return None
+        distribution = moments_distribution(self.config.distribution)
+        return plan, ReductionLayout(plan, distribution, FlatUnits(plan.units), self.world_size)
+
+    @cached_property
+    def gradients(self) -> GradientLayout:
+        """Which slices of gradients a row's ranks hold.
+
+        FSDP2's and ZeRO-3's are theirs. DeepSpeed's stages 1 and 2 flatten parameters in an order, and with a padding,
+        that only its optimizer knows: here they are in the model's order, so that its exchange is a good estimate.
+        """
+        shapes = {
+            name: tuple(parameter.shape) for block in self.model.blocks for name, parameter in block.parameters.items()
+        }
+        size = self.shard_size
+        if self.engine.name is EngineName.FSDP2:
+            return GradientLayout(tuple(ParameterSlices.rows(name, s, size) for name, s in shapes.items()), size)
+        if self.engine.name is EngineName.ZERO3:
+            cut = {name: _cuts(0, math.prod(shape), -(-math.prod(shape) // size)) for name, shape in shapes.items()}
+        else:
+            share = -(-sum(math.prod(shape) for shape in shapes.values()) // size)
+            cut, start = {}, 0
+            for name, shape in shapes.items():
+                cut[name] = _cuts(start, math.prod(shape), share)
+                start += math.prod(shape)
+        return GradientLayout(tuple(ParameterSlices.sharded(n, shapes[n], own) for n, own in cut.items()), size)
+
+    @property
+    def exchanges_bf16(self) -> bool:
+        """Whether sharded gradients travel in bf16: DeepSpeed's do that are held so."""
+        return self.engine.name is not EngineName.FSDP2 and self.engine.precision is Precision.BFLOAT16
+
+
+def _cuts(start: int, numel: int, share: int) -> list[Slice]:
+    """Return who holds what of elements that begin at `start` of a buffer whose ranks hold `share` elements each."""
+    first, last = start // share, (start + numel - 1) // share
+    return [
+        Slice(rank, max(start, rank * share) - start, min(start + numel, (rank + 1) * share) - start)
+        for rank in range(first, last + 1)
+    ]

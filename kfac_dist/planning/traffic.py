@@ -1,0 +1,159 @@
+"""What one rank sends in one kind of step: the step's own layouts, sent to nobody.
+
+Every collective is started by the code that starts it in a step (`share_segments`, `ReductionLayout.send`), on tensors
+without memory and a communicator that only counts; nothing here has a formula of its own. The step that is counted is
+one of a run's middle, not its first, in which ranks also agree on the loss's scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config.schema import GraftScope, Uncovered
+from kfac_dist.curvature.class_product import Summary
+from kfac_dist.distributed.communicator import Communicator, SoloCommunicator
+from kfac_dist.distributed.exchange import plan_exchange
+from kfac_dist.distributed.rehearsal import Call, Rehearsal
+from kfac_dist.distributed.segments import SegmentLayout, share_segments
+from kfac_dist.distributed.traffic import Traffic
+from kfac_dist.engines.base import FINITE
+from kfac_dist.planning.job import Job, StepKind
+from kfac_dist.preconditioner import adaptation, class_combination, diagonal, moments, reduction, refresh, step_length
+from kfac_dist.preconditioner import transport as gradients
+from kfac_dist.preconditioner.moments import moments_wire
+from kfac_dist.preconditioner.plan import Plan, exchange_buckets
+from kfac_dist.preconditioner.reduction_layout import ReductionLayout
+from kfac_dist.preconditioner.refresh import payload_wire
+from kfac_dist.preconditioner.transport import exchange_parts, update_layout
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a rank took part in.
+
+    Attributes:
+        calls: One by one.
+        traffic: By label, counted as a run counts it.
+    """
+
+    calls: tuple[Call, ...]
+    traffic: Traffic
+
+    @property
+    def sent(self) -> int:
+        """Bytes that the rank sent."""
+        return self.traffic.total_bytes
+
+
+def rehearse(job: Job, kind: StepKind, rank: int) -> Rehearsed:
+    """Return what `rank` sends in a step of some kind."""
+    world = Rehearsal(rank, job.world_size)
+    solo = job.world_size == 1
+    _Step(job, SoloCommunicator(world.traffic, META) if solo else world, rank).take(kind)
+    return Rehearsed(tuple(world.calls), world.traffic)
+
+
+class _Step:
+    """One rank's communicators, as `assembly` splits them."""
+
+    def __init__(self, job: Job, comm: Communicator, rank: int) -> None:
+        self._job = job
+        self._config = job.config
+        self._comm = comm
+        grid = job.plan.grid
+        self._column_index = grid.column_of(rank)
+        self._row = comm if grid.group_size == 1 else comm.split(grid.rows())
+        self._column = comm if grid.columns == 1 else comm.split(grid.worker_groups())
+
+    def take(self, kind: StepKind) -> None:
+        """Do what `KFAC.step` does, in its order."""
+        if self._job.sharded and (kind.factors or kind.moments):
+            self._sum(1, FINITE, self._comm)
+        if kind.factors:
+            self._reduce(self._job.reduction, kind.slots, reduction.LABEL, self._job.plan)
+        if kind.moments and self._job.moments is not None:
+            plan, layout = self._job.moments
+            self._reduce(layout, (), moments.LABEL, plan)
+            self._publish(plan)
+        if kind.factors:
+            self._measure_rest()
+        if kind.slots:
+            self._refresh(kind.slots)
+        self._transport()
+        update = self._config.update
+        together = update.graft is not None and update.graft_scope is GraftScope.GLOBAL
+        if update.kl_clip is not None or together:
+            self._sum(3 if together else 1, step_length.LABEL, self._row)
+
+    def _reduce(self, layout: ReductionLayout, slots: tuple[int, ...], label: str, plan: Plan) -> None:
+        reduced = layout.at(slots)
+        for span, wire in reduced.buckets:
+            buffer = _meta(span.stop - span.start) if wire is None else wire.buffer(layout.dtype, META)
+            layout.send(self._comm, buffer, wire, label=label)
+        if reduced.buckets:
+            classes = max((unit.classes for unit in plan.units), default=0)
+            self._sum((2 + classes) * reduced.columns + 1, label, self._comm)
+
+    def _publish(self, plan: Plan) -> None:
+        assert self._job.moments is not None
+        if self._job.moments[1].scattering and self._column.size > 1:
+            self._share(moments_wire(plan, self._column_index).layout, moments.LABEL, self._column)
+
+    def _measure_rest(self) -> None:
+        elements = sum(self._job.model.uncovered.values())
+        match self._config.curvature.uncovered:
+            case Uncovered.DIAGONAL if elements:
+                self._sum(1, diagonal.LABEL, self._comm)
+            case Uncovered.DIAGONAL_MC if elements:
+                self._sum(elements + 1, diagonal.LABEL_DRAWN, self._comm)
+
+    def _refresh(self, slots: tuple[int, ...]) -> None:
+        job, config = self._job, self._config
+        adapt = config.inversion.adapt
+        if adapt is not None and config.inversion.inverse_every // config.inversion.stagger >= adapt.every:
+            self._sum(1, adaptation.LABEL, self._comm)
+        sharing = self._column if job.moments is None else self._comm
+        column = None if sharing.size == job.world_size else self._column_index
+        pack = config.distribution.pack_triangles
+        wire = payload_wire(job.plan, slots, column, config.inversion.solver, pack=pack)
+        by_class = sum(Summary.numel(unit.batch, unit.classes) for unit in wire.units if unit.classes)
+        if by_class and sharing.size > 1:
+            self._sum(by_class, class_combination.LABEL, sharing)
+        if sharing.size > 1:
+            self._share(wire.layout, refresh.LABEL, sharing)
+        if job.moments is not None:
+            self._publish(job.moments[0])
+
+    def _transport(self) -> None:
+        job = self._job
+        if not job.sharded:
+            if self._row.size > 1:
+                self._share(update_layout(job.plan), gradients.LABEL, self._row)
+            return
+        blocks = {block.name: block for block in job.model.blocks}
+        dtype = torch.bfloat16 if job.exchanges_bf16 else torch.float32
+        for bucket in zip(*exchange_buckets(job.plan, self._config.distribution.buckets), strict=True):
+            names = [name for part in bucket for name in part]
+            parts = [part for name in names for part in exchange_parts(blocks[name], job.gradients, job.plan)]
+            plan = plan_exchange(job.gradients, parts, self._row.rank)
+            pieces, shards = (_meta(sum(splits), dtype) for splits in (plan.piece_splits, plan.shard_splits))
+            for there, here, into, out_of in (
+                (pieces, shards, plan.piece_splits, plan.shard_splits),
+                (shards, pieces, plan.shard_splits, plan.piece_splits),
+            ):
+                self._row.all_to_all(there, here, into, out_of, label=gradients.LABEL)
+
+    def _share(self, layout: SegmentLayout, label: str, comm: Communicator) -> None:
+        share_segments(comm, _meta(layout.numel), layout, label=label).wait()
+
+    def _sum(self, numel: int, label: str, comm: Communicator) -> None:
+        comm.all_reduce(_meta(numel), label=label).wait()
+
+
+def _meta(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(numel, dtype=dtype, device=META)

@@ -1,0 +1,149 @@
+"""What the planner says a rank sends, inverts and keeps is what the real step counts: on torch's fake process group."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from kfac_dist import KFAC
+from kfac_dist.config.options import parse_kfac
+from kfac_dist.config.schema import EngineConfig
+from kfac_dist.curvature.blocks import find_blocks
+from kfac_dist.planning.job import Job, Model, StepKind
+from kfac_dist.planning.strategies import strategies
+from kfac_dist.planning.traffic import rehearse
+from kfac_dist.preconditioner.schedule import Cadence
+from tests.engines.live_bytes import live_bytes
+
+VOCABULARY = 11
+CONFIG: dict[str, Any] = {
+    "curvature": {"factor_every": 2},
+    "inversion": {"inverse_every": 4, "damping": 0.1, "early_refresh": 0},
+}
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"inversion": {"stagger": 2, "max_factor_dim": 4}},
+    {"distribution": {"pack_triangles": True, "communication_dtype": "bfloat16", "buckets": 3}},
+    {"inversion": {"solver": "eigen"}, "update": {"kl_clip": None}},
+    {"inversion": {"solver": "ekfac"}},
+    {"inversion": {"adapt": {"every": 2}}, "curvature": {"uncovered": "diagonal"}},
+    {"update": {"graft": "gradient", "graft_scope": "global"}},
+]
+
+
+class Tiny(nn.Module):
+    """One layer of each kind that is stored in another way, and a parameter that no block covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 6)
+        self.convolution = nn.Conv1d(6, 5, 3, padding=1)
+        self.norm = nn.LayerNorm(5)
+        self.linear = nn.Linear(5, 9)
+        self.scale = nn.Parameter(torch.ones(9))
+        self.head = nn.Linear(9, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.convolution(self.embedding(tokens).mT).mT
+        hidden = torch.tanh(self.linear(self.norm(hidden))) * self.scale
+        logits: torch.Tensor = self.head(hidden.mean(1))
+        return logits
+
+
+@contextmanager
+def fake_ranks(rank: int, size: int) -> Iterator[None]:
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in parts:
+        for section, values in part.items():
+            found[section] = {**found.get(section, {}), **values}
+    return found
+
+
+def counted(config: dict[str, Any], rank: int, size: int, steps: int) -> tuple[list[dict[str, tuple[int, int]]], KFAC]:
+    """What the real `KFAC.step` counts on one rank, step by step."""
+    torch.manual_seed(0)
+    network = Tiny()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    kfac = KFAC(network, copy.deepcopy(config), optimizer=optimizer)
+    found = []
+    for _ in range(steps):
+        kfac.communicator.traffic.reset()
+        network(torch.randint(0, VOCABULARY, (3, 7))).square().mean().backward()
+        kfac.step()
+        network.zero_grad()
+        found.append(kfac.communicator.traffic.snapshot())
+    return found, kfac
+
+
+def planned(config: dict[str, Any], size: int, node_size: int) -> Job:
+    with torch.device("meta"):
+        network = Tiny()
+    parsed = parse_kfac(config)
+    coverage = find_blocks(network, parsed.curvature)
+    return Job.of(Model(coverage.blocks, {"scale": 9}, {}), parsed, EngineConfig(), size, node_size)
+
+
+@pytest.mark.parametrize(("size", "node_size"), [(8, 2), (64, 4)])
+def test_every_strategy_sends_inverts_and_keeps_what_was_planned(
+    size: int, node_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node_size))
+    base = parse_kfac(CONFIG)
+    with torch.device("meta"):
+        blocks = find_blocks(Tiny(), base.curvature).blocks
+    grid = strategies(base, blocks, world_size=size, node_size=node_size, sharded=False)
+    placements = {strategy.config.distribution.placement for strategy in grid}
+    assert placements == {"auto", "owner", "node", "hybrid"}
+    configs = [strategy.config.model_dump(mode="json") for strategy in grid]
+    configs += [merged(CONFIG, {"distribution": {"placement": "owner"}}, variant) for variant in VARIANTS if size == 8]
+    configs += [merged(CONFIG, {"distribution": {"reduction": "reduce_scatter"}}, v) for v in VARIANTS if size == 8]
+    for index, config in enumerate(configs):
+        job = planned(config, size, node_size)
+        ranks = {job.busiest, index % size}
+        for rank in sorted(ranks):
+            agrees(config, job, rank)
+
+
+def agrees(config: dict[str, Any], job: Job, rank: int) -> None:
+    size = job.world_size
+    cadence = Cadence.of(job.config)
+    window = cadence.inverse_every
+    with fake_ranks(rank, size):
+        steps, kfac = counted(config, rank, size, 2 * window)
+        assert kfac.plan.rows() == job.plan.rows()
+        for step in range(window, 2 * window):
+            found = rehearse(job, StepKind.at(cadence, step), rank).traffic.snapshot()
+            assert found == steps[step], (config, rank, step)
+        loads = [sum(unit.cost for unit in kfac.plan.owned(other)) for other in range(size)]
+        assert loads == pytest.approx(job.plan.assignment.load())
+        assert live_bytes(kfac) - live_bytes(bookkeeping(kfac)) == job.memory[rank].total, (config, rank)
+        kfac.remove()
+
+
+def bookkeeping(kfac: KFAC) -> list[torch.Tensor]:
+    """A number or a few a unit: weights, traces, places; the planner counts none of them."""
+    matrices = {"average", "window", "_window"}
+    kept = (kfac._averages, kfac._reduction, kfac._refresh, kfac._length, kfac._adaptation, kfac._rest)
+    moments = () if kfac._moments is None else (kfac._moments.averages, kfac._moments.reduction)
+    return [
+        value
+        for owner in (*kept, *moments)
+        for name, value in vars(owner).items()
+        if isinstance(value, torch.Tensor) and name not in matrices
+    ]
