@@ -107,9 +107,9 @@ class Variant:
         self.kfac._measurement.finish(self.kfac._finite())
 
     def _share(self) -> None:
-        column = self.kfac._refresh._column
+        column = self.kfac._refresh._sharing
         if column.size > 1:
-            buffer = self.wire.buffer(torch.float32, torch.device("cpu")).zero_()
+            buffer = self.wire.sharing_buffer(torch.float32, torch.device("cpu")).zero_()
             share_segments(column, buffer, self.wire.layout, label=refresh.LABEL).wait()
 
     @torch.no_grad()

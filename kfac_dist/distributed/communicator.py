@@ -42,12 +42,15 @@ class Communicator(ABC):
         size: Number of ranks.
         device: Where small tensors that carry decisions must live to be sent.
         traffic: What this rank has sent; shared with the communicators split from this one.
+        in_order: Whether collectives on a GPU's memory run one after the other, as they were started: then one may be
+            started whose input is the output of another that is still in flight.
     """
 
     rank: int
     size: int
     device: torch.device
     traffic: Traffic
+    in_order: bool = False
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -61,6 +64,10 @@ class Communicator(ABC):
     @abstractmethod
     def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:
         """Overwrites a contiguous `tensor` with that of `root`, a rank of this communicator."""
+
+    @abstractmethod
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:
+        """Fills the 1-D `output` with every rank's `input`, by rank; all inputs have the same number of elements."""
 
     @abstractmethod
     def all_to_all(
@@ -121,6 +128,10 @@ class SoloCommunicator(Communicator):
         return _Done()
 
     def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:  # noqa: D102
+        return _Done()
+
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:  # noqa: D102
+        output.copy_(input)
         return _Done()
 
     def all_to_all(  # noqa: D102

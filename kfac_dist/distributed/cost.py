@@ -5,6 +5,7 @@ Bytes are those that ONE rank sends by the bandwidth-optimal algorithm, for a me
     all-reduce        2(N-1)/N · b     every rank, rounded up
     reduce-scatter     (N-1)/N · b     every rank, rounded up: half of an all-reduce
     broadcast          (N-1)   · b     the root, whatever tree carries it; the others send nothing
+    all-gather         (N-1)   · b     every rank, of its own b bytes
     all-to-all         what the rank sends to others; its own part stays where it is
 
 so that summed over the ranks each byte is counted once for every link end that it has to reach.
@@ -45,6 +46,11 @@ def reduce_scatter_bytes(nbytes: int, size: int) -> int:
 
 def broadcast_bytes(nbytes: int, size: int) -> int:
     """Bytes that the root sends in a broadcast of `nbytes` bytes to the other N-1 ranks: (N-1) · b."""
+    return (size - 1) * nbytes
+
+
+def all_gather_bytes(nbytes: int, size: int) -> int:
+    """Bytes that one of `size` ranks sends in an all-gather to which each brings `nbytes` bytes: (N-1) · b."""
     return (size - 1) * nbytes
 
 

@@ -1,6 +1,6 @@
 """The communicator over MPI: non-blocking collectives on the tensors' own memory, each with a deadline.
 
-    tensor ── view as a numpy array, no copy ──▶ MPI.Iallreduce / Ibcast / Ialltoallv ──▶ request
+    tensor ── view as a numpy array, no copy ──▶ MPI.Iallreduce / Ibcast / Iallgather / Ialltoallv ──▶ request
     wait()  asks the request until it is done or the time is over
 
 For clusters of CPUs whose network only MPI drives. bfloat16 and float16 have no numpy or MPI type: they travel as
@@ -91,6 +91,17 @@ class MPICommunicator(Communicator):
             tensor.nbytes,
             cost.broadcast_bytes(tensor.nbytes, self.size) if self.rank == root else 0,
             tensor,
+        )
+
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:  # noqa: D102
+        return self._start(
+            lambda: self._communicator.Iallgather(_array(input), _array(output)),
+            f"all_gather of {label}",
+            label,
+            input.nbytes,
+            cost.all_gather_bytes(input.nbytes, self.size),
+            input,
+            output,
         )
 
     def all_to_all(  # noqa: D102

@@ -20,6 +20,8 @@ from kfac_dist.distributed.communicator import Communicator, SoloCommunicator, W
 from kfac_dist.distributed.traffic import Traffic
 from kfac_dist.errors import CollectiveError
 
+# torch 2.13 renamed it.
+_all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # gloo ends the process with an abort when Python drops the last reference to a group while it shuts down.
 _alive: weakref.WeakSet[TorchCommunicator] = weakref.WeakSet()
 
@@ -60,6 +62,7 @@ class TorchCommunicator(Communicator):
         nccl = "nccl" in str(dist.get_backend(group))
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         self.traffic = traffic or Traffic()
+        self.in_order = nccl  # all of a group's run on one stream; gloo's threads take them as they come
 
     @classmethod
     def create(
@@ -72,6 +75,7 @@ class TorchCommunicator(Communicator):
         ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
         timeout = timedelta(seconds=timeout_seconds)
         group = _new_group([range(len(ranks))], ranks, timeout, backend="gloo" if on_host else None)
+        assert group is not None
         return cls(group, timeout_seconds, destroy=_is_world(ranks))
 
     @property
@@ -94,6 +98,15 @@ class TorchCommunicator(Communicator):
             label,
             tensor.nbytes,
             cost.broadcast_bytes(tensor.nbytes, self.size) if self.rank == root else 0,
+        )
+
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:  # noqa: D102
+        return self._start(
+            lambda: _all_gather(output, input, group=self._group, async_op=True),
+            f"all_gather of {label}",
+            label,
+            input.nbytes,
+            cost.all_gather_bytes(input.nbytes, self.size),
         )
 
     def all_to_all(  # noqa: D102
@@ -135,15 +148,16 @@ class TorchCommunicator(Communicator):
         flag.item()
 
     def split(self, groups: Sequence[Sequence[int]]) -> Communicator:  # noqa: D102
-        group = group_of(groups, self.rank, self.size)
-        child = TorchCommunicator(
-            _new_group(groups, self._ranks, self._timeout),
-            self._timeout.total_seconds(),
-            self.traffic,
-            destroy=_is_world(self._ranks),
-        )
+        alone = len(group_of(groups, self.rank, self.size)) == 1
+        world = _is_world(self._ranks)
+        if world:  # every rank makes every group: at 4096 ranks, a group for each alone would take the start minutes
+            groups = [group for group in groups if len(group) > 1]
+        created = _new_group(groups, self._ranks, self._timeout)
+        if created is None:
+            return SoloCommunicator(self.traffic, self.device)
+        child = TorchCommunicator(created, self._timeout.total_seconds(), self.traffic, destroy=world)
         self._children.append(child)
-        return SoloCommunicator(self.traffic, self.device) if len(group) == 1 else child
+        return SoloCommunicator(self.traffic, self.device) if alone else child
 
     def close(self) -> None:  # noqa: D102
         for child in self._children:
@@ -223,24 +237,24 @@ def _is_world(ranks: Sequence[int]) -> bool:
 
 def _new_group(
     groups: Sequence[Sequence[int]], ranks: Sequence[int], timeout: timedelta, *, backend: str | None = None
-) -> dist.ProcessGroup:
-    """This process's new process group out of `groups`, a partition of `ranks` given by positions in it.
+) -> dist.ProcessGroup | None:
+    """This process's new process group out of `groups`, disjoint parts of `ranks` given by positions in it.
 
-    When `ranks` are the world, every rank creates every group, and torch names them by a counter that all ranks share
-    and that never goes back. Ranks outside of a sub-group of the world don't come here; torch then names a group by
-    its ranks and by the number of groups that the process holds. Hence every rank gets a group, also of one rank, so
-    that these numbers stay equal; and hence such a group is left to the end of the world: once destroyed, its name,
-    and the dead addresses that the store holds under it, would go to the next group.
+    None if no group holds it. When `ranks` are the world, every rank creates every group, and torch names them by a
+    counter that all ranks share and that never goes back. Ranks outside of a sub-group of the world don't come here;
+    torch then names a group by its ranks and by the number of groups that the process holds. Hence every rank gets a
+    group there, also of one, so that these numbers stay equal; and hence such a group is left to the end of the world:
+    once destroyed, its name, and the dead addresses that the store holds under it, would go to the next group.
     """
     own = dist.get_rank()
     global_groups = [sorted(ranks[member] for member in group) for group in groups]
-    mine = next(group for group in global_groups if own in group)
-    created: dist.ProcessGroup
+    mine = next((group for group in global_groups if own in group), None)
+    created: dist.ProcessGroup | None = None
     if _is_world(ranks):
         for group in global_groups:
             process_group = dist.new_group(group, timeout=timeout, backend=backend)
             if group is mine:
                 created = process_group
-    else:
+    elif mine is not None:
         created = dist.new_group(mine, timeout=timeout, backend=backend, use_local_synchronization=True)
     return created

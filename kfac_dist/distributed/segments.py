@@ -2,22 +2,38 @@
 
     buffer   | owner 0: a, d | owner 1: b | owner 2: – | owner 3: c, e |      the same layout on every rank
 
-    share_segments      every owner broadcasts its part; afterwards all ranks hold all of it
+    share_segments      every owner hands out its part; afterwards all ranks hold all of it
     reduce_to_owners    every rank sends each owner its part of the sum; afterwards the owner holds its part summed
 
-The number of collectives depends on the number of ranks, never on the number of segments.
+Few owners share by one broadcast each. More do it in two collectives, however many they are (van de Geijn's broadcast,
+Chan, Heimlich, Purkayastha & van de Geijn 2007, CCPE 19(13), §4, of all owners at once):
+
+    owners' parts     | 0 0 0 0 0 0 0 | 1 1 1 | 3 3 3 3 3 |        15 elements on 4 ranks
+    scatter           | r 0     | r 1     | r 2     | r 3  ┊ |     all_to_all: rank r gets the r-th 4th, whoever owns it
+    all-gather        | 0 0 0 0 0 0 0 | 1 1 1 | 3 3 3 3 3 ┊ |      every rank gets the other pieces
+
+Every rank then sends an equal share, however unevenly the parts are owned.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfac_dist.distributed.communicator import Communicator, Work
+from kfac_dist.distributed.cost import all_gather_bytes, broadcast_bytes
+
+MOST_BROADCASTS = 4
+"""Owners up to which each broadcasts its part.
+
+Broadcasts of k owners one after the other take k latencies and send each byte along a link once; scatter and all-gather
+take two, but the scatter comes on top: with k owners up to 1/k of the bytes, from the busiest. So a few broadcasts are
+never slower, and their work can't be in flight while something else has to come first.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,15 @@ class Segment:
 
 class SegmentLayout:
     """Where each segment lies: by owner, and within one owner in the order given.
+
+    Attributes:
+        size: Number of ranks.
+        segments: All of them, as they lie in the buffer.
+        numel: Elements of all.
+        owner_numels: Elements by owner.
+        scatters: Whether `share_segments` scatters and gathers, or broadcasts.
+        piece_numel: Elements of a rank's piece in between.
+        sharing_numel: Elements of the buffer that `share_segments` takes: `numel`, and what it works with behind them.
 
     Raises:
         ValueError: Two segments share a name, an owner is no rank, or a size is negative.
@@ -57,6 +82,9 @@ class SegmentLayout:
             owner_numels[segment.owner] += segment.numel
         self.owner_numels = tuple(owner_numels)
         self._owner_starts = (0, *itertools.accumulate(self.owner_numels))
+        self.scatters = scatters(self.owner_numels)
+        self.piece_numel = piece_numel(self.owner_numels)
+        self.sharing_numel = sharing_numel(self.owner_numels)
 
     def owner_range(self, rank: int) -> tuple[int, int]:
         """First element of a rank's part of the buffer, and the one after its last."""
@@ -78,31 +106,115 @@ class SegmentLayout:
         return part[start : start + self._numels[name]]
 
 
-class _AllWork:
-    """Several collectives in flight."""
+def scatters(owner_numels: Sequence[int]) -> bool:
+    """Whether parts of these sizes are shared by scatter and all-gather, not by broadcasts."""
+    return sum(1 for numel in owner_numels if numel) > MOST_BROADCASTS
 
-    def __init__(self, works: Sequence[Work]) -> None:
-        self._works = works
+
+def piece_numel(owner_numels: Sequence[int]) -> int:
+    """Elements of the equal pieces between scatter and all-gather, one a rank; the last may have padding."""
+    return -(-sum(owner_numels) // len(owner_numels))
+
+
+def sharing_numel(owner_numels: Sequence[int]) -> int:
+    """Elements of the buffer that `share_segments` takes for parts of these sizes.
+
+    Behind a piece a rank there is room for the own one: an all-to-all can't receive into what it sends.
+    """
+    if not scatters(owner_numels):
+        return sum(owner_numels)
+    return (len(owner_numels) + 1) * piece_numel(owner_numels)
+
+
+def sharing_traffic(owner_numels: Sequence[int], rank: int, element_size: int) -> tuple[int, int]:
+    """What `share_segments` counts on a rank: collectives, and bytes that it sends by the formulas of `cost`.
+
+    Args:
+        owner_numels: Elements by owner, `SegmentLayout.owner_numels`.
+        rank: The rank.
+        element_size: Bytes of an element.
+    """
+    size, own = len(owner_numels), owner_numels[rank]
+    if size == 1:
+        return 0, 0
+    if not scatters(owner_numels):
+        return sum(1 for numel in owner_numels if numel), broadcast_bytes(own * element_size, size)
+    piece = piece_numel(owner_numels)
+    start = sum(owner_numels[:rank])
+    kept = _overlap((start, start + own), _piece(piece, rank))
+    return 2, (own - kept) * element_size + all_gather_bytes(piece * element_size, size)
+
+
+class Sharing:
+    """Parts on their way from their owners to all ranks."""
+
+    def __init__(self, works: Sequence[Work], follow: Callable[[], Work] | None = None) -> None:
+        self._works = list(works)
+        self._follow = follow
+
+    def go_on(self) -> None:
+        """Starts what had to wait for something else; collective: all ranks call it, or `wait`, at the same point.
+
+        It may block, for as long as the first half takes. Calling it between start and `wait` leaves less to wait for.
+        """
+        follow, self._follow = self._follow, None
+        if follow is not None:
+            for work in self._works:
+                work.wait()
+            self._works.append(follow())
 
     def wait(self) -> None:
-        """Waits for all of them, in the order in which they were started."""
+        """Waits for everything, in the order in which it was started."""
+        self.go_on()
         for work in self._works:
             work.wait()
 
 
-def share_segments(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *, label: str) -> Work:
+def share_segments(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *, label: str) -> Sharing:
     """Gives every rank every owner's part of the buffer.
 
-    All broadcasts are in flight before any is waited for. Owners without elements broadcast nothing, which all ranks
-    read off the same layout.
+    What can be in flight at once is, before anything is waited for. Owners without elements broadcast nothing, which
+    all ranks read off the same layout.
+
+    Args:
+        comm: The ranks.
+        buffer: 1-D, `layout.sharing_numel` elements, in which this rank's own part is set. It may be read once the
+            result has been waited for; the elements behind `layout.numel` mean nothing.
+        layout: What lies where.
+        label: Name of the traffic.
+
+    Returns:
+        The work. Where collectives don't run in order, waiting for it is collective (see `Sharing.go_on`).
     """
-    _check(comm, buffer, layout)
-    works = [
-        comm.broadcast(layout.part(buffer, owner), owner, label=label)
-        for owner in range(comm.size)
-        if layout.owner_numels[owner]
-    ]
-    return _AllWork(works)
+    _check(comm, buffer, layout, layout.sharing_numel)
+    if not layout.scatters:
+        return Sharing(
+            [
+                comm.broadcast(layout.part(buffer, owner), owner, label=label)
+                for owner in range(comm.size)
+                if layout.owner_numels[owner]
+            ]
+        )
+    piece = layout.piece_numel
+    whole, own_piece = buffer[: comm.size * piece], buffer[comm.size * piece :]
+    pieces = [_piece(piece, rank) for rank in range(comm.size)]
+    parts = [layout.owner_range(rank) for rank in range(comm.size)]
+    sent = [_overlap(parts[comm.rank], other) for other in pieces]
+    received = [_overlap(part, pieces[comm.rank]) for part in parts]
+    scatter = comm.all_to_all(own_piece[: sum(received)], layout.part(buffer, comm.rank), received, sent, label=label)
+
+    def gather() -> Work:
+        return comm.all_gather(whole, own_piece, label=label)
+
+    return Sharing([scatter, gather()]) if comm.in_order and buffer.is_cuda else Sharing([scatter], gather)
+
+
+def _piece(numel: int, rank: int) -> tuple[int, int]:
+    return rank * numel, (rank + 1) * numel
+
+
+def _overlap(first: tuple[int, int], second: tuple[int, int]) -> int:
+    return max(0, min(first[1], second[1]) - max(first[0], second[0]))
 
 
 class PendingReduce:
@@ -130,7 +242,7 @@ def reduce_to_owners(comm: Communicator, buffer: Tensor, layout: SegmentLayout, 
     buffer's dtype, and what it owns is summed in fp32. (A reduce-scatter wants equal parts, hence padding; gloo has
     none, and it would sum bf16 in bf16.) The buffer may be written again once the result has been waited for.
     """
-    _check(comm, buffer, layout)
+    _check(comm, buffer, layout, layout.numel)
     own = layout.owner_numels[comm.rank]
     received = buffer.new_empty(comm.size * own)
     work = comm.all_to_all(received, buffer, [own] * comm.size, layout.owner_numels, label=label)
@@ -155,9 +267,9 @@ def split_buckets(numels: Sequence[int], buckets: int) -> tuple[tuple[int, int],
     return tuple(itertools.pairwise(cuts)) if count else ()
 
 
-def _check(comm: Communicator, buffer: Tensor, layout: SegmentLayout) -> None:
-    if layout.size != comm.size or buffer.shape != (layout.numel,):
+def _check(comm: Communicator, buffer: Tensor, layout: SegmentLayout, numel: int) -> None:
+    if layout.size != comm.size or buffer.shape != (numel,):
         raise ValueError(
-            f"a layout of {layout.numel} elements over {layout.size} ranks does not fit a buffer of shape "
-            f"{tuple(buffer.shape)} on {comm.size} ranks"
+            f"a layout of {layout.numel} elements over {layout.size} ranks, which takes a buffer of {numel}, does not "
+            f"fit one of shape {tuple(buffer.shape)} on {comm.size} ranks"
         )

@@ -20,7 +20,7 @@ def gather_slices(
     device: torch.device | str = "cpu",
     label: str,
 ) -> dict[str, Tensor]:
-    """Give every rank every parameter of a layout whole, in fp32; one broadcast a rank, however many parameters.
+    """Give every rank every parameter of a layout whole, in fp32, in few collectives, however many parameters.
 
     Args:
         comm: The ranks of the layout.
@@ -35,7 +35,7 @@ def gather_slices(
     """
     held = [(parameter, piece) for parameter in layout.parameters for piece in parameter.slices or ()]
     segments = SegmentLayout([Segment(f"{p.rank}/{of.name}", p.numel, p.rank) for of, p in held], layout.size)
-    buffer = torch.zeros(segments.numel, device=device)
+    buffer = torch.zeros(segments.sharing_numel, device=device)
     for parameter, piece in held:
         if piece.rank == comm.rank:
             segments.view(buffer, f"{piece.rank}/{parameter.name}").copy_(local[parameter.name])

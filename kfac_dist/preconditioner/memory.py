@@ -22,6 +22,7 @@ from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.offload import GROUP_BYTES, aligned
 from kfac_dist.curvature.payloads import stored_bytes
 from kfac_dist.curvature.precondition import group_size
+from kfac_dist.distributed.segments import sharing_numel
 from kfac_dist.preconditioner.plan import BlockPlan, Plan, exchange_buckets
 
 _FLOAT = 4
@@ -70,6 +71,9 @@ def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankByt
     average = _BYTES[config.curvature.factor_dtype]
     matrices = {name: math.prod(block.matrix_shape) for name, block in plan.blocks.items()}
     elements = sum(matrices.values())
+    by_column = [0] * grid.columns
+    for name, block in plan.blocks.items():
+        by_column[block.column] += matrices[name]
     found = []
     for rank in range(grid.world_size):
         blocks = plan.column_blocks(grid.column_of(rank))
@@ -78,7 +82,7 @@ def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankByt
             others = (grid.columns - 1) / grid.columns
             gradients += math.ceil(others * gradients + (_FLOAT * elements - gradients) / grid.columns)
         elif grid.columns > 1:  # the results of all columns
-            gradients += _FLOAT * elements
+            gradients += _FLOAT * sharing_numel(by_column)
         factors = _numel(plan.owned(rank)) * average if own else _numel(plan.units) * (average + _FLOAT)
         # EKFAC measures every block in its basis, wherever it is preconditioned.
         bases = [name for name, block in plan.blocks.items() if name in blocks or block.moments is not None]

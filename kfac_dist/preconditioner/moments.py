@@ -203,7 +203,7 @@ class Moments:
         return self.averages.sums(unit).float() / torch.where(weight > 0, weight, 1.0)
 
     def _share(self, wire: UnitWire) -> None:
-        buffer = wire.buffer(torch.float32, self.averages.device)
+        buffer = wire.sharing_buffer(torch.float32, self.averages.device)
         for unit in wire.units:
             if self.plan.assignment.owners[unit.name] == self._rank:
                 wire.put(buffer, unit, self._quotient(unit))

@@ -2,7 +2,7 @@
 
     factor S/w of every owned unit that is due ── damp ── solve in batches of equal size ──┐
     one flat buffer, a segment an owner  ◀─────────────────────────────────────────────────┘
-    broadcast down the column (in flight for `inverse_lag` steps) ── load into the groups
+    shared down the column (in flight for `inverse_lag` steps) ── load into the groups
 
 A unit that can't be solved is sent as it was: the last good inverse stays, and no rank has to be told.
 """
@@ -20,8 +20,8 @@ from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.payloads import Payloads
 from kfac_dist.curvature.solvers import Task, is_eigen, is_symmetric, payload_numel, solve, tikhonov
 from kfac_dist.curvature.statistics import RunningAverages
-from kfac_dist.distributed.communicator import Communicator, Work
-from kfac_dist.distributed.segments import share_segments
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.segments import Sharing, share_segments
 from kfac_dist.preconditioner.class_combination import Combined, combine
 from kfac_dist.preconditioner.inspection import Inspector
 from kfac_dist.preconditioner.moments import Moments
@@ -39,11 +39,19 @@ class Refreshed:
         due: The step.
         payloads: What has arrived; None while it travels.
         travelling: Layout, buffer and collectives of what has not.
+        new: Whether no step has passed since it was sent.
     """
 
     due: int
     payloads: list[tuple[Unit, Tensor]] | None
-    travelling: tuple[UnitWire, Tensor, Work] | None = None
+    travelling: tuple[UnitWire, Tensor, Sharing] | None = None
+    new: bool = True
+
+    @property
+    def names(self) -> set[str]:
+        """Whose payloads they are, by unit."""
+        units = self.travelling[0].units if self.travelling is not None else [unit for unit, _ in self.payloads or ()]
+        return {unit.name for unit in units}
 
 
 class Refresh:
@@ -114,7 +122,10 @@ class Refresh:
         wire = self._wires[slots]
         # What is still on its way for these slots is older than what comes now.
         names = {unit.name for unit in wire.units}
-        self.pending = [other for other in self.pending if not names & {unit.name for unit, _ in self.arrived(other)}]
+        late = [other for other in self.pending if names & other.names]
+        self.pending = [other for other in self.pending if not names & other.names]
+        for other in late:
+            self.arrived(other)
         own = [unit for unit in wire.units if self._plan.assignment.owners[unit.name] == self._rank]
         combined = combine(wire.units, own, self._averages, totals, self._sharing)
         solved = list(zip(own, self._solve(own, totals, combined, damping), strict=True))
@@ -122,7 +133,7 @@ class Refresh:
         if self._sharing.size == 1:
             self.pending.append(Refreshed(due, solved))
             return
-        buffer = wire.buffer(torch.float32, self._averages.device)
+        buffer = wire.sharing_buffer(torch.float32, self._averages.device)
         for unit, payload in solved:
             wire.put(buffer, unit, payload)
         work = share_segments(self._sharing, buffer, wire.layout, label=LABEL)
@@ -135,7 +146,7 @@ class Refresh:
         return {self._plan.blocks[block].slot for block in empty} & set(slots)
 
     def activate(self, step: int) -> None:
-        """Load the payloads that are due."""
+        """Load the payloads that are due, and help those on that aren't."""
         due = [refreshed for refreshed in self.pending if refreshed.due <= step]
         self.pending = [refreshed for refreshed in self.pending if refreshed.due > step]
         for refreshed in due:
@@ -147,6 +158,10 @@ class Refresh:
                 self.holders[unit.name].load(unit, payload)
         if self._moments is not None and due:
             self._moments.publish()
+        for refreshed in self.pending:
+            if refreshed.travelling is not None and not refreshed.new:
+                refreshed.travelling[2].go_on()
+            refreshed.new = False
 
     def arrived(self, refreshed: Refreshed) -> list[tuple[Unit, Tensor]]:
         """Wait for payloads on their way, and return them."""

@@ -182,7 +182,7 @@ def _gather_key(parts: Parts, plan: Plan, units: dict[str, dict[str, Tensor]], k
         [Segment(unit.name, numel[unit.name], owners[unit.name]) for unit in plan.units], parts.communicator.size
     )
     dtype = parts.averages.average.dtype if key == "sum" else torch.float32
-    buffer = torch.empty(layout.numel, dtype=dtype, device=parts.averages.device)
+    buffer = torch.empty(layout.sharing_numel, dtype=dtype, device=parts.averages.device)
     for unit in plan.units:
         if owners[unit.name] == parts.communicator.rank:
             layout.view(buffer, unit.name).copy_(units[unit.name][key].flatten())

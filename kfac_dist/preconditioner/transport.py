@@ -9,7 +9,7 @@ Under a replicated engine every rank has every gradient, so only results travel,
 
             column 0   column 1
     row 0    ●───────▶ ◀───────●       each rank preconditions its column's blocks, then hands them to its row:
-    row 1    ●───────▶ ◀───────●       one broadcast a column, none when there is one column (placement replicated)
+    row 1    ●───────▶ ◀───────●       a few collectives, none when there is one column (placement replicated)
 
 Under a sharded engine a row is the ranks that together hold each gradient once, and an exchange along the row takes a
 block's slices to its column and back. There are as many exchanges as `distribution.buckets`, however many layers.
@@ -92,7 +92,7 @@ class ReplicatedTransport(Transport):
             self._layout = update_layout(plan)
             # Every rank may precondition nothing (more columns than blocks) and still receives everything.
             device = next(iter(blocks[0].parameters.values())).device
-            self._buffer = torch.zeros(self._layout.numel, device=device)
+            self._buffer = torch.zeros(self._layout.sharing_numel, device=device)
 
     def collect(self, gradients: dict[str, Tensor]) -> None:
         """See `Transport.collect`."""

@@ -47,8 +47,12 @@ class UnitWire:
         )
 
     def buffer(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a buffer for everything."""
+        """Return a buffer for everything, to be summed."""
         return torch.empty(self.layout.numel, dtype=dtype, device=device)
+
+    def sharing_buffer(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a buffer for everything, to be shared."""
+        return torch.empty(self.layout.sharing_numel, dtype=dtype, device=device)
 
     def put(self, buffer: Tensor, unit: Unit, values: Tensor) -> None:
         """Write a unit's values into the buffer."""

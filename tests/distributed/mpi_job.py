@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kfac_dist.config.schema import Backend
+from kfac_dist.distributed import segments
 from kfac_dist.distributed.bootstrap import World, bootstrap
 from kfac_dist.distributed.communicator import Communicator, build_communicator
+from kfac_dist.distributed.segments import Segment, SegmentLayout, Sharing, share_segments
 from kfac_dist.errors import CollectiveError
 from tests.preconditioner.workloads import Run
 
@@ -49,6 +51,10 @@ def collectives(comm: Communicator) -> dict[str, Any]:
                 results[f"uneven {dtype}"], values(rank, sum(splits), dtype), splits, splits, label="uneven"
             )
         )
+        results[f"gathered {dtype}"] = torch.empty(9 * size, dtype=dtype)
+        works.append(comm.all_gather(results[f"gathered {dtype}"], values(rank, 9, dtype), label="gathered"))
+        results[f"shared {dtype}"], sharing = shared(comm, dtype)
+        works.append(sharing)
         empty = torch.empty(0, dtype=dtype)
         works += [comm.all_reduce(empty, label="empty"), comm.broadcast(empty, 0, label="empty")]
         works.append(comm.all_to_all(empty, empty, [0] * size, [0] * size, label="empty"))
@@ -62,8 +68,22 @@ def collectives(comm: Communicator) -> dict[str, Any]:
         "tensors": results,
         "same": [len(set(comm.gather_objects(bits(t), label="bits"))) == 1 for n, t in results.items() if "sum" in n],
         "objects": objects,
-        "traffic": {label: comm.traffic.snapshot()[label] for label in ("sum", "last", "uneven", "empty", "objects")},
+        "traffic": {label: comm.traffic.snapshot()[label] for label in COUNTED},
     }
+
+
+COUNTED = ("sum", "last", "uneven", "gathered", "shared", "empty", "objects")
+
+
+def shared(comm: Communicator, dtype: torch.dtype) -> tuple[Tensor, Sharing]:
+    """Uneven parts, scattered and gathered as those of many owners are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "MOST_BROADCASTS", 1)
+        layout = SegmentLayout([Segment(str(rank), 4 + 3 * rank, rank) for rank in range(comm.size)], comm.size)
+        assert layout.scatters
+        buffer = torch.zeros(layout.sharing_numel, dtype=dtype)
+        layout.part(buffer, comm.rank).copy_(values(comm.rank, 4 + 3 * comm.rank, dtype))
+        return buffer[: layout.numel], share_segments(comm, buffer, layout, label="shared")
 
 
 def bits(tensor: Tensor) -> bytes:

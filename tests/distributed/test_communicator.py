@@ -32,10 +32,14 @@ def exercise(dtype: torch.dtype) -> dict[str, Any]:
     work.wait()
     work.wait()
     results["uneven"] = incoming.tolist()
+    everyone = torch.empty(2 * size, dtype=dtype)
+    comm.all_gather(everyone, torch.full((2,), float(rank), dtype=dtype), label="gathered").wait()
+    results["gathered"] = everyone.tolist()
     empty = torch.empty(0, dtype=dtype)
     comm.all_reduce(empty, label="empty").wait()
     comm.broadcast(empty, 0, label="empty").wait()
     comm.all_to_all(empty, empty, [0] * size, [0] * size, label="empty").wait()
+    comm.all_gather(empty, empty, label="empty").wait()
     results["objects"] = comm.gather_objects({"rank": rank})
     comm.barrier()
     results["traffic"] = comm.traffic.snapshot()
@@ -54,6 +58,7 @@ def test_collectives(size: int, dtype: torch.dtype) -> None:
         assert results["sum"] == [size * (size + 1) / 2] * 6
         assert results["last"] == [size - 1.0] * 3
         assert results["uneven"] == [10.0 * other + rank for other in range(size) for _ in range(rank + other)]
+        assert results["gathered"] == [float(other) for other in range(size) for _ in range(2)]
         assert results["objects"] == [{"rank": other} for other in range(size)]
         if size == 1:
             assert results["traffic"] == {}
@@ -61,7 +66,8 @@ def test_collectives(size: int, dtype: torch.dtype) -> None:
         assert results["traffic"]["sum"] == (1, cost.all_reduce_bytes(6 * width, size))
         assert results["traffic"]["last"] == (1, cost.broadcast_bytes(3 * width, size) if rank == size - 1 else 0)
         assert results["traffic"]["uneven"] == (1, width * sum(rank + other for other in range(size) if other != rank))
-        assert results["traffic"]["empty"] == (3, 0)
+        assert results["traffic"]["gathered"] == (1, cost.all_gather_bytes(2 * width, size))
+        assert results["traffic"]["empty"] == (4, 0)
 
 
 def test_traffic_counts_each_byte_once_over_the_ranks() -> None:

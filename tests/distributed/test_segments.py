@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from kfac_dist.distributed import cost
 from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
-from kfac_dist.distributed.segments import Segment, SegmentLayout, reduce_to_owners, share_segments, split_buckets
+from kfac_dist.distributed.segments import (
+    MOST_BROADCASTS,
+    Segment,
+    SegmentLayout,
+    reduce_to_owners,
+    share_segments,
+    sharing_traffic,
+    split_buckets,
+)
 from tests.harness import run_ranks
 
 
@@ -45,7 +53,7 @@ def test_bad_segments_are_refused(segments: list[Segment], message: str) -> None
 
 def test_buffer_that_does_not_fit_is_refused() -> None:
     layout = SegmentLayout([Segment("a", 3, 0)], 1)
-    with pytest.raises(ValueError, match="a layout of 3 elements over 1 ranks does not fit"):
+    with pytest.raises(ValueError, match="a layout of 3 elements over 1 ranks, which takes a buffer of 3, does not"):
         share_segments(SoloCommunicator(), torch.zeros(4), layout, label="x")
 
 
@@ -82,10 +90,75 @@ def test_share_and_reduce(size: int, segments: int, dtype: torch.dtype) -> None:
                 owners,
                 cost.broadcast_bytes(own * dtype.itemsize, size),
             )
+            assert sharing_traffic(layout.owner_numels, rank, dtype.itemsize) == result["traffic"].get("share", (0, 0))
             assert result["traffic"]["reduce"] == (1, (layout.numel - own) * dtype.itemsize)
     if size > 1:
         sent = sum(result["traffic"]["reduce"][1] for result in results)
         assert sent == (size - 1) * layout.numel * dtype.itemsize  # N times (N-1)/N · b: a reduce-scatter
+
+
+SIZE = MOST_BROADCASTS + 2
+UNEVEN = [
+    [1, 2, 3, 4, 5, 6],
+    [1000, 1, 1, 1, 1, 1],  # nearly all of one rank
+    [0, 7, 7, 7, 7, 7],  # one owns nothing: its piece comes from others, and it scatters nothing
+    [12, 12, 12, 12, 12, 12],  # every part is a piece: the scatter sends nothing
+    [1, 1, 1, 0, 1, 1],  # fewer elements than ranks: a piece of one element, and the last is empty
+    [3, 0, 0, 8, 8, 0],  # few enough owners to broadcast
+]
+
+
+def by_owner(numels: list[int]) -> SegmentLayout:
+    return SegmentLayout([Segment(str(rank), numel, rank) for rank, numel in enumerate(numels)], len(numels))
+
+
+def share_among_many(dtypes: list[torch.dtype]) -> list[tuple[bool, tuple[int, int]]]:
+    """Shares of all layouts in flight at once: whether each rank has the owners' bits, and what was counted."""
+    comm = build_communicator(20.0)
+    found = []
+    in_flight = []
+    for index, (numels, dtype) in enumerate((numels, dtype) for dtype in dtypes for numels in UNEVEN):
+        layout = by_owner(numels)
+        expected = contribution(index, layout.numel, dtype)
+        buffer = torch.full((layout.sharing_numel,), torch.nan, dtype=dtype)
+        layout.part(buffer, comm.rank).copy_(layout.part(expected, comm.rank))
+        in_flight.append((expected, buffer, share_segments(comm, buffer, layout, label=str(index))))
+    for _, _, sharing in in_flight[::3]:
+        sharing.go_on()
+    for index, (expected, buffer, sharing) in enumerate(in_flight):
+        sharing.wait()
+        sharing.wait()
+        found.append((torch.equal(buffer[: len(expected)], expected), comm.traffic.snapshot()[str(index)]))
+    return found
+
+
+def test_sharing_among_many_owners_takes_two_collectives() -> None:
+    dtypes = [torch.float32, torch.bfloat16]
+    for rank, found in enumerate(run_ranks(SIZE, share_among_many, dtypes)):
+        cases = [(numels, dtype.itemsize) for dtype in dtypes for numels in UNEVEN]
+        for (numels, width), (equal, counted) in zip(cases, found, strict=True):
+            assert equal, numels
+            assert counted == sharing_traffic(numels, rank, width), numels
+            owners = sum(1 for numel in numels if numel)
+            assert counted[0] == (2 if owners > MOST_BROADCASTS else owners), numels
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 100), min_size=2, max_size=12))
+def test_sharing_sends_every_byte_to_every_rank_and_is_balanced(numels: list[int]) -> None:
+    layout, size = by_owner(numels), len(numels)
+    sent = [sharing_traffic(numels, rank, 4)[1] for rank in range(size)]
+    if not layout.scatters:
+        assert sum(sent) == 4 * (size - 1) * layout.numel
+        assert layout.sharing_numel == layout.numel
+        return
+    piece = layout.piece_numel
+    assert layout.numel <= size * piece < layout.numel + size  # padding of less than an element a rank
+    # Each rank sends its share to all others, and an owner before it what it owns beyond its piece.
+    assert all(
+        0 <= 4 * numel - (nbytes - 4 * (size - 1) * piece) <= 4 * piece
+        for numel, nbytes in zip(numels, sent, strict=True)
+    )
 
 
 @settings(deadline=None)

@@ -10,11 +10,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kfac_dist import KFAC
+from kfac_dist.distributed import segments
 from kfac_dist.distributed.cost import all_reduce_bytes, triangle_numel
+from kfac_dist.distributed.segments import MOST_BROADCASTS
 from tests.harness import run_ranks
-from tests.preconditioner.workloads import CLASSES, deep
+from tests.preconditioner.test_invariance import configuration
+from tests.preconditioner.workloads import CLASSES, Run, deep
 
 FLOAT = 4
 PLACEMENTS = [
@@ -68,6 +72,88 @@ def test_collectives_do_not_grow_with_layers(every: str, reduction: str) -> None
         calls = [[{label: n for label, (n, _) in sent.items()} for sent in run] for run in (few, many)]
         assert calls[0] == calls[1], option
         assert sum(calls[0][1].values()) <= 1 + 4, option  # an ordinary step: the clip, and a broadcast a column
+
+
+EVERY_KIND: dict[str, dict[str, Any]] = {
+    "replicated": {"distribution": {"placement": "replicated"}},
+    "owner": {"distribution": {"placement": "owner"}},
+    "hybrid": {"distribution": {"placement": "hybrid", "grad_worker_fraction": 0.125}},
+    "scattered, every step": {"distribution": {"reduction": "reduce_scatter", "reduce_every": "step"}},
+    "late": {"inversion": {"inverse_lag": 3}},
+    "second moments": {"inversion": {"solver": "ekfac"}, "distribution": {"placement": "owner"}},
+    "scattered second moments": {"inversion": {"solver": "ekfac"}, "distribution": {"reduction": "reduce_scatter"}},
+    "chain": {"inversion": {"solver": "eigen", "structure": "block_tridiagonal"}},
+    "classes": {"curvature": {"class_conditional": {"classes": CLASSES}}},
+    "grafted": {"update": {"graft": "gradient", "graft_scope": "global"}},
+    "adapted": {"inversion": {"adapt": {}}},
+}
+
+
+def counted_on_fakes(config: dict[str, Any], size: int) -> list[dict[str, int]]:
+    """Collectives of eight steps, as one of many ranks whose messages go nowhere; rank 0, as it owns something."""
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    torch.manual_seed(0)
+    model = deep(20)
+    every = {"curvature": {"factor_every": 2}, "inversion": {"inverse_every": 4, "damping": 0.1, "early_refresh": 0}}
+    merged = {key: {**every.get(key, {}), **config.get(key, {})} for key in (*every, "distribution", "update")}
+    kfac = KFAC(model, merged, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    calls = []
+    for _ in range(8):
+        kfac.communicator.traffic.reset()
+        labels = torch.randint(0, CLASSES, (4,))
+        kfac.micro_batch(classes=labels)
+        F.cross_entropy(model(torch.randn(4, 6)), labels).backward()
+        kfac.step()
+        model.zero_grad()
+        calls.append({label: n for label, (n, _) in kfac.communicator.traffic.snapshot().items()})
+    kfac.remove()
+    dist.destroy_process_group()
+    return calls
+
+
+def counted_at_sizes() -> dict[str, list[list[dict[str, int]]]]:
+    return {name: [counted_on_fakes(config, size) for size in (16, 64, 512)] for name, config in EVERY_KIND.items()}
+
+
+def test_collectives_do_not_grow_with_ranks() -> None:
+    [found] = run_ranks(1, counted_at_sizes, process_group=False)
+    for name, (few, many, most) in found.items():
+        assert few == many == most, name
+        assert max(sum(calls.values()) for calls in most) <= 16, name
+        assert min(sum(calls.values()) for calls in most) <= 3, name
+
+
+WAYS = [
+    configuration(inversion={"inverse_lag": 3}),  # in flight for some steps, and helped on
+    configuration(inversion={"stagger": 2, "inverse_lag": 1}),
+    configuration(placement="owner"),
+    configuration("ekfac", reduction="reduce_scatter"),
+]
+
+
+def trained_both_ways() -> list[tuple[bool, bool, bool]]:
+    """Whether broadcasts and scatter with all-gather give the same bits: parameters, and a checkpoint's."""
+    found = []
+    for config in WAYS:
+        trained = []
+        for most in (MOST_BROADCASTS, 0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(segments, "MOST_BROADCASTS", most)
+                run = Run("mlp", config)
+                parameters = run.train(9)
+                trained.append((parameters, run.kfac.state_dict()["units"], run.kfac.communicator.traffic.snapshot()))
+                run.close()
+        (few, few_units, few_sent), (many, many_units, many_sent) = trained
+        same = all(torch.equal(few[name], many[name]) for name in few)
+        states = all(
+            torch.equal(few_units[name][key], many_units[name][key]) for name in few_units for key in few_units[name]
+        )
+        found.append((same, states, few_sent != many_sent))
+    return found
+
+
+def test_the_way_of_sharing_leaves_the_bits_alone() -> None:
+    assert run_ranks(3, trained_both_ways) == [[(True, True, True)] * len(WAYS)] * 3
 
 
 def test_factor_bytes_equal_the_formula() -> None:
