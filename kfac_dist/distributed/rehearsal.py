@@ -88,6 +88,10 @@ class Rehearsal(Communicator):
         sent = cost.broadcast_bytes(tensor.nbytes, self.size) if root == self.rank else 0
         return self._note(Collective.BROADCAST, label, tensor.nbytes, sent)
 
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:  # noqa: D102
+        sent = cost.all_gather_bytes(input.nbytes, self.size)
+        return self._note(Collective.ALL_GATHER, label, output.nbytes, sent)
+
     def all_to_all(  # noqa: D102
         self,
         output: Tensor,

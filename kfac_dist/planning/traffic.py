@@ -149,7 +149,7 @@ class _Step:
                 self._row.all_to_all(there, here, into, out_of, label=gradients.LABEL)
 
     def _share(self, layout: SegmentLayout, label: str, comm: Communicator) -> None:
-        share_segments(comm, _meta(layout.numel), layout, label=label).wait()
+        share_segments(comm, _meta(layout.sharing_numel), layout, label=label).wait()
 
     def _sum(self, numel: int, label: str, comm: Communicator) -> None:
         comm.all_reduce(_meta(numel), label=label).wait()

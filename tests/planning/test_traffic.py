@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kfac_dist import KFAC
 from kfac_dist.config.options import parse_kfac
@@ -22,6 +18,7 @@ from kfac_dist.planning.strategies import strategies
 from kfac_dist.planning.traffic import rehearse
 from kfac_dist.preconditioner.schedule import Cadence
 from tests.engines.live_bytes import live_bytes
+from tests.fake_ranks import fake_ranks
 
 VOCABULARY = 11
 CONFIG: dict[str, Any] = {
@@ -56,15 +53,6 @@ class Tiny(nn.Module):
         hidden = torch.tanh(self.linear(self.norm(hidden))) * self.scale
         logits: torch.Tensor = self.head(hidden.mean(1))
         return logits
-
-
-@contextmanager
-def fake_ranks(rank: int, size: int) -> Iterator[None]:
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def merged(*parts: dict[str, Any]) -> dict[str, Any]:
