@@ -1,9 +1,14 @@
 """The real `KFAC.step` as one rank of many: what it sends, holds and inverts, and how long planning takes.
 
 A rank alone counts whose collectives go nowhere (torch's fake process group): what the others would send it doesn't
-matter for what it sends, holds and computes. Models have the shapes of ResNet-50, BERT-large and GPT-1.3B; of the two
-transformers some layers stand for all, where memory forbids more, and the file says how many. The rank is the one with
-the most to invert. Every case runs in a process of its own.
+matter for what it sends, holds and computes. The rank is the one with the most to invert. Models have the shapes of
+ResNet-50, BERT-large and GPT-1.3B. Of the two transformers some layers are run where memory forbids more; the same
+layers and all of them are planned as well, as `kfac-dist plan` does it, from shapes alone:
+
+    run       what `KFAC.step` counted and kept, on some layers       planned, the same layers: has to be equal
+    whole     planned, all layers: what the model would send and keep
+
+Every case runs in a process of its own.
 
     python -m benchmarks.scale [--models resnet50 bert_large gpt_1.3b] [--ranks 8 64 512 4096] [--out FILE]
 """
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -22,23 +28,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.models import ResNet50
 from benchmarks.reporting import RESULTS, write
 from kfac_dist import KFAC
 from kfac_dist.config.options import parse_kfac
+from kfac_dist.config.schema import EngineConfig
 from kfac_dist.curvature.blocks import find_blocks
-from kfac_dist.preconditioner.memory import rank_bytes
-from kfac_dist.preconditioner.plan import build_plan
+from kfac_dist.distributed.traffic import Traffic
+from kfac_dist.planning.job import Job, Model, StepKind
+from kfac_dist.planning.traffic import rehearse
 from kfac_dist.tasks.bert import bert
 from kfac_dist.tasks.byte_gpt import byte_gpt
-from tests.engines.live_bytes import live_bytes
+from tests.engines.live_bytes import bookkeeping, live_bytes
+from tests.fake_ranks import fake_ranks
 
 MOST_PLANNING = 300
 """Layers of the plan whose making is timed."""
+NODE = 8
+"""Ranks of a node, for the placement that knows nodes."""
+AT_THE_START = "agreement"
+"""Label of what ranks agree on once, in the first step."""
+REFRESH, ORDINARY = StepKind(factors=True, moments=False, slots=(0,)), StepKind(factors=False, moments=False, slots=())
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "inversion": {"max_factor_dim": 2048},
         "distribution": {"placement": "owner", "assignment": "balanced"},
     },
+    "node, balanced, blocks of 2048": {
+        "inversion": {"max_factor_dim": 2048},
+        "distribution": {"placement": "node", "assignment": "balanced"},
+    },
     "owner, reduce-scatter, every step": {
         "inversion": {"max_factor_dim": 2048},
         "distribution": {
@@ -103,63 +119,103 @@ def config_of(shape: Shape, strategy: str) -> dict[str, Any]:
     return {"curvature": curvature, "inversion": inversion, "distribution": chosen["distribution"]}
 
 
-def one(model: str, strategy: str, size: int) -> dict[str, Any]:
+def job_of(network: nn.Module, config: dict[str, Any], size: int) -> Job:
+    """Plan a network's work from its shapes."""
+    parsed = parse_kfac(config)
+    coverage = find_blocks(network, parsed.curvature)
+    uncovered = {name: network.get_parameter(name).numel() for name in coverage.uncovered}
+    return Job.of(Model(coverage.blocks, uncovered, {}), parsed, EngineConfig(), size, NODE)
+
+
+def sent(traffic: Traffic) -> dict[str, dict[str, int]]:
+    """Return what a rank counted, by label, without what it counts but once in a run."""
+    counted = {label: found for label, found in traffic.snapshot().items() if label != AT_THE_START}
+    return {label: {"collectives": calls, "bytes_sent": nbytes} for label, (calls, nbytes) in counted.items()}
+
+
+def planned(job: Job) -> dict[str, Any]:
+    """Return what the planner says of the busiest rank."""
+    rank = job.busiest
+    return {
+        "blocks": len(job.plan.blocks),
+        "units": len(job.plan.units),
+        "owned_units": len(job.plan.owned(rank)),
+        "load_max_over_mean": job.plan.assignment.imbalance(),
+        "refresh_step": sent(rehearse(job, REFRESH, rank).traffic),
+        "ordinary_step": sent(rehearse(job, ORDINARY, rank).traffic),
+        "state_bytes": job.memory[rank].total,
+        "state_bytes_of_the_fullest_rank": max(found.total for found in job.memory),
+    }
+
+
+def counted(network: nn.Module, batch: Callable[[], Tensor], config: dict[str, Any]) -> dict[str, Any]:
     """Take one step that measures and refreshes, and one that does neither."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    shape = SHAPES[model]
-    config = config_of(shape, strategy)
-    network = shape.build(shape.run)
-    coverage = find_blocks(network, parse_kfac(config).curvature)
-    load = build_plan(coverage.blocks, parse_kfac(config), world_size=size).assignment.load()
-    rank = load.index(max(load))
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     started = time.perf_counter()
     kfac = KFAC(network, config, optimizer=optimizer)
     constructing = time.perf_counter() - started
-    kfac.communicator.traffic.reset()
     steps = []
     for _ in range(2):
-        network(shape.batch()).square().mean().backward()
+        kfac.communicator.traffic.reset()
+        network(batch()).square().mean().backward()
         kfac.step()
         network.zero_grad()
-        steps.append(kfac.communicator.traffic.snapshot())
-        kfac.communicator.traffic.reset()
-    planned = rank_bytes(kfac.plan, kfac.config, sharded=False)
+        steps.append(sent(kfac.communicator.traffic))
+    small = live_bytes(bookkeeping(kfac))
     return {
-        "model": model,
-        "layers_run": shape.run,
-        "layers": shape.layers,
-        "strategy": strategy,
-        "ranks": size,
-        "rank": rank,
-        "blocks": len(kfac.plan.blocks),
-        "units": len(kfac.plan.units),
-        "owned_units": len(kfac.plan.owned(rank)),
-        "load_max_over_mean": kfac.plan.assignment.imbalance(),
-        "refresh_step": {label: {"collectives": c, "bytes_sent": b} for label, (c, b) in steps[0].items()},
-        "ordinary_step": {label: {"collectives": c, "bytes_sent": b} for label, (c, b) in steps[1].items()},
-        "state_bytes": live_bytes(kfac),
-        "planned_bytes": planned[rank].total,
+        "refresh_step": steps[0],
+        "ordinary_step": steps[1],
+        "state_bytes": live_bytes(kfac) - small,
+        "bookkeeping_bytes": small,
         "construct_seconds": constructing,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
+def one(model: str, strategy: str, size: int) -> dict[str, Any]:
+    """Plan the whole model; plan and run some of its layers."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    shape = SHAPES[model]
+    config = config_of(shape, strategy)
+    with torch.device("meta"):
+        whole = planned(job_of(shape.build(shape.layers), config, size))
+    network = shape.build(shape.run)
+    job = job_of(network, config, size)
+    with fake_ranks(job.busiest, size):
+        run = counted(network, shape.batch, config)
+    expected = planned(job)
+    return {
+        "model": model,
+        "strategy": strategy,
+        "ranks": size,
+        "rank": job.busiest,
+        "run": run,
+        "run_equals_plan": {key: run[key] == expected[key] for key in ("refresh_step", "ordinary_step", "state_bytes")},
+        "whole": whole,
+    }
+
+
 def planning(size: int) -> dict[str, Any]:
-    """Plan a model of many layers for many ranks; nothing is built but shapes."""
+    """Plan a model of many layers for many ranks, and lay out what a rank sends; nothing is built but shapes."""
     with torch.device("meta"):
         # Four linear layers and two norms a block, and what is around them.
         network = byte_gpt(layers=MOST_PLANNING // 6, width=2048, heads=16, context=2048, vocabulary=50304)
     found = {}
     for strategy in STRATEGIES:
-        config = parse_kfac(config_of(SHAPES["gpt_1.3b"], strategy))
+        config = config_of(SHAPES["gpt_1.3b"], strategy)
         started = time.perf_counter()
-        coverage = find_blocks(network, config.curvature)
-        plan = build_plan(coverage.blocks, config, world_size=size)
-        plan.rows()
-        found[strategy] = {"seconds": time.perf_counter() - started, "blocks": len(plan.blocks)}
+        job = job_of(network, config, size)
+        job.plan.rows()
+        planned_at = time.perf_counter()
+        for kind in (REFRESH, ORDINARY):
+            rehearse(job, kind, size - 1)
+        laid_out_at = time.perf_counter()
+        found[strategy] = {
+            "blocks": len(job.plan.blocks),
+            "seconds": planned_at - started,
+            "layout_seconds": laid_out_at - planned_at,
+        }
     return {"ranks": size, "strategies": found}
 
 
@@ -173,17 +229,24 @@ def apart(*words: str) -> dict[str, Any]:
     return result
 
 
+def total(step: dict[str, dict[str, int]]) -> tuple[int, int]:
+    """Return the collectives of a step, and the bytes that it sends."""
+    return sum(part["collectives"] for part in step.values()), sum(part["bytes_sent"] for part in step.values())
+
+
 def line(row: dict[str, Any]) -> str:
     """Return a case's row as a person reads it."""
-    steps = ("refresh_step", "ordinary_step")
-    parts = {step: list(row[step].values()) for step in steps}
-    totals = {s: (sum(p["collectives"] for p in parts[s]), sum(p["bytes_sent"] for p in parts[s])) for s in steps}
-    (refresh_calls, refresh_bytes), (ordinary_calls, ordinary_bytes) = totals.values()
+    whole = row["whole"]
+    (refresh_calls, refresh_bytes), (ordinary_calls, ordinary_bytes) = (
+        total(whole[step]) for step in ("refresh_step", "ordinary_step")
+    )
+    equal = [name for name, same in row["run_equals_plan"].items() if not same]
     return (
         f"{row['model']:10} {row['ranks']:5} {row['strategy']:38} collectives {refresh_calls:3} {ordinary_calls:3}"
-        f"  MB sent {refresh_bytes / 1e6:8.1f} {ordinary_bytes / 1e6:7.1f}"
-        f"  MB kept {row['state_bytes'] / 1e6:8.1f} (plan {row['planned_bytes'] / 1e6:8.1f})"
-        f"  owns {row['owned_units']:3}  load {row['load_max_over_mean']:.2f}"
+        f"  MB sent {refresh_bytes / 1e6:8.1f} {ordinary_bytes / 1e6:7.1f}  MB kept {whole['state_bytes'] / 1e6:8.1f}"
+        f"  owns {whole['owned_units']:3}  load {whole['load_max_over_mean']:6.2f}"
+        f"  {'the run as planned' if not equal else 'not as planned: ' + ', '.join(equal)}"
+        f"  start {row['run']['construct_seconds']:.1f} s"
     )
 
 
@@ -194,6 +257,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
     parser.add_argument("--case", nargs="+", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    os.environ["LOCAL_WORLD_SIZE"] = str(NODE)
     match arguments.case:
         case ["planning", size]:
             print(json.dumps(planning(int(size))))
@@ -203,8 +267,9 @@ def main() -> None:
             return
     results: dict[str, Any] = {"planning": [apart("planning", str(size)) for size in arguments.ranks], "steps": []}
     for row in results["planning"]:
-        slowest = max(row["strategies"].items(), key=lambda found: found[1]["seconds"])
-        print(f"planning for {row['ranks']} ranks: {slowest[1]['seconds']:.2f} s at most ({slowest[0]})", flush=True)
+        seconds = {name: found["seconds"] + found["layout_seconds"] for name, found in row["strategies"].items()}
+        slowest = max(seconds, key=lambda name: seconds[name])
+        print(f"planning for {row['ranks']} ranks: {seconds[slowest]:.2f} s at most ({slowest})", flush=True)
     for model in arguments.models:
         for strategy in STRATEGIES:
             for size in arguments.ranks:

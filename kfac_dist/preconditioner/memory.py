@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kfac_dist.config.schema import DType, KFACConfig, ReduceEvery, Reduction
 from kfac_dist.curvature.factors import Unit
@@ -69,37 +69,51 @@ def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankByt
     grid = plan.grid
     own = keeps_own_factors_only(config, grid.world_size)
     average = _BYTES[config.curvature.factor_dtype]
-    matrices = {name: math.prod(block.matrix_shape) for name, block in plan.blocks.items()}
-    elements = sum(matrices.values())
-    by_column = [0] * grid.columns
-    for name, block in plan.blocks.items():
-        by_column[block.column] += matrices[name]
+    everything = _numel(plan.units) * (average + _FLOAT)
+    owned = _numel_by_owner(plan)
+    moments = _moment_bytes(plan, config)
+    columns = _column_bytes(plan, config, sharded=sharded)
     found = []
     for rank in range(grid.world_size):
-        blocks = plan.column_blocks(grid.column_of(rank))
-        gradients = _FLOAT * sum(matrices[name] for name in blocks)
-        if sharded:  # the workspace, what comes from the row's other ranks and what goes to them
-            others = (grid.columns - 1) / grid.columns
-            gradients += math.ceil(others * gradients + (_FLOAT * elements - gradients) / grid.columns)
-        elif grid.columns > 1:  # the results of all columns
-            gradients += _FLOAT * sharing_numel(by_column)
-        factors = _numel(plan.owned(rank)) * average if own else _numel(plan.units) * (average + _FLOAT)
-        # EKFAC measures every block in its basis, wherever it is preconditioned.
-        bases = [name for name, block in plan.blocks.items() if name in blocks or block.moments is not None]
-        inverses, host = sum(_payload_bytes(plan.blocks[name], config) for name in bases), 0
-        inverses += _FLOAT * sum(matrices[name] for name in blocks if plan.blocks[name].moments is not None)
-        factors += _moment_bytes(plan, config, rank)
-        if config.inversion.offload:
-            groups = _groups(plan, config, grid.column_of(rank), sharded=sharded)
-            inverses, host = min(2, len(groups)) * max(groups, default=0), sum(groups)
-        found.append(RankBytes(factors, inverses, gradients, host))
+        column = columns[grid.column_of(rank)]
+        factors = owned[rank] * average if own else everything
+        found.append(replace(column, factors=factors + moments[rank]))
     return found
 
 
-def _groups(plan: Plan, config: KFACConfig, column: int, *, sharded: bool) -> list[int]:
+def _column_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankBytes]:
+    """Return what the ranks of each column keep, but for factors."""
+    columns = plan.grid.columns
+    matrices = {name: math.prod(block.matrix_shape) for name, block in plan.blocks.items()}
+    payloads = {name: _payload_bytes(block, config) for name, block in plan.blocks.items()}
+    # EKFAC measures every block in its basis, wherever it is preconditioned.
+    rescaled = {name for name, block in plan.blocks.items() if block.moments is not None}
+    bases = sum(payloads[name] for name in rescaled)
+    blocks = plan.columns()
+    elements = [sum(matrices[name] for name in names) for names in blocks]
+    shared = sharing_numel(elements)
+    buckets = exchange_buckets(plan, config.distribution.buckets if sharded else 1)
+    found = []
+    for column, names in enumerate(blocks):
+        gradients = _FLOAT * elements[column]
+        if sharded:  # the workspace, what comes from the row's other ranks and what goes to them
+            others = (columns - 1) / columns
+            gradients += math.ceil(others * gradients + (_FLOAT * sum(elements) - gradients) / columns)
+        elif columns > 1:  # the results of all columns
+            gradients += _FLOAT * shared
+        inverses, host = bases + sum(payloads[name] for name in names if name not in rescaled), 0
+        inverses += _FLOAT * sum(matrices[name] for name in names if name in rescaled)
+        if config.inversion.offload:
+            groups = _groups(plan, config, buckets[column])
+            inverses, host = min(2, len(groups)) * max(groups, default=0), sum(groups)
+        found.append(RankBytes(0, inverses, gradients, host))
+    return found
+
+
+def _groups(plan: Plan, config: KFACConfig, buckets: Sequence[Sequence[str]]) -> list[int]:
     """Return the bytes of each group of a column's inverses as offloading lays them out; see `build_groups`."""
     found = []
-    for names in exchange_buckets(plan, config.distribution.buckets if sharded else 1)[column]:
+    for names in buckets:
         alike: dict[object, list[str]] = {}
         for name in names:
             alike.setdefault(plan.blocks[name].likeness, []).append(name)
@@ -111,13 +125,20 @@ def _groups(plan: Plan, config: KFACConfig, column: int, *, sharded: bool) -> li
     return found
 
 
-def _moment_bytes(plan: Plan, config: KFACConfig, rank: int) -> int:
-    """Return the bytes of EKFAC's running averages on a rank, and of their window where it stays between steps."""
+def _moment_bytes(plan: Plan, config: KFACConfig) -> list[int]:
+    """Return the bytes of EKFAC's running averages by rank, and of their window where it stays between steps."""
     moments = plan.of_moments()
     average = _BYTES[config.curvature.factor_dtype]
     if config.distribution.reduction is Reduction.REDUCE_SCATTER and plan.grid.world_size > 1:
-        return _numel(moments.owned(rank)) * average
-    return _numel(moments.units) * (average + _FLOAT)
+        return [numel * average for numel in _numel_by_owner(moments)]
+    return [_numel(moments.units) * (average + _FLOAT)] * plan.grid.world_size
+
+
+def _numel_by_owner(plan: Plan) -> list[int]:
+    numels = [0] * plan.grid.world_size
+    for unit in plan.units:
+        numels[plan.assignment.owners[unit.name]] += unit.statistics.numel
+    return numels
 
 
 def _numel(units: Sequence[Unit]) -> int:

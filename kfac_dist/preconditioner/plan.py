@@ -123,6 +123,13 @@ class Plan:
         """Return the blocks that a column preconditions, in the model's order."""
         return [name for name, block in self.blocks.items() if block.column == column]
 
+    def columns(self) -> list[list[str]]:
+        """Return the blocks that each column preconditions, in the model's order."""
+        found: list[list[str]] = [[] for _ in range(self.grid.columns)]
+        for name, block in self.blocks.items():
+            found[block.column].append(name)
+        return found
+
     def owned(self, rank: int) -> list[Unit]:
         """Return the units that a rank inverts, in flat order."""
         return [unit for unit in self.units if self.assignment.owners[unit.name] == rank]
@@ -206,8 +213,7 @@ def exchange_buckets(plan: Plan, count: int) -> list[list[list[str]]]:
     column has the same number of buckets, of which the last may be empty.
     """
     columns = []
-    for column in range(plan.grid.columns):
-        names = plan.column_blocks(column)
+    for names in plan.columns():
         first = {plan.blocks[name].likeness: place for place, name in reversed(list(enumerate(names)))}
         names.sort(key=lambda name: first[plan.blocks[name].likeness])
         cuts = split_buckets([math.prod(plan.blocks[name].matrix_shape) for name in names], count)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_dist import KFAC
 from kfac_dist.engines import Engine
 
 # Not K-FAC's: the model, its gradients and the optimizer's state belong to the engine.
@@ -37,3 +38,16 @@ def tensors_of(root: object) -> Iterator[Tensor]:
             left += found
         elif type(found).__module__.startswith("kfac_dist"):
             left += vars(found).values()
+
+
+def bookkeeping(kfac: KFAC) -> list[Tensor]:
+    """A number or a few a unit: weights, traces, places; the planner counts none of them."""
+    matrices = {"average", "window", "_window"}
+    kept = (kfac._averages, kfac._reduction, kfac._refresh, kfac._length, kfac._adaptation, kfac._rest)
+    moments = () if kfac._moments is None else (kfac._moments.averages, kfac._moments.reduction)
+    return [
+        value
+        for owner in (*kept, *moments)
+        for name, value in vars(owner).items()
+        if isinstance(value, Tensor) and name not in matrices
+    ]

@@ -17,7 +17,7 @@ from kfac_dist.planning.job import Job, Model, StepKind
 from kfac_dist.planning.strategies import strategies
 from kfac_dist.planning.traffic import rehearse
 from kfac_dist.preconditioner.schedule import Cadence
-from tests.engines.live_bytes import live_bytes
+from tests.engines.live_bytes import bookkeeping, live_bytes
 from tests.fake_ranks import fake_ranks
 
 VOCABULARY = 11
@@ -122,16 +122,3 @@ def agrees(config: dict[str, Any], job: Job, rank: int) -> None:
         assert loads == pytest.approx(job.plan.assignment.load())
         assert live_bytes(kfac) - live_bytes(bookkeeping(kfac)) == job.memory[rank].total, (config, rank)
         kfac.remove()
-
-
-def bookkeeping(kfac: KFAC) -> list[torch.Tensor]:
-    """A number or a few a unit: weights, traces, places; the planner counts none of them."""
-    matrices = {"average", "window", "_window"}
-    kept = (kfac._averages, kfac._reduction, kfac._refresh, kfac._length, kfac._adaptation, kfac._rest)
-    moments = () if kfac._moments is None else (kfac._moments.averages, kfac._moments.reduction)
-    return [
-        value
-        for owner in (*kept, *moments)
-        for name, value in vars(owner).items()
-        if isinstance(value, torch.Tensor) and name not in matrices
-    ]
