@@ -33,6 +33,7 @@ from kfac_dist.slurm.submission import prepare
 from kfac_dist.slurm.submission import submit as submit_job
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
 NOT_READY = 1
@@ -42,6 +43,8 @@ GRACE_SECONDS = 1.0
 REPORT_FILE = "report.html"
 PIPE_WIDTH = 160
 DOCTOR_WIDTH = 110
+# What strategies are compared on unless something else is named.
+HARDWARE = "h100-ib400"
 
 app = typer.Typer(
     name="kfac-dist",
@@ -192,42 +195,78 @@ def status(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks that share the work.")] = 2,
-    node_size: Annotated[int | None, typer.Option(min=1, help="Ranks of one node; all of them by default.")] = None,
+    world_size: Annotated[
+        str, typer.Option(metavar="W[,W…]", help="Ranks that share the work; several compare strategies on each.")
+    ] = "2",
+    node_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of one node; all of them, or the hardware's, by default.")
+    ] = None,
+    strategies: Annotated[
+        bool, typer.Option("--strategies", help="Compare strategies on one number of ranks.")
+    ] = False,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="Compare strategies on this: a profile such as h100-ib400, or a file of `calibrate`."),
+    ] = None,
 ) -> None:
-    """Show who would measure, invert and precondition what, without training: a pure function of shapes."""
+    """Show who would measure, invert and precondition what, and what strategies cost, from shapes alone.
+
+    One number of ranks has the plan block by block and rank by rank. Several, --strategies or --hardware have a table
+    of strategies: bytes, flops, balance, memory and predicted milliseconds, and the best one to paste.
+    """
     with _exit_codes():
+        sizes = _world_sizes(world_size)
         resolved = _load(config, overrides, {})
         from rich.console import Console
 
-        from kfac_dist.curvature.chain import find_all
-        from kfac_dist.preconditioner.class_memory import check_class_memory
-        from kfac_dist.preconditioner.memory import rank_bytes
-        from kfac_dist.preconditioner.plan import build_plan
-        from kfac_dist.preconditioner.plan_table import plan_view
-        from kfac_dist.preconditioner.savings import savings
-
-        coverage = find_all(_model_of_shapes(resolved.model), resolved.kfac)
-        shards = resolved.engine.shard_size(world_size)
-        planned = build_plan(
-            coverage.blocks,
-            resolved.kfac,
-            world_size=world_size,
-            local_world_size=node_size or world_size,
-            shard_size=shards,
-        )
-        check_class_memory(planned, resolved.kfac)
-        kept = rank_bytes(planned, resolved.kfac, sharded=shards > 1)
         console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-        options = savings(
-            coverage.blocks,
-            resolved.kfac,
-            world_size=world_size,
-            local_world_size=node_size or world_size,
-            shard_size=shards,
-        )
-        treatment = resolved.kfac.curvature.uncovered
-        console.print(plan_view(planned, kept, coverage.uncovered, treatment, options))
+        if strategies or hardware is not None or len(sizes) > 1:
+            from kfac_dist.planning.comparison import compare
+            from kfac_dist.planning.hardware import load_hardware
+            from kfac_dist.planning.table import view
+
+            machine = load_hardware(hardware or HARDWARE)
+            model = _model_of_shapes(resolved.model).to("meta")
+            console.print(view(compare(resolved, model, machine, sizes, node_size or machine.node_size)))
+            return
+        _show_plan(resolved, sizes[0], node_size, console)
+
+
+def _world_sizes(text: str) -> list[int]:
+    found = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in found):
+        raise ConfigError(f"--world-size: found {text!r}, expected numbers of ranks from 1 on, such as 8 or 8,64,512")
+    return list(dict.fromkeys(int(part) for part in found))
+
+
+def _show_plan(resolved: Config, world_size: int, node_size: int | None, console: Console) -> None:
+    from kfac_dist.curvature.chain import find_all
+    from kfac_dist.preconditioner.class_memory import check_class_memory
+    from kfac_dist.preconditioner.memory import rank_bytes
+    from kfac_dist.preconditioner.plan import build_plan
+    from kfac_dist.preconditioner.plan_table import plan_view
+    from kfac_dist.preconditioner.savings import savings
+
+    coverage = find_all(_model_of_shapes(resolved.model), resolved.kfac)
+    shards = resolved.engine.shard_size(world_size)
+    planned = build_plan(
+        coverage.blocks,
+        resolved.kfac,
+        world_size=world_size,
+        local_world_size=node_size or world_size,
+        shard_size=shards,
+    )
+    check_class_memory(planned, resolved.kfac)
+    kept = rank_bytes(planned, resolved.kfac, sharded=shards > 1)
+    options = savings(
+        coverage.blocks,
+        resolved.kfac,
+        world_size=world_size,
+        local_world_size=node_size or world_size,
+        shard_size=shards,
+    )
+    treatment = resolved.kfac.curvature.uncovered
+    console.print(plan_view(planned, kept, coverage.uncovered, treatment, options))
 
 
 @app.command()

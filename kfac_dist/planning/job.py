@@ -6,17 +6,20 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from kfac_dist.config.schema import EngineConfig, EngineName, KFACConfig, Precision
 from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.statistics import FlatUnits
+from kfac_dist.distributed.exchange import ExchangePlan, plan_exchange
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices, Slice
 from kfac_dist.preconditioner.memory import RankBytes, rank_bytes
 from kfac_dist.preconditioner.moments import moments_distribution
-from kfac_dist.preconditioner.plan import Plan, build_plan
+from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
 from kfac_dist.preconditioner.reduction_layout import ReductionLayout
 from kfac_dist.preconditioner.schedule import Cadence
+from kfac_dist.preconditioner.transport import exchange_parts
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,27 @@ class Job:
         return kinds_of(Cadence.of(self.config))
 
     @cached_property
+    def owned(self) -> Mapping[int, Sequence[Unit]]:
+        """What each rank inverts, if anything."""
+        found: dict[int, list[Unit]] = {}
+        for unit in self.plan.units:
+            found.setdefault(self.plan.assignment.owners[unit.name], []).append(unit)
+        return found
+
+    @cached_property
+    def columns(self) -> Mapping[int, Sequence[str]]:
+        """The blocks that each column preconditions, if any."""
+        found: dict[int, list[str]] = {}
+        for name, block in self.plan.blocks.items():
+            found.setdefault(block.column, []).append(name)
+        return found
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements of all blocks' gradients."""
+        return sum(math.prod(block.matrix_shape) for block in self.plan.blocks.values())
+
+    @cached_property
     def busiest(self) -> int:
         """The rank with the most to invert; the first of several."""
         load = self.plan.assignment.load()
@@ -150,23 +174,45 @@ class Job:
         shapes = {
             name: tuple(parameter.shape) for block in self.model.blocks for name, parameter in block.parameters.items()
         }
-        size = self.shard_size
-        if self.engine.name is EngineName.FSDP2:
-            return GradientLayout(tuple(ParameterSlices.rows(name, s, size) for name, s in shapes.items()), size)
-        if self.engine.name is EngineName.ZERO3:
-            cut = {name: _cuts(0, math.prod(shape), -(-math.prod(shape) // size)) for name, shape in shapes.items()}
-        else:
-            share = -(-sum(math.prod(shape) for shape in shapes.values()) // size)
-            cut, start = {}, 0
-            for name, shape in shapes.items():
-                cut[name] = _cuts(start, math.prod(shape), share)
-                start += math.prod(shape)
-        return GradientLayout(tuple(ParameterSlices.sharded(n, shapes[n], own) for n, own in cut.items()), size)
+        return _gradient_layout(tuple(shapes.items()), self.engine.name, self.shard_size)
+
+    def exchanges(self, row_rank: int) -> Sequence[ExchangePlan]:
+        """Return what a rank of a row sends and receives of sharded gradients, bucket by bucket."""
+        if row_rank not in self._exchanges:
+            blocks = {block.name: block for block in self.model.blocks}
+            buckets = zip(*exchange_buckets(self.plan, self.config.distribution.buckets), strict=True)
+            inside = [[blocks[name] for part in bucket for name in part] for bucket in buckets]
+            parts = [[p for block in own for p in exchange_parts(block, self.gradients, self.plan)] for own in inside]
+            self._exchanges[row_rank] = [plan_exchange(self.gradients, own, row_rank) for own in parts]
+        return self._exchanges[row_rank]
+
+    @cached_property
+    def _exchanges(self) -> dict[int, Sequence[ExchangePlan]]:
+        return {}
 
     @property
     def exchanges_bf16(self) -> bool:
         """Whether sharded gradients travel in bf16: DeepSpeed's do that are held so."""
         return self.engine.name is not EngineName.FSDP2 and self.engine.precision is Precision.BFLOAT16
+
+
+@lru_cache(maxsize=4)
+def _gradient_layout(
+    parameters: tuple[tuple[str, tuple[int, ...]], ...], engine: EngineName, size: int
+) -> GradientLayout:
+    """Return the layout of parameters of these names and shapes; every strategy on as many ranks has the same."""
+    shapes = dict(parameters)
+    if engine is EngineName.FSDP2:
+        return GradientLayout(tuple(ParameterSlices.rows(name, s, size) for name, s in shapes.items()), size)
+    if engine is EngineName.ZERO3:
+        cut = {name: _cuts(0, math.prod(shape), -(-math.prod(shape) // size)) for name, shape in shapes.items()}
+    else:
+        share = -(-sum(math.prod(shape) for shape in shapes.values()) // size)
+        cut, start = {}, 0
+        for name, shape in shapes.items():
+            cut[name] = _cuts(start, math.prod(shape), share)
+            start += math.prod(shape)
+    return GradientLayout(tuple(ParameterSlices.sharded(n, shapes[n], own) for n, own in cut.items()), size)
 
 
 def _cuts(start: int, numel: int, share: int) -> list[Slice]:

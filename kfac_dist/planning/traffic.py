@@ -15,7 +15,6 @@ from torch import Tensor
 from kfac_dist.config.schema import GraftScope, Uncovered
 from kfac_dist.curvature.class_product import Summary
 from kfac_dist.distributed.communicator import Communicator, SoloCommunicator
-from kfac_dist.distributed.exchange import plan_exchange
 from kfac_dist.distributed.rehearsal import Call, Rehearsal
 from kfac_dist.distributed.segments import SegmentLayout, share_segments
 from kfac_dist.distributed.traffic import Traffic
@@ -24,10 +23,10 @@ from kfac_dist.planning.job import Job, StepKind
 from kfac_dist.preconditioner import adaptation, class_combination, diagonal, moments, reduction, refresh, step_length
 from kfac_dist.preconditioner import transport as gradients
 from kfac_dist.preconditioner.moments import moments_wire
-from kfac_dist.preconditioner.plan import Plan, exchange_buckets
+from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.reduction_layout import ReductionLayout
 from kfac_dist.preconditioner.refresh import payload_wire
-from kfac_dist.preconditioner.transport import exchange_parts, update_layout
+from kfac_dist.preconditioner.transport import update_layout
 
 META = torch.device("meta")
 
@@ -135,12 +134,8 @@ class _Step:
             if self._row.size > 1:
                 self._share(update_layout(job.plan), gradients.LABEL, self._row)
             return
-        blocks = {block.name: block for block in job.model.blocks}
         dtype = torch.bfloat16 if job.exchanges_bf16 else torch.float32
-        for bucket in zip(*exchange_buckets(job.plan, self._config.distribution.buckets), strict=True):
-            names = [name for part in bucket for name in part]
-            parts = [part for name in names for part in exchange_parts(blocks[name], job.gradients, job.plan)]
-            plan = plan_exchange(job.gradients, parts, self._row.rank)
+        for plan in job.exchanges(self._row.rank):
             pieces, shards = (_meta(sum(splits), dtype) for splits in (plan.piece_splits, plan.shard_splits))
             for there, here, into, out_of in (
                 (pieces, shards, plan.piece_splits, plan.shard_splits),

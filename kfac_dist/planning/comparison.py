@@ -1,0 +1,144 @@
+"""All strategies on some numbers of ranks, and which one to take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import yaml
+from torch import nn
+
+from kfac_dist.config.schema import Config
+from kfac_dist.curvature.chain import find_all
+from kfac_dist.errors import ConfigError
+from kfac_dist.planning.hardware import Hardware
+from kfac_dist.planning.job import Job, Model
+from kfac_dist.planning.prediction import Prediction, predict
+from kfac_dist.planning.rows import count_rows
+from kfac_dist.planning.strategies import Strategy, strategies
+
+# A strategy that gains less than this isn't worth a change of the configuration.
+WORTH = 0.03
+# A recommended strategy's worst step may be so much longer than the configured one's.
+LONGER = 1.05
+# Share of a device's memory that K-FAC may take beside model, optimizer and activations.
+MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What strategies cost on one number of ranks.
+
+    Attributes:
+        world_size: The ranks.
+        hardware: The machine.
+        predictions: Every strategy, the quickest first.
+        note: What isn't known, if anything.
+    """
+
+    world_size: int
+    hardware: Hardware
+    predictions: Sequence[Prediction]
+    note: str
+
+    @property
+    def configured(self) -> Prediction:
+        """The configuration as it stands."""
+        return next(found for found in self.predictions if found.strategy.configured)
+
+    @property
+    def best(self) -> Prediction:
+        """The quickest that fits into memory, takes the same steps and has no longer worst one.
+
+        The configured one, if that is near it.
+        """
+        return self._quickest([found for found in self.predictions if found.strategy.same_mathematics])
+
+    @property
+    def quicker(self) -> Prediction | None:
+        """The quickest of all, with other mathematics, if it is worth a thought."""
+        found = self._quickest(self.predictions)
+        gains = found.seconds < (1 - WORTH) * self.best.seconds
+        return found if gains and not found.strategy.same_mathematics else None
+
+    def fits(self, prediction: Prediction) -> bool:
+        """Whether what K-FAC keeps leaves room for the model."""
+        limit = self.hardware.memory_bytes
+        return limit is None or prediction.memory.total <= MEMORY_SHARE * limit
+
+    def _quickest(self, found: Sequence[Prediction]) -> Prediction:
+        longest = LONGER * self.configured.worst_seconds
+        fitting = [one for one in found if self.fits(one) and one.worst_seconds <= longest]
+        if not fitting:  # then the least
+            return min(found, key=lambda one: (one.memory.total, one.seconds))
+        best = min(fitting, key=lambda one: one.seconds)
+        near = self.fits(self.configured) and self.configured.seconds * (1 - WORTH) <= best.seconds
+        return self.configured if near and self.configured in found else best
+
+
+def compare(
+    config: Config, model: nn.Module, hardware: Hardware, sizes: Sequence[int], node_size: int
+) -> list[Comparison]:
+    """Compare strategies on each number of ranks.
+
+    Args:
+        config: The run.
+        model: Its model, on the device `meta`.
+        hardware: The machine.
+        sizes: Numbers of ranks.
+        node_size: Ranks of a node.
+
+    Raises:
+        ConfigError: The configuration fits none of the strategies' numbers of ranks.
+        ModelError: The model has no block.
+    """
+    coverage = find_all(model, config.kfac)
+    rows, unknown = count_rows(model, coverage.blocks, config.data)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    uncovered = {name: trained[name] for name in coverage.uncovered if name in trained}
+    known = Model(coverage.blocks, uncovered, rows)
+    without = [block.name for block in coverage.blocks if block.name not in rows]
+    note = f"statistics are not in the times: {unknown}" if unknown else ""
+    if without and not unknown:
+        note = f"statistics of {len(without)} blocks that the forward pass doesn't call are not in the times"
+    return [_compare(config, known, hardware, size, node_size, note) for size in sizes]
+
+
+def _compare(config: Config, model: Model, hardware: Hardware, size: int, node_size: int, note: str) -> Comparison:
+    sharded = config.engine.shard_size(size) > 1
+    grid = strategies(config.kfac, model.blocks, world_size=size, node_size=min(node_size, size), sharded=sharded)
+    predictions = []
+    for strategy in grid:
+        try:
+            job = Job.of(model, strategy.config, config.engine, size, node_size)
+        except ConfigError:
+            if strategy.configured:
+                raise
+            continue  # a placement that doesn't fit these ranks is no strategy
+        predictions.append(predict(strategy, job, hardware, config.train.batch_size))
+    return Comparison(size, hardware, sorted(predictions, key=lambda found: found.seconds), note)
+
+
+def fragment(strategy: Strategy) -> str:
+    """Return a strategy's changes as YAML to be pasted over the section `kfac`; a comment if there are none."""
+    if strategy.configured:
+        return "# nothing to change\n"
+    return yaml.safe_dump({"kfac": strategy.changes}, sort_keys=False)
+
+
+def words(strategy: Strategy) -> str:
+    """Return what a strategy changes in a line."""
+    if strategy.configured:
+        return "as configured"
+    return ", ".join(f"{key} {_shown(value)}" for own in strategy.changes.values() for key, value in own.items())
+
+
+def _shown(value: object) -> str:
+    match value:
+        case None:
+            return "none"
+        case float() if not math.isclose(value, round(value)):
+            return f"{value:.4g}"
+        case _:
+            return str(value)

@@ -1,0 +1,205 @@
+"""What a strategy adds to a step: kind by kind, phase by phase, then the average over a window and its worst step.
+
+Nothing is hidden: collectives that overlap with backward, and inverses that travel while later steps run, count in
+full. So a prediction is what a rank computes and waits for, and a run on GPUs may be quicker.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kfac_dist.planning import work
+from kfac_dist.planning.hardware import Hardware, Overhead
+from kfac_dist.planning.job import Job, StepKind
+from kfac_dist.planning.network import seconds_of
+from kfac_dist.planning.strategies import Strategy
+from kfac_dist.planning.traffic import Rehearsed, rehearse
+from kfac_dist.preconditioner import transport
+from kfac_dist.preconditioner.memory import RankBytes
+from kfac_dist.preconditioner.refresh import LABEL as INVERSES
+from kfac_dist.preconditioner.step_length import LABEL as LENGTH
+
+PHASES = ("statistics", "reduction", "inversion", "sharing", "preconditioning", "gradients")
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One kind of step.
+
+    Attributes:
+        seconds: By phase, what it adds to a step of the bare optimizer.
+        rehearsed: What the busiest rank sends.
+        flops: What the busiest rank computes.
+    """
+
+    seconds: Mapping[str, float]
+    rehearsed: Rehearsed
+    flops: float
+
+    @property
+    def total(self) -> float:
+        """All phases together."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a strategy costs on W ranks.
+
+    Attributes:
+        strategy: What is asked.
+        job: Its plan.
+        samples: Samples that a rank has in a step.
+        costs: Each kind of step.
+        blocks: Seconds of an average step on the busiest rank, by block.
+        memory: Of the rank that keeps most.
+    """
+
+    strategy: Strategy
+    job: Job
+    samples: float
+    costs: Mapping[StepKind, StepCost]
+    blocks: Mapping[str, Mapping[str, float]]
+    memory: RankBytes
+
+    @property
+    def seconds(self) -> float:
+        """Added to an average step."""
+        return self._mean({kind: cost.total for kind, cost in self.costs.items()})
+
+    @property
+    def worst_seconds(self) -> float:
+        """Added to the window's worst step."""
+        return max(cost.total for cost in self.costs.values())
+
+    @property
+    def bytes_sent(self) -> float:
+        """Sent by the busiest rank in an average step."""
+        return self._mean({kind: cost.rehearsed.sent for kind, cost in self.costs.items()})
+
+    @property
+    def worst_bytes(self) -> int:
+        """Sent by the busiest rank in the step in which it sends most."""
+        return max(cost.rehearsed.sent for cost in self.costs.values())
+
+    @property
+    def worst_collectives(self) -> int:
+        """Collectives of the step that has most."""
+        return max(len(cost.rehearsed.calls) for cost in self.costs.values())
+
+    @property
+    def flops(self) -> float:
+        """Of the busiest rank in an average step."""
+        return self._mean({kind: cost.flops for kind, cost in self.costs.items()})
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds of an average step by phase."""
+        return {p: self._mean({kind: cost.seconds[p] for kind, cost in self.costs.items()}) for p in PHASES}
+
+    def _mean(self, values: Mapping[StepKind, float]) -> float:
+        kinds = self.job.kinds
+        return sum(values[kind] * count for kind, count in kinds.items()) / kinds.total()
+
+
+def predict(strategy: Strategy, job: Job, hardware: Hardware, batch_size: int) -> Prediction:
+    """Return what a strategy adds to the steps of a job.
+
+    Args:
+        strategy: What the job's configuration is called.
+        job: The plan.
+        hardware: The machine.
+        batch_size: Samples of a step over all ranks.
+    """
+    samples = max(1.0, batch_size / job.world_size)
+    alone = _Alone(job, hardware, samples)
+    costs = {kind: alone.cost(kind) for kind in job.kinds}
+    memory = max(job.memory, key=lambda rank: rank.total)
+    return Prediction(strategy, job, samples, costs, alone.blocks(), memory)
+
+
+class _Alone:
+    """Phases that several kinds of steps have in common, worked out once."""
+
+    def __init__(self, job: Job, hardware: Hardware, samples: float) -> None:
+        self._job = job
+        self._hardware = hardware
+        self._slower = hardware.slower(job.node_size)
+        self._statistics = work.statistics(job, hardware, samples)
+        self._moments = work.moment_work(job, hardware, samples, job.busiest)
+        columns = {*job.columns, job.plan.grid.column_of(job.busiest)}
+        by_column = {column: work.preconditioning(job, hardware, column) for column in columns}
+        self._column = by_column[job.plan.grid.column_of(job.busiest)]
+        self._preconditioning = max(by_column.values(), key=lambda done: done.seconds)
+
+    def cost(self, kind: StepKind) -> StepCost:
+        """Return what a kind of step costs."""
+        job, hardware, rank = self._job, self._hardware, self._job.busiest
+        sent = rehearse(job, kind, rank)
+        network = dict.fromkeys(PHASES, 0.0)
+        for call in sent.calls:
+            network[_phase_of(call.label)] += seconds_of(call, hardware, job.node_size)
+        seconds = network
+        flops = self._column.flops
+        seconds["preconditioning"] += self._preconditioning.seconds * self._slower + self._fixed(
+            hardware.preconditioning
+        )
+        if kind.factors:
+            seconds["statistics"] += self._statistics.seconds * self._slower + self._fixed(hardware.measuring)
+            seconds["reduction"] += work.moving(job, hardware, kind, rank) * self._slower
+            flops += self._statistics.flops
+        if kind.moments:
+            seconds["statistics"] += self._moments.seconds * self._slower
+            flops += self._moments.flops
+        if kind.slots:
+            share = len(kind.slots) / job.config.inversion.stagger
+            seconds["inversion"] += self._inversion(kind) + self._fixed(hardware.refreshing, share)
+            seconds["sharing"] += work.handing(job, hardware, kind, rank) * self._slower
+            flops += work.inversion(job, hardware, kind, rank).flops
+        return StepCost(seconds, sent, flops)
+
+    def blocks(self) -> dict[str, dict[str, float]]:
+        """Return the seconds of an average step on the busiest rank, by block and phase."""
+        kinds = self._job.kinds
+        found: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(PHASES, 0.0))
+        for kind, count in kinds.items():
+            share = count / kinds.total()
+            parts = {"preconditioning": self._column}
+            if kind.factors:
+                parts["statistics"] = self._statistics
+            if kind.slots:
+                parts["inversion"] = work.inversion(self._job, self._hardware, kind, self._job.busiest)
+            for phase, done in parts.items():
+                for block, seconds in done.by_block.items():
+                    found[block][phase] += share * seconds * self._slower
+        return dict(found)
+
+    def _inversion(self, kind: StepKind) -> float:
+        """Return when the last rank has solved what is due: the slowest node's."""
+        job, node = self._job, self._job.node_size
+        owners = {
+            job.plan.assignment.owners[u.name] for u in job.plan.units if job.plan.blocks[u.block].slot in kind.slots
+        }
+        loads = {rank: work.inversion(job, self._hardware, kind, rank).seconds for rank in owners}
+        nodes: dict[int, list[float]] = defaultdict(list)
+        for rank, load in loads.items():
+            nodes[rank // node].append(load)
+        return max((work.finishing(own, self._hardware) for own in nodes.values()), default=0.0)
+
+    def _fixed(self, overhead: Overhead, share: float = 1.0) -> float:
+        """Return what doesn't depend on sizes, of a step that has this share of the blocks to go through."""
+        return (overhead.step + overhead.block * len(self._job.plan.blocks) * share) * self._slower
+
+
+def _phase_of(label: str) -> str:
+    match label:
+        case _ if label == INVERSES or label == "classes":
+            return "sharing"
+        case transport.LABEL:
+            return "gradients"
+        case _ if label == LENGTH:
+            return "preconditioning"
+        case _:
+            return "reduction"

@@ -1,0 +1,114 @@
+"""Comparisons as a person reads them: a row a strategy, the bottleneck, and what to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from kfac_dist.planning.comparison import Comparison, fragment, words
+from kfac_dist.planning.hardware import Hardware
+from kfac_dist.planning.prediction import PHASES, Prediction
+
+_BOTTLENECKS = 5
+_SI = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def view(comparisons: Sequence[Comparison]) -> Group:
+    """Return the tables of all numbers of ranks, ready for rich to print."""
+    parts: list[Table | str] = [_heading(comparisons[0].hardware), ""]
+    for comparison in comparisons:
+        parts += [*_one(comparison), ""]
+    return Group(*parts)
+
+
+def _heading(hardware: Hardware) -> str:
+    origin = (
+        f"measured on {hardware.ranks} rank(s)"
+        if hardware.kind == "measured"
+        else "datasheet figures with assumed efficiencies, not measured"
+    )
+    notes = "".join(f"\n  {note}" for note in hardware.notes)
+    return f"Predicted for {hardware.name} ({hardware.device}): {origin}{notes}"
+
+
+def _one(comparison: Comparison) -> list[Table | str]:
+    best, configured, quicker = comparison.best, comparison.configured, comparison.quicker
+    parts: list[Table | str] = [
+        f"{comparison.world_size} ranks, {configured.job.node_size} a node, {configured.samples:g} samples a rank and "
+        f"step; ms are what K-FAC adds to a step, bytes and flops those of the rank with the most to invert",
+        _table(comparison),
+        *([comparison.note] if comparison.note else []),
+        *_bottlenecks(configured),
+        "",
+    ]
+    gain = configured.seconds - best.seconds
+    if best is configured:
+        parts.append("Recommended: as configured; no other strategy that takes the same steps is 3 % quicker.")
+    else:
+        parts += [
+            f"Recommended: {words(best.strategy)} ({_ms(gain)} ms a step less). To paste:",
+            "",
+            fragment(best.strategy),
+        ]
+    if not comparison.fits(best):
+        parts.append(
+            "It needs more than half of a device's memory, as every strategy does: shard the engine or the blocks."
+        )
+    if quicker is not None:
+        saved = _ms(best.seconds - quicker.seconds)
+        parts.append(f"Another {saved} ms less, by other steps: {words(quicker.strategy)}.")
+    return parts
+
+
+def _table(comparison: Comparison) -> Table:
+    table = Table("", "strategy", box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ("ms", "worst step", "sent", "worst step", "collectives", "flops", "load max/mean", "kept at most")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for found in comparison.predictions:
+        mark = "→" if found is comparison.best else "*" if found.strategy.configured else ""
+        other = "" if found.strategy.same_mathematics else " (other steps)"
+        kept = _si(found.memory.total) + ("" if comparison.fits(found) else " !")
+        table.add_row(
+            mark,
+            words(found.strategy) + other,
+            _ms(found.seconds),
+            _ms(found.worst_seconds),
+            _si(found.bytes_sent),
+            _si(found.worst_bytes),
+            str(found.worst_collectives),
+            _si(found.flops),
+            f"{found.job.plan.assignment.imbalance():.2f}",
+            kept,
+        )
+    return table
+
+
+def _bottlenecks(found: Prediction) -> list[str]:
+    total = found.seconds or 1.0
+    shares = ", ".join(
+        f"{p} {100 * seconds / total:.0f} %" for p, seconds in found.phases.items() if seconds > 0.005 * total
+    )
+    ordered = sorted(found.blocks.items(), key=lambda block: -sum(block[1].values()))
+    lines = [f"As configured: {shares}. Blocks that take rank {found.job.busiest} longest, in ms an average step:"]
+    for name, seconds in ordered[:_BOTTLENECKS]:
+        parts = ", ".join(f"{phase} {_ms(seconds[phase])}" for phase in PHASES if seconds[phase] > 0)
+        units = found.job.plan.blocks[name].units
+        largest = max(units, key=lambda unit: unit.cost)
+        lines.append(f"  {name}: {parts} (largest factor {largest.side} of {largest.dim})")
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    milliseconds = 1000 * seconds
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def _si(value: float) -> str:
+    for letter, unit in _SI:
+        if value >= unit:
+            return f"{value / unit:.3g} {letter}"
+    return f"{value:.0f}"
