@@ -3,7 +3,7 @@
     N ranks on M nodes, L of them on one        latency                     bytes over the bandwidth of the slowest link
     all-reduce                                  2 (a·log2 L + i·log2 M)     2(N-1)/N · b
     broadcast                                   a·log2 L + i·log2 M         b
-    all-gather, of b bytes each                 a·log2 L + i·log2 M         (N-1) · b
+    all-gather, of b bytes together             a·log2 L + i·log2 M         (N-1)/N · b
     all-to-all                                  (1 + N/16) times the same   what a rank sends or receives, whichever
                                                                             is more: to other nodes, and in its own
 
@@ -77,7 +77,7 @@ def _transfer(call: Call, hardware: Hardware, spread: Spread) -> float:
         case Collective.BROADCAST:
             return call.nbytes / shared
         case Collective.ALL_GATHER:
-            return (size - 1) * call.nbytes / shared
+            return (size - 1) / size * call.nbytes / shared
         case Collective.ALL_TO_ALL:
             moved = max(call.sent, call.received)
             away = (size - spread.local) / (size - 1) if spread.nodes > 1 else 0.0

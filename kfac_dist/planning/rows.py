@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from kfac_dist.config.schema import Sharing, Target
 from kfac_dist.curvature.blocks import Block
@@ -59,8 +60,10 @@ def sample_shapes(data: Target) -> Inputs:
     """
     if "context" in data.args and isinstance(data.args["context"], int):  # tokens, which needn't be read
         return torch.empty(_SAMPLES, data.args["context"], dtype=torch.long, device=_META)
-    splits = build_data(data)
-    inputs: Any = splits.train[0][0]
+    dataset = build_data(data).train
+    # Of a TensorDataset's tensors the last is the target, of another item's two parts the second.
+    several = isinstance(dataset, TensorDataset) and len(dataset.tensors) > 2
+    inputs: Any = tuple(dataset[0][:-1]) if several else dataset[0][0]
     if isinstance(inputs, list):
         inputs = tuple(inputs)
     if not is_inputs(inputs) or isinstance(inputs, list):
