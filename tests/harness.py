@@ -1,10 +1,10 @@
 """Real processes for tests of distributed code: `run_ranks(3, function, *args)` gives the results by rank.
 
-Importing torch costs a process more than a second, so the processes are kept: the first call that needs four ranks
-starts four, every later call gives them a function to run in a fresh gloo world that meets in a file. A process that
-fails, hangs or dies is replaced before the next call.
+Importing torch costs a process seconds. So it is imported once, by a server from which the others are forked, and they
+are kept: the first call that needs four ranks starts four, every later call gives them a function to run in a fresh
+gloo world that meets in a file. A process that fails, hangs or dies is replaced before the next call.
 
-    test process                               worker processes (spawned, one thread each)
+    test process                               worker processes (forked, one thread each)
     run_ranks(W, fn, *args)  ── task, pipe ──▶  rank r: init gloo (file://) → fn(*args) → destroy
                              ◀── result ──────  pickled result, or the traceback
 
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -163,7 +164,8 @@ def _take_workers(number: int) -> list[_Worker]:
 
 
 def _start_worker() -> _Worker:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
     ours, theirs = context.Pipe()
     # One thread each, also in libraries that read it at import: ranks share the few cores of a test machine.
     previous = os.environ.get("OMP_NUM_THREADS")
@@ -240,6 +242,7 @@ def _forget_meshes() -> None:
 
 @atexit.register
 def _stop_workers() -> None:
-    # By the end of their pipes, not by a signal: they leave the ordinary way and write their coverage.
+    # Told, not killed: they leave the ordinary way and write their coverage. So does the server that they came from.
     while _idle:
         _idle.pop().stop(kill=False)
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]

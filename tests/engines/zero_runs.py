@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -220,8 +221,11 @@ def skips(step: int) -> bool:
 def deepspeed_world() -> Iterator[Any]:
     """DeepSpeed on the process group that exists, and nothing left of it afterwards."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # collectives that torch has renamed
-    os.environ.update(LOCAL_RANK=os.environ["RANK"], DS_ACCELERATOR="cpu")
+    # Without LOCAL_SIZE, DeepSpeed asks numactl at every step how many ranks a node has.
+    os.environ.update(LOCAL_RANK=os.environ["RANK"], LOCAL_SIZE=os.environ["WORLD_SIZE"], DS_ACCELERATOR="cpu")
     import deepspeed
+
+    gc.freeze()  # ZeRO-3 searches all objects for garbage whenever it starts
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # A kernel for shared memory, compiled in half a minute; only inference uses it.
