@@ -12,7 +12,8 @@ Chan, Heimlich, Purkayastha & van de Geijn 2007, CCPE 19(13), §4, of all owners
     scatter           | r 0     | r 1     | r 2     | r 3  ┊ |     all_to_all: rank r gets the r-th 4th, whoever owns it
     all-gather        | 0 0 0 0 0 0 0 | 1 1 1 | 3 3 3 3 3 ┊ |      every rank gets the other pieces
 
-Every rank then sends an equal share, however unevenly the parts are owned.
+Every rank then sends an equal share, however unevenly the parts are owned. Sums take the same way back where an owner
+would otherwise receive many times the buffer: every rank sums a piece, and hands it to who owns it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ MOST_BROADCASTS = 4
 Broadcasts of k owners one after the other take k latencies and send each byte along a link once; scatter and all-gather
 take two, but the scatter comes on top: with k owners up to 1/k of the bytes, from the busiest. So a few broadcasts are
 never slower, and their work can't be in flight while something else has to come first.
+"""
+
+
+MOST_RECEIVED = 4
+"""How many times the whole buffer an owner may receive of a sum at once.
+
+Its part comes from every rank: with one large part among a thousand, a thousand times that part.
 """
 
 
@@ -218,21 +226,34 @@ def _overlap(first: tuple[int, int], second: tuple[int, int]) -> int:
 
 
 class PendingReduce:
-    """A reduction to owners in flight."""
+    """A reduction to owners in flight.
 
-    def __init__(self, work: Work, received: Tensor, size: int) -> None:
+    Args:
+        work: The first collective.
+        received: What it fills: as many elements from every rank.
+        size: Number of ranks.
+        follow: Takes the sum of what was received to those whose it is, and returns what comes here.
+    """
+
+    def __init__(
+        self, work: Work, received: Tensor, size: int, follow: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self._work = work
         self._received = received
         self._size = size
+        self._follow = follow
 
     def wait(self) -> Tensor:
-        """This rank's part, 1-D, summed over the ranks in fp32 whatever travelled; empty where it owns nothing."""
+        """This rank's part, 1-D, summed over the ranks in fp32 whatever travelled; empty where it owns nothing.
+
+        Collective where the sums were made elsewhere: all ranks wait for their reductions in the same order.
+        """
         self._work.wait()
         parts = self._received.view(self._size, -1) if self._received.numel() else self._received.view(1, 0)
         total = parts[0].to(torch.float32, copy=True)
         for part in parts[1:]:  # in the order of ranks: the sum has the same bits however the parts arrived
             total.add_(part)
-        return total
+        return total if self._follow is None else self._follow(total)
 
 
 def reduce_to_owners(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *, label: str) -> PendingReduce:
@@ -240,13 +261,30 @@ def reduce_to_owners(comm: Communicator, buffer: Tensor, layout: SegmentLayout, 
 
     One all-to-all with uneven parts, and a sum on the owner: a rank sends exactly what it does not own, in the
     buffer's dtype, and what it owns is summed in fp32. (A reduce-scatter wants equal parts, hence padding; gloo has
-    none, and it would sum bf16 in bf16.) The buffer may be written again once the result has been waited for.
+    none, and it would sum bf16 in bf16.) Where the largest part would come in too often (`MOST_RECEIVED`), each rank
+    sums an equal piece instead, and a second all-to-all takes the sums to the owners, in fp32: the same bits. The
+    buffer may be written again once the result has been waited for.
     """
     _check(comm, buffer, layout, layout.numel)
     own = layout.owner_numels[comm.rank]
-    received = buffer.new_empty(comm.size * own)
-    work = comm.all_to_all(received, buffer, [own] * comm.size, layout.owner_numels, label=label)
-    return PendingReduce(work, received, comm.size)
+    if comm.size * max(layout.owner_numels) <= MOST_RECEIVED * layout.numel:
+        received = buffer.new_empty(comm.size * own)
+        work = comm.all_to_all(received, buffer, [own] * comm.size, layout.owner_numels, label=label)
+        return PendingReduce(work, received, comm.size)
+    whole = (0, layout.numel)
+    pieces = [_piece(layout.piece_numel, rank) for rank in range(comm.size)]
+    lengths = [_overlap(piece, whole) for piece in pieces]
+    received = buffer.new_empty(comm.size * lengths[comm.rank])
+    work = comm.all_to_all(received, buffer, [lengths[comm.rank]] * comm.size, lengths, label=label)
+
+    def to_owners(sums: Tensor) -> Tensor:
+        parts = [layout.owner_range(rank) for rank in range(comm.size)]
+        coming = [_overlap(parts[comm.rank], piece) for piece in pieces]
+        total = sums.new_empty(own)
+        comm.all_to_all(total, sums, coming, [_overlap(part, pieces[comm.rank]) for part in parts], label=label).wait()
+        return total
+
+    return PendingReduce(work, received, comm.size, to_owners)
 
 
 def split_buckets(numels: Sequence[int], buckets: int) -> tuple[tuple[int, int], ...]:

@@ -93,7 +93,7 @@ class _Step:
         reduced = layout.at(slots)
         for span, wire in reduced.buckets:
             buffer = _meta(span.stop - span.start) if wire is None else wire.buffer(layout.dtype, META)
-            layout.send(self._comm, buffer, wire, label=label)
+            layout.send(self._comm, buffer, wire, label=label).wait()
         if reduced.buckets:
             classes = max((unit.classes for unit in plan.units), default=0)
             self._sum((2 + classes) * reduced.columns + 1, label, self._comm)

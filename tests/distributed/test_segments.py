@@ -11,6 +11,7 @@ from kfac_dist.distributed import cost
 from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
 from kfac_dist.distributed.segments import (
     MOST_BROADCASTS,
+    MOST_RECEIVED,
     Segment,
     SegmentLayout,
     reduce_to_owners,
@@ -130,6 +131,40 @@ def share_among_many(dtypes: list[torch.dtype]) -> list[tuple[bool, tuple[int, i
         sharing.wait()
         found.append((torch.equal(buffer[: len(expected)], expected), comm.traffic.snapshot()[str(index)]))
     return found
+
+
+def reduce_among_many(dtypes: list[torch.dtype]) -> list[tuple[bool, tuple[int, int]]]:
+    """Sums of all layouts in flight at once: whether owners have the bits of a sum by rank, and what was counted."""
+    comm = build_communicator(20.0)
+    found = []
+    in_flight = []
+    for index, (numels, dtype) in enumerate((numels, dtype) for dtype in dtypes for numels in UNEVEN):
+        layout = by_owner(numels)
+        own = contribution(comm.rank, layout.numel, dtype)
+        in_flight.append((layout, dtype, reduce_to_owners(comm, own, layout, label=str(index))))
+    for index, (layout, dtype, pending) in enumerate(in_flight):
+        total = torch.zeros(layout.numel)
+        for rank in range(comm.size):
+            total += contribution(rank, layout.numel, dtype).float()
+        found.append((torch.equal(pending.wait(), layout.part(total, comm.rank)), comm.traffic.snapshot()[str(index)]))
+    return found
+
+
+def test_one_large_part_is_summed_in_pieces() -> None:
+    dtypes = [torch.float32, torch.bfloat16]
+    by_rank = run_ranks(SIZE, reduce_among_many, dtypes)
+    for index, (dtype, numels) in enumerate((dtype, numels) for dtype in dtypes for numels in UNEVEN):
+        assert all(found[index][0] for found in by_rank), numels
+        calls, sent = zip(*(found[index][1] for found in by_rank), strict=True)
+        pieces = SIZE * max(numels) > MOST_RECEIVED * sum(numels)
+        assert set(calls) == {2 if pieces else 1}
+        there = (SIZE - 1) * sum(numels) * dtype.itemsize  # what a reduce-scatter sends
+        layout, piece = by_owner(numels), -(-sum(numels) // SIZE)
+        ranges = [(layout.owner_range(rank), (rank * piece, rank * piece + piece)) for rank in range(SIZE)]
+        stays = sum(max(0, min(part[1], summed[1]) - max(part[0], summed[0])) for part, summed in ranges)
+        back = 4 * (sum(numels) - stays) if pieces else 0  # in fp32, whatever came
+        assert sum(sent) == there + back, numels
+    assert any(SIZE * max(numels) > MOST_RECEIVED * sum(numels) for numels in UNEVEN)
 
 
 def test_sharing_among_many_owners_takes_two_collectives() -> None:
