@@ -82,7 +82,9 @@ class CurvatureConfig(Section):
         decay: β of the running average, applied once every `factor_every` steps.
         decay_ramp: Let β be min(1 − 1/k, decay) in the k-th regular measurement: the plain mean of all at first, then
             the running average (Martens & Grosse 2015, §5).
-        factor_every: Steps between measurements.
+        factor_every: Steps between measurements of one layer.
+        stagger: Parts in which layers take turns inside one `factor_every` window, so that steps take equally long; 1
+            measures all in one step. `inversion.stagger` must be a multiple of it.
         sample_fraction: Share of rows (samples, or tokens) that enter the factors: 1/k, every k-th row.
         factor_dtype: Precision in which the running averages are kept.
         class_conditional: Keep statistics apart by class, and combine them at a refresh.
@@ -100,6 +102,7 @@ class CurvatureConfig(Section):
     decay: BelowOne = 0.95
     decay_ramp: Flag = False
     factor_every: Count = 10
+    stagger: Count = 1
     sample_fraction: Annotated[float, Field(ge=1e-6, le=1, strict=True, allow_inf_nan=False)] = 1.0
     factor_dtype: DType = DType.FLOAT32
     class_conditional: ClassConditionalConfig | None = None
@@ -136,6 +139,20 @@ class CurvatureConfig(Section):
             raise ValueError(
                 f"factor_dtype bfloat16 can't follow a decay of {self.decay}: steps of {1 - self.decay:.2g} round away "
                 f"in eight bits; use float32, or a decay of at most {_MOST_DECAY_IN_BF16}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _turns_cost_nothing(self) -> Self:
+        if self.stagger > self.factor_every:
+            raise ValueError(
+                f"stagger ({self.stagger}) may be at most factor_every ({self.factor_every}): layers take turns inside "
+                "one window, at different steps"
+            )
+        if self.stagger > 1 and self.fisher in (Fisher.MC, Fisher.TYPE2):
+            raise ValueError(
+                f"stagger ({self.stagger}) must be 1 while fisher is {self.fisher}, which takes backward passes of its "
+                f"own at every step that measures: {self.stagger} times as many, if layers take turns"
             )
         return self
 

@@ -57,8 +57,10 @@ class InversionConfig(Section):
         damping: λ; a number or a schedule over steps.
         adapt: How λ follows the trust region; null leaves it to the schedule alone.
         inverse_every: Steps between refreshes of one block's inverses (T_inv); a multiple of `factor_every`.
-        stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once.
-        inverse_lag: Steps between the refresh of an inverse and its first use, so that sharing overlaps training.
+        stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once. At most
+            one for each step that measures, and as many times more as `curvature.stagger` says.
+        inverse_lag: Steps between the refresh of an inverse and its first use: meanwhile it is solved beside training
+            (by a thread of its own, on a GPU on a stream of its own) and shared. 0 solves and shares in one step.
         early_refresh: At the start, inverses also refresh at this step and at 2, 4, 8, … times it, until the regular
             refreshes begin; those steps measure, too. 0 keeps the first batch's inverses until then.
         rescale_every: `ekfac` only: steps between measurements of the second moments in the eigenbasis; a divisor of

@@ -211,15 +211,21 @@ class KFACConfig(Section):
                 f"inversion.inverse_every ({refresh}) must be a multiple of curvature.factor_every ({statistics}), "
                 "so that a refresh has fresh statistics"
             )
-        if self.inversion.stagger > refresh // statistics:
+        parts, slots = self.curvature.stagger, self.inversion.stagger
+        if slots > refresh // statistics * parts:
             raise ValueError(
-                f"inversion.stagger ({self.inversion.stagger}) may be at most inverse_every / factor_every "
-                f"({refresh // statistics}): every slot refreshes at a step that measures"
+                f"inversion.stagger ({slots}) may be at most inverse_every / factor_every, times curvature.stagger "
+                f"({refresh // statistics * parts}): every slot refreshes at a step that measures it"
             )
-        if self.inversion.inverse_lag >= refresh // self.inversion.stagger:
+        if slots % parts:
+            raise ValueError(
+                f"inversion.stagger ({slots}) must be a multiple of curvature.stagger ({parts}): layers that are "
+                "measured at different steps refresh at different steps"
+            )
+        if self.inversion.inverse_lag >= refresh:
             raise ValueError(
                 f"inversion.inverse_lag ({self.inversion.inverse_lag}) must be shorter than the time between two "
-                f"refreshes ({refresh // self.inversion.stagger} steps)"
+                f"refreshes of a layer, inverse_every ({refresh} steps)"
             )
         return self
 
@@ -248,6 +254,11 @@ class KFACConfig(Section):
             raise ValueError(
                 "inversion.solver ekfac needs the gradients of single samples, and curvature.fisher input_only "
                 "measures no output gradients: use eigen, or another fisher"
+            )
+        if curvature.stagger > 1:
+            raise ValueError(
+                f"curvature.stagger ({curvature.stagger}) must be 1 while inversion.solver is ekfac, whose second "
+                "moments are measured in all layers at once"
             )
         if inversion.offload:
             raise ValueError(

@@ -279,15 +279,19 @@ class RunningAverages:
         """Return the unit's sum S, a view in the averages' precision; upper block-triangle, `[classes·batch, n, n]`."""
         return self.held.view(self.average, unit)
 
-    def asymmetry(self, unit: Unit) -> Tensor | None:
+    def asymmetry(self, unit: Unit, sums: Tensor | None = None) -> Tensor | None:
         """Return how far a dense unit's sum is from symmetric, a 0-dim tensor; None if nothing tells its halves apart.
 
         Whoever inverts it reads one half, or mirrors it. A unit that this rank hasn't measured since it was built is
         not known well enough.
+
+        Args:
+            unit: The unit.
+            sums: A copy of its sum, to look at in its place.
         """
         if unit.name not in self._widths:
             return None
-        return asymmetry(self.sums(unit), self._widths[unit.name])
+        return asymmetry(self.sums(unit) if sums is None else sums, self._widths[unit.name])
 
     def _held_values(self, span: Span) -> slice:
         held = [self.held.index(unit) for unit in self.layout.units[span.units] if unit in self.held]

@@ -26,7 +26,7 @@ def measuring(
         fisher: Whose gradients make G.
         sharing: Replaces the run's weight-sharing setting.
     """
-    changes: dict[str, Any] = {"fisher": fisher, "factor_every": 1, "decay": 0.0, "sample_fraction": 1.0}
+    changes: dict[str, Any] = {"fisher": fisher, "factor_every": 1, "stagger": 1, "decay": 0.0, "sample_fraction": 1.0}
     changes |= {"class_conditional": None}
     if sharing is not None:
         changes |= {"sharing": sharing, "sharing_overrides": {}}

@@ -42,20 +42,21 @@ class StepKind:
     """What a step does beside preconditioning.
 
     Attributes:
-        factors: Whether it measures factors.
+        measured: The slots whose factors it measures.
+        rest: Whether it measures what no block covers.
         moments: Whether it measures EKFAC's second moments.
         slots: The slots whose inverses it refreshes.
     """
 
-    factors: bool
+    measured: tuple[int, ...]
+    rest: bool
     moments: bool
     slots: tuple[int, ...]
 
     @classmethod
     def at(cls, cadence: Cadence, step: int) -> StepKind:
         """Return the kind of one step."""
-        measures = cadence.measures(step)
-        return cls(measures, cadence.rescales(step), cadence.due(step) if measures else ())
+        return cls(cadence.measured(step), cadence.begins_round(step), cadence.rescales(step), cadence.due(step))
 
 
 def kinds_of(cadence: Cadence) -> Counter[StepKind]:

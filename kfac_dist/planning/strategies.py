@@ -145,8 +145,9 @@ def _middle(world_size: int) -> int | None:
 
 def _staggers(config: KFACConfig) -> Iterator[Changes]:
     measurements = config.inversion.inverse_every // config.curvature.factor_every
+    parts = config.curvature.stagger
     for slots in {1, min(_STAGGERED, measurements)}:
-        yield {"inversion": {"stagger": slots}}
+        yield {"inversion": {"stagger": parts * slots}}
 
 
 def _others(config: KFACConfig, largest: int) -> Iterator[Changes]:

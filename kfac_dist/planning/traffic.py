@@ -71,26 +71,36 @@ class _Step:
 
     def take(self, kind: StepKind) -> None:
         """Do what `KFAC.step` does, in its order."""
-        if self._job.sharded and (kind.factors or kind.moments):
+        inhabited = {block.slot for block in self._job.plan.blocks.values()}
+        measured = tuple(slot for slot in kind.measured if slot in inhabited)
+        slots = tuple(slot for slot in kind.slots if slot in inhabited)
+        if self._job.sharded and (measured or kind.moments):
             self._sum(1, FINITE, self._comm)
-        if kind.factors:
-            self._reduce(self._job.reduction, kind.slots, reduction.LABEL, self._job.plan)
+        if measured:
+            self._reduce(self._job.reduction, slots, reduction.LABEL, self._job.plan, measured)
         if kind.moments and self._job.moments is not None:
             plan, layout = self._job.moments
             self._reduce(layout, (), moments.LABEL, plan)
             self._publish(plan)
-        if kind.factors:
+        if kind.rest and (measured or kind.moments):
             self._measure_rest()
-        if kind.slots:
-            self._refresh(kind.slots)
+        if slots:
+            self._refresh(slots)
         self._transport()
         update = self._config.update
         together = update.graft is not None and update.graft_scope is GraftScope.GLOBAL
         if update.kl_clip is not None or together:
             self._sum(3 if together else 1, step_length.LABEL, self._row)
 
-    def _reduce(self, layout: ReductionLayout, slots: tuple[int, ...], label: str, plan: Plan) -> None:
-        reduced = layout.at(slots)
+    def _reduce(
+        self,
+        layout: ReductionLayout,
+        slots: tuple[int, ...],
+        label: str,
+        plan: Plan,
+        measured: tuple[int, ...] | None = None,
+    ) -> None:
+        reduced = layout.at(slots, measured)
         for span, wire in reduced.buckets:
             buffer = _meta(span.stop - span.start) if wire is None else wire.buffer(layout.dtype, META)
             layout.send(self._comm, buffer, wire, label=label).wait()

@@ -10,6 +10,7 @@ other units, so that all ranks keep all of them (reduction all_reduce).
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -30,12 +31,18 @@ _SIDE = {crossed: side for side, crossed in NEXT.items()}
 class ChainRefresh(Refresh):
     """Solves the units of a chain in float64; see `Refresh` for its arguments."""
 
-    def _solve(
+    # A unit takes its neighbours' statistics, too: copies for a thread would be of most of them.
+    beside = False
+
+    def _solve_now(
         self, units: Sequence[Unit], totals: Tensor, combined: Mapping[str, Combined], damping: float
     ) -> list[Tensor]:
         weights, traces = totals[:2].tolist()
-        with self.inspector.watching([*self._tasks(units, weights, traces, damping)]):
-            return [self._solve_unit(unit, weights, traces, damping) for unit in units]
+        tasks = [*self._tasks(units, weights, traces, damping)]
+        started = time.perf_counter()
+        payloads = [self._solve_unit(unit, weights, traces, damping) for unit in units]
+        self.inspector.note(time.perf_counter() - started, tasks)
+        return payloads
 
     def _solve_unit(self, unit: Unit, weights: list[float], traces: list[float], damping: float) -> Tensor:
         previous = self.holders[unit.name].payload(unit)

@@ -6,9 +6,8 @@ and changes nothing that the run computes.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -100,17 +99,13 @@ class Inspector:
         taken, self._readings = self._readings, []
         return taken
 
-    @contextmanager
-    def watching(self, tasks: Sequence[Task]) -> Iterator[None]:
-        """Note how long the block takes to solve the tasks."""
-        started = time.perf_counter()
-        yield
+    def note(self, seconds: float, tasks: Sequence[Task]) -> None:
+        """Take note of what has just been solved, and of how long that took."""
         if self._wanted:
-            wanted = [task for task in tasks if task.unit.name in self._wanted]
-            self._solved = (time.perf_counter() - started, wanted)
+            self._solved = (seconds, [task for task in tasks if task.unit.name in self._wanted])
 
     def read(self, step: int) -> None:
-        """Read what has just been solved, before anything is measured anew."""
+        """Read what has just been solved, before its statistics change; `step` is the one that asked for it."""
         if self._solved is None:
             return
         (seconds, tasks), self._solved = self._solved, None

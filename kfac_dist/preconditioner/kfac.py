@@ -332,6 +332,7 @@ class KFAC:
         if self._attached is not None:
             self._attached.remove()
         self._measurement.remove()
+        self._refresh.close()
         self.communicator.close()
 
     # ---- checkpoints
@@ -405,19 +406,19 @@ class KFAC:
         """Prepare the hooks for the step that comes next."""
         pace, cadence = self._pace, self._pace.cadence
         pace.begin(self.steps)
-        self._measurement.begin(self.steps, factors=pace.measures, moments=cadence.rescales(self.steps))
-        if pace.measures:
+        self._measurement.begin(self.steps, factors=bool(pace.measured), moments=cadence.rescales(self.steps))
+        if pace.measured:
             if self.config.curvature.decay_ramp:
                 self._averages.decay = cadence.decay(self.steps, self.config.curvature.decay)
                 if self._moments is not None:
                     self._moments.averages.decay = self._averages.decay
-            self._reduction.begin(pace.slots)
+            self._reduction.begin(pace.slots, pace.measured)
 
     def _measure_and_refresh(self) -> None:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
         with self.phases(Phase.REDUCTION):
             taken = self._measurement.finish(self._engine.finite_everywhere(self.communicator))
-        if self._pace.measures:
+        if self._pace.cadence.begins_round(self.steps):
             self._rest.measure(self._measurement.terms, taken)
         slots, totals = self._pace.slots, self._reduction.totals
         if not slots:
@@ -428,7 +429,7 @@ class KFAC:
         lag = self._pace.take(self.steps, self._refresh.unmeasured(slots, totals) if self._pace.first else ())
         self._adaptation.judge()
         with self.phases(Phase.INVERSION):
-            self._refresh.start(slots, totals, self._total_damping, self.steps + lag)
+            self._refresh.start(slots, totals, self._total_damping, self.steps, lag)
         self._refresh.inspector.read(self.steps)
 
     def _step_once(self) -> None:

@@ -271,12 +271,13 @@ class Measurement:
         return bool(self._engine.backward_pass().last)
 
     def _measure(self, block: Block, uses: list[Use]) -> None:
-        if self._factors and not self._reduction.accepts(block.name):
-            return
         if self._pass != self._capture.passes:
             self._pass, self._positions = self._capture.passes, 0.0
-        if not self._positions and uses[0].grad is not None:  # the layer nearest to the loss comes first
+        # The layer nearest to the loss comes first, and is asked whether or not it is its turn to be measured.
+        if not self._positions and uses[0].grad is not None:
             self._positions = uses[0].grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
+        if self._factors and not self._reduction.accepts(block.name):
+            return
         micro = self._micro_batch(own=False)
         if block.by_class and self._config.class_slots:
             if micro.classes is None:  # told in `finish`, where no rank waits for another

@@ -24,16 +24,16 @@ class Pace:
         cadence: The intervals.
         overdue: Slots whose refresh was due and has not happened.
         refreshed: Slots that have ever been refreshed.
-        slots: What this step refreshes.
-        measures: Whether this step measures factors.
+        measured: Slots whose layers this step measures.
+        slots: Those of them that it refreshes.
     """
 
     def __init__(self, cadence: Cadence, plan: Plan) -> None:
         self.cadence = cadence
         self.overdue: set[int] = set()
         self.refreshed: set[int] = set()
+        self.measured: tuple[int, ...] = ()
         self.slots: tuple[int, ...] = ()
-        self.measures = False
         self._all = {block.slot for block in plan.blocks.values()}
 
     @property
@@ -42,9 +42,13 @@ class Pace:
         return tuple(sorted(self._all))
 
     def begin(self, step: int) -> None:
-        """Look up what a step does."""
-        self.measures = self.cadence.measures(step)
-        self.slots = tuple(sorted({*self.cadence.due(step), *self.overdue})) if self.measures else ()
+        """Look up what a step does. What is overdue is measured at the first step that measures anything."""
+        measured, due = set(self.cadence.measured(step)), set(self.cadence.due(step))
+        if measured:
+            measured |= self.overdue
+            due |= self.overdue
+        self.measured = tuple(sorted(measured & self._all))
+        self.slots = tuple(sorted(due & self._all))
 
     def skip(self) -> None:
         """Owe this step's refreshes: it is as if it had never been."""

@@ -169,7 +169,7 @@ def build_plan(
         for unit in own
     ]
     assignment = assign(items, grid, distribution.assignment)
-    slots = _slots(units, config.inversion.stagger)
+    slots = _slots(units, config.curvature.stagger, config.inversion.stagger)
     rows = {
         block.name: BlockPlan(
             name=block.name,
@@ -242,7 +242,28 @@ def moments_unit(block: Block, units: Sequence[Unit], config: KFACConfig) -> Uni
     return Unit(block.name, Side.S, 0, 0, d_out * d_in, batch, FactorKind.DIAGONAL)
 
 
-def _slots(units: Mapping[str, tuple[Unit, ...]], slots: int) -> dict[str, int]:
-    """Spread blocks over slots so that each costs about the same."""
-    items = [WorkItem(name, name, sum(unit.cost for unit in own), 0) for name, own in units.items()]
-    return dict(assign(items, Grid(slots, slots), AssignmentStrategy.BALANCED).owners)
+def _slots(units: Mapping[str, tuple[Unit, ...]], parts: int, slots: int) -> dict[str, int]:
+    """Spread blocks over slots so that each costs about the same: parts by what is measured, slots by what is solved.
+
+    Nothing of it depends on the number of ranks: when a layer refreshes is part of the mathematics.
+    """
+    measured = {name: sum(_measuring_cost(unit) for unit in own) for name, own in units.items()}
+    solved = {name: sum(unit.cost for unit in own) for name, own in units.items()}
+    together = slots // parts
+    found: dict[str, int] = {}
+    for name, part in _spread(measured, parts).items():
+        found[name] = part * together
+    for first in range(0, slots, together):
+        own = {name: solved[name] for name, slot in found.items() if slot == first}
+        found |= {name: first + place for name, place in _spread(own, together).items()}
+    return found
+
+
+def _spread(costs: Mapping[str, float], parts: int) -> dict[str, int]:
+    items = [WorkItem(name, name, cost, 0) for name, cost in costs.items()]
+    return dict(assign(items, Grid(parts, parts), AssignmentStrategy.BALANCED).owners)
+
+
+def _measuring_cost(unit: Unit) -> float:
+    """Return n² for each dense matrix, n for a diagonal: times the rows, which layers are taken to have alike."""
+    return float(unit.numel)

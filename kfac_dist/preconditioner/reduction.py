@@ -49,11 +49,12 @@ class _Bucket:
 
 @dataclass
 class _Measurement:
-    """The reduction of one step: buckets in the order in which they leave, and spans that stay local."""
+    """The reduction of one step: buckets in the order in which they leave, spans that stay local, and its blocks."""
 
     buckets: list[_Bucket]
     local: list[Span]
     overlap: bool
+    blocks: frozenset[str]
     launched: int = 0
     late: set[str] = field(default_factory=set)
 
@@ -103,16 +104,23 @@ class FactorReduction:
 
     # ---- during backward
 
-    def begin(self, slots: tuple[int, ...]) -> None:
-        """Begin a step that measures, and at which `slots` refresh."""
-        reduced = self._layout.at(slots)
+    def begin(self, slots: tuple[int, ...], measured: tuple[int, ...] | None = None) -> None:
+        """Begin a step that measures.
+
+        Args:
+            slots: Those that refresh.
+            measured: Those whose blocks are measured, `slots` among them; by default all.
+        """
+        reduced = self._layout.at(slots, measured)
         units = self._plan.units
         buckets = [_Bucket(span, {u.block for u in units[span.units]}, wire) for span, wire in reduced.buckets]
-        self._current = _Measurement(buckets, reduced.local, self._overlap)
+        self._current = _Measurement(buckets, reduced.local, self._overlap, reduced.blocks)
 
     def accepts(self, block: str) -> bool:
-        """Whether a block may still measure: once its bucket has left, this step's statistics are closed."""
+        """Whether this step measures a block, and still may: once its bucket has left, its statistics are closed."""
         assert self._current is not None
+        if block not in self._current.blocks:
+            return False
         left = self._current.buckets[: self._current.launched]
         gone = any(unit.block == block for bucket in left for unit in self._plan.units[bucket.span.units])
         if gone:

@@ -30,10 +30,12 @@ class Reduced:
     Attributes:
         buckets: What is reduced, in this order, and its staging; None where the window itself is summed in place.
         local: What stays local.
+        blocks: Everything that is measured.
     """
 
     buckets: list[tuple[Span, UnitWire | None]]
     local: list[Span]
+    blocks: frozenset[str]
 
     @property
     def columns(self) -> int:
@@ -65,13 +67,18 @@ class ReductionLayout:
         self._count = config.buckets
         self._window = window
         self._size = size
-        self._known: dict[tuple[int, ...], Reduced] = {}
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...] | None], Reduced] = {}
 
-    def at(self, slots: tuple[int, ...]) -> Reduced:
-        """Return what is reduced when these slots refresh, and what stays local: everything, on one rank alone."""
-        if slots not in self._known:
-            self._known[slots] = self._lay_out(slots)
-        return self._known[slots]
+    def at(self, slots: tuple[int, ...], measured: tuple[int, ...] | None = None) -> Reduced:
+        """Return what is reduced when these slots refresh, and what stays local: everything, on one rank alone.
+
+        Args:
+            slots: Those that refresh.
+            measured: Those whose blocks are measured, `slots` among them; by default all.
+        """
+        if (slots, measured) not in self._known:
+            self._known[slots, measured] = self._lay_out(slots, tuple(self._slots()) if measured is None else measured)
+        return self._known[slots, measured]
 
     def send(self, comm: Communicator, buffer: Tensor, wire: UnitWire | None, *, label: str) -> Work | PendingReduce:
         """Start the reduction of one bucket; collective.
@@ -86,18 +93,27 @@ class ReductionLayout:
             return reduce_to_owners(comm, buffer, wire.layout, label=label)
         return comm.all_reduce(buffer, label=label)
 
-    def _lay_out(self, slots: tuple[int, ...]) -> Reduced:
-        if self._size == 1:
-            return Reduced([], [self._window.span(0, len(self._plan.units))])
+    def _lay_out(self, slots: tuple[int, ...], measured: tuple[int, ...]) -> Reduced:
         everything = not self.blending
-        ranges = [self._plan.slot_units((slot,)) for slot in self._slots()]
-        chosen = [r for slot, r in enumerate(ranges) if everything or slot in slots]
-        local = [r for slot, r in enumerate(ranges) if not (everything or slot in slots)]
-        reduced = [span for first, last in chosen for span in self._buckets(first, last)]
+        chosen = [] if self._size == 1 else [slot for slot in measured if everything or slot in slots]
+        reduced = [span for whole in self._spans(chosen) for span in self._buckets(whole.first, whole.last)]
         return Reduced(
             [(span, self._wire(self._window.units[span.units])) for span in reduced],
-            [self._window.span(first, last) for first, last in local if last > first],
+            self._spans([slot for slot in measured if slot not in chosen]),
+            frozenset(name for name, block in self._plan.blocks.items() if block.slot in measured),
         )
+
+    def _spans(self, slots: Sequence[int]) -> list[Span]:
+        """Return the units of some slots in as few spans as there are gaps: buckets don't grow with the slots."""
+        ranges: list[tuple[int, int]] = []
+        for slot in slots:
+            first, last = self._plan.slot_units((slot,))
+            if first == last:
+                continue
+            if ranges and ranges[-1][1] == first:
+                first = ranges.pop()[0]
+            ranges.append((first, last))
+        return [self._window.span(first, last) for first, last in ranges]
 
     def _slots(self) -> Sequence[int]:
         return range(1 + max((block.slot for block in self._plan.blocks.values()), default=0))

@@ -2,7 +2,13 @@
 
     factor S/w of every owned unit that is due ── damp ── solve in batches of equal size ──┐
     one flat buffer, a segment an owner  ◀─────────────────────────────────────────────────┘
-    shared down the column (in flight for `inverse_lag` steps) ── load into the groups
+    shared down the column ── load into the groups
+
+With an inverse lag, training goes on with the last inverses meanwhile. The steps are fixed, the same on every rank:
+
+    step          t                                    t + lag/2                  t + lag
+    side thread   solve from copies of the factors ─────┐
+    collectives                                         └─ shared, in flight ── load
 
 A unit that can't be solved is sent as it was: the last good inverse stays, and no rank has to be told.
 """
@@ -16,9 +22,9 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schema import Solver
-from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.payloads import Payloads
-from kfac_dist.curvature.solvers import Task, is_eigen, is_symmetric, payload_numel, solve, tikhonov
+from kfac_dist.curvature.solvers import is_symmetric, payload_numel
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.segments import Sharing, share_segments
@@ -26,32 +32,51 @@ from kfac_dist.preconditioner.class_combination import Combined, combine
 from kfac_dist.preconditioner.inspection import Inspector
 from kfac_dist.preconditioner.moments import Moments
 from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.preconditioner.side_thread import Job, SideThread
+from kfac_dist.preconditioner.solving import Given, Outcome, UnitSolver
 from kfac_dist.preconditioner.wire import UnitWire
 
 LABEL = "inverses"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Solving:
+    """Units that are being solved beside training.
+
+    Attributes:
+        wire: How the payloads will travel.
+        given: What they are solved from.
+        job: The work.
+        begun: Step at which it began.
+        send: Step at which the payloads are sent.
+    """
+
+    wire: UnitWire
+    given: Given
+    job: Job[Outcome]
+    begun: int
+    send: int
+
+
+@dataclass(eq=False)
 class Refreshed:
     """Payloads on their way: in use from step `due` on.
 
     Attributes:
         due: The step.
-        payloads: What has arrived; None while it travels.
-        travelling: Layout, buffer and collectives of what has not.
+        units: What they are of.
+        payloads: What has arrived; None before.
+        solving: What is not solved yet.
+        travelling: Layout, buffer and collectives of what has not arrived.
         new: Whether no step has passed since it was sent.
     """
 
     due: int
-    payloads: list[tuple[Unit, Tensor]] | None
+    units: Sequence[Unit]
+    payloads: list[tuple[Unit, Tensor]] | None = None
+    solving: Solving | None = None
     travelling: tuple[UnitWire, Tensor, Sharing] | None = None
-    new: bool = True
-
-    @property
-    def names(self) -> set[str]:
-        """Whose payloads they are, by unit."""
-        units = self.travelling[0].units if self.travelling is not None else [unit for unit, _ in self.payloads or ()]
-        return {unit.name for unit in units}
+    new: bool = False
 
 
 class Refresh:
@@ -77,7 +102,10 @@ class Refresh:
             last solved and before anything made them so; −1 where nothing was measured. Eigenbases have no such number,
             and no more have factors that a packed wire has mirrored.
         holders: Who holds each unit's payload here.
+        beside: Whether units are solved beside training while there is a lag.
     """
+
+    beside = True
 
     def __init__(
         self,
@@ -105,15 +133,19 @@ class Refresh:
         self._pack = pack
         self._moments = moments
         self._wires: dict[tuple[int, ...], UnitWire] = {}
+        self._side = SideThread(averages.device)
+        mirrored = pack and plan.grid.world_size > 1
+        self._solving = UnitSolver(averages, plan, solver, mirrored=mirrored)
 
-    def start(self, slots: tuple[int, ...], totals: Tensor, damping: float, due: int) -> None:
+    def start(self, slots: tuple[int, ...], totals: Tensor, damping: float, step: int, lag: int = 0) -> None:
         """Solve this rank's units of some slots and send them on their way.
 
         Args:
             slots: What is due.
             totals: `[2 + C, units]` weights and traces over all ranks, and weights by class.
             damping: λ.
-            due: The step from which on the new inverses are used.
+            step: This step.
+            lag: Steps from this one to the first that uses the new inverses.
         """
         if slots not in self._wires:
             # Who shares them holds them: the units of the own column's blocks, or all.
@@ -122,22 +154,22 @@ class Refresh:
         wire = self._wires[slots]
         # What is still on its way for these slots is older than what comes now.
         names = {unit.name for unit in wire.units}
-        late = [other for other in self.pending if names & other.names]
-        self.pending = [other for other in self.pending if not names & other.names]
+        late = [other for other in self.pending if names & {unit.name for unit in other.units}]
+        self.pending = [other for other in self.pending if other not in late]
         for other in late:
-            self.arrived(other)
+            if other.solving is None:  # what has been sent is received by everyone
+                self.arrived(other)
         own = [unit for unit in wire.units if self._plan.assignment.owners[unit.name] == self._rank]
         combined = combine(wire.units, own, self._averages, totals, self._sharing)
-        solved = list(zip(own, self._solve(own, totals, combined, damping), strict=True))
         self.refreshes += 1
-        if self._sharing.size == 1:
-            self.pending.append(Refreshed(due, solved))
-            return
-        buffer = wire.sharing_buffer(torch.float32, self._averages.device)
-        for unit, payload in solved:
-            wire.put(buffer, unit, payload)
-        work = share_segments(self._sharing, buffer, wire.layout, label=LABEL)
-        self.pending.append(Refreshed(due, None, (wire, buffer, work)))
+        refreshed = Refreshed(step + lag, wire.units)
+        if lag and self.beside:
+            given = self._given(own, totals.clone(), combined, damping, copied=True)
+            job = self._side.start(lambda: self._solving.solve(given), [*given.sums, *given.previous, given.totals])
+            refreshed.solving = Solving(wire, given, job, step, step + -(-lag // 2))
+        else:
+            self._send(refreshed, wire, own, self._solve_now(own, totals, combined, damping))
+        self.pending.append(refreshed)
 
     def unmeasured(self, slots: tuple[int, ...], totals: Tensor) -> set[int]:
         """Return those of the slots that have a unit which no rank has measured yet."""
@@ -146,7 +178,10 @@ class Refresh:
         return {self._plan.blocks[block].slot for block in empty} & set(slots)
 
     def activate(self, step: int) -> None:
-        """Load the payloads that are due, and help those on that aren't."""
+        """Send what has had its time to be solved, load the payloads that are due, and help those on that aren't."""
+        for refreshed in self.pending:
+            if refreshed.solving is not None and refreshed.solving.send <= step:
+                self._conclude(refreshed, refreshed.solving)
         due = [refreshed for refreshed in self.pending if refreshed.due <= step]
         self.pending = [refreshed for refreshed in self.pending if refreshed.due > step]
         for refreshed in due:
@@ -164,7 +199,9 @@ class Refresh:
             refreshed.new = False
 
     def arrived(self, refreshed: Refreshed) -> list[tuple[Unit, Tensor]]:
-        """Wait for payloads on their way, and return them."""
+        """Wait for payloads on their way, and return them; collective if they are still being solved."""
+        if refreshed.solving is not None:
+            self._conclude(refreshed, refreshed.solving)
         if refreshed.travelling is not None:
             wire, buffer, work = refreshed.travelling
             work.wait()
@@ -177,90 +214,57 @@ class Refresh:
         """Return the number of values in a unit's payload."""
         return payload_numel(unit, self._solver)
 
-    def _solve(
+    def close(self) -> None:
+        """End what works beside training."""
+        self._side.close()
+
+    def _conclude(self, refreshed: Refreshed, solving: Solving) -> None:
+        """Take what the side thread has solved, and send it."""
+        outcome = solving.job.result(lambda done: done.tensors)
+        refreshed.solving = None
+        self._take_note(outcome)
+        self.inspector.read(solving.begun)
+        self._send(refreshed, solving.wire, solving.given.units, outcome.payloads)
+
+    def _send(self, refreshed: Refreshed, wire: UnitWire, own: Sequence[Unit], payloads: list[Tensor]) -> None:
+        solved = list(zip(own, payloads, strict=True))
+        if self._sharing.size == 1:
+            refreshed.payloads = solved
+            return
+        buffer = wire.sharing_buffer(torch.float32, self._averages.device)
+        for unit, payload in solved:
+            wire.put(buffer, unit, payload)
+        refreshed.new = True
+        refreshed.travelling = (wire, buffer, share_segments(self._sharing, buffer, wire.layout, label=LABEL))
+
+    def _solve_now(
         self, units: Sequence[Unit], totals: Tensor, combined: Mapping[str, Combined], damping: float
     ) -> list[Tensor]:
-        weights, traces = self._quotients(totals, combined)
-        tasks: list[Task] = []
-        kept: list[Tensor | None] = []
-        for unit in units:
-            weight = weights[self._averages.layout.index(unit)]
-            previous = self.holders[unit.name].payload(unit)
-            if weight <= 0:  # never measured on any rank: the plain gradient stays
-                kept.append(previous)
-                continue
-            delta = self._damping(unit, weights, traces, damping)
-            classes = combined.get(unit.name)
-            coefficients = None if classes is None else classes.coefficients
-            tasks.append(Task(unit, self._averages.sums(unit), delta, previous, weight, coefficients))
-            kept.append(None)
-        inverses: dict[str, Tensor] = {}
-        with self.inspector.watching(tasks):
-            solved, failures = solve(tasks, self._solver, inverses)
-        self._note_asymmetries([task.unit for task in tasks], inverses)
-        self.failures += failures
-        fresh = iter(
-            payload if payload is task.previous else self._fold_identity(task.unit, payload, weights, traces, damping)
-            for task, payload in zip(tasks, solved, strict=True)
-            if payload is not None
-        )
-        return [next(fresh) if previous is None else previous for previous in kept]
+        outcome = self._solving.solve(self._given(units, totals, combined, damping, copied=False))
+        self._take_note(outcome)
+        return outcome.payloads
 
-    def _note_asymmetries(self, units: Sequence[Unit], inverses: Mapping[str, Tensor]) -> None:
-        mirrored = self._pack and self._plan.grid.world_size > 1
-        for unit in units:
-            index = self._averages.layout.index(unit)
-            if unit.kind is FactorKind.DENSE and not mirrored and (found := self._averages.asymmetry(unit)) is not None:
-                self.asymmetries[0, index] = found
-            if unit.name in inverses:
-                self.asymmetries[1, index] = inverses[unit.name]
+    def _given(
+        self,
+        units: Sequence[Unit],
+        totals: Tensor,
+        combined: Mapping[str, Combined],
+        damping: float,
+        *,
+        copied: bool,
+    ) -> Given:
+        """Gather what units are solved from; copies of the statistics if training goes on meanwhile."""
+        sums = [self._averages.sums(unit) for unit in units]
+        previous = [self.holders[unit.name].payload(unit) for unit in units]
+        return Given(units, [s.clone() for s in sums] if copied else sums, previous, totals, combined, damping)
 
-    def _quotients(self, totals: Tensor, combined: Mapping[str, Combined]) -> tuple[list[float], list[float]]:
-        """Return what each unit's sum is divided by, and its trace: the weight, or tr F for `L ⊗ R / tr F`.
-
-        The coefficients of combined classes have their weights in them.
-        """
-        weights, traces = totals[:2].tolist()
-        for name, found in combined.items():
-            index = self._averages.layout.index_of(name)
-            weights[index], traces[index] = (0.0, 0.0) if found.trace is None else (1.0, found.trace)
-        for block in self._plan.blocks.values():
-            if block.partial_traces:
-                own = [self._averages.layout.index(unit) for unit in block.units if unit.side is Side.A]
-                whole = sum(traces[index] for index in own)
-                for index in own if whole > 0 else ():
-                    weights[index] = whole
-        return weights, traces
-
-    def _damping(self, unit: Unit, weights: list[float], traces: list[float], damping: float) -> float:
-        if is_eigen(unit, self._solver):
-            return 0.0
-        if unit.side is Side.F:
-            return damping
-        on_a, on_g = self._split(unit.block, weights, traces, damping)
-        return on_a if unit.side is Side.A else on_g
-
-    def _split(self, block: str, weights: list[float], traces: list[float], damping: float) -> tuple[float, float]:
-        """Split λ over the block's factors by their global traces; a missing G is the identity."""
-        trace = {Side.A: 0.0, Side.G: 0.0}
-        dim = {Side.A: 0, Side.G: 0}
-        for unit in self._plan.blocks[block].units:
-            index = self._averages.layout.index(unit)
-            trace[unit.side] += traces[index] / weights[index] if weights[index] > 0 else 0.0
-            dim[unit.side] += unit.batch * unit.dim
-        if not dim[Side.G]:
-            trace[Side.G], dim[Side.G] = 1.0, 1
-        return tikhonov(trace[Side.A], dim[Side.A], trace[Side.G], dim[Side.G], damping)
-
-    def _fold_identity(
-        self, unit: Unit, payload: Tensor, weights: list[float], traces: list[float], damping: float
-    ) -> Tensor:
-        """Fold the damped identity `(I + δ_G I)⁻¹` of a block without G into the inverse of A."""
-        measured = {other.side for other in self._plan.blocks[unit.block].units}
-        if measured != {Side.A} or is_eigen(unit, self._solver):
-            return payload
-        _, on_g = self._split(unit.block, weights, traces, damping)
-        return payload / (1 + on_g)
+    def _take_note(self, outcome: Outcome) -> None:
+        self.failures += outcome.failures
+        self.inspector.note(outcome.seconds, outcome.tasks)
+        for name, values in outcome.asymmetries.items():
+            for row, value in enumerate(values):
+                if value is not None:
+                    self.asymmetries[row, self._averages.layout.index_of(name)] = value
 
 
 def payload_wire(plan: Plan, slots: Sequence[int], column: int | None, solver: Solver, *, pack: bool) -> UnitWire:

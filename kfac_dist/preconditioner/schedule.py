@@ -4,6 +4,13 @@ factor_every 10, inverse_every 50, early_refresh 1
 step        0 1 2   4       8   10        16        20  …  30  32  …  40  …  50  …  60  …
 measures    ● ● ●   ●       ●   ●         ●         ●      ●   ●      ●      ●      ●
 refreshes   ● ● ●   ●       ●             ●                    ●             ●
+
+With `curvature.stagger` the layers take turns in being measured, and `inversion.stagger` cuts each turn's layers into
+slots that refresh in different turns; factor_every 10 with 5 parts, inverse_every 30 with 15 slots, from step 30 on:
+
+step             30      32      34      36      38      40      42      …   60
+measures part    0       1       2       3       4       0       1           0
+refreshes slot   0       3       6       9       12      1       4           0
 """
 
 from __future__ import annotations
@@ -18,7 +25,9 @@ class Cadence:
     """The intervals of one configuration.
 
     With `stagger` slots, slot s refreshes at its own offset in every window of `inverse_every` steps, so that no step
-    inverts everything. The very first step measures and refreshes all slots: nothing is preconditioned by a guess.
+    inverts everything. Layers are measured in `parts`, each at its own offset in every window of `factor_every` steps;
+    consecutive slots are of one part, so that a slot refreshes at steps that measure it. The very first step measures
+    and refreshes all slots: nothing is preconditioned by a guess.
 
     Inverses of one batch at the initial parameters are a poor guide for long, so that until a slot's regular refreshes
     begin it also refreshes at `early`, 2·`early`, 4·`early`, … Those steps measure, too, and their inverses are used at
@@ -31,6 +40,7 @@ class Cadence:
         lag: Steps between a regular refresh and its first use.
         early: First of the early refreshes; 0 for none.
         rescale_every: Steps between measurements of EKFAC's second moments; 0 for none.
+        parts: Number of parts in which layers are measured; it divides the number of slots.
     """
 
     factor_every: int
@@ -39,6 +49,7 @@ class Cadence:
     lag: int
     early: int
     rescale_every: int = 0
+    parts: int = 1
 
     @classmethod
     def of(cls, config: KFACConfig) -> Cadence:
@@ -51,15 +62,31 @@ class Cadence:
             inversion.inverse_lag,
             inversion.early_refresh,
             (inversion.rescale_every or config.curvature.factor_every) if inversion.solver is Solver.EKFAC else 0,
+            config.curvature.stagger,
         )
+
+    def measured(self, step: int) -> tuple[int, ...]:
+        """Return the slots whose layers are measured in this step's backward pass."""
+        if step == 0 or self.starting(step):
+            return tuple(range(self.slots))
+        together, turn = self.slots // self.parts, step % self.factor_every
+        return tuple(slot for slot in range(self.slots) if turn == self._turn(slot // together))
 
     def measures(self, step: int) -> bool:
         """Whether statistics are measured in this step's backward pass."""
+        return bool(self.measured(step))
+
+    def begins_round(self, step: int) -> bool:
+        """Whether this step measures all layers, or the first part of those that take turns."""
         return step % self.factor_every == 0 or self.starting(step)
 
     def decay(self, step: int, decay: float) -> float:
-        """Return β of a step's measurement when it is ramped up: min(1 − 1/k, β) in the k-th regular one."""
-        return min(1 - 1 / (step // self.factor_every + 1), decay)
+        """Return β of a step's measurement when it is ramped up: min(1 − 1/k, β) in the k-th regular one.
+
+        Parts whose turn comes later have been measured once more, in step 0.
+        """
+        rounds = step // self.factor_every if self.parts == 1 else -(-step // self.factor_every)
+        return min(1 - 1 / (rounds + 1), decay)
 
     def rescales(self, step: int) -> bool:
         """Whether EKFAC's second moments are measured in this step: whenever factors are, and in between."""
@@ -87,9 +114,14 @@ class Cadence:
         """Return the steps between this step's refreshes and their first use."""
         return 0 if self.starting(step) else self.lag
 
+    def _turn(self, part: int) -> int:
+        return part * self.factor_every // self.parts
+
     def _offset(self, slot: int) -> int:
+        together = self.slots // self.parts
+        part, place = divmod(slot, together)
         measurements = self.inverse_every // self.factor_every
-        return slot * measurements // self.slots * self.factor_every
+        return place * measurements // together * self.factor_every + self._turn(part)
 
     def _regular(self, slot: int) -> int:
         """Return the slot's first regular refresh after step 0."""

@@ -13,7 +13,8 @@
     moments/<name>                  EKFAC's second moments, under scalars, sum and payload; whether they are `ready`
 
 Between refreshes every rank has its own sums. Saving adds them up first (the average is linear, so this changes them by
-rounding at most) and every rank goes on with the result, as the resumed run will.
+rounding at most) and every rank goes on with the result, as the resumed run will. Inverses that are still being solved
+or sent are waited for: they are what is pending.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
             holders[unit.name].load(unit, entry["payload"].to(parts.averages.device))
             if parts.lagged and "due" in entry and int(entry["due"]) != _NEVER:
                 coming.setdefault(int(entry["due"]), []).append((unit, entry["pending"].to(parts.averages.device)))
-    parts.refresh.pending.extend(Refreshed(due, payloads) for due, payloads in sorted(coming.items()))
+    parts.refresh.pending.extend(
+        Refreshed(due, [unit for unit, _ in payloads], payloads) for due, payloads in sorted(coming.items())
+    )
     if parts.moments is not None:
         parts.moments.restore(values.get("moments"))
     return int(values["step"])

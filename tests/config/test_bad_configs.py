@@ -210,6 +210,26 @@ ARGUMENTS = {
     ),
     "warm-up without steps": (["optimizer.lr.warmup_from=0.1"], "optimizer.lr.warmup_from has no effect without"),
     "stagger too wide": (["kfac.inversion.stagger=11"], "kfac.inversion.stagger (11) may be at most"),
+    "slots and parts": (
+        ["kfac.curvature.stagger=5", "kfac.inversion.stagger=12"],
+        "kfac.inversion.stagger (12) must be a multiple of curvature.stagger (5)",
+    ),
+    "slots beyond every turn": (
+        ["kfac.curvature.stagger=2", "kfac.inversion.stagger=22"],
+        "kfac.inversion.stagger (22) may be at most",
+    ),
+    "more turns than steps": (
+        ["kfac.curvature.stagger=11", "kfac.inversion.stagger=11"],
+        "kfac.curvature.stagger (11) may be at most factor_every (10)",
+    ),
+    "turns of own passes": (
+        ["kfac.curvature.stagger=2", "kfac.inversion.stagger=2", "kfac.curvature.fisher=mc"],
+        "kfac.curvature.stagger (2) must be 1 while fisher is mc",
+    ),
+    "turns of second moments": (
+        ["kfac.curvature.stagger=2", "kfac.inversion.stagger=2", "kfac.inversion.solver=ekfac"],
+        "kfac.curvature.stagger (2) must be 1 while inversion.solver is ekfac",
+    ),
     "lag too long": (["kfac.inversion.inverse_lag=100"], "kfac.inversion.inverse_lag (100) must be shorter"),
     "hybrid without fraction": (["kfac.distribution.placement=hybrid"], "placement hybrid needs grad_worker_fraction"),
     "fraction without hybrid": (["kfac.distribution.grad_worker_fraction=0.5"], "grad_worker_fraction needs placement"),

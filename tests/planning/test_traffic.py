@@ -28,6 +28,7 @@ CONFIG: dict[str, Any] = {
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"inversion": {"stagger": 2, "max_factor_dim": 4}},
+    {"curvature": {"stagger": 2, "uncovered": "diagonal"}, "inversion": {"stagger": 4}},
     {"distribution": {"pack_triangles": True, "communication_dtype": "bfloat16", "buckets": 3}},
     {"inversion": {"solver": "eigen"}, "update": {"kl_clip": None}},
     {"inversion": {"solver": "ekfac"}},

@@ -64,6 +64,22 @@ def grid(size: int) -> list[tuple[str, dict[str, Any]]]:
         ("mlp", configuration(inversion={"stagger": 2})),
         ("mlp", configuration(inversion={"stagger": 2}, reduction="reduce_scatter", placement="owner")),
         ("mlp", configuration(inversion={"inverse_lag": 2})),
+        ("mlp", configuration(curvature={"stagger": 2}, inversion={"stagger": 4})),
+        ("mlp", configuration(curvature={"stagger": 2}, inversion={"stagger": 2, "inverse_lag": 3})),
+        (
+            "mlp",
+            configuration("newton_schulz", curvature={"stagger": 2}, inversion={"stagger": 4}, reduce_every="step"),
+        ),
+        (
+            "conv",
+            configuration(
+                "eigen",
+                curvature={"stagger": 2},
+                inversion={"stagger": 4, "inverse_lag": 2},
+                reduction="reduce_scatter",
+                placement="owner",
+            ),
+        ),
         ("mlp", configuration(inversion={"stagger": 2, "inverse_lag": 1}, placement="owner", reduce_every="step")),
         ("mlp", configuration(fisher="mc")),
         ("mlp", configuration(fisher="type2", reduction="reduce_scatter")),
