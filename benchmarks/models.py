@@ -29,17 +29,17 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """The 50-layer network for images of 224×224 and 1000 classes."""
+    """The 50-layer network for images of 224×224 and 1000 classes, 64 wide."""
 
-    def __init__(self, classes: int = 1000) -> None:
+    def __init__(self, classes: int = 1000, width: int = 64) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-        self.norm = nn.BatchNorm2d(64)
-        blocks, inputs = [], 64
-        for width, depth, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        self.conv = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        blocks, inputs = [], width
+        for stage, (depth, stride) in enumerate(((3, 1), (4, 2), (6, 2), (3, 2))):
             for index in range(depth):
-                blocks.append(Bottleneck(inputs, width, stride if index == 0 else 1))
-                inputs = 4 * width
+                blocks.append(Bottleneck(inputs, width * 2**stage, stride if index == 0 else 1))
+                inputs = 4 * width * 2**stage
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inputs, classes)
 
