@@ -12,10 +12,16 @@ rectangle's columns, of which by symmetry the upper triangle is as good as the l
         A30 A31 A32       place above the diagonal       A20 A21      diagonal
         A40 A41 A42                                      A30 A31
 
-No element has an index of its own: there are no index arrays to build, to keep or to gather by.
+No element has an index of its own: there are no index arrays to build, to keep or to gather by. On a CPU that is views
+and copies of whole blocks; on a GPU a kernel each way reads and writes everything once (`packing_kernels`).
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -38,6 +44,9 @@ def pack_symmetric(matrix: Tensor, out: Tensor) -> None:
     n = matrix.shape[-1]
     m = (n + 1) // 2
     rectangle, corner = _views(out, matrix.shape[:-2], n)
+    if matrix.is_cuda and (kernels := gpu_kernels()) is not None:
+        kernels.pack(matrix.reshape(-1, n, n), out.view(-1, packed_numel(n)))
+        return
     _columns(rectangle, n).copy_(matrix[..., :, :m])
     if corner.numel():
         # Below the corner's diagonal are elements of A[:, :m]; S goes above it, with its own diagonal.
@@ -59,6 +68,9 @@ def unpack_symmetric(packed: Tensor, n: int, out: Tensor | None = None) -> Tenso
     lead = packed.shape[:-1] if out is None else out.shape[:-2]
     full = packed.new_empty(*lead, n, n) if out is None else out
     rectangle, corner = _views(packed, lead, n)
+    if packed.is_cuda and full.is_contiguous() and (kernels := gpu_kernels()) is not None:
+        kernels.unpack(packed.view(-1, packed_numel(n)), full.view(-1, n, n))
+        return full
     columns = _columns(rectangle, n)
     lower = columns[..., :m, :].tril()
     full[..., :m, :m].copy_(lower + lower.tril(-1).mT)
@@ -68,6 +80,20 @@ def unpack_symmetric(packed: Tensor, n: int, out: Tensor | None = None) -> Tenso
         upper = corner.triu()
         full[..., m:, m:].copy_(upper + upper.triu(1).mT)
     return full
+
+
+@functools.cache
+def gpu_kernels() -> ModuleType | None:
+    """Return the kernels, or None after a warning that says why there are none: packing then takes several copies."""
+    try:
+        return importlib.import_module("kfac_dist.distributed.packing_kernels")
+    except ImportError as error:
+        warnings.warn(
+            f"triangles are packed by several copies each: Triton, which torch brings for GPUs, can't be imported "
+            f"({error}); pip install triton makes it one",
+            stacklevel=2,
+        )
+        return None
 
 
 def _views(packed: Tensor, lead: torch.Size, n: int) -> tuple[Tensor, Tensor]:
