@@ -2,9 +2,9 @@
 
 For each model, over one window of 100 steps (statistics every 10, inverses every 100; NCCL with one rank): the step of
 the bare optimizer; with K-FAC, everything refreshed in one step; with K-FAC, layers taking turns and solved beside
-training. Steps are timed by events between them: nothing waits inside of the window, and phases are read after it.
-Phases are compared with what they can't do without (`roofline`); memory is the allocator's peak. Then the solvers, from
-n = 512 to 8192.
+training. Steps are timed by events between them, and phases are read after the window: the program waits for nothing
+inside of it, and K-FAC for one flag in a step that refreshes. Phases are compared with what they can't do without
+(`roofline`); memory is the allocator's peak. Then the solvers, from n = 512 to 8192.
 
 Needs torch, numpy, pydantic and PyYAML, and this directory; torch 2.6 and later.
 

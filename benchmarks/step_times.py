@@ -2,8 +2,11 @@
 
 SGD alone and every variant take one window of T_inv steps each, one variant after the other: what a variant does beside
 training would else run while another one is timed. A window begins where early refreshes are over: step 0, which
-solves everything wherever it runs, is taken unmeasured, and the next step is numbered T_inv. A step is the slowest
-rank's.
+solves everything wherever it runs, is taken unmeasured, and the next step is numbered T_inv.
+
+Of each step: the seconds by the clock, and the CPU seconds of the training thread, both the slowest rank's. The clock
+has all that the machine does meanwhile: what SGD alone shows of it is how quiet the machine was. CPU seconds have the
+training thread's own work only, without what it waits for.
 
     python -m benchmarks.step_times [--ranks 1 2] [--variants …] [--out FILE]
 """
@@ -15,6 +18,8 @@ import json
 import math
 import os
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.reporting import RESULTS, write
-from benchmarks.timing import seconds_of
 from benchmarks.workloads import Workload, gpt, next_token
 from kfac_dist import KFAC
 
@@ -40,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """By name, what `kfac.curvature` and `kfac.inversion` say besides the intervals."""
 
+KINDS = {"seconds": "seconds by the clock", "cpu_seconds": "CPU seconds of the training thread"}
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -89,12 +94,24 @@ class Stepper:
             self._kfac.remove()
 
 
+def timed(stepper: Stepper) -> tuple[float, float]:
+    """Take a step; return the slowest rank's seconds by the clock, and the most CPU seconds of a training thread."""
+    if dist.is_initialized():
+        dist.barrier()
+    clock, thread = time.perf_counter(), time.thread_time()
+    stepper.step()
+    seconds = torch.tensor([time.perf_counter() - clock, time.thread_time() - thread], dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds[0].item(), seconds[1].item()
+
+
 def quantile(ordered: list[float], share: float) -> float:
     """Return the value that a share of the ordered values doesn't exceed, one of them."""
     return ordered[max(0, math.ceil(len(ordered) * share) - 1)]
 
 
-def summarize(seconds: list[float]) -> dict[str, Any]:
+def summarize(seconds: Sequence[float]) -> dict[str, Any]:
     ordered = sorted(seconds)
     values = {name: quantile(ordered, share) for name, share in QUANTILES.items()}
     return {
@@ -112,7 +129,7 @@ def run_rank(rank: int, size: int, rendezvous: str, variants: list[str], out: Pa
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     for variant in variants:
         stepper = Stepper(variant)
-        seconds = [seconds_of(stepper.step) for _ in range(INVERSE_EVERY)]
+        seconds = [timed(stepper) for _ in range(INVERSE_EVERY)]
         stepper.close()
         if rank == 0:
             save(size, variant, seconds, out)
@@ -120,20 +137,21 @@ def run_rank(rank: int, size: int, rendezvous: str, variants: list[str], out: Pa
         dist.destroy_process_group()
 
 
-def save(size: int, variant: str, seconds: list[float], out: Path) -> None:
+def save(size: int, variant: str, both: list[tuple[float, float]], out: Path) -> None:
     """Put a row into the output, in the place of one that measured the same."""
-    found = summarize(seconds)
-    print(
-        f"{size} rank{'s' * (size > 1)}, {variant}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True
-    )
+    kinds = dict(zip(KINDS, zip(*both, strict=True), strict=True))
+    found = {kind: summarize(values) for kind, values in kinds.items()}
+    for kind, values in found.items():
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"{size} rank{'s' * (size > 1)}, {variant}, {kind}: {numbers}", flush=True)
     rows = json.loads(out.read_text())["results"] if out.exists() else []
     rows = [row for row in rows if (row["ranks"], row["variant"]) != (size, variant)]
     row = {
         "ranks": size,
         "variant": variant,
         "sections": None if variant == SGD else sections(variant),
-        "seconds": found,
-        "step_seconds": [round(value, 5) for value in seconds],
+        **found,
+        "steps": {kind: [round(value, 5) for value in values] for kind, values in kinds.items()},
     }
     rows.append(row)
     rows.sort(key=lambda row: (row["ranks"], [SGD, *VARIANTS].index(row["variant"])))
@@ -147,40 +165,41 @@ def save(size: int, variant: str, seconds: list[float], out: Path) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the ordered step times of each variant, a panel for each number of ranks."""
+    """Draw the ordered step times of each variant: a column for each number of ranks, a row for each kind of second."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     sizes = sorted({row["ranks"] for row in rows})
-    names = list(dict.fromkeys(row["variant"] for row in rows))
-    styles = dict(zip(names, (":", "-", "--", "-.", (0, (1, 1, 4, 1))), strict=False))
-    marks = dict(zip(names, "ovs^D", strict=False))
-    figure, axes = plt.subplots(1, len(sizes), figsize=(6.5 * len(sizes), 5), squeeze=False, layout="constrained")
-    for axis, size in zip(axes[0], sizes, strict=True):
-        for row in (row for row in rows if row["ranks"] == size):
-            ordered = sorted(row["step_seconds"])
-            shares = [100 * (place + 1) / len(ordered) for place in range(len(ordered))]
-            ratio = row["seconds"]["p99/p50"]
-            axis.plot(
-                shares,
-                ordered,
-                linestyle=styles[row["variant"]],
-                marker=marks[row["variant"]],
-                markevery=[*range(0, len(ordered), 12), len(ordered) - 1],
-                markersize=5,
-                linewidth=1.6,
-                label=f"{row['variant']}: p99/p50 {ratio:.2f}",
+    looks = dict(zip([SGD, *VARIANTS], [(":", "o"), ("-", "v"), ("--", "s"), ("-.", "D")], strict=True))
+    figure, axes = plt.subplots(
+        len(KINDS), len(sizes), figsize=(6 * len(sizes), 8), squeeze=False, layout="constrained"
+    )
+    for (kind, label), line in zip(KINDS.items(), axes, strict=True):
+        for axis, size in zip(line, sizes, strict=True):
+            for row in (row for row in rows if row["ranks"] == size):
+                ordered = sorted(row["steps"][kind])
+                shares = [100 * (place + 1) / len(ordered) for place in range(len(ordered))]
+                style, mark = looks[row["variant"]]
+                axis.plot(
+                    shares,
+                    ordered,
+                    linestyle=style,
+                    marker=mark,
+                    markevery=[*range(0, len(ordered), 12), len(ordered) - 1],
+                    markersize=5,
+                    linewidth=1.6,
+                    label=f"{row['variant']}: p99/p50 {row[kind]['p99/p50']:.2f}",
+                )
+            axis.set(
+                title=f"{size} rank{'s' * (size > 1)}",
+                xlabel="steps, shortest first (%)",
+                ylabel=label,
+                ylim=(0, None),
             )
-        axis.set(
-            title=f"{size} rank{'s' * (size > 1)}",
-            xlabel="steps, shortest first (%)",
-            ylabel="seconds of a step",
-            ylim=(0, None),
-        )
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="upper left")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small", loc="upper left")
     figure.suptitle(f"GPT 6×384, {SEQUENCES}×{TOKENS} tokens a rank: statistics every 10 steps, inverses every 100")
     figure.savefig(path, dpi=100)
 
