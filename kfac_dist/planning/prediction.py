@@ -146,10 +146,12 @@ class _Alone:
         seconds["preconditioning"] += self._preconditioning.seconds * self._slower + self._fixed(
             hardware.preconditioning
         )
-        if kind.factors:
-            seconds["statistics"] += self._statistics.seconds * self._slower + self._fixed(hardware.measuring)
+        if kind.measured:
+            share = self._measured(kind)
+            seconds["statistics"] += share * self._statistics.seconds * self._slower
+            seconds["statistics"] += self._fixed(hardware.measuring, share)
             seconds["reduction"] += work.moving(job, hardware, kind, rank) * self._slower
-            flops += self._statistics.flops
+            flops += share * self._statistics.flops
         if kind.moments:
             seconds["statistics"] += self._moments.seconds * self._slower
             flops += self._moments.flops
@@ -167,14 +169,21 @@ class _Alone:
         for kind, count in kinds.items():
             share = count / kinds.total()
             parts = {"preconditioning": self._column}
-            if kind.factors:
+            if kind.measured:
                 parts["statistics"] = self._statistics
             if kind.slots:
                 parts["inversion"] = work.inversion(self._job, self._hardware, kind, self._job.busiest)
             for phase, done in parts.items():
                 for block, seconds in done.by_block.items():
-                    found[block][phase] += share * seconds * self._slower
+                    if phase != "statistics" or self._job.plan.blocks[block].slot in kind.measured:
+                        found[block][phase] += share * seconds * self._slower
         return dict(found)
+
+    def _measured(self, kind: StepKind) -> float:
+        """Return the share of all layers' statistics, by their seconds, that a step measures."""
+        blocks, by_block = self._job.plan.blocks, self._statistics.by_block
+        own = sum(seconds for name, seconds in by_block.items() if blocks[name].slot in kind.measured)
+        return own / max(sum(by_block.values()), 1e-30)
 
     def _inversion(self, kind: StepKind) -> float:
         """Return when the last rank has solved what is due: the slowest node's."""

@@ -78,7 +78,7 @@ def _measured(unit: Unit, rows: float, hardware: Hardware) -> tuple[float, float
 def moving(job: Job, hardware: Hardware, kind: StepKind, rank: int) -> float:
     """Return the seconds in which a rank's averages take up what a step measured, without what is sent."""
     layout = job.reduction
-    reduced = layout.at(kind.slots)
+    reduced = layout.at(kind.slots, kind.measured)
     local = sum(span.stop - span.start for span in reduced.local)
     sent = sum(span.stop - span.start for span, _ in reduced.buckets)
     owners = job.plan.assignment.owners

@@ -28,7 +28,7 @@ def planned(size: int, **sections: object) -> Job:
 def test_flops_are_those_of_the_formulas() -> None:
     job = planned(1)
     shapes = [(65, 12), (13, 4), (5, 12), (13, 64)]  # columns of A with the bias, of G
-    refresh = StepKind(factors=True, moments=False, slots=(0,))
+    refresh = StepKind(measured=(0,), rest=True, moments=False, slots=(0,))
     assert work.statistics(job, CPU, 10).flops == 10 * sum(a * a + g * g for a, g in shapes)
     assert work.inversion(job, CPU, refresh, 0).flops == sum(a**3 + g**3 for a, g in shapes)
     assert work.preconditioning(job, CPU, 0).flops == sum(2 * a * g * (a + g) for a, g in shapes)
@@ -36,7 +36,7 @@ def test_flops_are_those_of_the_formulas() -> None:
 
 def test_owners_share_the_inversion_and_the_preconditioning() -> None:
     alone, job = planned(1), planned(4, distribution={"placement": "owner", "assignment": "balanced"})
-    refresh = StepKind(factors=True, moments=False, slots=(0,))
+    refresh = StepKind(measured=(0,), rest=True, moments=False, slots=(0,))
     split = sum(work.inversion(job, CPU, refresh, rank).flops for rank in range(4))
     assert split == work.inversion(alone, CPU, refresh, 0).flops
     whole = work.preconditioning(alone, CPU, 0).flops
