@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NOT_READY = 1
+CALIBRATION_SECONDS = 600.0
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 1.0
@@ -54,6 +56,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class Device(StrEnum):
+    """What computes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/*.yaml.")]
 Overrides = Annotated[
@@ -230,6 +241,28 @@ def plan(
             console.print(view(compare(resolved, model, machine, sizes, node_size or machine.node_size)))
             return
         _show_plan(resolved, sizes[0], node_size, console)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The file to write, for `plan --hardware FILE`.")] = Path("measured.json"),
+    device: Annotated[Device, typer.Option(help="What computes.")] = Device.AUTO,
+    name: Annotated[str | None, typer.Option(help="What tables call it; the file's name by default.")] = None,
+) -> None:
+    """Measure this machine's products, inversions and, under a launcher, its collectives, for `plan`."""
+    with _exit_codes():
+        from kfac_dist.distributed.bootstrap import bootstrap
+        from kfac_dist.distributed.communicator import build_communicator
+        from kfac_dist.planning.calibration import calibrate as measure
+        from kfac_dist.planning.calibration import write
+
+        with bootstrap(device.value, CALIBRATION_SECONDS) as world:
+            communicator = build_communicator(CALIBRATION_SECONDS)
+            measured = measure(world, communicator, name=name or out.stem)
+            communicator.close()
+            if world.rank == 0:
+                write(measured, out)
+                print(f"measured on {world.describe()}: {out}")
 
 
 def _world_sizes(text: str) -> list[int]:

@@ -14,6 +14,7 @@ from kfac_dist.curvature.chain import find_all
 from kfac_dist.errors import ConfigError
 from kfac_dist.planning.hardware import Hardware
 from kfac_dist.planning.job import Job, Model
+from kfac_dist.planning.network import check_network
 from kfac_dist.planning.prediction import Prediction, predict
 from kfac_dist.planning.rows import count_rows
 from kfac_dist.planning.strategies import Strategy, strategies
@@ -90,9 +91,10 @@ def compare(
         node_size: Ranks of a node.
 
     Raises:
-        ConfigError: The configuration fits none of the strategies' numbers of ranks.
+        ConfigError: The configuration doesn't fit a number of ranks, or the hardware knows no network.
         ModelError: The model has no block.
     """
+    check_network(hardware, sizes)
     coverage = find_all(model, config.kfac)
     rows, unknown = count_rows(model, coverage.blocks, config.data)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}

@@ -97,7 +97,7 @@ class Overhead(Section):
 
     Attributes:
         step: Of a step.
-        block: Of each block in it.
+        block: Of each block in it; where blocks of one shape are one product, of each shape.
     """
 
     step: NonNegative = 0.0
@@ -127,7 +127,7 @@ class Hardware(Section):
         preconditioning: What a step takes whatever the sizes.
         measuring: What a step that measures takes on top.
         refreshing: What a step that refreshes takes on top.
-        intra: The way between two ranks of a node.
+        intra: The way between two ranks of a node; null where one rank measured alone, which knows no network.
         inter: The way between two nodes, for each rank; null: only one node is known, and the way in it counts.
         collectives: Seconds by kind, number of ranks and bytes (`Call.nbytes`), where they were measured.
     """
@@ -151,7 +151,7 @@ class Hardware(Section):
     preconditioning: Overhead
     measuring: Overhead
     refreshing: Overhead
-    intra: Link
+    intra: Link | None = None
     inter: Link | None = None
     collectives: dict[Collective, dict[Annotated[int, Field(ge=2)], Points]] = Field(default_factory=dict)
 

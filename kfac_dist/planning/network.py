@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kfac_dist.distributed.rehearsal import Call, Collective
-from kfac_dist.planning.hardware import Hardware
+from kfac_dist.errors import ConfigError
+from kfac_dist.planning.hardware import Hardware, Link
 
 _MESSAGES = 16
 
@@ -45,18 +46,33 @@ class Spread:
         return cls(len(ranks), len(by_node), max(by_node.values()))
 
 
+def check_network(hardware: Hardware, sizes: Sequence[int]) -> None:
+    """Refuse numbers of ranks that a machine without a network can't have.
+
+    Raises:
+        ConfigError: One rank measured alone.
+    """
+    if hardware.intra is None and max(sizes) > 1:
+        raise ConfigError(
+            f"--hardware: {hardware.name} was measured by one rank, which knows no network, and --world-size asks for "
+            f"{max(sizes)}: calibrate on several, such as `torchrun --standalone --nproc-per-node 4 -m kfac_dist "
+            "calibrate --out measured.json`"
+        )
+
+
 def seconds_of(call: Call, hardware: Hardware, node_size: int) -> float:
     """Return the seconds of one collective."""
     spread = Spread.of(call.ranks, node_size)
     known = hardware.measured_collectives.get((call.kind, spread.size))
     if known is not None and (spread.nodes == 1 or hardware.inter is None):
         return known.at(max(call.nbytes, 4))
-    return _latency(call.kind, hardware, spread) + _transfer(call, hardware, spread)
-
-
-def _latency(kind: Collective, hardware: Hardware, spread: Spread) -> float:
+    assert hardware.intra is not None  # see `check_network`
     between = hardware.inter or hardware.intra
-    ways = hardware.intra.latency * _log2(spread.local) + between.latency * _log2(spread.nodes)
+    return _latency(call.kind, hardware.intra, between, spread) + _transfer(call, hardware.intra, between, spread)
+
+
+def _latency(kind: Collective, intra: Link, between: Link, spread: Spread) -> float:
+    ways = intra.latency * _log2(spread.local) + between.latency * _log2(spread.nodes)
     match kind:
         case Collective.ALL_REDUCE:
             return 2 * ways
@@ -66,10 +82,9 @@ def _latency(kind: Collective, hardware: Hardware, spread: Spread) -> float:
             return ways
 
 
-def _transfer(call: Call, hardware: Hardware, spread: Spread) -> float:
-    intra = hardware.intra.bandwidth
-    between = intra if hardware.inter is None else hardware.inter.bandwidth
-    shared = intra if spread.nodes == 1 else min(intra, between * spread.local)
+def _transfer(call: Call, intra: Link, between: Link, spread: Spread) -> float:
+    inside, outside = intra.bandwidth, between.bandwidth
+    shared = inside if spread.nodes == 1 else min(inside, outside * spread.local)
     size = spread.size
     match call.kind:
         case Collective.ALL_REDUCE:
@@ -81,7 +96,7 @@ def _transfer(call: Call, hardware: Hardware, spread: Spread) -> float:
         case Collective.ALL_TO_ALL:
             moved = max(call.sent, call.received)
             away = (size - spread.local) / (size - 1) if spread.nodes > 1 else 0.0
-            return max(moved * away / between, moved * (1 - away) / intra)
+            return max(moved * away / outside, moved * (1 - away) / inside)
 
 
 def _log2(count: int) -> int:

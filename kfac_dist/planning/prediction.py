@@ -132,32 +132,33 @@ class _Alone:
         columns = {*job.columns, job.plan.grid.column_of(job.busiest)}
         by_column = {column: work.preconditioning(job, hardware, column) for column in columns}
         self._column = by_column[job.plan.grid.column_of(job.busiest)]
+        self._held = job.columns.get(job.plan.grid.column_of(job.busiest), ())
+        self._shapes = len({job.plan.blocks[name].likeness for name in self._held})
         self._preconditioning = max(by_column.values(), key=lambda done: done.seconds)
 
     def cost(self, kind: StepKind) -> StepCost:
         """Return what a kind of step costs."""
         job, hardware, rank = self._job, self._hardware, self._job.busiest
         sent = rehearse(job, kind, rank)
-        network = dict.fromkeys(PHASES, 0.0)
+        seconds = dict.fromkeys(PHASES, 0.0)
         for call in sent.calls:
-            network[_phase_of(call.label)] += seconds_of(call, hardware, job.node_size)
-        seconds = network
+            seconds[_phase_of(call.label)] += seconds_of(call, hardware, job.node_size)
         flops = self._column.flops
-        seconds["preconditioning"] += self._preconditioning.seconds * self._slower + self._fixed(
-            hardware.preconditioning
-        )
+        fixed = self._fixed(hardware.preconditioning, self._shapes)
+        seconds["preconditioning"] += self._preconditioning.seconds * self._slower + fixed
         if kind.measured:
             share = self._measured(kind)
-            seconds["statistics"] += share * self._statistics.seconds * self._slower
-            seconds["statistics"] += self._fixed(hardware.measuring, share)
+            count = sum(block.slot in kind.measured for block in job.plan.blocks.values())
+            fixed = self._fixed(hardware.measuring, count)
+            seconds["statistics"] += share * self._statistics.seconds * self._slower + fixed
             seconds["reduction"] += work.moving(job, hardware, kind, rank) * self._slower
             flops += share * self._statistics.flops
         if kind.moments:
             seconds["statistics"] += self._moments.seconds * self._slower
             flops += self._moments.flops
         if kind.slots:
-            share = len(kind.slots) / job.config.inversion.stagger
-            seconds["inversion"] += self._inversion(kind) + self._fixed(hardware.refreshing, share)
+            due = sum(job.plan.blocks[name].slot in kind.slots for name in self._held)
+            seconds["inversion"] += self._inversion(kind) + self._fixed(hardware.refreshing, due)
             seconds["sharing"] += work.handing(job, hardware, kind, rank) * self._slower
             flops += work.inversion(job, hardware, kind, rank).flops
         return StepCost(seconds, sent, flops)
@@ -197,9 +198,9 @@ class _Alone:
             nodes[rank // node].append(load)
         return max((work.finishing(own, self._hardware) for own in nodes.values()), default=0.0)
 
-    def _fixed(self, overhead: Overhead, share: float = 1.0) -> float:
-        """Return what doesn't depend on sizes, of a step that has this share of the blocks to go through."""
-        return (overhead.step + overhead.block * len(self._job.plan.blocks) * share) * self._slower
+    def _fixed(self, overhead: Overhead, count: int) -> float:
+        """Return what doesn't depend on sizes, of a step that has so many blocks, or shapes of them, to go through."""
+        return (overhead.step + overhead.block * count) * self._slower
 
 
 def _phase_of(label: str) -> str:

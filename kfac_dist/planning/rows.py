@@ -15,7 +15,7 @@ from kfac_dist.config.schema import Sharing, Target
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.factors import Side
 from kfac_dist.errors import KFACError
-from kfac_dist.inputs import Inputs, call, each, is_inputs
+from kfac_dist.inputs import Inputs, call, each, is_inputs, tensors
 from kfac_dist.tasks import build_data
 
 # BatchNorm refuses a batch of one.
@@ -35,21 +35,31 @@ def count_rows(model: nn.Module, blocks: Sequence[Block], data: Target) -> tuple
         inputs = sample_shapes(data)
     except (KFACError, OSError) as error:
         return {}, f"the data can't be read here ({' '.join(str(error).split())})"
+    try:
+        return rows_of(model, blocks, inputs), ""
+    except Exception as error:  # whatever the user's model raises without values to look at
+        return {}, f"the model can't be called without memory ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
+def rows_of(model: nn.Module, blocks: Sequence[Block], inputs: Inputs) -> dict[str, float]:
+    """Return the rows of one sample by block, as a forward pass over a batch shows them; nothing is computed on `meta`.
+
+    Blocks whose modules the model doesn't call are left out.
+    """
     seen: defaultdict[str, float] = defaultdict(float)
+    samples = len(next(iter(tensors(inputs).values())))
     handles = [
-        module.register_forward_hook(lambda _m, _a, output, block=block: _count(block, output, seen))
+        module.register_forward_hook(lambda _m, _a, output, block=block: _count(block, output, samples, seen))
         for block in blocks
         for module in block.modules
     ]
     try:
         with torch.no_grad():
             call(model, inputs)
-    except Exception as error:  # whatever the user's model raises without values to look at
-        return {}, f"the model can't be called without memory ({type(error).__name__}: {' '.join(str(error).split())})"
     finally:
         for handle in handles:
             handle.remove()
-    return {name: rows / _SAMPLES for name, rows in seen.items()}, ""
+    return {name: rows / samples for name, rows in seen.items()}
 
 
 def sample_shapes(data: Target) -> Inputs:
@@ -71,12 +81,12 @@ def sample_shapes(data: Target) -> Inputs:
     return each(lambda tensor: torch.empty(_SAMPLES, *tensor.shape, dtype=tensor.dtype, device=_META), inputs)
 
 
-def _count(block: Block, output: Any, seen: defaultdict[str, float]) -> None:
+def _count(block: Block, output: Any, samples: int, seen: defaultdict[str, float]) -> None:
     tensor = output[0] if isinstance(output, tuple) else output
     if not isinstance(tensor, Tensor):
         return
     if block.sharing is Sharing.REDUCE and all(factor.side is not Side.F for factor in block.factors):
-        seen[block.name] += _SAMPLES
+        seen[block.name] += samples
         return
     batch, d_out, _ = block.matrix_shape
     seen[block.name] += tensor.numel() / math.prod((batch, d_out))

@@ -1,0 +1,228 @@
+"""How well the planner foretells a step: it calibrates, predicts, and then steps are measured, on 1, 2 and 4 ranks.
+
+On each number of ranks the machine is calibrated by these very ranks, which share its cores. Then each strategy takes
+steps beside bare SGD steps, in turn: ordinary ones, those that measure, and those that measure and refresh. What a
+kind adds is the difference of medians; a mean step at intervals 10/100 follows from the three. The planner is asked for
+the same, and the error is (predicted − measured) / measured.
+
+    python -m benchmarks.prediction [--ranks 1 2 4] [--rounds 5] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.reporting import RESULTS, write
+from benchmarks.timing import seconds_of
+from benchmarks.workloads import WORKLOADS, Workload, next_token
+from kfac_dist import KFAC
+from kfac_dist.config.options import parse_kfac
+from kfac_dist.config.schema import EngineConfig
+from kfac_dist.curvature.blocks import Block, find_blocks
+from kfac_dist.distributed.bootstrap import bootstrap
+from kfac_dist.distributed.communicator import build_communicator
+from kfac_dist.planning.calibration import calibrate
+from kfac_dist.planning.hardware import Hardware
+from kfac_dist.planning.job import Job, Model, StepKind
+from kfac_dist.planning.prediction import Prediction, predict
+from kfac_dist.planning.strategies import Strategy
+from kfac_dist.tasks.byte_gpt import byte_gpt
+
+FACTOR_EVERY, INVERSE_EVERY = 10, 100
+# Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.
+KINDS = ("refreshing", "ordinary", "measuring", "ordinary")
+STEPS = {
+    "refreshing": StepKind(factors=True, moments=False, slots=(0,)),
+    "measuring": StepKind(factors=True, moments=False, slots=()),
+    "ordinary": StepKind(factors=False, moments=False, slots=()),
+}
+SMALL_GPT = Workload(
+    lambda: byte_gpt(layers=4, width=128, heads=4, context=128),
+    lambda: torch.randint(0, 256, (8, 128)),
+    next_token,
+    "token",
+)
+MODELS = {"autoencoder-b256": WORKLOADS["autoencoder-b256"], "gpt-4x128-8x128": SMALL_GPT}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "replicated": {},
+    "replicated, blocks of 512": {"inversion": {"max_factor_dim": 512}},
+    "replicated, balanced, reduce-scatter": {
+        "distribution": {"assignment": "balanced", "reduction": "reduce_scatter"},
+    },
+    "owner, balanced": {"distribution": {"placement": "owner", "assignment": "balanced"}},
+    "owner, balanced, reduce-scatter, every step": {
+        "distribution": {
+            "placement": "owner",
+            "assignment": "balanced",
+            "reduction": "reduce_scatter",
+            "reduce_every": "step",
+        },
+    },
+}
+# What there is to choose on one rank.
+ALONE = ("replicated", "replicated, blocks of 512")
+
+
+def config_of(workload: Workload, strategy: str) -> dict[str, Any]:
+    chosen = STRATEGIES[strategy]
+    return {
+        "curvature": {"factor_every": 2, "loss_terms": workload.loss_terms},
+        "inversion": {"inverse_every": 4, "early_refresh": 0, "damping": 0.1, **chosen.get("inversion", {})},
+        "distribution": chosen.get("distribution", {}),
+    }
+
+
+def mean_step(kinds: dict[str, float]) -> float:
+    """Return what an average step adds at intervals 10/100."""
+    measuring = kinds["measuring"] - kinds["ordinary"]
+    refreshing = kinds["refreshing"] - kinds["measuring"]
+    return kinds["ordinary"] + measuring / FACTOR_EVERY + refreshing / INVERSE_EVERY
+
+
+def measured(workload: Workload, strategy: str, rounds: int) -> tuple[dict[str, float], float]:
+    """Return the seconds that each kind of step adds, and a bare step's."""
+    bare, own = _stepper(workload, None), _stepper(workload, config_of(workload, strategy))
+    seconds: dict[str, list[float]] = {"bare": [], **{kind: [] for kind in KINDS}}
+    for turn, kind in itertools.product(range(rounds + 1), KINDS):
+        pair = seconds_of(bare), seconds_of(own)
+        if turn:  # the first steps allocate
+            seconds["bare"].append(pair[0])
+            seconds[kind].append(pair[1])
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    return {kind: medians[kind] - medians["bare"] for kind in STEPS}, medians["bare"]
+
+
+def _stepper(workload: Workload, config: dict[str, Any] | None) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model: nn.Module = workload.build()
+    model = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
+    inputs = workload.inputs()
+    kfac = None if config is None else KFAC(model, config, optimizer=optimizer)
+
+    def step() -> None:
+        workload.loss(model(inputs), inputs).backward()
+        if kfac is not None:
+            kfac.step()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def foretold(workload: Workload, strategy: str, size: int, hardware: Hardware) -> Prediction:
+    with torch.device("meta"):
+        network = workload.build()
+    config = parse_kfac(config_of(workload, strategy))
+    coverage = find_blocks(network, config.curvature)
+    inputs = workload.inputs()
+    model = Model(coverage.blocks, {}, _rows(network, coverage.blocks, inputs))
+    job = Job.of(model, config, EngineConfig(), size, size)
+    return predict(Strategy(config, {}), job, hardware, len(inputs) * size)
+
+
+def _rows(network: nn.Module, blocks: list[Block], inputs: torch.Tensor) -> dict[str, float]:
+    from kfac_dist.planning.rows import rows_of
+
+    return rows_of(network, blocks, inputs.to("meta"))
+
+
+def compared(name: str, strategy: str, size: int, rounds: int, hardware: Hardware) -> dict[str, Any]:
+    workload = MODELS[name]
+    prediction = foretold(workload, strategy, size, hardware)
+    told = {kind: prediction.costs[step].total for kind, step in STEPS.items()}
+    phases = {kind: dict(prediction.costs[step].seconds) for kind, step in STEPS.items()}
+    found, bare = measured(workload, strategy, rounds)
+    return {
+        "model": name,
+        "strategy": strategy,
+        "ranks": size,
+        "bare_ms": 1000 * bare,
+        "predicted_ms": 1000 * mean_step(told),
+        "measured_ms": 1000 * mean_step(found),
+        "error": mean_step(told) / mean_step(found) - 1,
+        "kinds": {kind: {"predicted_ms": 1000 * told[kind], "measured_ms": 1000 * found[kind]} for kind in STEPS},
+        "predicted_phases_ms": {
+            kind: {phase: 1000 * seconds for phase, seconds in own.items()} for kind, own in phases.items()
+        },
+    }
+
+
+def run_rank(rank: int, size: int, rendezvous: str, rounds: int, names: list[str], out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    with bootstrap("cpu", 300.0) as world:
+        communicator = build_communicator(300.0)
+        hardware = calibrate(world, communicator, name=f"this machine, {size} ranks")
+        rows = []
+        for name, strategy in itertools.product(names, STRATEGIES):
+            if size > 1 or strategy in ALONE:
+                row = compared(name, strategy, size, rounds, hardware)
+                rows.append(row)
+                if rank == 0:
+                    print(line(row), flush=True)
+    if rank == 0:
+        out.write_text(json.dumps({"rows": rows, "hardware": json.loads(hardware.model_dump_json())}))
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def line(row: dict[str, Any]) -> str:
+    kinds = "  ".join(
+        f"{kind} {values['predicted_ms']:.1f}/{values['measured_ms']:.1f}" for kind, values in row["kinds"].items()
+    )
+    return (
+        f"{row['ranks']} ranks {row['model']:17} {row['strategy']:45} predicted {row['predicted_ms']:6.2f} ms, "
+        f"measured {row['measured_ms']:6.2f} ms, error {100 * row['error']:+.0f} %   ({kinds})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "prediction.json")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    machines = {}
+    for size in arguments.ranks:
+        with tempfile.TemporaryDirectory() as directory:
+            found = Path(directory) / "found.json"
+            work = (str(Path(directory) / "rendezvous"), arguments.rounds, arguments.models, found)
+            mp.spawn(run_rank, args=(size, *work), nprocs=size, join=True)
+            one = json.loads(found.read_text())
+        rows += one["rows"]
+        machines[str(size)] = one["hardware"]
+    errors = sorted(abs(row["error"]) for row in rows)
+    summary = {
+        "cases": len(rows),
+        "median_absolute_error": statistics.median(errors),
+        "largest_absolute_error": errors[-1],
+        "within_20_percent": sum(error <= 0.2 for error in errors),
+    }
+    print(summary)
+    settings = {"threads_a_rank": 1, "factor_every": FACTOR_EVERY, "inverse_every": INVERSE_EVERY}
+    settings |= {"rounds": arguments.rounds, "bare": "SGD with momentum"}
+    print(write("prediction", arguments.out, settings, {"summary": summary, "cases": rows, "calibrations": machines}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""`kfac-dist calibrate`: what a machine's own products, inversions and messages take, as a `Hardware`.
+
+    one rank alone        products, second moments, Cholesky, eigendecompositions, copies; what a step takes at no size
+    more and more ranks   how much they slow each other down
+    all of them           every collective, on every number of consecutive ranks that divides them
+
+Medians of repeated runs of the very functions that a step calls. Ranks that don't measure wait in a collective.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config.schema import DType, Solver
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.gram import accumulate_gram
+from kfac_dist.curvature.solvers import Task, solve
+from kfac_dist.distributed.bootstrap import World
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.rehearsal import Collective
+from kfac_dist.errors import ConfigError
+from kfac_dist.planning.fixed_costs import fixed_costs
+from kfac_dist.planning.hardware import Hardware, Link
+
+_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
+_ENOUGH = 0.1
+_REPEATS = (3, 50)
+# Matrices of a batch, from which follows what each further one costs.
+_BATCH = 4
+_CROWDED_SECONDS = 0.5
+_LABEL = "calibration"
+
+
+def calibrate(world: World, comm: Communicator, *, name: str = "measured") -> Hardware:
+    """Measure this machine; collective.
+
+    Args:
+        world: Where this process stands.
+        comm: All ranks.
+        name: What the result is called.
+    """
+    device = world.device
+    alone: dict[str, object] = {}
+    if comm.rank == 0:
+        alone = _alone(device)
+    comm.barrier()
+    values = comm.gather_objects(alone, label=_LABEL)[0]
+    node = world.local_world_size
+    values |= {
+        "name": name,
+        "kind": "measured",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "notes": (f"kfac-dist calibrate, torch {torch.__version__}, {torch.get_num_threads()} thread(s) a rank",),
+        "ranks": comm.size,
+        "node_size": node,
+        "crowding": crowding(comm, world.local_rank, node, device),
+        "collectives": {},
+        "intra": None,
+    }
+    if comm.size > 1:
+        values["collectives"] = collectives(comm, device)
+        if node > 1:
+            within = [range(first, first + node) for first in range(0, comm.size, node)]
+            values["intra"] = link(comm.split(within), device)
+        if comm.size > node:
+            across = [range(place, comm.size, node) for place in range(node)]
+            values["inter"] = link(comm.split(across), device)
+            values["intra"] = values["intra"] or values["inter"]
+    return Hardware.model_validate(comm.gather_objects(values, label=_LABEL)[0])
+
+
+def write(hardware: Hardware, path: Path) -> None:
+    """Write what was measured; a reader never sees half of it.
+
+    Raises:
+        ConfigError: The file can't be written.
+    """
+    text = hardware.model_dump_json(indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(text + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--out: {path} can't be written: {error}") from error
+
+
+def _alone(device: torch.device) -> dict[str, object]:
+    """Return what one rank finds out by itself."""
+    gpu = device.type == "cuda"
+    cubes = (32, 64, 128, 256, 512, 1024, *((2048, 4096) if gpu else ()))
+    sizes = (2, 16, 64, 128, 256, 512, 1024, *((2048, 4096) if gpu else ()))
+    moved = (1e5, 1e6, 1e7, 1e8)
+    products = {
+        dtype: {n: 2 * n**3 / product(n, kind, device) for n in cubes if gpu or n <= 512 or dtype is DType.FLOAT32}
+        for dtype, kind in _DTYPES.items()
+    }
+    found: dict[str, object] = {
+        "matmul": products,
+        "gram": {n: n**3 / second_moment(n, device) for n in cubes},
+        "memory": {nbytes: nbytes / copy(nbytes, device) for nbytes in moved},
+    }
+    for key, solver in (("cholesky", Solver.CHOLESKY), ("eigen", Solver.EIGEN)):
+        one = {n: solving(n, 1, solver, device) for n in sizes}
+        some = {n: solving(n, _BATCH, solver, device) for n in sizes}
+        found[key] = one
+        # At least a tiny part of the first: a batch may cost nothing more than one, but for noise.
+        found[f"{key}_more"] = {n: max((some[n] - one[n]) / (_BATCH - 1), one[n] / 1000) for n in sizes}
+    return found | fixed_costs(device)
+
+
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Return the median seconds of an action that has been run once before."""
+    action()
+    taken: list[float] = []
+    while len(taken) < _REPEATS[0] or (sum(taken) < _ENOUGH and len(taken) < _REPEATS[1]):
+        _finish(device)
+        started = time.perf_counter()
+        action()
+        _finish(device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def product(n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the seconds of a batched product of one pair of n×n matrices."""
+    left, right = (torch.randn(1, n, n, device=device).to(dtype) for _ in range(2))
+    return seconds_of(lambda: torch.bmm(left, right), device)
+
+
+def second_moment(n: int, device: torch.device) -> float:
+    """Return the seconds of the second moments of n rows of n columns."""
+    rows, out = torch.randn(1, n, n, device=device), torch.zeros(1, n, n, device=device)
+    return seconds_of(lambda: accumulate_gram(out, rows, alpha=1.0, beta=0.0), device)
+
+
+def copy(nbytes: float, device: torch.device) -> float:
+    """Return the seconds of a copy that reads and writes so many bytes together."""
+    source = torch.randn(int(nbytes / 8), device=device)
+    target = torch.empty_like(source)
+    return seconds_of(lambda: target.copy_(source), device)
+
+
+def solving(n: int, batch: int, solver: Solver, device: torch.device) -> float:
+    """Return the seconds of a batch of inverses, as a refresh asks for them."""
+    rows = torch.randn(batch, 2 * n, n, device=device)
+    sums = rows.mT @ rows / (2 * n)
+    tasks = [
+        Task(Unit(f"trial.{i}", Side.A, 0, 0, n, 1, FactorKind.DENSE), sums[i : i + 1], 0.1, None) for i in range(batch)
+    ]
+    return seconds_of(lambda: solve(tasks, solver, {}), device)
+
+
+def crowding(comm: Communicator, local_rank: int, node_size: int, device: torch.device) -> dict[int, float]:
+    """Return how many times slower a rank is while so many of its node compute; collective."""
+    side = 256
+    left, right = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    source = torch.randn(200_000, device=device)
+    target = torch.empty_like(source)
+
+    def act() -> None:
+        torch.mm(left, right)
+        target.copy_(source)
+
+    repeats = comm.gather_objects(max(1, int(_CROWDED_SECONDS / seconds_of(act, device))), label=_LABEL)[0]
+    found: dict[int, float] = {}
+    alone = 0.0
+    for active in _up_to(node_size):
+        comm.barrier()
+        own = 0.0
+        if local_rank < active:
+            started = time.perf_counter()
+            for _ in range(repeats):
+                act()
+            _finish(device)
+            own = time.perf_counter() - started
+        comm.barrier()
+        slowest = max(comm.gather_objects(own, label=_LABEL))
+        alone = alone or slowest
+        found[active] = max(1.0, slowest / alone)
+    return found
+
+
+def _up_to(count: int) -> Iterator[int]:
+    """Yield 1, 2, 4, … and the number itself."""
+    yield from sorted({*(2**k for k in range(count.bit_length()) if 2**k <= count), count})
+
+
+def collectives(comm: Communicator, device: torch.device) -> dict[Collective, dict[int, dict[int, float]]]:
+    """Return the seconds of every collective by kind, number of ranks and bytes; collective."""
+    found: dict[Collective, dict[int, dict[int, float]]] = {kind: {} for kind in Collective}
+    sizes = (4, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, *((100_000_000,) if device.type == "cuda" else ()))
+    for count in (n for n in range(2, comm.size + 1) if comm.size % n == 0):
+        groups = [range(first, first + count) for first in range(0, comm.size, count)]
+        group = comm if count == comm.size else comm.split(groups)
+        for kind in Collective:
+            found[kind][count] = {nbytes: collective(kind, nbytes, group, comm, device) for nbytes in sizes}
+    return found
+
+
+def link(comm: Communicator, device: torch.device) -> Link:
+    """Return latency and bandwidth of all-reduces among some ranks; collective."""
+    small, large = (collective(Collective.ALL_REDUCE, nbytes, comm, comm, device) for nbytes in (4, 10_000_000))
+    hops = 2 * max(1, (comm.size - 1).bit_length())
+    moved = 2 * (comm.size - 1) / comm.size * 10_000_000
+    return Link(latency=small / hops, bandwidth=moved / max(large - small, 1e-9))
+
+
+def collective(
+    kind: Collective, nbytes: int, group: Communicator, everyone: Communicator, device: torch.device
+) -> float:
+    """Return the seconds of one collective of so many bytes, all groups of the ranks at once; collective over all."""
+    start = _starter(kind, nbytes, group, device)
+    repeats = 3 if nbytes > 1_000_000 else 10
+    start(0)
+    taken = []
+    for index in range(repeats):
+        everyone.barrier()
+        started = time.perf_counter()
+        start(index)
+        _finish(device)
+        taken.append(time.perf_counter() - started)
+    slowest: float = max(everyone.gather_objects(statistics.median(taken), label=_LABEL))
+    return slowest
+
+
+def _starter(kind: Collective, nbytes: int, comm: Communicator, device: torch.device) -> Callable[[int], None]:
+    size = comm.size
+    part = max(1, nbytes // 4 // size)
+
+    def values(numel: int) -> Tensor:
+        return torch.zeros(numel, device=device)
+
+    match kind:
+        case Collective.ALL_REDUCE:
+            own = values(max(1, nbytes // 4))
+            return lambda index: comm.all_reduce(own, label=_LABEL).wait()
+        case Collective.BROADCAST:
+            own = values(max(1, nbytes // 4))
+            return lambda index: comm.broadcast(own, index % size, label=_LABEL).wait()
+        case Collective.ALL_GATHER:
+            whole, own = values(part * size), values(part)
+            return lambda index: comm.all_gather(whole, own, label=_LABEL).wait()
+        case Collective.ALL_TO_ALL:
+            there, here = values(part * size), values(part * size)
+            splits: Sequence[int] = [part] * size
+            return lambda index: comm.all_to_all(there, here, splits, splits, label=_LABEL).wait()
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
