@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,26 +30,57 @@ from kfac_dist.planning.fixed_costs import fixed_costs
 from kfac_dist.planning.hardware import Hardware, Link
 
 _DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
-_ENOUGH = 0.1
 _REPEATS = (3, 50)
 # Matrices of a batch, from which follows what each further one costs.
 _BATCH = 4
-_CROWDED_SECONDS = 0.5
 _LABEL = "calibration"
 
 
-def calibrate(world: World, comm: Communicator, *, name: str = "measured") -> Hardware:
+@dataclass(frozen=True)
+class Effort:
+    """What is measured, and for how long.
+
+    Attributes:
+        sizes: Of matrices.
+        bf16_sizes: Of matrices in bf16, which some processors multiply slowly.
+        moved: Bytes of copies.
+        messages: Bytes of collectives.
+        seconds: Of each measurement, at least.
+        crowded_seconds: Of the work by which ranks slow each other down.
+        rounds: Steps of each kind for what doesn't depend on sizes.
+    """
+
+    sizes: tuple[int, ...] = (2, 16, 32, 64, 128, 256, 512, 1024)
+    bf16_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    moved: tuple[int, ...] = (100_000, 1_000_000, 10_000_000, 100_000_000)
+    messages: tuple[int, ...] = (4, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+    seconds: float = 0.1
+    crowded_seconds: float = 0.5
+    rounds: int = 9
+
+    @classmethod
+    def on(cls, device: torch.device) -> Effort:
+        """Return what suits a device."""
+        if device.type != "cuda":
+            return cls()
+        sizes = (*cls.sizes, 2048, 4096)
+        return cls(sizes=sizes, bf16_sizes=sizes[2:], messages=(*cls.messages, 100_000_000))
+
+
+def calibrate(world: World, comm: Communicator, *, name: str = "measured", effort: Effort | None = None) -> Hardware:
     """Measure this machine; collective.
 
     Args:
         world: Where this process stands.
         comm: All ranks.
         name: What the result is called.
+        effort: How much is measured; what suits the device by default.
     """
     device = world.device
+    effort = effort or Effort.on(device)
     alone: dict[str, object] = {}
     if comm.rank == 0:
-        alone = _alone(device)
+        alone = _alone(device, effort)
     comm.barrier()
     values = comm.gather_objects(alone, label=_LABEL)[0]
     node = world.local_world_size
@@ -59,12 +91,12 @@ def calibrate(world: World, comm: Communicator, *, name: str = "measured") -> Ha
         "notes": (f"kfac-dist calibrate, torch {torch.__version__}, {torch.get_num_threads()} thread(s) a rank",),
         "ranks": comm.size,
         "node_size": node,
-        "crowding": crowding(comm, world.local_rank, node, device),
+        "crowding": crowding(comm, world.local_rank, node, device, effort.crowded_seconds),
         "collectives": {},
         "intra": None,
     }
     if comm.size > 1:
-        values["collectives"] = collectives(comm, device)
+        values["collectives"] = collectives(comm, device, effort.messages)
         if node > 1:
             within = [range(first, first + node) for first in range(0, comm.size, node)]
             values["intra"] = link(comm.split(within), device)
@@ -91,35 +123,33 @@ def write(hardware: Hardware, path: Path) -> None:
         raise ConfigError(f"--out: {path} can't be written: {error}") from error
 
 
-def _alone(device: torch.device) -> dict[str, object]:
+def _alone(device: torch.device, effort: Effort) -> dict[str, object]:
     """Return what one rank finds out by itself."""
-    gpu = device.type == "cuda"
-    cubes = (32, 64, 128, 256, 512, 1024, *((2048, 4096) if gpu else ()))
-    sizes = (2, 16, 64, 128, 256, 512, 1024, *((2048, 4096) if gpu else ()))
-    moved = (1e5, 1e6, 1e7, 1e8)
+    enough = effort.seconds
+    cubes = [n for n in effort.sizes if n >= 32]
     products = {
-        dtype: {n: 2 * n**3 / product(n, kind, device) for n in cubes if gpu or n <= 512 or dtype is DType.FLOAT32}
-        for dtype, kind in _DTYPES.items()
+        dtype: {n: 2 * n**3 / product(n, kind, device, enough) for n in sizes}
+        for (dtype, kind), sizes in zip(_DTYPES.items(), (cubes, effort.bf16_sizes), strict=True)
     }
     found: dict[str, object] = {
         "matmul": products,
-        "gram": {n: n**3 / second_moment(n, device) for n in cubes},
-        "memory": {nbytes: nbytes / copy(nbytes, device) for nbytes in moved},
+        "gram": {n: n**3 / second_moment(n, device, enough) for n in cubes},
+        "memory": {nbytes: nbytes / copy(nbytes, device, enough) for nbytes in effort.moved},
     }
     for key, solver in (("cholesky", Solver.CHOLESKY), ("eigen", Solver.EIGEN)):
-        one = {n: solving(n, 1, solver, device) for n in sizes}
-        some = {n: solving(n, _BATCH, solver, device) for n in sizes}
+        one = {n: solving(n, 1, solver, device, enough) for n in effort.sizes}
+        some = {n: solving(n, _BATCH, solver, device, enough) for n in effort.sizes}
         found[key] = one
         # At least a tiny part of the first: a batch may cost nothing more than one, but for noise.
-        found[f"{key}_more"] = {n: max((some[n] - one[n]) / (_BATCH - 1), one[n] / 1000) for n in sizes}
-    return found | fixed_costs(device)
+        found[f"{key}_more"] = {n: max((some[n] - one[n]) / (_BATCH - 1), one[n] / 1000) for n in effort.sizes}
+    return found | fixed_costs(device, effort.rounds)
 
 
-def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+def seconds_of(action: Callable[[], object], device: torch.device, enough: float = 0.1) -> float:
     """Return the median seconds of an action that has been run once before."""
     action()
     taken: list[float] = []
-    while len(taken) < _REPEATS[0] or (sum(taken) < _ENOUGH and len(taken) < _REPEATS[1]):
+    while len(taken) < _REPEATS[0] or (sum(taken) < enough and len(taken) < _REPEATS[1]):
         _finish(device)
         started = time.perf_counter()
         action()
@@ -128,36 +158,38 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     return statistics.median(taken)
 
 
-def product(n: int, dtype: torch.dtype, device: torch.device) -> float:
+def product(n: int, dtype: torch.dtype, device: torch.device, enough: float) -> float:
     """Return the seconds of a batched product of one pair of n×n matrices."""
     left, right = (torch.randn(1, n, n, device=device).to(dtype) for _ in range(2))
-    return seconds_of(lambda: torch.bmm(left, right), device)
+    return seconds_of(lambda: torch.bmm(left, right), device, enough)
 
 
-def second_moment(n: int, device: torch.device) -> float:
+def second_moment(n: int, device: torch.device, enough: float) -> float:
     """Return the seconds of the second moments of n rows of n columns."""
     rows, out = torch.randn(1, n, n, device=device), torch.zeros(1, n, n, device=device)
-    return seconds_of(lambda: accumulate_gram(out, rows, alpha=1.0, beta=0.0), device)
+    return seconds_of(lambda: accumulate_gram(out, rows, alpha=1.0, beta=0.0), device, enough)
 
 
-def copy(nbytes: float, device: torch.device) -> float:
+def copy(nbytes: float, device: torch.device, enough: float) -> float:
     """Return the seconds of a copy that reads and writes so many bytes together."""
     source = torch.randn(int(nbytes / 8), device=device)
     target = torch.empty_like(source)
-    return seconds_of(lambda: target.copy_(source), device)
+    return seconds_of(lambda: target.copy_(source), device, enough)
 
 
-def solving(n: int, batch: int, solver: Solver, device: torch.device) -> float:
+def solving(n: int, batch: int, solver: Solver, device: torch.device, enough: float) -> float:
     """Return the seconds of a batch of inverses, as a refresh asks for them."""
     rows = torch.randn(batch, 2 * n, n, device=device)
     sums = rows.mT @ rows / (2 * n)
     tasks = [
         Task(Unit(f"trial.{i}", Side.A, 0, 0, n, 1, FactorKind.DENSE), sums[i : i + 1], 0.1, None) for i in range(batch)
     ]
-    return seconds_of(lambda: solve(tasks, solver, {}), device)
+    return seconds_of(lambda: solve(tasks, solver, {}), device, enough)
 
 
-def crowding(comm: Communicator, local_rank: int, node_size: int, device: torch.device) -> dict[int, float]:
+def crowding(
+    comm: Communicator, local_rank: int, node_size: int, device: torch.device, seconds: float
+) -> dict[int, float]:
     """Return how many times slower a rank is while so many of its node compute; collective."""
     side = 256
     left, right = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
@@ -168,7 +200,7 @@ def crowding(comm: Communicator, local_rank: int, node_size: int, device: torch.
         torch.mm(left, right)
         target.copy_(source)
 
-    repeats = comm.gather_objects(max(1, int(_CROWDED_SECONDS / seconds_of(act, device))), label=_LABEL)[0]
+    repeats = comm.gather_objects(max(1, int(seconds / seconds_of(act, device))), label=_LABEL)[0]
     found: dict[int, float] = {}
     alone = 0.0
     for active in _up_to(node_size):
@@ -192,10 +224,11 @@ def _up_to(count: int) -> Iterator[int]:
     yield from sorted({*(2**k for k in range(count.bit_length()) if 2**k <= count), count})
 
 
-def collectives(comm: Communicator, device: torch.device) -> dict[Collective, dict[int, dict[int, float]]]:
+def collectives(
+    comm: Communicator, device: torch.device, sizes: Sequence[int]
+) -> dict[Collective, dict[int, dict[int, float]]]:
     """Return the seconds of every collective by kind, number of ranks and bytes; collective."""
     found: dict[Collective, dict[int, dict[int, float]]] = {kind: {} for kind in Collective}
-    sizes = (4, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, *((100_000_000,) if device.type == "cuda" else ()))
     for count in (n for n in range(2, comm.size + 1) if comm.size % n == 0):
         groups = [range(first, first + count) for first in range(0, comm.size, count)]
         group = comm if count == comm.size else comm.split(groups)

@@ -20,7 +20,6 @@ from kfac_dist.planning.hardware import Overhead
 from kfac_dist.preconditioner.kfac import KFAC
 
 _CHAINS = (4, 24)
-_ROUNDS = 9
 _KINDS = ("refreshing", "preconditioning", "measuring", "preconditioning")
 _CONFIG = {
     "curvature": {"factor_every": 2},
@@ -35,9 +34,9 @@ class _Alone(DDPEngine):
         return SoloCommunicator(device=torch.device("cpu"))
 
 
-def fixed_costs(device: torch.device) -> dict[str, Overhead]:
-    """Return what ordinary steps take, and what measuring and refreshing add to them."""
-    short, long = (_kinds(blocks, device) for blocks in _CHAINS)
+def fixed_costs(device: torch.device, rounds: int) -> dict[str, Overhead]:
+    """Return what ordinary steps take, and what measuring and refreshing add to them: medians of so many of each."""
+    short, long = (_kinds(blocks, device, rounds) for blocks in _CHAINS)
     found: dict[str, Overhead] = {}
     for key in ("preconditioning", "measuring", "refreshing"):
         few, many = max(short[key], 0.0), max(long[key], 0.0)
@@ -46,7 +45,7 @@ def fixed_costs(device: torch.device) -> dict[str, Overhead]:
     return found
 
 
-def _kinds(blocks: int, device: torch.device) -> dict[str, float]:
+def _kinds(blocks: int, device: torch.device, rounds: int) -> dict[str, float]:
     """Return the median seconds that K-FAC adds to steps of a chain, each kind on top of the one before."""
     widths = list(range(2, 2 + blocks + 1))
     plain = [nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))).to(device) for _ in range(2)]
@@ -66,7 +65,7 @@ def _kinds(blocks: int, device: torch.device) -> dict[str, float]:
         return time.perf_counter() - started
 
     seconds: dict[str, list[float]] = {kind: [] for kind in ("bare", *_KINDS)}
-    for turn in range(_ROUNDS):
+    for turn in range(rounds + 1):
         for kind in _KINDS:
             bare, own = step(0), step(1)
             if turn:  # the first steps allocate
