@@ -46,9 +46,9 @@ FACTOR_EVERY, INVERSE_EVERY = 10, 100
 # Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.
 KINDS = ("refreshing", "ordinary", "measuring", "ordinary")
 STEPS = {
-    "refreshing": StepKind(factors=True, moments=False, slots=(0,)),
-    "measuring": StepKind(factors=True, moments=False, slots=()),
-    "ordinary": StepKind(factors=False, moments=False, slots=()),
+    "refreshing": StepKind(measured=(0,), rest=True, moments=False, slots=(0,)),
+    "measuring": StepKind(measured=(0,), rest=True, moments=False, slots=()),
+    "ordinary": StepKind(measured=(), rest=False, moments=False, slots=()),
 }
 SMALL_GPT = Workload(
     lambda: byte_gpt(layers=4, width=128, heads=4, context=128),

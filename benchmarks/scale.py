@@ -50,7 +50,8 @@ NODE = 8
 """Ranks of a node, for the placement that knows nodes."""
 AT_THE_START = "agreement"
 """Label of what ranks agree on once, in the first step."""
-REFRESH, ORDINARY = StepKind(factors=True, moments=False, slots=(0,)), StepKind(factors=False, moments=False, slots=())
+REFRESH = StepKind(measured=(0,), rest=True, moments=False, slots=(0,))
+ORDINARY = StepKind(measured=(), rest=False, moments=False, slots=())
 
 
 @dataclass(frozen=True)
