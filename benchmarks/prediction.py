@@ -2,8 +2,8 @@
 
 On each number of ranks the machine is calibrated by these very ranks, which share its cores. Then each strategy takes
 steps beside bare SGD steps, in turn: ordinary ones, those that measure, and those that measure and refresh. What a
-kind adds is the difference of medians; a mean step at intervals 10/100 follows from the three. The planner is asked for
-the same, and the error is (predicted − measured) / measured.
+kind adds is the difference of lower quartiles, as in the calibration: what else the machine does only adds. A mean step
+at intervals 10/100 follows from the three. The planner is asked for the same; the error is predicted / measured − 1.
 
     python -m benchmarks.prediction [--ranks 1 2 4] [--rounds 5] [--out FILE]
 """
@@ -35,7 +35,7 @@ from kfac_dist.config.schema import EngineConfig
 from kfac_dist.curvature.blocks import Block, find_blocks
 from kfac_dist.distributed.bootstrap import bootstrap
 from kfac_dist.distributed.communicator import build_communicator
-from kfac_dist.planning.calibration import calibrate
+from kfac_dist.planning.calibration import calibrate, quartile
 from kfac_dist.planning.hardware import Hardware
 from kfac_dist.planning.job import Job, Model, StepKind
 from kfac_dist.planning.prediction import Prediction, predict
@@ -73,8 +73,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         },
     },
 }
-# What there is to choose on one rank.
+# What there is to choose on one rank, and on several.
 ALONE = ("replicated", "replicated, blocks of 512")
+TOGETHER = tuple(name for name in STRATEGIES if name != ALONE[1])
 
 
 def config_of(workload: Workload, strategy: str) -> dict[str, Any]:
@@ -102,8 +103,8 @@ def measured(workload: Workload, strategy: str, rounds: int) -> tuple[dict[str, 
         if turn:  # the first steps allocate
             seconds["bare"].append(pair[0])
             seconds[kind].append(pair[1])
-    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    return {kind: medians[kind] - medians["bare"] for kind in STEPS}, medians["bare"]
+    typical = {kind: quartile(values) for kind, values in seconds.items()}
+    return {kind: typical[kind] - typical["bare"] for kind in STEPS}, typical["bare"]
 
 
 def _stepper(workload: Workload, config: dict[str, Any] | None) -> Callable[[], None]:
@@ -172,12 +173,11 @@ def run_rank(rank: int, size: int, rendezvous: str, rounds: int, names: list[str
         communicator = build_communicator(300.0)
         hardware = calibrate(world, communicator, name=f"this machine, {size} ranks")
         rows = []
-        for name, strategy in itertools.product(names, STRATEGIES):
-            if size > 1 or strategy in ALONE:
-                row = compared(name, strategy, size, rounds, hardware)
-                rows.append(row)
-                if rank == 0:
-                    print(line(row), flush=True)
+        for name, strategy in itertools.product(names, TOGETHER if size > 1 else ALONE):
+            row = compared(name, strategy, size, rounds, hardware)
+            rows.append(row)
+            if rank == 0:
+                print(line(row), flush=True)
     if rank == 0:
         out.write_text(json.dumps({"rows": rows, "hardware": json.loads(hardware.model_dump_json())}))
     if size > 1:
@@ -211,6 +211,12 @@ def main() -> None:
             one = json.loads(found.read_text())
         rows += one["rows"]
         machines[str(size)] = one["hardware"]
+        save(rows, machines, arguments.rounds, arguments.out)
+    print(arguments.out)
+
+
+def save(rows: list[dict[str, Any]], machines: dict[str, Any], rounds: int, out: Path) -> None:
+    """Write what is known so far."""
     errors = sorted(abs(row["error"]) for row in rows)
     summary = {
         "cases": len(rows),
@@ -218,10 +224,10 @@ def main() -> None:
         "largest_absolute_error": errors[-1],
         "within_20_percent": sum(error <= 0.2 for error in errors),
     }
-    print(summary)
+    print(summary, flush=True)
     settings = {"threads_a_rank": 1, "factor_every": FACTOR_EVERY, "inverse_every": INVERSE_EVERY}
-    settings |= {"rounds": arguments.rounds, "bare": "SGD with momentum"}
-    print(write("prediction", arguments.out, settings, {"summary": summary, "cases": rows, "calibrations": machines}))
+    settings |= {"rounds": rounds, "bare": "SGD with momentum", "load_average": os.getloadavg()[1]}
+    write("prediction", out, settings, {"summary": summary, "cases": rows, "calibrations": machines})
 
 
 if __name__ == "__main__":

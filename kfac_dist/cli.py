@@ -1,4 +1,4 @@
-"""The command line: `kfac-dist train|launch|submit|status|plan|doctor|version`: reads arguments and hands over.
+"""The command line: `kfac-dist train|launch|submit|status|plan|calibrate|doctor|…`: reads arguments and hands over.
 
 Every rank of a launcher runs this file by itself. A mistake of the user's ends it with code 2 and one line a mistake,
 without a traceback; what the doctor found wrong with code 1; Ctrl-C with code 130; a bug keeps its traceback. What

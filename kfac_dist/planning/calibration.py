@@ -4,12 +4,12 @@
     more and more ranks   how much they slow each other down
     all of them           every collective, on every number of consecutive ranks that divides them
 
-Medians of repeated runs of the very functions that a step calls. Ranks that don't measure wait in a collective.
+Lower quartiles of repeated runs of the very functions that a step calls: what else a machine does only adds to them.
+Ranks that don't measure wait in a collective.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ _DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
 _REPEATS = (3, 50)
 # Matrices of a batch, from which follows what each further one costs.
 _BATCH = 4
+_CHUNKS = 8
 _LABEL = "calibration"
 
 
@@ -145,8 +146,13 @@ def _alone(device: torch.device, effort: Effort) -> dict[str, object]:
     return found | fixed_costs(device, effort.rounds)
 
 
+def quartile(taken: Sequence[float]) -> float:
+    """Return the lower quartile of some measurements."""
+    return sorted(taken)[(len(taken) - 1) // 4]
+
+
 def seconds_of(action: Callable[[], object], device: torch.device, enough: float = 0.1) -> float:
-    """Return the median seconds of an action that has been run once before."""
+    """Return the seconds of an action that has been run once before."""
     action()
     taken: list[float] = []
     while len(taken) < _REPEATS[0] or (sum(taken) < enough and len(taken) < _REPEATS[1]):
@@ -155,7 +161,7 @@ def seconds_of(action: Callable[[], object], device: torch.device, enough: float
         action()
         _finish(device)
         taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+    return quartile(taken)
 
 
 def product(n: int, dtype: torch.dtype, device: torch.device, enough: float) -> float:
@@ -200,22 +206,23 @@ def crowding(
         torch.mm(left, right)
         target.copy_(source)
 
-    repeats = comm.gather_objects(max(1, int(seconds / seconds_of(act, device))), label=_LABEL)[0]
+    each = seconds / _CHUNKS / seconds_of(act, device)
+    repeats: int = comm.gather_objects(max(1, int(each)), label=_LABEL)[0]
     found: dict[int, float] = {}
     alone = 0.0
     for active in _up_to(node_size):
         comm.barrier()
-        own = 0.0
-        if local_rank < active:
+        own = [0.0] * _CHUNKS
+        for chunk in range(_CHUNKS) if local_rank < active else ():
             started = time.perf_counter()
             for _ in range(repeats):
                 act()
             _finish(device)
-            own = time.perf_counter() - started
+            own[chunk] = time.perf_counter() - started
         comm.barrier()
-        slowest = max(comm.gather_objects(own, label=_LABEL))
-        alone = alone or slowest
-        found[active] = max(1.0, slowest / alone)
+        working = [quartile(taken) for taken in comm.gather_objects(own, label=_LABEL)]
+        alone = alone or max(working)
+        found[active] = max(1.0, max(working) / alone)
     return found
 
 
@@ -259,7 +266,7 @@ def collective(
         start(index)
         _finish(device)
         taken.append(time.perf_counter() - started)
-    slowest: float = max(everyone.gather_objects(statistics.median(taken), label=_LABEL))
+    slowest: float = max(everyone.gather_objects(quartile(taken), label=_LABEL))
     return slowest
 
 

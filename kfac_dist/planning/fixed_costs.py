@@ -6,7 +6,6 @@ short and a long chain gives what a step takes and what each block adds.
 
 from __future__ import annotations
 
-import statistics
 import time
 from itertools import pairwise
 
@@ -35,7 +34,7 @@ class _Alone(DDPEngine):
 
 
 def fixed_costs(device: torch.device, rounds: int) -> dict[str, Overhead]:
-    """Return what ordinary steps take, and what measuring and refreshing add to them: medians of so many of each."""
+    """Return what ordinary steps take, and what measuring and refreshing add to them, by so many of each."""
     short, long = (_kinds(blocks, device, rounds) for blocks in _CHAINS)
     found: dict[str, Overhead] = {}
     for key in ("preconditioning", "measuring", "refreshing"):
@@ -46,7 +45,7 @@ def fixed_costs(device: torch.device, rounds: int) -> dict[str, Overhead]:
 
 
 def _kinds(blocks: int, device: torch.device, rounds: int) -> dict[str, float]:
-    """Return the median seconds that K-FAC adds to steps of a chain, each kind on top of the one before."""
+    """Return the seconds (lower quartiles) that K-FAC adds to steps of a chain, each kind on top of the one before."""
     widths = list(range(2, 2 + blocks + 1))
     plain = [nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))).to(device) for _ in range(2)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in plain]
@@ -72,11 +71,11 @@ def _kinds(blocks: int, device: torch.device, rounds: int) -> dict[str, float]:
                 seconds["bare"].append(bare)
                 seconds[kind].append(own)
     kfac.remove()
-    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    typical = {kind: sorted(values)[(len(values) - 1) // 4] for kind, values in seconds.items()}
     return {
-        "preconditioning": medians["preconditioning"] - medians["bare"],
-        "measuring": medians["measuring"] - medians["preconditioning"],
-        "refreshing": medians["refreshing"] - medians["measuring"],
+        "preconditioning": typical["preconditioning"] - typical["bare"],
+        "measuring": typical["measuring"] - typical["preconditioning"],
+        "refreshing": typical["refreshing"] - typical["measuring"],
     }
 
 
