@@ -8,7 +8,7 @@ layers and all of them are planned as well, as `kfac-dist plan` does it, from sh
     run       what `KFAC.step` counted and kept, on some layers       planned, the same layers: has to be equal
     whole     planned, all layers: what the model would send and keep
 
-Every case runs in a process of its own.
+Every case runs in a process of its own. Each call replaces its own rows of the output and leaves the others.
 
     python -m benchmarks.scale [--models resnet50 bert_large gpt_1.3b] [--ranks 8 64 512 4096] [--out FILE]
 """
@@ -16,6 +16,7 @@ Every case runs in a process of its own.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -251,6 +252,48 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw what the whole models cost a rank against the number of ranks: collectives, bytes sent and kept, load."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: dict[str, Callable[[dict[str, Any]], float]] = {
+        "collectives of a refreshing step": lambda row: total(row["whole"]["refresh_step"])[0],
+        "MB sent by a refreshing step": lambda row: total(row["whole"]["refresh_step"])[1] / 1e6,
+        "MB sent by an ordinary step": lambda row: total(row["whole"]["ordinary_step"])[1] / 1e6,
+        "GB of state, fullest rank": lambda row: row["whole"]["state_bytes_of_the_fullest_rank"] / 1e9,
+        "largest load / mean": lambda row: row["whole"]["load_max_over_mean"],
+    }
+    figure, axes = plt.subplots(len(SHAPES), len(panels), figsize=(19, 10), sharex=True, layout="constrained")
+    for line_of_axes, model in zip(axes, SHAPES, strict=True):
+        for axis, (title, value) in zip(line_of_axes, panels.items(), strict=True):
+            for index, strategy in enumerate(STRATEGIES):
+                rows = [row for row in results["steps"] if (row["model"], row["strategy"]) == (model, strategy)]
+                axis.plot(
+                    [row["ranks"] for row in rows],
+                    [value(row) for row in rows],
+                    marker="osD^v"[index],
+                    linestyle=("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))[index],
+                    markersize=10 - index,
+                    fillstyle="none",
+                    label=strategy,
+                )
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sorted({row["ranks"] for row in results["steps"]}))
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
+            axis.set_title(f"{model}: {title}", fontsize="small")
+            axis.set_ylim(bottom=0)
+            if title.startswith("largest"):
+                axis.set_yscale("log")
+                axis.set_ylim(bottom=0.9)
+    for axis in axes[-1]:
+        axis.set_xlabel("ranks")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
@@ -266,19 +309,35 @@ def main() -> None:
         case [model, strategy, size]:
             print(json.dumps(one(model, strategy, int(size))))
             return
-    results: dict[str, Any] = {"planning": [apart("planning", str(size)) for size in arguments.ranks], "steps": []}
-    for row in results["planning"]:
+    results = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else {}
+    for size in arguments.ranks:
+        row = apart("planning", str(size))
         seconds = {name: found["seconds"] + found["layout_seconds"] for name, found in row["strategies"].items()}
         slowest = max(seconds, key=lambda name: seconds[name])
-        print(f"planning for {row['ranks']} ranks: {seconds[slowest]:.2f} s at most ({slowest})", flush=True)
-    for model in arguments.models:
-        for strategy in STRATEGIES:
-            for size in arguments.ranks:
-                row = apart(model, strategy, str(size))
-                results["steps"].append(row)
-                print(line(row), flush=True)
-    settings = {"models": {name: {"layers": s.layers, "run": s.run} for name, s in SHAPES.items()}}
-    print(write("scale", arguments.out, settings, results))
+        print(f"planning for {size} ranks: {seconds[slowest]:.2f} s at most ({slowest})", flush=True)
+        save(results, "planning", row, arguments.out)
+    for model, strategy, size in itertools.product(arguments.models, STRATEGIES, arguments.ranks):
+        row = apart(model, strategy, str(size))
+        print(line(row), flush=True)
+        save(results, "steps", row, arguments.out)
+    draw(results, arguments.out.with_suffix(".png"))
+    print(arguments.out)
+
+
+def save(results: dict[str, list[dict[str, Any]]], kind: str, row: dict[str, Any], out: Path) -> None:
+    """Put a row into the output, in the place of one of the same case."""
+    key = {name: row[name] for name in ("model", "strategy", "ranks") if name in row}
+    others = [other for other in results.get(kind, []) if any(other[name] != key[name] for name in key)]
+    order = {name: place for place, name in enumerate((*SHAPES, *STRATEGIES))}
+    results[kind] = sorted(
+        [*others, row], key=lambda r: (order.get(r.get("model"), 0), order.get(r.get("strategy"), 0), r["ranks"])
+    )
+    settings = {
+        "models": {name: {"layers": shape.layers, "run": shape.run} for name, shape in SHAPES.items()},
+        "layers_of_planning": MOST_PLANNING,
+        "ranks_of_a_node": NODE,
+    }
+    write("scale", out, settings, results)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ class SegmentLayout:
             owner_numels[segment.owner] += segment.numel
         self.owner_numels = tuple(owner_numels)
         self._owner_starts = (0, *itertools.accumulate(self.owner_numels))
+        self._cuts: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
         self.scatters = scatters(self.owner_numels)
         self.piece_numel = piece_numel(self.owner_numels)
         self.sharing_numel = sharing_numel(self.owner_numels)
@@ -97,6 +98,19 @@ class SegmentLayout:
     def owner_range(self, rank: int) -> tuple[int, int]:
         """First element of a rank's part of the buffer, and the one after its last."""
         return self._owner_starts[rank], self._owner_starts[rank + 1]
+
+    def cuts(self, rank: int) -> tuple[Sequence[int], Sequence[int]]:
+        """How many elements of a rank's part lie in each rank's piece, and how many of its piece are each owner's."""
+        if (
+            rank not in self._cuts
+        ):  # made once: among thousands of ranks it takes longer than a step's other bookkeeping
+            pieces = [_piece(self.piece_numel, other) for other in range(self.size)]
+            parts = [self.owner_range(other) for other in range(self.size)]
+            self._cuts[rank] = (
+                [_overlap(parts[rank], piece) for piece in pieces],
+                [_overlap(part, pieces[rank]) for part in parts],
+            )
+        return self._cuts[rank]
 
     def part(self, buffer: Tensor, rank: int) -> Tensor:
         """View of a rank's part of the buffer."""
@@ -205,10 +219,7 @@ def share_segments(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *,
         )
     piece = layout.piece_numel
     whole, own_piece = buffer[: comm.size * piece], buffer[comm.size * piece :]
-    pieces = [_piece(piece, rank) for rank in range(comm.size)]
-    parts = [layout.owner_range(rank) for rank in range(comm.size)]
-    sent = [_overlap(parts[comm.rank], other) for other in pieces]
-    received = [_overlap(part, pieces[comm.rank]) for part in parts]
+    sent, received = layout.cuts(comm.rank)
     scatter = comm.all_to_all(own_piece[: sum(received)], layout.part(buffer, comm.rank), received, sent, label=label)
 
     def gather() -> Work:
@@ -271,17 +282,14 @@ def reduce_to_owners(comm: Communicator, buffer: Tensor, layout: SegmentLayout, 
         received = buffer.new_empty(comm.size * own)
         work = comm.all_to_all(received, buffer, [own] * comm.size, layout.owner_numels, label=label)
         return PendingReduce(work, received, comm.size)
-    whole = (0, layout.numel)
-    pieces = [_piece(layout.piece_numel, rank) for rank in range(comm.size)]
-    lengths = [_overlap(piece, whole) for piece in pieces]
+    lengths = [_overlap(_piece(layout.piece_numel, rank), (0, layout.numel)) for rank in range(comm.size)]
     received = buffer.new_empty(comm.size * lengths[comm.rank])
     work = comm.all_to_all(received, buffer, [lengths[comm.rank]] * comm.size, lengths, label=label)
 
     def to_owners(sums: Tensor) -> Tensor:
-        parts = [layout.owner_range(rank) for rank in range(comm.size)]
-        coming = [_overlap(parts[comm.rank], piece) for piece in pieces]
+        coming, going = layout.cuts(comm.rank)
         total = sums.new_empty(own)
-        comm.all_to_all(total, sums, coming, [_overlap(part, pieces[comm.rank]) for part in parts], label=label).wait()
+        comm.all_to_all(total, sums, coming, going, label=label).wait()
         return total
 
     return PendingReduce(work, received, comm.size, to_owners)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.flat import broadcast_all
 from kfac_dist.engines import Engine
 from kfac_dist.inputs import each
 from kfac_dist.tasks.losses import Loss
@@ -92,8 +93,4 @@ def _gathered(found: Sequence[Any], communicator: Communicator) -> list[Any]:
 
 def share_buffers(module: nn.Module, communicator: Communicator) -> None:
     """Give every rank rank 0's buffers, which is what DDP does before a forward pass; collective."""
-    works = [
-        communicator.broadcast(buffer, 0, label="buffers") for buffer in module.buffers() if buffer.is_contiguous()
-    ]
-    for work in works:
-        work.wait()
+    broadcast_all(communicator, [buffer for buffer in module.buffers() if buffer.is_contiguous()], 0, label="buffers")

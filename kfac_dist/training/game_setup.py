@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Config
 from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.flat import broadcast_all
 from kfac_dist.engines import Engine
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.errors import DataError, ModelError
@@ -68,9 +69,7 @@ def build_game(config: Config, model: nn.Module, train: Source, test: Source) ->
 
 def share_judge(game: GameParts, communicator: Communicator) -> None:
     """Give every rank rank 0's judge: other processors round otherwise; collective."""
-    works = [communicator.broadcast(p.data, 0, label="buffers") for p in game.judge.parameters()]
-    for work in works:
-        work.wait()
+    broadcast_all(communicator, game.judge.parameters(), 0, label="buffers")
 
 
 def build_players(
