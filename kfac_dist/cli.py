@@ -88,6 +88,9 @@ def train(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; its files go to runs/NAME.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the result only.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show curves, phases and counts while it trains, on a terminal.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Check the configuration, and train nothing.")] = False,
 ) -> None:
     """Train a model. Start it under torchrun, srun or mpirun (see `launch`) to train on several ranks."""
@@ -98,9 +101,11 @@ def train(
             if not quiet:
                 print(f"{config}: fine")
             return
+        if live and quiet:
+            raise ConfigError("--live shows progress and --quiet hides it: leave one of them out")
         from kfac_dist.training.run import train as run
 
-        result = run(resolved, compare=compare, quiet=quiet)
+        result = run(resolved, compare=compare, quiet=quiet, live=live)
         if not quiet and result.preempted_at is None and find_spec("plotly") is not None and _leads():
             try:
                 _write_page([result.directory], result.directory / REPORT_FILE)
@@ -422,9 +427,12 @@ def _report(error: KFACError) -> None:
     same_everywhere = isinstance(error, ConfigError)
     if place is None or not (distributed and same_everywhere and place.local_rank != 0):
         label = f"error [rank {place.rank}]" if place and distributed and not same_everywhere else "error"
-        # One write, so that ranks that share a terminal don't cut each other's lines.
-        sys.stderr.write("".join(f"{label}: {line}\n" for line in str(error).splitlines()))
-        sys.stderr.flush()
+        from kfac_dist.reporting.live import others_lines
+
+        with others_lines(sys.stderr):
+            # One write, so that ranks that share a terminal don't cut each other's lines.
+            sys.stderr.write("".join(f"{label}: {line}\n" for line in str(error).splitlines()))
+            sys.stderr.flush()
     if distributed:
         # A launcher ends all ranks once one has exited: each gets time to say why, and to exit with its own code.
         # Ignored rather than handled, because Python drops its handlers before a process is really over.

@@ -18,7 +18,7 @@
 #   --node-rank R      this node's place in the hostfile
 #   --dry-run          print the command, and run nothing
 #   --help             this text
-# Everything else goes to `kfac-dist train`: KEY=VALUE overrides, --resume, --compare, --name, --quiet.
+# Everything else goes to `kfac-dist train`: KEY=VALUE overrides, --resume, --compare, --name, --live, --quiet.
 #
 # PYTHON names the interpreter; OMP_NUM_THREADS the threads of a rank [1].
 set -euo pipefail

@@ -13,7 +13,7 @@
 #   --mpirun PATH      which mpirun; by default the one beside the interpreter, then the first on the PATH
 #   --dry-run          print the command, and run nothing
 #   --help             this text
-# Everything else goes to `kfac-dist train`: KEY=VALUE overrides, --resume, --compare, --name, --quiet.
+# Everything else goes to `kfac-dist train`: KEY=VALUE overrides, --resume, --compare, --name, --live, --quiet.
 #
 # The ranks meet over MPI and train over gloo or NCCL; kfac.distribution.backend=mpi sends K-FAC's factors and inverses
 # over MPI as well. MASTER_ADDR chooses the address of rank 0 where its host name isn't the right one.

@@ -16,7 +16,7 @@
 #                           its newest checkpoint (--resume auto), also at the first start
 #   --dry-run               print the command, and run nothing
 #   --help                  this text
-# Everything else goes to `kfac-dist train`: KEY=VALUE overrides, --resume, --compare, --name, --quiet.
+# Everything else goes to `kfac-dist train`: KEY=VALUE overrides, --resume, --compare, --name, --live, --quiet.
 #
 # PYTHON names the interpreter; OMP_NUM_THREADS the threads of a rank [1]; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME
 # the network interface where a node has several.

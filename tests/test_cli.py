@@ -69,6 +69,17 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def test_a_view_is_shown_or_hidden(run_file: str, recorder: Recorder) -> None:
+    code, output = invoke("train", run_file, "--live", "--quiet")
+    assert (code, recorder.config) == (2, None)
+    assert output == "error: --live shows progress and --quiet hides it: leave one of them out\n"
+    assert invoke("train", run_file, "--live", "--quiet", "--check") == (0, "")  # what `make train` checks with
+    recorder.raises = ConfigError("enough")
+    invoke("train", run_file, "--live")
+    assert recorder.options is not None
+    assert recorder.options["live"]
+
+
 def test_train_hands_over_a_resolved_configuration(run_file: str, recorder: Recorder) -> None:
     code, output = invoke(
         "train", run_file, "train.steps=7", "--compare", "--quiet", "--name", "it's", "kfac.inversion.damping=1e-2"
@@ -79,7 +90,7 @@ def test_train_hands_over_a_resolved_configuration(run_file: str, recorder: Reco
     code, _ = invoke("train", run_file, "train.steps=7", "--compare", "--quiet", "--name", "other", "--resume", "auto")
 
     assert code == 0
-    assert recorder.options == {"compare": True, "quiet": True}
+    assert recorder.options == {"compare": True, "quiet": True, "live": False}
     assert recorder.config is not None
     assert (recorder.config.run.name, recorder.config.train.steps) == ("other", 7)
     assert recorder.config.checkpoint.resume == "auto"

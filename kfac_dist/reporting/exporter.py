@@ -199,7 +199,7 @@ class Exporter:
         yield self._counter("bytes_sent", "Bytes that rank 0 sent in collectives.", sent, labels, ("content",))
 
     def _restarts(self) -> Iterator[Metric]:
-        counts = {(by,): float(os.environ.get(name) or 0) for by, name in _LAUNCHERS.items()}
+        counts = {(by,): number for by, number in launcher_restarts().items()}
         yield self._gauge("restarts", "How often the job was started again.", counts, {"run": self._run}, ("by",))
 
     def _gauge(self, *arguments: Any) -> Metric:
@@ -207,6 +207,11 @@ class Exporter:
 
     def _counter(self, *arguments: Any) -> Metric:
         return _filled(self._prometheus.core.CounterMetricFamily, *arguments)
+
+
+def launcher_restarts() -> dict[str, int]:
+    """Return how often each launcher has started this job again."""
+    return {by: int(os.environ.get(name) or 0) for by, name in _LAUNCHERS.items()}
 
 
 def _filled(

@@ -1,16 +1,23 @@
-"""Progress of a run: a live bar on a terminal, a plain line every few seconds elsewhere, nothing on other ranks."""
+"""Progress of a run: a bar or a live view on a terminal, plain lines elsewhere, nothing on other ranks."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from dataclasses import dataclass
-from typing import Protocol, TextIO
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 5.0
+_PHASE = "kfac/seconds/"
+_CLIP = "kl_scale"
+
+LastSaved = Callable[[], float | None]
+"""Tells when the newest checkpoint was complete, in seconds since 1970; None while there is none."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,12 @@ class Status:
         samples_per_second: Over all ranks.
         seconds: Training time so far.
         damping: K-FAC's λ; None without K-FAC.
+        learning_rate: Of the last step; None where a solver finds its length.
+        epoch: Passes over the data that are complete.
+        skipped: Steps since the last logged one that were not taken.
+        clips: What the KL clip multiplied the last step by, by player; a run that is no game has the player "".
+        failed_inversions: Units that rank 0 could not solve so far.
+        phase_seconds: Seconds that rank 0 has spent in each phase of K-FAC's steps so far.
     """
 
     step: int
@@ -30,6 +43,30 @@ class Status:
     samples_per_second: float
     seconds: float
     damping: float | None = None
+    learning_rate: float | None = None
+    epoch: int = 0
+    skipped: int = 0
+    clips: Mapping[str, float] = field(default_factory=dict)
+    failed_inversions: int = 0
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """Return the status that a record of `metrics.jsonl` tells of; a loss that it leaves out is NaN."""
+        clips = {name.removeprefix("kfac/"): value for name, value in record.items() if name.endswith(f"/{_CLIP}")}
+        return cls(
+            step=record["step"],
+            loss=record.get("loss", math.nan),
+            samples_per_second=record["samples_per_second"],
+            seconds=record["seconds"],
+            damping=record.get("kfac/damping"),
+            learning_rate=record.get("lr"),
+            epoch=record["epoch"],
+            skipped=record["skipped"],
+            clips={name.removesuffix(_CLIP).rstrip("/"): value for name, value in clips.items()},
+            failed_inversions=record.get("kfac/failed_inversions", 0),
+            phase_seconds={n.removeprefix(_PHASE): value for n, value in record.items() if n.startswith(_PHASE)},
+        )
 
     def describe(self) -> str:
         """Return loss, damping and speed in one phrase."""
@@ -40,11 +77,17 @@ class Status:
 class ProgressDisplay(Protocol):
     """Shows where a run stands; called on logged steps only."""
 
-    def start(self, name: str, total_steps: int, first_step: int) -> None:
+    def start(self, name: str, total_steps: int, first_step: int, last_saved: LastSaved) -> None:
         """Begin a run that has done `first_step` of `total_steps` steps."""
 
     def update(self, status: Status) -> None:
         """Show a new status."""
+
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show figures of the test data, by name."""
+
+    def went_back(self, step: int, why: str) -> None:
+        """Show that the run goes on from an earlier step."""
 
     def note(self, line: str) -> None:
         """Show one line of text that stays."""
@@ -56,10 +99,16 @@ class ProgressDisplay(Protocol):
 class SilentProgress:
     """Shows nothing: ranks other than 0, and quiet runs."""
 
-    def start(self, name: str, total_steps: int, first_step: int) -> None:
+    def start(self, name: str, total_steps: int, first_step: int, last_saved: LastSaved) -> None:
         """Show nothing."""
 
     def update(self, status: Status) -> None:
+        """Show nothing."""
+
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show nothing."""
+
+    def went_back(self, step: int, why: str) -> None:
         """Show nothing."""
 
     def note(self, line: str) -> None:
@@ -83,7 +132,7 @@ class LineProgress:
         self._next = 0.0
         self._name, self._total, self._first, self._started = "", 0, 0, 0.0
 
-    def start(self, name: str, total_steps: int, first_step: int) -> None:
+    def start(self, name: str, total_steps: int, first_step: int, last_saved: LastSaved) -> None:
         """Remember the run's length."""
         self._name, self._total, self._first = name, total_steps, first_step
         self._started = time.monotonic()
@@ -98,6 +147,14 @@ class LineProgress:
         done = status.step - self._first
         left = (self._total - status.step) * (now - self._started) / done if done else 0.0
         self.note(f"{self._name}  step {status.step}/{self._total}  {status.describe()}  {duration(left)} left")
+
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Print a line."""
+        self.note(evaluation_line(step, figures))
+
+    def went_back(self, step: int, why: str) -> None:
+        """Print a line."""
+        self.note(why)
 
     def note(self, line: str) -> None:
         """Print a line."""
@@ -119,7 +176,7 @@ class TerminalProgress:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
-    def start(self, name: str, total_steps: int, first_step: int) -> None:
+    def start(self, name: str, total_steps: int, first_step: int, last_saved: LastSaved) -> None:
         """Show an empty bar, or that of a resumed run."""
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -139,6 +196,14 @@ class TerminalProgress:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=status.step, status=status.describe())
 
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Print a line above the bar."""
+        self.note(evaluation_line(step, figures))
+
+    def went_back(self, step: int, why: str) -> None:
+        """Print a line above the bar."""
+        self.note(why)
+
     def note(self, line: str) -> None:
         """Print a line above the bar."""
         self._console.print(line, highlight=False, markup=False)
@@ -150,12 +215,9 @@ class TerminalProgress:
         self._progress = self._task = None
 
 
-def build_progress(*, rank: int, quiet: bool) -> ProgressDisplay:
-    """Choose the display of a process: rank 0's, unless it is to be quiet."""
-    if rank != 0 or quiet:
-        return SilentProgress()
-    console = Console()
-    return TerminalProgress(console) if console.is_terminal else LineProgress()
+def evaluation_line(step: int, figures: Mapping[str, float]) -> str:
+    """Return what an evaluation found as `step 20: test loss 1.5, accuracy 0.97`."""
+    return f"step {step}: test " + ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
 
 
 def duration(seconds: float) -> str:

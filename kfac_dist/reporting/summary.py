@@ -25,6 +25,7 @@ class RunSummary:
         note: Why there are no final values.
         scores: Further figures of the test data, by name; empty where its data brings none, or the run diverged.
         evaluated: Name of what stands for the loss.
+        references: Figures of the test data alone, such as the score of real samples.
     """
 
     name: str
@@ -37,6 +38,7 @@ class RunSummary:
     note: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     evaluated: str = "loss"
+    references: dict[str, float] = field(default_factory=dict)
 
     @property
     def milliseconds_per_step(self) -> float:

@@ -27,12 +27,14 @@ class Evaluation:
         loss: Mean loss, or what `Loss.evaluated` says.
         metric: Mean of the task's figure, `Loss.metric`.
         scores: Further figures, by the data's own `Score`.
+        references: Figures of the data alone, that the others are to be seen beside: the same at every evaluation.
         pictures: Samples to be looked at, `[n, ...]`; None where a task makes none.
     """
 
     loss: float
     metric: float
     scores: dict[str, float] = field(default_factory=dict)
+    references: dict[str, float] = field(default_factory=dict)
     pictures: Tensor | None = None
 
 

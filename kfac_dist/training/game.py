@@ -176,7 +176,7 @@ class Referee:
         return Evaluation(
             loss=frechet(made, real, judge.classes),
             metric=score(made, judge.classes),
-            scores={"real_score": score(real, judge.classes), "judge_accuracy": game.judge_accuracy},
+            references={"real_score": score(real, judge.classes), "judge_accuracy": game.judge_accuracy},
             pictures=shown.cpu(),
         )
 

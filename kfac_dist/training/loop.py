@@ -10,9 +10,8 @@ Where gradients and weights are is the engine's business: the loop is the same u
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,25 +25,24 @@ from kfac_dist.errors import CheckpointError
 from kfac_dist.optimizers import set_learning_rate
 from kfac_dist.optimizers.variance import RelativeVariance
 from kfac_dist.preconditioner.kfac import KFAC
-from kfac_dist.reporting.progress import Status
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import Source, StepBatch
 from kfac_dist.training.checkpoint import Checkpoint
-from kfac_dist.training.curvature_log import CurvatureLog
-from kfac_dist.training.diagnosis import blame_data
 from kfac_dist.training.divergence import DivergedError as DivergedError
-from kfac_dist.training.divergence import Guard, Recovery, Verdict
+from kfac_dist.training.divergence import Guard, Verdict
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
 from kfac_dist.training.game import GamePasses, Referee
+from kfac_dist.training.logbook import Logbook
 from kfac_dist.training.metrics import peak_memory_bytes
 from kfac_dist.training.outputs import Outputs as Outputs
 from kfac_dist.training.preemption import Preempted, Preemption
 from kfac_dist.training.run_state import capture_state, restore_state
 from kfac_dist.training.sampler import Position
 from kfac_dist.training.setup import Parts
+from kfac_dist.training.skips import Skips
 from kfac_dist.training.step import Passes, TermCounts
-from kfac_dist.training.variance import relative_variances, variance_metrics
-from kfac_dist.training.window import Stopwatch, Window, WindowTotals
+from kfac_dist.training.variance import relative_variances
+from kfac_dist.training.window import Stopwatch, Window
 
 
 class Trainer:
@@ -78,16 +76,9 @@ class Trainer:
         self._saved_moment = time.monotonic()
         self._guard = Guard(parts.engine, communicator, self._device)
         self._passes = self._build_passes()
-        self._recovery = Recovery()
-        self._diverged = ""
+        self._skips = Skips(config, parts, communicator, self._guard, outputs.progress.note)
+        self._logbook = Logbook(config, parts, outputs, self._standing)
         self._batches = parts.stream.steps(self.position)
-        self._curvature: CurvatureLog | None = None
-        if parts.kfac is not None:
-            for kfac in parts.kfacs:
-                kfac.phases.enabled = True
-            self._curvature = CurvatureLog(
-                parts.kfac, outputs.writer, config.metrics.spectra, parts.total_steps, self._standing
-            )
 
     def train(self) -> None:
         """Run the steps that are left.
@@ -172,7 +163,7 @@ class Trainer:
             "offset": self.position.offset,
             "seconds": self.stopwatch.seconds,
             "world_size": self.communicator.size,
-            "skips": {"row": self._guard.row, **self._recovery.facts()},
+            "skips": self._skips.facts(),
             "config": self.outputs.configuration,
         }
         own = self._own_state() if unforeseen else {}
@@ -208,9 +199,7 @@ class Trainer:
         self.step = self._saved_at = checkpoint.step
         self.position = Position(facts["epoch"], facts["offset"], checkpoint.step)
         self.stopwatch = Stopwatch(facts["seconds"])
-        row, self._recovery = _skips_of(facts)
-        self._guard.restore(row)
-        self._set_damping()
+        self._skips.restore(facts["skips"])
         self._begin_window()
         if own:
             self._restore_own(own, facts["window"])
@@ -262,8 +251,7 @@ class Trainer:
             self.position = batch.after
 
     def _take_step(self, batch: StepBatch) -> None:
-        if self._curvature is not None:
-            self._curvature.ask(self.step)
+        self._logbook.ask(self.step)
         stepper = self.parts.stepper
         if stepper is None:
             set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
@@ -327,110 +315,38 @@ class Trainer:
 
     def _go_back(self) -> None:
         """Continue from the newest checkpoint, with more damping; collective."""
-        checkpoints, failed_at, recovery = self.outputs.checkpoints, self.step, self._recovery
+        checkpoints, failed_at, skips = self.outputs.checkpoints, self.step, self._skips
         self._settle_writes()
-        newest = checkpoints.newest() if recovery.rollbacks < self.config.train.divergence.rollbacks else None
+        newest = checkpoints.newest() if skips.may_go_back else None
         if newest is None:
-            raise DivergedError(self._diverged)
+            raise DivergedError(skips.reason)
         checkpoints.set_aside(newest.step)
+        failed = skips.recovery
         self.restore(newest)
-        recovery.went_back(self._recovery, self.config.train.divergence, self.step)
-        self._recovery = recovery
-        self._set_damping(refresh=True)
+        skips.went_back(failed, self.step)
         self._batches = self.parts.stream.steps(self.position)
-        if self.outputs.writer is not None:
-            self.outputs.writer.rewind(self.step)
-        self.outputs.progress.note(f"step {failed_at}: {self._diverged}; back to {newest.path}")
-
-    def _set_damping(self, *, refresh: bool = False) -> None:
-        if self.parts.kfac is not None:
-            self.parts.kfac.multiply_damping(self._recovery.damping_factor, refresh=refresh)
+        self._logbook.went_back(self.step, f"step {failed_at}: {skips.reason}; back to {newest.path}")
 
     def _log(self) -> Verdict:
         totals = self._window.close(self.communicator, lambda: self.stopwatch.seconds - self._window_began)
         self._window_began = self.stopwatch.seconds
         positions, self._window_positions = self._window_positions, []
-        done = self.step - 1  # the step whose learning rate is shown
-        verdict = Verdict.GO_ON
-        if totals.first_bad is not None:
-            verdict = self._judge_skips(totals, positions)
-        elif self._recovery.damping_factor > 1:
-            verdict = self._judge(skipped=0, row=0)
+        verdict = self._skips.judge(totals, self.step, positions)
         record = {
             "step": self.step,
             "epoch": self.position.epoch,
             "loss": totals.loss,
-            "lr": self._learning_rate(done),
+            "lr": self._learning_rate(self.step - 1),  # of the step that was taken last
             "samples_per_second": totals.samples_per_second,
             "seconds": self.stopwatch.seconds,
             "memory_bytes": peak_memory_bytes(self._device),
             "skipped": totals.skipped,
         }
-        record |= self._passes.figures()
-        if self.parts.kfac is not None:
-            record |= {f"kfac/{name}": value for name, value in self.parts.kfac.metrics().items()}
-            record |= {f"kfac/seconds/{phase}": value for phase, value in self.parts.phase_seconds().items()}
-        if self.parts.stepper is not None:
-            record |= {f"solver/{name}": value for name, value in self.parts.stepper.metrics().items()}
-        if self.outputs.writer is not None:
-            # NaN is no JSON: a window of nothing but skipped steps has no loss.
-            self.outputs.writer.write({name: value for name, value in record.items() if value == value})
-        if self._curvature is not None:
-            self._curvature.write(record["kfac/refreshes"])
-        if self.outputs.monitor is not None:
-            self.outputs.monitor.logged(record, totals.skipped)
-        damping = record.get("kfac/damping")
-        self.outputs.progress.update(
-            Status(self.step, totals.loss, totals.samples_per_second, self.stopwatch.seconds, damping)
-        )
-        return verdict
-
-    def _judge_skips(self, totals: WindowTotals, positions: Sequence[Position]) -> Verdict:
-        """Say what went wrong in a window, and decide what follows; collective.
-
-        Raises:
-            DataError: The samples of the first bad step aren't finite.
-            DivergedError: The loss isn't finite, though the step was taken.
-        """
-        assert totals.first_bad is not None
-        place, loss = totals.first_bad
-        step = self.step - len(positions) + place
-        blame_data(self.parts.stream, positions[place], step + 1, self.communicator)
-        what = f"the training loss is {loss}" if not math.isfinite(loss) else "gradients are not finite"
-        remedy = "lower optimizer.lr, raise kfac.inversion.damping, or lower kfac.update.kl_clip"
-        if self.parts.stepper is not None:
-            remedy = "raise kfac.inversion.damping"
-        self._diverged = f"{what} at step {step + 1}, learning rate {self._learning_rate(step):g}: {remedy}"
-        if not totals.skipped:
-            raise DivergedError(self._diverged)
-        verdict = self._judge(totals.skipped, self._guard.row)
-        self.outputs.progress.note(f"step {self.step}: {totals.skipped} steps skipped, the first because {what}")
-        return verdict
-
-    def _judge(self, skipped: int, row: int) -> Verdict:
-        config = self.config
-        verdict = self._recovery.judge(
-            config.train.divergence,
-            step=self.step,
-            skipped=skipped,
-            row=row,
-            calm=2 * config.kfac.inversion.inverse_every,
-            last=self.step == self.parts.total_steps,
-        )
-        self._set_damping(refresh=skipped > 0)
+        self._logbook.logged(record | self._passes.figures(), totals.skipped)
         return verdict
 
     def _log_evaluation(self) -> None:
-        result = self.evaluate(self.parts.test)
-        variances = self.relative_variances()
-        if self.outputs.writer is not None:
-            record = {"step": self.step, "test_loss": result.loss, "test_metric": result.metric}
-            scores = {f"score/{name}": value for name, value in result.scores.items()}
-            self.outputs.writer.write(record | scores | variance_metrics(variances))
-        figures = {self.parts.loss.metric: result.metric, **result.scores}
-        said = ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
-        self.outputs.progress.note(f"step {self.step}: test {self.parts.loss.evaluated} {result.loss:.5g}, {said}")
-        self.show(result)
+        self._logbook.evaluated(self.step, self.evaluate(self.parts.test), self.relative_variances())
 
     def relative_variances(self) -> dict[str, RelativeVariance]:
         """Return how noisy each parameter's gradient is, if that is wanted and the optimizer knows it; collective."""
@@ -440,8 +356,7 @@ class Trainer:
 
     def show(self, result: Evaluation) -> None:
         """Write the pictures of an evaluation at the current step, if there are any."""
-        if self.outputs.writer is not None and result.pictures is not None:
-            self.outputs.writer.write_pictures(self.step, result.pictures)
+        self._logbook.show(self.step, result)
 
     def _paused(self, action: Callable[[], None]) -> None:
         with self._standing():
@@ -463,9 +378,3 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         return value_at(self.config.learning_rate, step, self.parts.total_steps)
-
-
-def _skips_of(facts: dict[str, Any]) -> tuple[int, Recovery]:
-    """Return what a checkpoint says of skipped steps."""
-    recovery = dict(facts["skips"])
-    return recovery.pop("row"), Recovery(**recovery)

@@ -95,7 +95,7 @@ class MetricsWriter:
                 self._board.close()
 
     def _line(self, name: str, record: dict[str, Any]) -> None:
-        self._streams[name].write(json.dumps(record) + "\n")
+        self._streams[name].write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._streams[name].flush()
 
     @contextmanager
@@ -104,6 +104,18 @@ class MetricsWriter:
             yield
         except OSError as error:
             self.failure = KFACError(f"can't write {self._directory / name}: {error.strerror}")
+
+
+def _finite(value: Any) -> Any:
+    """Return a record with null in place of NaN and infinities, which JSON hasn't: a condition number may be one."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {name: _finite(part) for name, part in value.items()}
+        case list() | tuple():
+            return [_finite(part) for part in value]
+    return value
 
 
 def _continued(path: Path, last_step: int) -> TextIO:

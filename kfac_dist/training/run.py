@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -32,17 +33,21 @@ from kfac_dist.distributed.watch import Watch
 from kfac_dist.errors import CheckpointError, ConfigError
 from kfac_dist.reporting.curves import Curve, draw_losses
 from kfac_dist.reporting.exporter import Exporter
-from kfac_dist.reporting.progress import ProgressDisplay, build_progress
+from kfac_dist.reporting.live import build_progress
+from kfac_dist.reporting.progress import ProgressDisplay
 from kfac_dist.reporting.run_file import RunFile
 from kfac_dist.reporting.summary import RunSummary, result_table
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints, read_manifest
 from kfac_dist.training.loop import DivergedError, Outputs, Trainer
 from kfac_dist.training.metrics import MetricsWriter, read_metrics
-from kfac_dist.training.monitor import Monitor
+from kfac_dist.training.monitor import Monitor, last_saved
 from kfac_dist.training.preemption import Preempted, StopSignals
 from kfac_dist.training.setup import build_parts
 from kfac_dist.training.variance import describe_variances, write_variances
+
+# Of a result table that no terminal shows: a file has room for all of its columns.
+PIPE_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -77,18 +82,19 @@ class Session:
         return self.communicator.rank == 0
 
 
-def train(config: Config, *, compare: bool = False, quiet: bool = False) -> TrainResult:
+def train(config: Config, *, compare: bool = False, quiet: bool = False, live: bool = False) -> TrainResult:
     """Train as configured; called by every rank.
 
     Args:
         config: The run, resolved (`kfac_dist.config.load.resolve`).
         compare: Train each optimizer under `compare` too, without K-FAC, on the same data from the same weights.
         quiet: Show no progress.
+        live: Show progress as a view of its curves, phases and counts, where standard output is a terminal.
 
     Raises:
         KFACError: The run can't start or go on; every rank raises.
     """
-    with _session(config, quiet=quiet) as session:
+    with _session(config, quiet=quiet, live=live) as session:
         directory = Path(config.run.directory) / config.run.name
         with agreed(session.communicator, what=f"can't prepare {directory}"):
             if session.leads:
@@ -104,10 +110,10 @@ def train(config: Config, *, compare: bool = False, quiet: bool = False) -> Trai
 
 
 @contextmanager
-def _session(config: Config, *, quiet: bool) -> Iterator[Session]:
+def _session(config: Config, *, quiet: bool, live: bool) -> Iterator[Session]:
     with bootstrap(config.run.device, config.run.timeout_seconds) as world:
         communicator = build_communicator(config.run.timeout_seconds)
-        progress = build_progress(rank=world.rank, quiet=quiet)
+        progress = build_progress(rank=world.rank, quiet=quiet, live=live, run=config.run.name)
         progress.note(world.describe())
         try:
             watch = Watch(world.store, world.rank, world.world_size)
@@ -184,7 +190,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
                 session.progress.note(f"{name}: resumed from {start.path}")
             with agreed(session.communicator, what=f"can't write {directory}"):
                 record.running(parts.total_steps)
-            session.progress.start(name, parts.total_steps, trainer.step)
+            session.progress.start(name, parts.total_steps, trainer.step, lambda: last_saved(checkpoints.directory))
             trainer.train()
         summary = _summarize(name, trainer)
         variances = trainer.relative_variances()
@@ -215,6 +221,7 @@ def _train_compared(
             "kfac": config.kfac.without_solver().model_copy(update={"enabled": False}),
             "checkpoint": config.checkpoint.model_copy(update={"resume": resume}),
             "compare": {},
+            "game": config.game and config.game.without_damping(),
         }
     )
     own = directory / f"compare-{name}"
@@ -273,6 +280,7 @@ def _summarize(name: str, trainer: Trainer) -> RunSummary:
         metric=trainer.parts.loss.metric,
         metric_value=test.metric,
         scores=test.scores,
+        references=test.references,
         evaluated=trainer.parts.loss.evaluated,
     )
 
@@ -292,7 +300,7 @@ def _report(config: Config, runs: list[RunSummary], directory: Path, progress: P
     (directory / "result.json").write_text(json.dumps([_plain(run) for run in runs], indent=2) + "\n")
     curves = [_curve(run.name, folder) for run, folder in zip(runs, folders, strict=True)]
     draw_losses(curves, directory / "loss.png", config.run.name)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     console.print(result_table(f"{config.run.name}: {directory}", runs))
 
 

@@ -12,11 +12,14 @@ from kfac_dist.reporting.progress import (
     SilentProgress,
     Status,
     TerminalProgress,
-    build_progress,
     duration,
 )
 
 STATUS = Status(step=50, loss=1.23456789, samples_per_second=12345.6, seconds=2.0, damping=0.003)
+
+
+def _never() -> None:
+    """No checkpoint has been saved."""
 
 
 def test_a_status_says_loss_damping_and_speed() -> None:
@@ -27,7 +30,7 @@ def test_a_status_says_loss_damping_and_speed() -> None:
 def test_plain_lines_come_at_intervals_and_at_the_end() -> None:
     stream = io.StringIO()
     progress = LineProgress(stream, every_seconds=1000)
-    progress.start("kfac", 100, 0)
+    progress.start("kfac", 100, 0, _never)
     for step in (50, 60, 100):
         progress.update(Status(step, 2.0, 10.0, 1.0))
     progress.stop()
@@ -40,26 +43,29 @@ def test_plain_lines_come_at_intervals_and_at_the_end() -> None:
 def test_a_terminal_shows_a_bar_with_the_time_left() -> None:
     stream = io.StringIO()
     progress = TerminalProgress(Console(file=stream, force_terminal=True, width=120))
-    progress.start("kfac", 100, 0)
+    progress.start("kfac", 100, 0, _never)
     progress.update(STATUS)
     progress.note("resumed [from] here")
+    progress.evaluated(50, {"loss": 2.5, "accuracy": 0.5})
+    progress.went_back(20, "back to 20")
     progress.stop()
     progress.stop()
     shown = stream.getvalue()
     assert "50/100" in shown
     assert "damping 0.003" in shown
     assert "left" in shown
-    assert "resumed [from] here" in shown
+    for line in ("resumed [from] here", "step 50: test loss 2.5, accuracy 0.5", "back to 20"):
+        assert line in shown
 
 
-def test_only_rank_zero_speaks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert isinstance(build_progress(rank=0, quiet=False), LineProgress)
-    for progress in (build_progress(rank=1, quiet=False), build_progress(rank=0, quiet=True)):
-        assert isinstance(progress, SilentProgress)
-        progress.start("a", 1, 0)
-        progress.update(STATUS)
-        progress.note("line")
-        progress.stop()
+def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = SilentProgress()
+    progress.start("a", 1, 0, _never)
+    progress.update(STATUS)
+    progress.evaluated(1, {"loss": 1.0})
+    progress.went_back(1, "why")
+    progress.note("line")
+    progress.stop()
     assert capsys.readouterr().out == ""
 
 

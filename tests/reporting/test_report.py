@@ -54,6 +54,14 @@ def test_the_page_has_everything_inside(run_directory: Path, tmp_path: Path) -> 
     assert "early_refresh: 10" in body  # the resolved configuration
 
 
+def test_an_infinite_condition_is_a_gap(run_directory: Path) -> None:
+    run = read_run(run_directory)[0]
+    run.readings[0]["factors"][0]["condition"] = None  # as `curvature.jsonl` has it
+    figure = json.loads(charts.conditions(run).to_json())
+    assert figure["data"][0]["y"][0] is None
+    assert all(value > 1 for value in figure["data"][0]["y"][1:])
+
+
 def test_what_is_no_run_is_told(run_directory: Path, tmp_path: Path) -> None:
     ended = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert ended.exit_code == 2

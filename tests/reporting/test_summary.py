@@ -47,3 +47,14 @@ def test_the_main_score_has_a_column() -> None:
 def test_a_diverged_run_says_so() -> None:
     shown = _shown(KFAC, RunSummary("sgd", 30, 0.1, None, None, "accuracy", None, note="diverged"))
     assert "diverged" in shown
+
+
+def test_a_game_has_no_column_of_constants_and_fits_a_terminal() -> None:
+    game = replace(
+        KFAC, metric="classifier score", evaluated="Fréchet distance", references={"real_score": 9.7, "accuracy": 0.99}
+    )
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(result_table("title", [game]))
+    assert "real" not in stream.getvalue()
+    assert "…" not in stream.getvalue()
+    assert max(len(line) for line in stream.getvalue().splitlines()) <= 80
