@@ -34,7 +34,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from kfac_dist.curvature.autograd import below_view, checkpointed_region, in_backward
 from kfac_dist.curvature.blocks import Block, Use
-from kfac_dist.curvature.blocks.base import Handle
+from kfac_dist.curvature.blocks.uses import Handle
 from kfac_dist.curvature.broadcast import Samples, consumers_of, expand, samples_of
 from kfac_dist.errors import ModelError
 

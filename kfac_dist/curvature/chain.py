@@ -17,15 +17,9 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import KFACConfig, Structure
 from kfac_dist.curvature.blocks import Block, Coverage, MicroBatch, Use, find_blocks
-from kfac_dist.curvature.blocks.base import (
-    KroneckerBlock,
-    StatisticsSink,
-    loss_terms,
-    sample,
-    shared_rows,
-    unscale,
-)
+from kfac_dist.curvature.blocks.base import KroneckerBlock, StatisticsSink
 from kfac_dist.curvature.blocks.linear import LinearBlock
+from kfac_dist.curvature.blocks.rows import loss_terms, sample, shared_rows, unscale
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side, Unit
 from kfac_dist.curvature.precondition import Group
 from kfac_dist.curvature.tridiagonal import ChainLink, apply_inverse

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schema import LossTerms, Sharing
-from kfac_dist.curvature.blocks.base import KroneckerBlock, MicroBatch, Use, loss_terms, sample, unscale
+from kfac_dist.curvature.blocks.base import KroneckerBlock
+from kfac_dist.curvature.blocks.rows import MicroBatch, loss_terms, sample, unscale
+from kfac_dist.curvature.blocks.uses import Use
 
 # Values of a temporary: per-sample gradients, or the patches of a convolution.
 _VALUES = 2**22

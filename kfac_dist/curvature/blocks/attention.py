@@ -21,14 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kfac_dist.config.schema import Sharing
-from kfac_dist.curvature.blocks.base import (
-    Handle,
-    KroneckerBlock,
-    Recorder,
-    batch_first,
-    dense,
-    weight_and_bias_views,
-)
+from kfac_dist.curvature.blocks.base import KroneckerBlock, dense, weight_and_bias_views
+from kfac_dist.curvature.blocks.rows import batch_first
+from kfac_dist.curvature.blocks.uses import Handle, Recorder
 from kfac_dist.curvature.factors import Side
 
 

@@ -1,166 +1,25 @@
 """What a block is: one layer's share of the Fisher, and how its tensors map to the one layout.
 
 A layer type joins by one small class that says how its input and its output gradient become rows, and how its
-parameters fill the gradient matrix; everything else (sharing, sampling, scales, counts) is common to all of them.
+parameters fill the gradient matrix; everything else (sharing, sampling, scales, counts) is common to all of them:
+`uses` and `rows`.
 """
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.config.schema import LossTerms, Sharing
-from kfac_dist.curvature.classes import Classes, Members
+from kfac_dist.config.schema import Sharing
+from kfac_dist.curvature.blocks.rows import MicroBatch, loss_terms, sample, shared_rows, unscale
+from kfac_dist.curvature.blocks.uses import Handle, Recorder, Use
+from kfac_dist.curvature.classes import Members
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Heads, Side
 from kfac_dist.errors import ModelError
-
-
-class Handle(Protocol):
-    """What takes a hook off."""
-
-    def remove(self) -> None:
-        """Take it off."""
-
-
-class Use:
-    """One call of a layer in a forward pass: its input, and its output gradient once backward has brought it.
-
-    Args:
-        source: The module whose call it was.
-        shape: Shape of the output.
-        arrange: Brings the gradient of the recorded output to that of the layer's own output, batch first.
-
-    Attributes:
-        grad: Gradient of the loss with respect to the layer's output; None until it arrives.
-        edge: The output's place in the autograd graph, for backward passes of K-FAC's own.
-    """
-
-    def __init__(
-        self, source: nn.Module, shape: torch.Size, *, arrange: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self.source = source
-        self.shape = shape
-        self.grad: Tensor | None = None
-        self.edge: torch.autograd.graph.GradientEdge | None = None
-        self._arrange = arrange
-        self._inputs: Tensor | None = None
-        self._version = 0
-
-    @property
-    def inputs(self) -> Tensor:
-        """The layer's input as it was passed (under autocast: as autograd keeps it), detached."""
-        assert self._inputs is not None
-        return self._inputs
-
-    @property
-    def measurable(self) -> bool:
-        """Whether input and gradient are both there."""
-        return self.grad is not None and self._inputs is not None
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing has written into the input since."""
-        return self.inputs.is_inference() or self.inputs._version == self._version
-
-    def keep(self, inputs: Tensor) -> None:
-        """Take the input."""
-        self._inputs = inputs.detach()
-        self._version = 0 if inputs.is_inference() else inputs._version
-
-    def take(self, grad: Tensor) -> None:
-        """Add a gradient that has come back to the output."""
-        grad = grad if self._arrange is None else self._arrange(grad)
-        self.grad = grad if self.grad is None else self.grad + grad
-
-    def with_gradient(self, grad: Tensor) -> Use:
-        """Return the same call with one gradient, for passes that send several."""
-        use = copy.copy(self)
-        use.grad = None
-        use.take(grad)
-        return use
-
-    def part(self, samples: slice) -> Use:
-        """Return the same call as if the layer had seen some of the samples only; they come first in its tensors."""
-        use = copy.copy(self)
-        use._inputs = self.inputs[samples]
-        use.grad = None if self.grad is None else self.grad[samples]
-        return use
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What a block has to know about the micro-batch beyond its own tensors.
-
-    Attributes:
-        loss_terms: What the mean in the loss runs over.
-        batch_size: B, samples that the model was called with; None if the model itself was not called.
-        first_sample: Index of the first of them in the optimizer step's global batch.
-        divisor: Number d by which the sum of the per-term losses was divided, so that ĝ = d·∂L/∂s; None infers n. A
-            tensor when only the device knows it (valid tokens).
-        inverse_scale: What undoes a loss scale: a 0-dim tensor where only the device knows it; None without one.
-        terms: Loss terms of this micro-batch on this rank; None infers them from shapes.
-        stride: One row in `stride` enters the factors.
-        phase: Which one; rotates from measurement to measurement.
-        classes: What the rows' classes follow from, where statistics are kept apart by class.
-    """
-
-    loss_terms: LossTerms = LossTerms.SAMPLE
-    batch_size: int | None = None
-    first_sample: int = 0
-    divisor: float | Tensor | None = None
-    inverse_scale: float | Tensor | None = None
-    terms: float | Tensor | None = None
-    stride: int = 1
-    phase: int = 0
-    classes: Classes | None = None
-
-    def members(self, layer: str, rows: int, *, inputs: bool) -> Members | None:
-        """Return the classes of those of a layer's `rows` that enter the factors; None if they aren't kept apart."""
-        if self.classes is None:
-            return None
-        members = self.classes.members(layer, rows, inputs=inputs)
-        if self.stride == 1:
-            return members
-        return members.kept(lambda values: sample(values.view(1, -1, 1), self).reshape(-1))
-
-    def first_row(self, rows_per_sample: int) -> int:
-        """Return the first local row to keep; a function of global row numbers, so that W doesn't matter."""
-        return (self.phase - self.first_sample * rows_per_sample) % self.stride
-
-
-class Recorder(Protocol):
-    """Where a block's hooks report calls of its layer; implemented by `capture`."""
-
-    @property
-    def watching(self) -> bool:
-        """Whether calls are measured now; hooks that cost something ask first."""
-
-    def record(
-        self,
-        inputs: Tensor,
-        output: Tensor | None,
-        *,
-        source: nn.Module,
-        arrange: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor | None:
-        """Take note of one call.
-
-        Args:
-            inputs: What the layer was given.
-            output: What it returned; None if an exception ended the call (activation checkpointing stops the repeated
-                forward pass of a region so, once it has what it needs).
-            source: The module that was called.
-            arrange: Turns the output's gradient into the layer's own, as a view: columns, order of dimensions.
-
-        Returns:
-            An equivalent of the output for the hook to return in its place, or None to leave the output as it is.
-        """
 
 
 class StatisticsSink(Protocol):
@@ -346,79 +205,6 @@ def as_autocast(inputs: Tensor) -> Tensor:
     if not inputs.is_floating_point() or not torch.is_autocast_enabled(device):
         return inputs
     return inputs.detach().to(torch.get_autocast_dtype(device))
-
-
-def loss_terms(rows: Tensor, batch: MicroBatch) -> float | Tensor:
-    """Return n of one micro-batch for rows `[batch, B, T, d]`: samples, or tokens for token losses."""
-    if batch.loss_terms is LossTerms.SAMPLE:
-        return float(rows.shape[1])
-    return float(rows.shape[1] * rows.shape[2]) if batch.terms is None else batch.terms
-
-
-def unscale(grad: Tensor, terms: float | Tensor, batch: MicroBatch) -> tuple[Tensor, float]:
-    """Return rows and a host factor whose product is ĝ = divisor·∂L/∂s.
-
-    A host number costs nothing: its square scales the Gram matrix. A device number (and with it an AMP loss scale) is
-    multiplied in fp32 before anything is squared.
-    """
-    divisor = terms if batch.divisor is None else batch.divisor
-    if batch.inverse_scale is not None:
-        divisor = batch.inverse_scale * divisor
-    if isinstance(divisor, Tensor):
-        return grad.float() * divisor, 1.0
-    return grad, divisor
-
-
-def batch_first(tensor: Tensor, batch_size: int | None, feature_dims: int = 1) -> Tensor:
-    """Return `[N..., d]` as `[B, T, d]`, finding the samples' dimension by the model's batch size.
-
-    Layers see [B, d], [B, T, d], [T, B, d] or rows already folded to [B·T, d].
-    """
-    if tensor.ndim == feature_dims:
-        tensor = tensor.unsqueeze(0)
-    lead = tensor.shape[: tensor.ndim - feature_dims]
-    features = tensor.shape[tensor.ndim - feature_dims :]
-    rows = lead.numel()
-    if batch_size is None or lead[0] == batch_size or rows % batch_size:
-        return tensor.reshape(lead[0], rows // max(lead[0], 1), *features)
-    if len(lead) > 1 and lead[1] == batch_size:
-        return tensor.transpose(0, 1).reshape(batch_size, rows // batch_size, *features)
-    return tensor.reshape(batch_size, rows // batch_size, *features)
-
-
-def fold_samples(rows: Tensor, batch_size: int | None) -> Tensor:
-    """Return image-like rows `[batch, N, T, d]` as `[batch, B, k·T, d]` when a layer sees N = B·k images.
-
-    A model that folds frames or crops into the batch has them as positions of its samples; the loss has B terms.
-    """
-    batch, found, positions, width = rows.shape
-    if not batch_size or found == batch_size or found % batch_size:
-        return rows
-    return rows.reshape(batch, batch_size, found // batch_size * positions, width)
-
-
-def shared_rows(rows: Sequence[Tensor], sharing: Sharing, *, mean: bool) -> list[Tensor]:
-    """Bring uses `[batch, B, T, d]` to rows `[batch, M, d]` by the weight-sharing setting.
-
-    Expand keeps every position; reduce sums a sample's positions over all uses (means, for activations). Uses that saw
-    different numbers of samples can't be one sample's positions: each is then reduced by itself.
-    """
-    if sharing is Sharing.EXPAND:
-        return [use.flatten(1, 2) for use in rows]
-    if len({use.shape[1] for use in rows}) > 1:
-        return [use.mean(dim=2) if mean else use.sum(dim=2) for use in rows]
-    if len(rows) == 1 and rows[0].shape[2] == 1:
-        return [rows[0].squeeze(2)]
-    total = torch.stack([use.sum(dim=2, dtype=torch.float32) for use in rows]).sum(0)
-    return [total / sum(use.shape[2] for use in rows) if mean else total]
-
-
-def sample(rows: Tensor, batch: MicroBatch) -> Tensor:
-    """Keep every `stride`-th row of `[batch, M, d]`: a view, no copy."""
-    if batch.stride == 1:
-        return rows
-    per_sample = rows.shape[1] // batch.batch_size if batch.batch_size and rows.shape[1] >= batch.batch_size else 1
-    return rows[:, batch.first_row(per_sample) :: batch.stride]
 
 
 def weight_and_bias_views(tensors: Sequence[Tensor], matrix: Tensor) -> list[tuple[Tensor, Tensor]]:

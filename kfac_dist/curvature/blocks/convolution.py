@@ -11,15 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
-from kfac_dist.curvature.blocks.base import (
-    KroneckerBlock,
-    MicroBatch,
-    StatisticsSink,
-    Use,
-    dense,
-    fold_samples,
-    weight_and_bias_views,
-)
+from kfac_dist.curvature.blocks.base import KroneckerBlock, StatisticsSink, dense, weight_and_bias_views
+from kfac_dist.curvature.blocks.rows import MicroBatch, fold_samples
+from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.correlation import correlation_is_cheaper, patch_gram
 from kfac_dist.curvature.factors import Side
 

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
-from kfac_dist.curvature.blocks.base import (
-    Block,
-    MicroBatch,
-    StatisticsSink,
-    Use,
-    batch_first,
-    dense,
-    loss_terms,
-    unscale,
-)
+from kfac_dist.curvature.blocks.base import Block, StatisticsSink, dense
+from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, loss_terms, unscale
+from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.classes import Members
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
 

@@ -8,7 +8,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
-from kfac_dist.curvature.blocks.base import KroneckerBlock, batch_first, dense, weight_and_bias_views
+from kfac_dist.curvature.blocks.base import KroneckerBlock, dense, weight_and_bias_views
+from kfac_dist.curvature.blocks.rows import batch_first
 from kfac_dist.curvature.factors import Side
 
 

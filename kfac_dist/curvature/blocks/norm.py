@@ -16,18 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import LossTerms, Sharing
-from kfac_dist.curvature.blocks.base import (
-    Block,
-    MicroBatch,
-    StatisticsSink,
-    Use,
-    batch_first,
-    dense,
-    fold_samples,
-    loss_terms,
-    sample,
-    unscale,
-)
+from kfac_dist.curvature.blocks.base import Block, StatisticsSink, dense
+from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, fold_samples, loss_terms, sample, unscale
+from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.factors import Side
 from kfac_dist.errors import ModelError
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from kfac_dist.curvature.blocks.base import batch_first
 from kfac_dist.curvature.blocks.norm import NormBlock
+from kfac_dist.curvature.blocks.rows import batch_first
 from kfac_dist.errors import ModelError
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")

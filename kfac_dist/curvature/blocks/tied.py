@@ -20,17 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
-from kfac_dist.curvature.blocks.base import (
-    Block,
-    MicroBatch,
-    StatisticsSink,
-    Use,
-    as_autocast,
-    batch_first,
-    dense,
-    loss_terms,
-    unscale,
-)
+from kfac_dist.curvature.blocks.base import Block, StatisticsSink, as_autocast, dense
+from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, loss_terms, unscale
+from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
 
 # Values of a temporary: the square of output gradients over a vocabulary is as large as the logits themselves.

@@ -17,8 +17,9 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_dist.curvature.blocks.base import Use, fold_samples
 from kfac_dist.curvature.blocks.convolution import ConvolutionBlock, unfold
+from kfac_dist.curvature.blocks.rows import fold_samples
+from kfac_dist.curvature.blocks.uses import Use
 
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 

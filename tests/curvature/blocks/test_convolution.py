@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature import correlation
 from kfac_dist.curvature.blocks import convolution
-from kfac_dist.curvature.blocks.base import MicroBatch, Use
 from kfac_dist.curvature.blocks.convolution import ConvolutionBlock
+from kfac_dist.curvature.blocks.rows import MicroBatch
+from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.factors import Side, units_of
 from kfac_dist.curvature.gram import complete
 from kfac_dist.curvature.statistics import RunningAverages

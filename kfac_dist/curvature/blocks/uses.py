@@ -1,0 +1,111 @@
+"""Calls of a layer: what its hooks report, and what is kept of one until its gradient has come."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Handle(Protocol):
+    """What takes a hook off."""
+
+    def remove(self) -> None:
+        """Take it off."""
+
+
+class Use:
+    """One call of a layer in a forward pass: its input, and its output gradient once backward has brought it.
+
+    Args:
+        source: The module whose call it was.
+        shape: Shape of the output.
+        arrange: Brings the gradient of the recorded output to that of the layer's own output, batch first.
+
+    Attributes:
+        grad: Gradient of the loss with respect to the layer's output; None until it arrives.
+        edge: The output's place in the autograd graph, for backward passes of K-FAC's own.
+    """
+
+    def __init__(
+        self, source: nn.Module, shape: torch.Size, *, arrange: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.source = source
+        self.shape = shape
+        self.grad: Tensor | None = None
+        self.edge: torch.autograd.graph.GradientEdge | None = None
+        self._arrange = arrange
+        self._inputs: Tensor | None = None
+        self._version = 0
+
+    @property
+    def inputs(self) -> Tensor:
+        """The layer's input as it was passed (under autocast: as autograd keeps it), detached."""
+        assert self._inputs is not None
+        return self._inputs
+
+    @property
+    def measurable(self) -> bool:
+        """Whether input and gradient are both there."""
+        return self.grad is not None and self._inputs is not None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has written into the input since."""
+        return self.inputs.is_inference() or self.inputs._version == self._version
+
+    def keep(self, inputs: Tensor) -> None:
+        """Take the input."""
+        self._inputs = inputs.detach()
+        self._version = 0 if inputs.is_inference() else inputs._version
+
+    def take(self, grad: Tensor) -> None:
+        """Add a gradient that has come back to the output."""
+        grad = grad if self._arrange is None else self._arrange(grad)
+        self.grad = grad if self.grad is None else self.grad + grad
+
+    def with_gradient(self, grad: Tensor) -> Use:
+        """Return the same call with one gradient, for passes that send several."""
+        use = copy.copy(self)
+        use.grad = None
+        use.take(grad)
+        return use
+
+    def part(self, samples: slice) -> Use:
+        """Return the same call as if the layer had seen some of the samples only; they come first in its tensors."""
+        use = copy.copy(self)
+        use._inputs = self.inputs[samples]
+        use.grad = None if self.grad is None else self.grad[samples]
+        return use
+
+
+class Recorder(Protocol):
+    """Where a block's hooks report calls of its layer; implemented by `capture`."""
+
+    @property
+    def watching(self) -> bool:
+        """Whether calls are measured now; hooks that cost something ask first."""
+
+    def record(
+        self,
+        inputs: Tensor,
+        output: Tensor | None,
+        *,
+        source: nn.Module,
+        arrange: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor | None:
+        """Take note of one call.
+
+        Args:
+            inputs: What the layer was given.
+            output: What it returned; None if an exception ended the call (activation checkpointing stops the repeated
+                forward pass of a region so, once it has what it needs).
+            source: The module that was called.
+            arrange: Turns the output's gradient into the layer's own, as a view: columns, order of dimensions.
+
+        Returns:
+            An equivalent of the output for the hook to return in its place, or None to leave the output as it is.
+        """
