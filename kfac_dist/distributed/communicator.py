@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.traffic import Traffic
@@ -124,17 +125,21 @@ class SoloCommunicator(Communicator):
         self.device = device or torch.device("cpu")
         self.traffic = traffic or Traffic()
 
-    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:  # noqa: D102
+    @override
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:
         return _Done()
 
-    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:  # noqa: D102
+    @override
+    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:
         return _Done()
 
-    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:  # noqa: D102
+    @override
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:
         output.copy_(input)
         return _Done()
 
-    def all_to_all(  # noqa: D102
+    @override
+    def all_to_all(
         self,
         output: Tensor,
         input: Tensor,
@@ -146,17 +151,21 @@ class SoloCommunicator(Communicator):
         output.copy_(input)
         return _Done()
 
-    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:  # noqa: D102
+    @override
+    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:
         return [value]
 
-    def barrier(self) -> None:  # noqa: D102
+    @override
+    def barrier(self) -> None:
         return
 
-    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:  # noqa: D102
+    @override
+    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:
         group_of(groups, 0, 1)
         return SoloCommunicator(self.traffic, self.device)
 
-    def close(self) -> None:  # noqa: D102
+    @override
+    def close(self) -> None:
         return
 
 

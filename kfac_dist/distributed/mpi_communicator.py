@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from kfac_dist.distributed import cost
 from kfac_dist.distributed.communicator import Communicator, SoloCommunicator, Work, check_splits, group_of
@@ -72,7 +73,8 @@ class MPICommunicator(Communicator):
         chosen = members.Incl(dist.get_process_group_ranks(group or dist.group.WORLD))
         return cls(world.Create_group(chosen), timeout_seconds)
 
-    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:  # noqa: D102
+    @override
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:
         operation = _sum_of(tensor.dtype) if tensor.dtype in HALVES else self._mpi.SUM
         return self._start(
             lambda: self._communicator.Iallreduce(self._mpi.IN_PLACE, _array(tensor), operation),
@@ -83,7 +85,8 @@ class MPICommunicator(Communicator):
             tensor,
         )
 
-    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:  # noqa: D102
+    @override
+    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:
         return self._start(
             lambda: self._communicator.Ibcast(_array(tensor), root),
             f"broadcast of {label} from rank {root}",
@@ -93,7 +96,8 @@ class MPICommunicator(Communicator):
             tensor,
         )
 
-    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:  # noqa: D102
+    @override
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:
         return self._start(
             lambda: self._communicator.Iallgather(_array(input), _array(output)),
             f"all_gather of {label}",
@@ -104,7 +108,8 @@ class MPICommunicator(Communicator):
             output,
         )
 
-    def all_to_all(  # noqa: D102
+    @override
+    def all_to_all(
         self,
         output: Tensor,
         input: Tensor,
@@ -127,7 +132,8 @@ class MPICommunicator(Communicator):
             output,
         )
 
-    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:  # noqa: D102
+    @override
+    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:
         own = np.frombuffer(pickle.dumps(value), np.uint8)
         counts = np.zeros(self.size, np.int64)
         operation, sent = f"gather of {label}", len(own) * (self.size - 1)
@@ -143,10 +149,12 @@ class MPICommunicator(Communicator):
         parts = np.split(everything, np.cumsum(counts)[:-1])
         return [pickle.loads(part.tobytes()) for part in parts]
 
-    def barrier(self) -> None:  # noqa: D102
+    @override
+    def barrier(self) -> None:
         self._wait_for(lambda: self._communicator.Ibarrier(), "barrier", 0)
 
-    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:  # noqa: D102
+    @override
+    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:
         group = group_of(groups, self.rank, self.size)
         # MPI's own split has no deadline: a rank that stays away shows here.
         self.barrier()
@@ -155,7 +163,8 @@ class MPICommunicator(Communicator):
         self._children.append(child)
         return SoloCommunicator(self.traffic, self.device) if len(group) == 1 else child
 
-    def close(self) -> None:  # noqa: D102
+    @override
+    def close(self) -> None:
         for child in self._children:
             child.close()
         self._children.clear()

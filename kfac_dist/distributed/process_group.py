@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from kfac_dist.distributed import cost
 from kfac_dist.distributed.communicator import Communicator, SoloCommunicator, Work, check_splits, group_of
@@ -79,10 +80,12 @@ class TorchCommunicator(Communicator):
         return cls(group, timeout_seconds, destroy=_is_world(ranks))
 
     @property
-    def group(self) -> dist.ProcessGroup | None:  # noqa: D102
+    @override
+    def group(self) -> dist.ProcessGroup | None:
         return self._group
 
-    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:  # noqa: D102
+    @override
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:
         return self._start(
             lambda: dist.all_reduce(tensor, group=self._group, async_op=True),
             f"all_reduce of {label}",
@@ -91,7 +94,8 @@ class TorchCommunicator(Communicator):
             cost.all_reduce_bytes(tensor.nbytes, self.size),
         )
 
-    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:  # noqa: D102
+    @override
+    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:
         return self._start(
             lambda: dist.broadcast(tensor, src=self._ranks[root], group=self._group, async_op=True),
             f"broadcast of {label} from rank {root}",
@@ -100,7 +104,8 @@ class TorchCommunicator(Communicator):
             cost.broadcast_bytes(tensor.nbytes, self.size) if self.rank == root else 0,
         )
 
-    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:  # noqa: D102
+    @override
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:
         return self._start(
             lambda: _all_gather(output, input, group=self._group, async_op=True),
             f"all_gather of {label}",
@@ -109,7 +114,8 @@ class TorchCommunicator(Communicator):
             cost.all_gather_bytes(input.nbytes, self.size),
         )
 
-    def all_to_all(  # noqa: D102
+    @override
+    def all_to_all(
         self,
         output: Tensor,
         input: Tensor,
@@ -130,7 +136,8 @@ class TorchCommunicator(Communicator):
             sent,
         )
 
-    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:  # noqa: D102
+    @override
+    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:
         values: list[Any] = [None] * self.size
         nbytes = len(pickle.dumps(value))
 
@@ -141,13 +148,15 @@ class TorchCommunicator(Communicator):
         self._start(gather, f"gather of {label}", label, nbytes, nbytes * (self.size - 1)).wait()
         return values
 
-    def barrier(self) -> None:  # noqa: D102
+    @override
+    def barrier(self) -> None:
         # A sum, read on the host: on NCCL only that holds the host back, not its barrier's wait.
         flag = torch.zeros(1, device=self.device)
         self.all_reduce(flag, label="barrier").wait()
         flag.item()
 
-    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:  # noqa: D102
+    @override
+    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:
         alone = len(group_of(groups, self.rank, self.size)) == 1
         world = _is_world(self._ranks)
         if world:  # every rank makes every group: at 4096 ranks, a group for each alone would take the start minutes
@@ -159,7 +168,8 @@ class TorchCommunicator(Communicator):
         self._children.append(child)
         return SoloCommunicator(self.traffic, self.device) if alone else child
 
-    def close(self) -> None:  # noqa: D102
+    @override
+    def close(self) -> None:
         for child in self._children:
             child.close()
         self._children.clear()

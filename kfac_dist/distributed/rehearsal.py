@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kfac_dist.distributed import cost
 from kfac_dist.distributed.communicator import Communicator, SoloCommunicator, Work, check_splits, group_of
@@ -80,19 +81,23 @@ class Rehearsal(Communicator):
         self.calls: list[Call] = [] if calls is None else calls
         self.ranks = tuple(range(size) if ranks is None else ranks)
 
-    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:  # noqa: D102
+    @override
+    def all_reduce(self, tensor: Tensor, *, label: str) -> Work:
         sent = cost.all_reduce_bytes(tensor.nbytes, self.size)
         return self._note(Collective.ALL_REDUCE, label, tensor.nbytes, sent)
 
-    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:  # noqa: D102
+    @override
+    def broadcast(self, tensor: Tensor, root: int, *, label: str) -> Work:
         sent = cost.broadcast_bytes(tensor.nbytes, self.size) if root == self.rank else 0
         return self._note(Collective.BROADCAST, label, tensor.nbytes, sent)
 
-    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:  # noqa: D102
+    @override
+    def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> Work:
         sent = cost.all_gather_bytes(input.nbytes, self.size)
         return self._note(Collective.ALL_GATHER, label, output.nbytes, sent)
 
-    def all_to_all(  # noqa: D102
+    @override
+    def all_to_all(
         self,
         output: Tensor,
         input: Tensor,
@@ -106,20 +111,24 @@ class Rehearsal(Communicator):
         received = (sum(output_splits) - output_splits[self.rank]) * output.element_size()
         return self._note(Collective.ALL_TO_ALL, label, max(input.nbytes, output.nbytes), sent, received)
 
-    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:  # noqa: D102
+    @override
+    def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:
         raise NotImplementedError("a rehearsal has nobody to hear from")
 
-    def barrier(self) -> None:  # noqa: D102
+    @override
+    def barrier(self) -> None:
         return
 
-    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:  # noqa: D102
+    @override
+    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:
         own = group_of(groups, self.rank, self.size)
         if len(own) == 1:
             return SoloCommunicator(self.traffic, self.device)
         ranks = [self.ranks[member] for member in own]
         return Rehearsal(list(own).index(self.rank), len(own), ranks=ranks, traffic=self.traffic, calls=self.calls)
 
-    def close(self) -> None:  # noqa: D102
+    @override
+    def close(self) -> None:
         return
 
     def _note(self, kind: Collective, label: str, nbytes: int, sent: int, received: int = 0) -> Work:
