@@ -48,6 +48,10 @@ class GameConfig(Section):
     score_samples: Count = 1000
     grid: Count = 8
 
+    def without_damping(self) -> Self:
+        """Return the same game for players without K-FAC."""
+        return self.model_copy(update={"discriminator": self.discriminator.model_copy(update={"damping_factor": 1.0})})
+
     @model_validator(mode="after")
     def _alignment_needs_an_adjustment(self) -> Self:
         if self.align and not self.adjustment:

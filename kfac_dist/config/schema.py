@@ -240,6 +240,12 @@ class Config(Section):
             )
         if self.kfac.curvature.class_conditional is not None:
             raise ValueError("kfac.curvature.class_conditional needs a loss of class labels, which a game's is not")
+        factor = self.game.discriminator.damping_factor
+        if factor != 1 and not self.kfac.enabled:
+            raise ValueError(
+                f"game.discriminator.damping_factor ({factor}) has no effect without K-FAC: leave it out, or set "
+                "kfac.enabled to true"
+            )
         if self.train.accumulate != 1:
             raise ValueError(
                 f"train.accumulate ({self.train.accumulate}) must be 1 in a game: both players' gradients of the whole "

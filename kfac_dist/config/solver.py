@@ -55,6 +55,15 @@ class CGConfig(Section):
     compare_iterations: Count = 500
 
     @model_validator(mode="after")
+    def _comparisons_have_a_time(self) -> Self:
+        if not self.compare_every and self.compare_iterations != type(self).model_fields["compare_iterations"].default:
+            raise ValueError(
+                f"compare_iterations ({self.compare_iterations}) has no effect while compare_every is 0, which never "
+                "compares: leave it out, or give compare_every a number of steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_moves_the_damping(self) -> Self:
         damping = self.damping
         if self.adapt_every and damping and (damping.kind is not ScheduleKind.CONSTANT or damping.warmup_steps):

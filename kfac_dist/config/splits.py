@@ -54,6 +54,14 @@ class SplitConfig(Section):
         sized = self.inputs is not None or self.outputs is not None
         if (self.by is None) != sized:
             raise ValueError("give per_head, per_group, a number, or a mapping with inputs or outputs: one of them")
+        if sized and all(_is_whole(parts) for parts in (self.inputs, self.outputs)):
+            raise ValueError(
+                "1 part cuts nothing: give inputs or outputs 2 or more, or leave these layers out of splits"
+            )
         if self.heads is not None and self.by is not SplitBy.PER_HEAD:
             raise ValueError("heads has no effect without by: per_head")
         return self
+
+
+def _is_whole(parts: int | tuple[int, ...] | None) -> bool:
+    return parts is None or parts == 1 or (isinstance(parts, tuple) and len(parts) == 1)

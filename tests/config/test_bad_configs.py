@@ -209,6 +209,19 @@ ARGUMENTS = {
         "optimizer.lr.steps (5) must exceed warmup_steps (5)",
     ),
     "warm-up without steps": (["optimizer.lr.warmup_from=0.1"], "optimizer.lr.warmup_from has no effect without"),
+    "a split that cuts nothing": (["kfac.inversion.splits={'layers.*': 1}"], "1 part cuts nothing: give inputs or"),
+    "a split of one side that cuts nothing": (
+        ["kfac.inversion.splits={'layers.*': {outputs: [64]}}"],
+        "1 part cuts nothing: give inputs or outputs 2 or more, or leave these layers out of splits",
+    ),
+    "length of comparisons that never happen": (
+        ["optimizer=null", "kfac.solver=cg", "kfac.cg.compare_iterations=100"],
+        "kfac.cg.compare_iterations (100) has no effect while compare_every is 0, which never compares: leave it out",
+    ),
+    "damping of a player without K-FAC": (
+        ["game={discriminator: {damping_factor: 2.0}}", "loss=adversarial", "kfac.enabled=false"],
+        "game.discriminator.damping_factor (2.0) has no effect without K-FAC: leave it out, or set kfac.enabled to",
+    ),
     "stagger too wide": (["kfac.inversion.stagger=11"], "kfac.inversion.stagger (11) may be at most"),
     "slots and parts": (
         ["kfac.curvature.stagger=5", "kfac.inversion.stagger=12"],
