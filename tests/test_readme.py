@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+import kfac_dist
+from kfac_dist.config import schema
 from kfac_dist.config.schema import CGConfig, EngineConfig, KFACConfig, NewtonConfig
 
 ROOT = Path(__file__).parents[1]
@@ -140,3 +142,16 @@ def test_named_make_targets_exist() -> None:
 
     assert {"train", "test", "setup"} <= named
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in named)
+
+
+def test_the_reference_has_every_public_name_and_section_once() -> None:
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs/reference.md").read_text(), flags=re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    modules = {name for name in listed if (ROOT / f"{name.replace('.', '/')}.py").exists()}
+    objects = {name.rpartition(".")[2] for name in listed} - modules
+    shown = [getattr(schema, name) for name in dir(schema) if not name.startswith("_")]
+    public = [kfac_dist.KFAC, kfac_dist.load_kfac, kfac_dist.save_kfac]
+    sections = [kind for kind in shown if isinstance(kind, type) and issubclass(kind, schema.Section)]
+    for kind in (*public, *sections):
+        if kind is not schema.Section:
+            assert kind.__module__ in modules or kind.__name__ in objects, kind

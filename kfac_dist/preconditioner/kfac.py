@@ -407,11 +407,12 @@ class KFAC:
         pace, cadence = self._pace, self._pace.cadence
         pace.begin(self.steps)
         self._measurement.begin(self.steps, factors=bool(pace.measured), moments=cadence.rescales(self.steps))
+        curvature = self.config.curvature
+        if curvature.decay_ramp and self._moments is not None:
+            self._moments.averages.decay = cadence.moments_decay(self.steps, curvature.decay)
         if pace.measured:
-            if self.config.curvature.decay_ramp:
-                self._averages.decay = cadence.decay(self.steps, self.config.curvature.decay)
-                if self._moments is not None:
-                    self._moments.averages.decay = self._averages.decay
+            if curvature.decay_ramp:
+                self._averages.decay = cadence.decay(self.steps, curvature.decay)
             self._reduction.begin(pace.slots, pace.measured)
 
     def _measure_and_refresh(self) -> None:

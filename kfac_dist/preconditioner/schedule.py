@@ -86,7 +86,11 @@ class Cadence:
         Parts whose turn comes later have been measured once more, in step 0.
         """
         rounds = step // self.factor_every if self.parts == 1 else -(-step // self.factor_every)
-        return min(1 - 1 / (rounds + 1), decay)
+        return _ramped(decay, rounds)
+
+    def moments_decay(self, step: int, decay: float) -> float:
+        """Return the same of EKFAC's second moments, which have measurements of their own, from the step after 0 on."""
+        return _ramped(decay, -(-step // self.rescale_every))
 
     def rescales(self, step: int) -> bool:
         """Whether EKFAC's second moments are measured in this step: whenever factors are, and in between."""
@@ -126,3 +130,8 @@ class Cadence:
     def _regular(self, slot: int) -> int:
         """Return the slot's first regular refresh after step 0."""
         return self._offset(slot) or self.inverse_every
+
+
+def _ramped(decay: float, before: int) -> float:
+    """Return β after so many measurements."""
+    return min(1 - 1 / (before + 1), decay)

@@ -1,6 +1,7 @@
 """What a checkpoint holds, by unit name, so that it loads under any number of ranks and any placement.
 
     step, shares                    steps taken; how many ranks' averages add up to the total
+    refreshes                       how many there have been
     units/<name>/scalars            weight and trace, then weights by class, `[2 + C]`
     units/<name>/sum                the running sum S, or one for each class
     units/<name>/payload            what preconditioning uses now
@@ -89,6 +90,7 @@ def held(parts: Parts) -> dict[str, Any]:
     return {
         "step": torch.tensor(parts.step),
         "shares": torch.tensor(parts.reduction.shares),
+        "refreshes": torch.tensor(parts.refresh.refreshes),
         "units": units,
         **({"diagonal": parts.rest.state_dict()} if parts.rest.names else {}),
         **({} if parts.moments is None else {"moments": parts.moments.held()}),
@@ -122,6 +124,7 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
     parts.adaptation.load_state_dict(values.get("adaptation"))
     scale = float(values["shares"]) / parts.reduction.shares
     holders = parts.refresh.holders
+    parts.refresh.refreshes = int(values["refreshes"])
     parts.refresh.pending.clear()
     coming: dict[int, list[tuple[Unit, Tensor]]] = {}
     for unit in parts.plan.units:

@@ -144,3 +144,26 @@ def test_a_step_that_is_not_taken_leaves_no_trace() -> None:
     run.kfac.discard()
     after = run.kfac._moments.averages.average, run.kfac._moments.averages.scalars
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def quotients(**curvature: Any) -> list[Tensor]:
+    """S/w of a layer after each of three measurements between two of the factors', at unmoved parameters."""
+    inversion = {"solver": "ekfac", "inverse_every": 4, "rescale_every": 1, "early_refresh": 0}
+    run = Run("mlp", {"curvature": {"factor_every": 4, **curvature}, "inversion": inversion})
+    moments, found = run.kfac._moments, []
+    assert moments is not None
+    for step in range(4):
+        run.gradients(step)
+        run.kfac.step()
+        if step:
+            found.append(moments._quotient(moments.plan.units[0]).clone())
+    run.close()
+    return found
+
+
+def test_a_ramped_average_is_the_mean_of_what_was_measured_between_factors_too() -> None:
+    one_by_one = quotients(decay=1e-9)
+    ramped = quotients(decay=0.99, decay_ramp=True)
+    for count in range(1, 4):
+        torch.testing.assert_close(ramped[count - 1], torch.stack(one_by_one[:count]).mean(dim=0))
+    assert not torch.allclose(one_by_one[0], one_by_one[1])

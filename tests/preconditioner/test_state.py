@@ -128,3 +128,13 @@ def test_state_resumes_with_other_slots_and_lag() -> None:
 def test_state_is_weights_only_loadable(tmp_path: Any) -> None:
     torch.save(kfac_for(mlp()).state_dict(), tmp_path / "state.pt")
     kfac_for(mlp()).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_refreshes_are_counted_over_resumes() -> None:
+    config = {"curvature": {"factor_every": 1}, "inversion": {"inverse_every": 2, "early_refresh": 0}}
+    run = Run("mlp", config)
+    run.train(BEFORE)
+    again = resume(config, save(run))
+    assert again.kfac.metrics()["refreshes"] == run.kfac.metrics()["refreshes"] == 4
+    again.train(2, first=BEFORE)
+    assert again.kfac.metrics()["refreshes"] == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -84,3 +86,17 @@ def test_going_back_forgets_what_came_later(tmp_path: Path) -> None:
     writer.write({"step": 2, "loss": 5.0})
     writer.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 5.0)]
+
+
+def test_what_is_not_finite_is_null_and_every_line_strict_json(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 1, "test_loss": math.nan, "score": -math.inf})
+    writer.write_curvature({"step": 1, "factors": ({"condition": math.inf, "spectrum": (None, 2.0)},)}, {})
+    writer.close()
+    for name in ("metrics.jsonl", "curvature.jsonl"):
+        [line] = (tmp_path / name).read_text().splitlines()
+        json.loads(line, parse_constant=refuse)
+    assert read_metrics(tmp_path / "curvature.jsonl")[0]["factors"] == [{"condition": None, "spectrum": [None, 2.0]}]
