@@ -148,7 +148,7 @@ class Dashboard:
         cells = max(4, width - len(said))
         full = round(share * cells)
         done_mark, open_mark = ("=", "-") if ascii_only else ("━", "─")
-        bar = Text(done_mark * full, style="cyan").append(open_mark * (cells - full), style="dim").append(said, "none")
+        bar = Text.assemble((done_mark * full, "cyan"), (open_mark * (cells - full), "dim"), said)
         return [*first, bar]
 
     def _curves(self, width: int, levels: str) -> list[Text]:
