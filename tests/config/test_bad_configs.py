@@ -219,7 +219,7 @@ ARGUMENTS = {
         "kfac.cg.compare_iterations (100) has no effect while compare_every is 0, which never compares: leave it out",
     ),
     "damping of a player without K-FAC": (
-        ["game={discriminator: {damping_factor: 2.0}}", "loss=adversarial", "kfac.enabled=false"],
+        ["game={discriminator: {damping_factor: 2.0}}", "loss.name=adversarial", "kfac.enabled=false"],
         "game.discriminator.damping_factor (2.0) has no effect without K-FAC: leave it out, or set kfac.enabled to",
     ),
     "stagger too wide": (["kfac.inversion.stagger=11"], "kfac.inversion.stagger (11) may be at most"),
