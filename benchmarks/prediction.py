@@ -6,6 +6,7 @@ kind adds is the difference of lower quartiles, as in the calibration: what else
 at intervals 10/100 follows from the three. The planner is asked for the same; the error is predicted / measured − 1.
 
     python -m benchmarks.prediction [--ranks 1 2 4] [--rounds 5] [--out FILE]
+    python -m benchmarks.prediction --again         after a change of the cost model: what was measured stays
 """
 
 from __future__ import annotations
@@ -143,24 +144,44 @@ def _rows(network: nn.Module, blocks: list[Block], inputs: torch.Tensor) -> dict
 
 
 def compared(name: str, strategy: str, size: int, rounds: int, hardware: Hardware) -> dict[str, Any]:
-    workload = MODELS[name]
-    prediction = foretold(workload, strategy, size, hardware)
-    told = {kind: prediction.costs[step].total for kind, step in STEPS.items()}
-    phases = {kind: dict(prediction.costs[step].seconds) for kind, step in STEPS.items()}
-    found, bare = measured(workload, strategy, rounds)
+    found, bare = measured(MODELS[name], strategy, rounds)
+    seconds = {kind: 1000 * value for kind, value in found.items()}
+    return row_of(name, strategy, size, hardware, 1000 * bare, seconds)
+
+
+def row_of(
+    name: str, strategy: str, size: int, hardware: Hardware, bare_ms: float, found: dict[str, float]
+) -> dict[str, Any]:
+    """Predict, and compare with the milliseconds that each kind of step was found to add."""
+    prediction = foretold(MODELS[name], strategy, size, hardware)
+    costs = {kind: prediction.costs[step] for kind, step in STEPS.items()}
+    told = {kind: 1000 * cost.total for kind, cost in costs.items()}
     return {
         "model": name,
         "strategy": strategy,
         "ranks": size,
-        "bare_ms": 1000 * bare,
-        "predicted_ms": 1000 * mean_step(told),
-        "measured_ms": 1000 * mean_step(found),
+        "bare_ms": bare_ms,
+        "predicted_ms": mean_step(told),
+        "measured_ms": mean_step(found),
         "error": mean_step(told) / mean_step(found) - 1,
-        "kinds": {kind: {"predicted_ms": 1000 * told[kind], "measured_ms": 1000 * found[kind]} for kind in STEPS},
+        "kinds": {kind: {"predicted_ms": told[kind], "measured_ms": found[kind]} for kind in STEPS},
         "predicted_phases_ms": {
-            kind: {phase: 1000 * seconds for phase, seconds in own.items()} for kind, own in phases.items()
+            kind: {phase: 1000 * seconds for phase, seconds in cost.seconds.items()} for kind, cost in costs.items()
         },
     }
+
+
+def again(out: Path) -> None:
+    """Predict once more from the calibrations of a file, beside what it has measured."""
+    known = json.loads(out.read_text())
+    machines = known["results"]["calibrations"]
+    rows = []
+    for case in known["results"]["cases"]:
+        found = {kind: values["measured_ms"] for kind, values in case["kinds"].items()}
+        hardware = Hardware.model_validate(machines[str(case["ranks"])])
+        rows.append(row_of(case["model"], case["strategy"], case["ranks"], hardware, case["bare_ms"], found))
+        print(line(rows[-1]))
+    save(rows, machines, known["settings"]["rounds"], out)
 
 
 def run_rank(rank: int, size: int, rendezvous: str, rounds: int, names: list[str], out: Path) -> None:
@@ -200,7 +221,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "prediction.json")
+    parser.add_argument("--again", action="store_true", help="predict once more from the file's calibrations")
     arguments = parser.parse_args()
+    if arguments.again:
+        again(arguments.out)
+        return
     rows: list[dict[str, Any]] = []
     machines = {}
     for size in arguments.ranks:

@@ -30,7 +30,7 @@ from kfac_dist.planning.fixed_costs import fixed_costs
 from kfac_dist.planning.hardware import Hardware, Link
 
 _DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
-_REPEATS = (3, 50)
+_REPEATS = (5, 50)
 # Matrices of a batch, from which follows what each further one costs.
 _BATCH = 4
 _CHUNKS = 8
@@ -51,8 +51,8 @@ class Effort:
         rounds: Steps of each kind for what doesn't depend on sizes.
     """
 
-    sizes: tuple[int, ...] = (2, 16, 32, 64, 128, 256, 512, 1024)
-    bf16_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    sizes: tuple[int, ...] = (2, 17, 33, 65, 128, 129, 256, 257, 512, 513, 1024, 1025)
+    bf16_sizes: tuple[int, ...] = (33, 65, 129, 257, 513)
     moved: tuple[int, ...] = (100_000, 1_000_000, 10_000_000, 100_000_000)
     messages: tuple[int, ...] = (4, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
     seconds: float = 0.1
@@ -64,7 +64,7 @@ class Effort:
         """Return what suits a device."""
         if device.type != "cuda":
             return cls()
-        sizes = (*cls.sizes, 2048, 4096)
+        sizes = (*cls.sizes, 2048, 2049, 4096, 4097)
         return cls(sizes=sizes, bf16_sizes=sizes[2:], messages=(*cls.messages, 100_000_000))
 
 

@@ -133,7 +133,8 @@ class _Alone:
         by_column = {column: work.preconditioning(job, hardware, column) for column in columns}
         self._column = by_column[job.plan.grid.column_of(job.busiest)]
         self._held = job.columns.get(job.plan.grid.column_of(job.busiest), ())
-        self._shapes = len({job.plan.blocks[name].likeness for name in self._held})
+        # Every rank takes up all blocks' results, its column's alone set out from it.
+        self._handled = (len(self._held) + len(job.plan.blocks)) / 2
         self._preconditioning = max(by_column.values(), key=lambda done: done.seconds)
 
     def cost(self, kind: StepKind) -> StepCost:
@@ -144,7 +145,7 @@ class _Alone:
         for call in sent.calls:
             seconds[_phase_of(call.label)] += seconds_of(call, hardware, job.node_size)
         flops = self._column.flops
-        fixed = self._fixed(hardware.preconditioning, self._shapes)
+        fixed = self._fixed(hardware.preconditioning, self._handled)
         seconds["preconditioning"] += self._preconditioning.seconds * self._slower + fixed
         if kind.measured:
             share = self._measured(kind)
@@ -198,8 +199,8 @@ class _Alone:
             nodes[rank // node].append(load)
         return max((work.finishing(own, self._hardware) for own in nodes.values()), default=0.0)
 
-    def _fixed(self, overhead: Overhead, count: int) -> float:
-        """Return what doesn't depend on sizes, of a step that has so many blocks, or shapes of them, to go through."""
+    def _fixed(self, overhead: Overhead, count: float) -> float:
+        """Return what doesn't depend on sizes, of a step that has so many blocks to go through."""
         return (overhead.step + overhead.block * count) * self._slower
 
 

@@ -18,6 +18,14 @@ def test_curves_are_straight_in_logarithms() -> None:
     assert Curve({3: 7.0}).at(1e6) == pytest.approx(7.0)
 
 
+def test_powers_of_two_speak_for_themselves_where_other_sizes_are_known() -> None:
+    cubic = {n: n**3.0 for n in (3, 9, 33, 129, 513)}
+    curve = Curve({**cubic, 256: 2 * 256**3.0})
+    assert curve.at(256) == pytest.approx(2 * 256**3)
+    assert curve.at(200) == pytest.approx(200**3)
+    assert Curve({2: 8.0, 4: 64.0}).at(3) == pytest.approx(27.0)  # nothing else is known
+
+
 @pytest.mark.parametrize("name", profiles())
 def test_profiles_say_that_they_are_no_measurement_and_where_they_are_from(name: str) -> None:
     hardware = load_hardware(name)

@@ -17,8 +17,10 @@ from kfac_dist.planning.job import Job, Model, StepKind
 from kfac_dist.planning.strategies import strategies
 from kfac_dist.planning.traffic import rehearse
 from kfac_dist.preconditioner.schedule import Cadence
+from tests.engines.fsdp2_runs import mesh_of, sharded
 from tests.engines.live_bytes import bookkeeping, live_bytes
 from tests.fake_ranks import fake_ranks
+from tests.harness import run_ranks
 
 VOCABULARY = 11
 CONFIG: dict[str, Any] = {
@@ -121,3 +123,45 @@ def agrees(config: dict[str, Any], job: Job, rank: int) -> None:
         assert loads == pytest.approx(job.plan.assignment.load())
         assert live_bytes(kfac) - live_bytes(bookkeeping(kfac)) == job.memory[rank].total, (config, rank)
         kfac.remove()
+
+
+def sharded_steps(size: int, ranks: list[int]) -> list[tuple[Any, Any]]:
+    """What FSDP2's ranks count and what was planned for them, each the steps of a window and the bytes kept."""
+    found: list[tuple[Any, Any]] = []
+    for distribution in ({}, {"reduction": "reduce_scatter", "reduce_every": "step", "buckets": 2}):
+        config = merged(CONFIG, {"distribution": distribution})
+        parsed = parse_kfac(config)
+        cadence = Cadence.of(parsed)
+        window = range(cadence.inverse_every, 2 * cadence.inverse_every)
+        with torch.device("meta"):
+            blocks = find_blocks(plain(), parsed.curvature).blocks
+        engine = EngineConfig.model_validate({"name": "fsdp2"})
+        job = Job.of(Model(blocks, {}, {}), parsed, engine, size, size)
+        for rank in ranks:
+            with fake_ranks(rank, size):
+                network = sharded(plain(), mesh_of((size,)))
+                kfac = KFAC(network, config, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
+                steps = []
+                for _ in range(window.stop):
+                    kfac.communicator.traffic.reset()
+                    network(torch.randn(4, 7)).square().mean().backward()
+                    kfac.step()
+                    network.zero_grad()
+                    steps.append(kfac.communicator.traffic.snapshot())
+                kfac.remove()
+            told = [rehearse(job, StepKind.at(cadence, step), rank).traffic.snapshot() for step in window]
+            found.append((steps[window.start :], told))
+    return found
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+def test_sharded_gradients_travel_as_planned() -> None:
+    # In a process of its own: meshes of worlds that were never there stay in DTensor's caches.
+    [found] = run_ranks(1, sharded_steps, 4, [0, 1, 3], process_group=False)
+    assert len(found) == 6
+    for real, told in found:
+        assert real == told
+    assert any("gradients" in step for step in found[0][0])
