@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 import kfac_dist
+from kfac_dist.cli import app
 from kfac_dist.config import schema
 from kfac_dist.config.schema import CGConfig, EngineConfig, KFACConfig, NewtonConfig
 
@@ -142,6 +145,20 @@ def test_named_make_targets_exist() -> None:
 
     assert {"train", "test", "setup"} <= named
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in named)
+
+
+TRAININGS = re.findall(r"^make train ([^#\n]*)", "\n".join(blocks("sh")), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", sorted({line.strip() for line in TRAININGS} - {""}))
+def test_what_make_train_is_given_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = dict(word.partition("=")[::2] for word in shlex.split(line))
+    config = given.get("CONFIG", "configs/digits_autoencoder.yaml").replace("mine", "digits_classifier")
+    monkeypatch.chdir(ROOT)
+
+    ended = CliRunner().invoke(app, ["train", config, *given.get("ARGS", "").split(), "--check", "--quiet"])
+
+    assert ended.exit_code == 0, ended.output
 
 
 def test_the_reference_has_every_public_name_and_section_once() -> None:
