@@ -8,9 +8,11 @@ layers and all of them are planned as well, as `kfac-dist plan` does it, from sh
     run       what `KFAC.step` counted and kept, on some layers       planned, the same layers: has to be equal
     whole     planned, all layers: what the model would send and keep
 
-Every case runs in a process of its own. Each call replaces its own rows of the output and leaves the others.
+Every case runs in a process of its own, some gigabytes and a minute each; with --plan-only nothing is run. Each call
+replaces its own rows of the output and leaves the others.
 
-    python -m benchmarks.scale [--models resnet50 bert_large gpt_1.3b] [--ranks 8 64 512 4096] [--out FILE]
+    python -m benchmarks.scale [--models resnet50 bert_large gpt_1.3b] [--ranks 8 64 512 4096] [--plan-only]
+                               [--out FILE]
 """
 
 from __future__ import annotations
@@ -180,8 +182,7 @@ def one(model: str, strategy: str, size: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     shape = SHAPES[model]
     config = config_of(shape, strategy)
-    with torch.device("meta"):
-        whole = planned(job_of(shape.build(shape.layers), config, size))
+    whole = whole_model(shape, config, size)
     network = shape.build(shape.run)
     job = job_of(network, config, size)
     with fake_ranks(job.busiest, size):
@@ -198,25 +199,34 @@ def one(model: str, strategy: str, size: int) -> dict[str, Any]:
     }
 
 
+def whole_model(shape: Shape, config: dict[str, Any], size: int) -> dict[str, Any]:
+    """Plan all layers of a model."""
+    with torch.device("meta"):
+        return planned(job_of(shape.build(shape.layers), config, size))
+
+
 def planning(size: int) -> dict[str, Any]:
-    """Plan a model of many layers for many ranks, and lay out what a rank sends; nothing is built but shapes."""
+    """Plan a model of many layers for many ranks, and lay out what a rank sends; nothing is built but shapes.
+
+    CPU seconds: it is one thread, and other programs may run.
+    """
     with torch.device("meta"):
         # Four linear layers and two norms a block, and what is around them.
         network = byte_gpt(layers=MOST_PLANNING // 6, width=2048, heads=16, context=2048, vocabulary=50304)
     found = {}
     for strategy in STRATEGIES:
         config = config_of(SHAPES["gpt_1.3b"], strategy)
-        started = time.perf_counter()
+        started = time.process_time()
         job = job_of(network, config, size)
         job.plan.rows()
-        planned_at = time.perf_counter()
+        planned_at = time.process_time()
         for kind in (REFRESH, ORDINARY):
             rehearse(job, kind, size - 1)
-        laid_out_at = time.perf_counter()
+        laid_out_at = time.process_time()
         found[strategy] = {
             "blocks": len(job.plan.blocks),
-            "seconds": planned_at - started,
-            "layout_seconds": laid_out_at - planned_at,
+            "cpu_seconds": planned_at - started,
+            "layout_cpu_seconds": laid_out_at - planned_at,
         }
     return {"ranks": size, "strategies": found}
 
@@ -242,13 +252,15 @@ def line(row: dict[str, Any]) -> str:
     (refresh_calls, refresh_bytes), (ordinary_calls, ordinary_bytes) = (
         total(whole[step]) for step in ("refresh_step", "ordinary_step")
     )
-    equal = [name for name, same in row["run_equals_plan"].items() if not same]
+    run = row["run"]
+    unequal = [name for name, same in row["run_equals_plan"].items() if not same]
+    said = "not run" if run is None else "not as planned: " + ", ".join(unequal) if unequal else "the run as planned"
+    started = "" if run is None else f"  start {run['construct_seconds']:.1f} s"
     return (
         f"{row['model']:10} {row['ranks']:5} {row['strategy']:38} collectives {refresh_calls:3} {ordinary_calls:3}"
         f"  MB sent {refresh_bytes / 1e6:8.1f} {ordinary_bytes / 1e6:7.1f}  MB kept {whole['state_bytes'] / 1e6:8.1f}"
         f"  owns {whole['owned_units']:3}  load {whole['load_max_over_mean']:6.2f}"
-        f"  {'the run as planned' if not equal else 'not as planned: ' + ', '.join(equal)}"
-        f"  start {row['run']['construct_seconds']:.1f} s"
+        f"  {said}{started}"
     )
 
 
@@ -299,6 +311,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 512, 4096])
     parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
+    parser.add_argument("--plan-only", action="store_true", help="run no step")
     parser.add_argument("--case", nargs="+", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ["LOCAL_WORLD_SIZE"] = str(NODE)
@@ -312,12 +325,19 @@ def main() -> None:
     results = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else {}
     for size in arguments.ranks:
         row = apart("planning", str(size))
-        seconds = {name: found["seconds"] + found["layout_seconds"] for name, found in row["strategies"].items()}
+        seconds = {
+            name: found["cpu_seconds"] + found["layout_cpu_seconds"] for name, found in row["strategies"].items()
+        }
         slowest = max(seconds, key=lambda name: seconds[name])
-        print(f"planning for {size} ranks: {seconds[slowest]:.2f} s at most ({slowest})", flush=True)
+        print(f"planning for {size} ranks: {seconds[slowest]:.2f} CPU seconds at most ({slowest})", flush=True)
         save(results, "planning", row, arguments.out)
     for model, strategy, size in itertools.product(arguments.models, STRATEGIES, arguments.ranks):
-        row = apart(model, strategy, str(size))
+        if arguments.plan_only:
+            whole = whole_model(SHAPES[model], config_of(SHAPES[model], strategy), size)
+            case = {"model": model, "strategy": strategy, "ranks": size}
+            row = {**case, "run": None, "run_equals_plan": {}, "whole": whole}
+        else:
+            row = apart(model, strategy, str(size))
         print(line(row), flush=True)
         save(results, "steps", row, arguments.out)
     draw(results, arguments.out.with_suffix(".png"))
