@@ -207,6 +207,11 @@ def _gather_due(parts: Parts, units: dict[str, dict[str, Tensor]]) -> None:
 
 def _check(parts: Parts, values: Mapping[str, Any]) -> None:
     saved = values.get("units", {})
+    for key in ("step", "shares", "refreshes"):
+        if key not in values:
+            raise CheckpointError(
+                f"the K-FAC state has no {key!r}: it isn't what this version's KFAC.state_dict() returns"
+            )
     check_units(parts.plan, saved)
     for unit in parts.plan.units:
         if unit.name not in saved:

@@ -114,6 +114,14 @@ def test_state_of_other_shapes_is_refused_by_name() -> None:
         kfac_for(torch.nn.Sequential(torch.nn.Linear(5, 3))).load_state_dict(state)
 
 
+def test_what_is_no_state_is_refused_by_the_key_that_it_lacks() -> None:
+    for key in ("step", "shares", "refreshes"):
+        state = kfac_for(mlp()).state_dict()
+        del state[key]
+        with pytest.raises(CheckpointError, match=f"no '{key}'"):
+            kfac_for(mlp()).load_state_dict(state)
+
+
 def test_state_of_another_solver_is_refused() -> None:
     with pytest.raises(CheckpointError, match="solver"):
         kfac_for(mlp(), solver="eigen").load_state_dict(kfac_for(mlp()).state_dict())
