@@ -8,9 +8,9 @@ CONFIG ?= configs/digits_autoencoder.yaml
 NPROC ?= 2
 ARGS ?=
 PYTEST_ARGS ?=
-# Test files that run side by side: half as many again as cores, since some wait for timeouts. Most of them start ranks of
-# their own, so that more than four seldom pay. (nproc would believe OMP_NUM_THREADS.)
-JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); n=$$(( n + n / 2 )); echo $$(( n < 4 ? n : 4 )))
+# Test files that run side by side. Most of them start ranks of their own, so that more than four seldom pay. (nproc would
+# believe OMP_NUM_THREADS.)
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n : 4 )))
 
 # One thread a rank: ranks on one machine share its cores, and two pools of threads would fight over them.
 export OMP_NUM_THREADS ?= 1
@@ -46,7 +46,8 @@ train: setup ## Train CONFIG with distributed K-FAC on NPROC ranks
 
 test: setup ## Run the tests; fail below 90 % coverage of the package
 	@$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@# The tests start hundreds of processes: without caches each would compile the package anew.
+	PYTHONDONTWRITEBYTECODE= $(BIN)/coverage run -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	@# Only now have the processes that the tests started written what they ran.
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-import kfac_dist.preconditioner.refresh as refresh
+import kfac_dist.preconditioner.solving as solving
 import kfac_dist.training.checkpoint as checkpoint
 from kfac_dist.tasks import DataSplits
 
@@ -58,7 +58,7 @@ def _install_pause() -> None:
             else:
                 checkpoint.file_facts = _pausing(checkpoint.file_facts, Path(marker), CALLS_BEFORE["write"])  # type: ignore[attr-defined]
         case "inversion":
-            refresh.solve = _pausing(refresh.solve, Path(marker), CALLS_BEFORE["inversion"])  # type: ignore[attr-defined]
+            solving.solve = _pausing(solving.solve, Path(marker), CALLS_BEFORE["inversion"])  # type: ignore[attr-defined]
 
 
 def _pausing(function: Callable[..., Any], marker: Path, passed_over: int) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_struck_runs_end_as_undisturbed_ones(tmp_path: Path) -> None:
     out = tmp_path / "chaos.json"
     command = [sys.executable, "-m", "benchmarks.chaos", "--rounds", "3", "--seed", "3", "--out", str(out)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from kfac_dist.config.curvature import DType
 from kfac_dist.config.schedules import Schedule
 from kfac_dist.config.section import Count, CountOrZero, Flag, Fraction, Section
-from kfac_dist.config.splits import SplitConfig
+from kfac_dist.config.splits import SplitConfig, refuse_idle
 
 
 class Solver(StrEnum):
@@ -67,7 +67,7 @@ class InversionConfig(Section):
             `factor_every`. null measures them with the factors; 1 at every step, at the cost of a measurement.
         max_factor_dim: Factors larger than this are cut into near-equal diagonal blocks (Block K-FAC).
         splits: Pattern (`fnmatch`, on module names) to where the factors of these layers are cut, before
-            `max_factor_dim`; the first match wins.
+            `max_factor_dim`; the first match wins, so that `name: 1` exempts layers from a pattern after it.
         inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; solved they are
             in fp32.
         offload: Keep inverses in host memory, and bring each group of them to the device when it preconditions: two
@@ -84,6 +84,6 @@ class InversionConfig(Section):
     early_refresh: CountOrZero = 1
     rescale_every: Count | None = None
     max_factor_dim: Annotated[int, Field(ge=2, strict=True)] | None = None
-    splits: dict[str, SplitConfig] = Field(default_factory=dict)
+    splits: Annotated[dict[str, SplitConfig], AfterValidator(refuse_idle)] = Field(default_factory=dict)
     inverse_dtype: DType = DType.FLOAT32
     offload: Flag = False

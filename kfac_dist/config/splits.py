@@ -54,13 +54,20 @@ class SplitConfig(Section):
         sized = self.inputs is not None or self.outputs is not None
         if (self.by is None) != sized:
             raise ValueError("give per_head, per_group, a number, or a mapping with inputs or outputs: one of them")
-        if sized and all(_is_whole(parts) for parts in (self.inputs, self.outputs)):
-            raise ValueError(
-                "1 part cuts nothing: give inputs or outputs 2 or more, or leave these layers out of splits"
-            )
         if self.heads is not None and self.by is not SplitBy.PER_HEAD:
             raise ValueError("heads has no effect without by: per_head")
         return self
+
+
+def refuse_idle(splits: dict[str, SplitConfig]) -> dict[str, SplitConfig]:
+    """Refuse a last pattern that leaves its layers whole; an earlier one keeps them from those that come after it."""
+    for pattern, split in list(splits.items())[-1:]:
+        if split.by is None and all(_is_whole(parts) for parts in (split.inputs, split.outputs)):
+            raise ValueError(
+                f"{pattern!r}: 1 part cuts nothing: give inputs or outputs 2 or more, or leave these layers out of "
+                "splits"
+            )
+    return splits
 
 
 def _is_whole(parts: int | tuple[int, ...] | None) -> bool:

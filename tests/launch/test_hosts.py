@@ -19,7 +19,11 @@ from tests.harness import run_ranks
 from tests.hosts import Hosts, missing
 from tests.training.runs import final_model, launched, losses, small_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("unmeasured"),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 TIMEOUT_SECONDS = 4
@@ -27,6 +31,7 @@ TIMEOUT_SECONDS = 4
 # lost, see `tests.hosts`.
 AGENT_SECONDS = 2
 PATIENCE_SECONDS = 60
+PORT = 29400
 
 
 def _config(directory: Path) -> Config:
@@ -55,13 +60,26 @@ def _start(hosts: Hosts, directory: Path, job: str) -> list[subprocess.Popen[str
         "PET_RDZV_CONF": f"read_timeout={AGENT_SECONDS}",
         "SECONDS_PER_SAMPLE": "0.015",
     }
-    meeting = ["--nnodes", "2", "--rdzv-endpoint", f"{hosts.name(1)}:29400", "--rdzv-id", job]
+    meeting = ["--nnodes", "2", "--rdzv-endpoint", f"{hosts.name(1)}:{PORT}", "--rdzv-id", job]
     command = [str(ROOT / "launch/torchrun.sh"), str(directory / "run.yaml"), "--nproc-per-node", "1", *meeting]
     started = []
     for host in (1, 2):
         with (directory / f"{job}-{host}.out").open("w") as output:
             started.append(hosts.start(host, [*command, "--quiet"], environment, output))
+        _await_rendezvous(started[0])
     return started
+
+
+def _await_rendezvous(agent: subprocess.Popen[str]) -> None:
+    """Wait until the first host's agent listens: the other's gives up on it after a few seconds."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    process, here = Path(f"/proc/{agent.pid}"), Path("/proc/self/ns/net").readlink()
+    while agent.poll() is None and (
+        (process / "ns/net").readlink() == here
+        or not any(f":{PORT:04X} " in (process / "net" / family).read_text() for family in ("tcp", "tcp6"))
+    ):
+        assert time.monotonic() < deadline, f"nothing listens on port {PORT}"
+        time.sleep(0.05)
 
 
 def _said(directory: Path, job: str) -> list[str]:

@@ -122,6 +122,7 @@ def test_help_is_the_head_of_the_script(script: str) -> None:
         "--resume,",
         "--compare,",
         "--name,",
+        "--live,",
         "--quiet.",
     }:
         assert option.rstrip(",;") in source.split("set -euo pipefail")[1], option

@@ -20,7 +20,11 @@ from tests.harness import run_ranks
 from tests.slurm.cluster import Cluster, missing
 from tests.training.runs import final_model, launched, losses, small_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("unmeasured"),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 ROOT = Path(__file__).parents[2]
 STEPS = 210  # long enough that a loaded machine still finds the run under way
 PATIENCE_SECONDS = 120
@@ -36,6 +40,7 @@ def cluster() -> Iterator[Cluster]:
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
         }
+        running.environment.pop("COVERAGE_PROCESS_CONFIG", None)  # as `unmeasured` has it
         yield running
 
 

@@ -58,6 +58,7 @@ def _wait(condition: Callable[[], bool], nodes: list[subprocess.Popen[bytes]], o
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_a_node_dies_and_another_joins(tmp_path: Path) -> None:
     hurry = tmp_path / "hurry"
     sections = {

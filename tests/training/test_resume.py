@@ -157,6 +157,7 @@ def _wait_for_step(directory: Path, step: int, ranks: list[subprocess.Popen[str]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(("engine", "kills"), [("ddp", (4, 17)), ("fsdp2", (11,)), ("zero3", (11,))])
 def test_killed_ranks_resume_bit_for_bit(tmp_path: Path, engine: str, kills: tuple[int, ...]) -> None:
     if engine.startswith("zero"):
