@@ -14,31 +14,26 @@ Needs torch, numpy, pydantic and PyYAML, and this directory; torch 2.6 and later
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-NEEDED = {"torch": "torch", "numpy": "numpy", "pydantic": "pydantic", "yaml": "PyYAML"}
-missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-if missing:
-    sys.exit(f"benchmarks.gpu needs {', '.join(missing)}, which this Python hasn't: pip install {' '.join(missing)}")
+try:  # the machine may hold no more than this program needs, or less
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
 
-import tempfile  # noqa: E402
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-
-from benchmarks.clock import Marks, synchronize  # noqa: E402
-from benchmarks.gpu_models import LARGE, SMALL, GPUWorkload  # noqa: E402
-from benchmarks.gpu_solvers import compare  # noqa: E402
-from benchmarks.reporting import RESULTS, write  # noqa: E402
-from benchmarks.roofline import ceilings, rows_of, work  # noqa: E402
-from kfac_dist import KFAC  # noqa: E402
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from benchmarks.clock import Marks, synchronize
+    from benchmarks.gpu_models import LARGE, SMALL, GPUWorkload
+    from benchmarks.gpu_solvers import compare
+    from benchmarks.reporting import RESULTS, write
+    from benchmarks.roofline import ceilings, rows_of, work
+    from kfac_dist import KFAC
+except ModuleNotFoundError as error:
+    package = {"yaml": "PyYAML"}.get(error.name or "", error.name)
+    sys.exit(f"benchmarks.gpu needs {package}, which this Python hasn't: pip install {package}")
 
 FACTOR_EVERY, INVERSE_EVERY = 10, 100
 BARE = "bare optimizer"

@@ -94,7 +94,7 @@ class _Graph:
 
 
 class _Recorder:
-    """What one block records into; see `blocks.base.Recorder`."""
+    """What one block records into; see `blocks.uses.Recorder`."""
 
     def __init__(self, capture: Capture, block: Block) -> None:
         self._capture = capture
@@ -113,7 +113,7 @@ class _Recorder:
         source: nn.Module,
         arrange: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | None:
-        """See `blocks.base.Recorder.record`."""
+        """See `blocks.uses.Recorder.record`."""
         if not self.watching:
             return None
         if torch.compiler.is_dynamo_compiling():
@@ -252,7 +252,7 @@ class Capture:
         source: nn.Module,
         arrange: Callable[[Tensor], Tensor] | None,
     ) -> Tensor | None:
-        """Take note of one call of a block's layer; see `blocks.base.Recorder.record`."""
+        """Take note of one call of a block's layer; see `blocks.uses.Recorder.record`."""
         samples = Samples.OWN if self.samples is None else self.samples.get(block.name, Samples.OWN)
         if samples is Samples.SHARED:
             return None
