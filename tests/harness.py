@@ -220,6 +220,8 @@ def _run(task: _Task) -> _Result | _Failure:
                 world_size=task.world_size,
                 timeout=timeout,
             )
+            # A function without a collective would let this rank leave while another still connects to it.
+            dist.barrier()
         # Plain bytes: torch's own pickling would share memory with a process that may be gone by then.
         value = pickle.dumps(function(*args))
         return _Result(value, spent="deepspeed" in sys.modules)
