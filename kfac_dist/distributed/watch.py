@@ -1,10 +1,11 @@
 """Who keeps the others waiting: asked once a collective has failed, answered through the store in which ranks met.
 
-    rank 0   step ── step ── all_reduce …………… timeout ── who has told where it is? ──▶ "rank 1 doesn't answer"
-    rank 1   step ── stopped                                       ▲
-    rank 2   step ── step ── all_reduce ……… "step 7: backward" ────┘  a thread tells, if a rank stands still
+    rank 0   step ── step ── all_reduce …………… timeout ── who is where? ─────────────▶ "rank 1 doesn't answer"
+    rank 1   step ── stopped                                  │   ▲
+    rank 2   step ── step ── all_reduce ………………………………………………… ▼ ───┘ "step 7: backward", from a thread
 
-While steps follow each other nothing is sent.
+Nothing is told before it is asked: what a rank said a while ago would pass for an answer. While steps follow each other
+nothing is sent; a rank that stands still looks for a question once a tick.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from torch.distributed import PrefixStore, Store
 from kfac_dist.errors import CollectiveError
 
 TICK_SECONDS = 1.0
+_QUESTION = "asked"
 # After a failure the others are given so many ticks to tell; the store itself, twice as many.
 _PATIENCE = 3
 
 
 class Watch:
-    """Knows where this rank is, and tells others if that doesn't change; a context, in which its thread runs.
+    """Knows where this rank is, and tells those who ask; a context, in which its thread runs.
 
     Args:
         store: What all ranks read and write; None where a rank is alone, or didn't meet the others by a store.
         rank: This rank.
         size: Number of ranks.
-        tick_seconds: How long a rank stands still before it tells.
+        tick_seconds: How long a rank stands still before it looks for a question.
     """
 
     def __init__(self, store: Store | None, rank: int, size: int, tick_seconds: float = TICK_SECONDS) -> None:
@@ -74,11 +76,13 @@ class Watch:
         told = ""
         while not self._over.wait(self._tick):
             changed, self._changed = self._changed, False
-            if changed or told == self._where:
+            where = self._where
+            if changed or told == where:
                 continue
-            told = self._where
             try:
-                store.set(str(self._rank), told)
+                if store.check([_QUESTION]):
+                    store.set(str(self._rank), where)
+                    told = where
             except RuntimeError:  # its server is gone: then nobody asks any more
                 return
 
@@ -101,8 +105,9 @@ class Watch:
         return (f"; no answer from {_ranks(silent)}" if silent else "") + f"; waiting: {', '.join(said)}"
 
     def _ask(self, store: Store, answers: list[str | None]) -> None:
-        """Tell where this rank is, and collect what the others have told, once they had the time to."""
+        """Ask, tell where this rank is, and collect what the others tell, once they had the time to."""
         try:
+            store.set(_QUESTION, str(self._rank))
             store.set(str(self._rank), self._where)
             keys = [str(rank) for rank in range(self._size)]
             for _ in range(_PATIENCE):

@@ -41,7 +41,18 @@ def test_ranks_that_move_on_tell_nothing() -> None:
             time.sleep(TICK / 4)
         assert not PrefixStore("watch", store).check(["0"])
         time.sleep(4 * TICK)
-        assert PrefixStore("watch", store).get("0") == b"step 19"
+        assert not PrefixStore("watch", store).check(["0"])  # nor does one that stands still, before it is asked
+
+
+def test_what_a_rank_would_have_said_before_is_no_answer() -> None:
+    store = HashStore()
+    asking, stopped = (Watch(store, rank, 2, TICK) for rank in (0, 1))
+    asking.at("step 36, K-FAC and the optimizer")
+    with stopped:
+        time.sleep(4 * TICK)  # it stands still in "starting", as a slow start does
+        stopped.at("step 36, K-FAC and the optimizer")
+        time.sleep(4 * TICK)
+    assert "no answer from rank 1; waiting: rank 0 in step 36" in _said(asking)
 
 
 def test_alone_nothing_is_added() -> None:
