@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,21 +98,20 @@ class Submitted:
         return status.standing
 
 
-def each(
-    runs: list[Submitted],
-    condition: Callable[[Submitted], bool],
-    then: Callable[[Submitted], None],
-    seconds: float = 90,
-) -> None:
-    """Waits until the condition has held for every run, and acts on each run as soon as it does."""
-    waiting, deadline = list(runs), time.monotonic() + seconds
-    while waiting:
-        for run in [run for run in waiting if condition(run)]:
-            then(run)
-            waiting.remove(run)
-        for run in waiting:
-            assert run.cluster.alive(run.job), f"{run.cluster.state(run.job)}: {run.said}"
-            assert time.monotonic() < deadline, f"{run.cluster.state(run.job)} after {PATIENCE_SECONDS} s: {run.said}"
+Phase = tuple[Callable[[], object], Callable[[], object]]
+"""What is waited for, and what is done then."""
+
+
+def follow(runs: Mapping[Submitted, Sequence[Phase]], seconds: float = 200) -> None:
+    """Takes every run through its phases, each as soon as it gets there: none ends while the test waits for another."""
+    left, deadline = {run: list(phases) for run, phases in runs.items()}, time.monotonic() + seconds
+    while any(left.values()):
+        for run, phases in left.items():
+            while phases and phases[0][0]():
+                phases.pop(0)[1]()
+            if phases:
+                assert run.cluster.alive(run.job), f"{run.cluster.state(run.job)}: {run.said}"
+                assert time.monotonic() < deadline, f"{run.cluster.state(run.job)} after {seconds} s: {run.said}"
         time.sleep(0.05)
 
 
@@ -123,7 +123,6 @@ def test_requeued_jobs_end_as_if_they_had_not_been(
         Submitted(cluster, tmp_path, "torchrun", "--with=torchrun", "--cpus-per-task=2"),
         Submitted(cluster, tmp_path, "srun", "--with=srun"),
     ]
-    # Run by run as each gets there: one must not end while the test waits for the other.
     seen = dict.fromkeys(runs, 0)
 
     def requeue(run: Submitted) -> None:
@@ -133,11 +132,18 @@ def test_requeued_jobs_end_as_if_they_had_not_been(
     def out_of_time(run: Submitted) -> None:
         cluster.run("scancel", "--signal=USR1", "--batch", run.job)  # what --signal does before the time limit
 
-    each(runs, lambda run: run.step >= 14, requeue)
-    run_ranks(2, _train, _config(tmp_path / "whole"), timeout=120)  # while the jobs wait for their next turn
-    each(runs, lambda run: "resumed from" in run.said, lambda run: seen.update({run: run.step}))
-    each(runs, lambda run: run.step >= seen[run] + 14, out_of_time)
-    each(runs, lambda run: cluster.state(run.job) == "COMPLETED", lambda run: None)
+    def phases(run: Submitted) -> list[Phase]:
+        return [
+            (lambda: run.step >= 14, lambda: requeue(run)),
+            (lambda: "resumed from" in run.said, lambda: seen.update({run: run.step})),
+            (lambda: run.step >= seen[run] + 14, lambda: out_of_time(run)),
+            (lambda: cluster.state(run.job) == "COMPLETED", lambda: None),
+        ]
+
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(run_ranks, 2, _train, _config(tmp_path / "whole"), timeout=120)
+        follow({run: phases(run) for run in runs})
+        whole.result()
 
     expected = final_model(tmp_path / "whole/small")
     for run in runs:
