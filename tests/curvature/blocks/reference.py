@@ -85,15 +85,27 @@ def gradient_matrix(layer: nn.Module) -> Tensor:
 
 def expected_update(gradient: Tensor, a: Tensor, g: Tensor, damping: float, *, exact: bool) -> Tensor:
     """Solve the whole damped Kronecker matrix of every group."""
+    damped = _damped(a, g, damping, exact=exact)
+    return torch.stack(
+        [torch.linalg.solve(m, grad.flatten()).view_as(grad) for m, grad in zip(damped, gradient, strict=True)]
+    )
+
+
+def rounding(a: Tensor, g: Tensor, damping: float, *, exact: bool) -> float:
+    """What solving in fp32 may be off by, relative to the result: κ·ε of the worst-conditioned group."""
+    condition = max(float(torch.linalg.cond(matrix)) for matrix in _damped(a, g, damping, exact=exact))
+    return condition * torch.finfo(torch.float32).eps
+
+
+def _damped(a: Tensor, g: Tensor, damping: float, *, exact: bool) -> list[Tensor]:
+    """Return the whole damped Kronecker matrix of every group."""
     mean = [f.diagonal(dim1=1, dim2=2).mean() for f in (a, g)]
     pi = math.sqrt(mean[0] / mean[1]) if mean[0] > 0 and mean[1] > 0 else 1.0
-    updates = []
-    for grad, own_a, own_g in zip(gradient, a, g, strict=True):
+    root, found = math.sqrt(damping), []
+    for own_a, own_g in zip(a, g, strict=True):
         eye_a, eye_g = (torch.eye(len(f), dtype=torch.float64) for f in (own_a, own_g))
         if exact:
-            matrix = torch.kron(own_g, own_a) + damping * torch.kron(eye_g, eye_a)
+            found.append(torch.kron(own_g, own_a) + damping * torch.kron(eye_g, eye_a))
         else:
-            root = math.sqrt(damping)
-            matrix = torch.kron(own_g + root / pi * eye_g, own_a + pi * root * eye_a)
-        updates.append(torch.linalg.solve(matrix, grad.flatten()).view_as(grad))
-    return torch.stack(updates)
+            found.append(torch.kron(own_g + root / pi * eye_g, own_a + pi * root * eye_a))
+    return found
