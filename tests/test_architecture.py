@@ -95,7 +95,7 @@ NEVER = [
 ONLY = {
     "deepspeed": ("kfac_dist/engines/zero",),
     "mpi4py": ("kfac_dist/distributed/",),
-    "typer": ("kfac_dist/cli.py",),
+    "typer": ("kfac_dist/cli/",),
     "transformers": ("kfac_dist/integrations/huggingface.py",),
     "mlxtend": ("kfac_dist/tasks/",),
     "sklearn": ("kfac_dist/tasks/",),

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kfac_dist.training.run
-from kfac_dist import cli
+from kfac_dist.cli import app, exits
 from kfac_dist.config.schema import Config, Likelihood
 from kfac_dist.errors import CollectiveError, ConfigError
 
@@ -57,13 +57,13 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(kfac_dist.training.run, "train", recorder)
-    monkeypatch.setattr(cli, "GRACE_SECONDS", 0.0)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(exits, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(exits.signal, "signal", lambda *_: None)
     return recorder
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(cli.app, list(arguments))
+    result = CliRunner().invoke(app, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kfac_dist import cli
 from kfac_dist.cli import app
 from kfac_dist.config.load import load_config, resolve
 from kfac_dist.errors import KFACError
@@ -185,7 +184,7 @@ def test_a_report_that_cannot_be_written_costs_no_run(tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise KFACError("can't write report.html: No space left on device")
 
-    monkeypatch.setattr(cli, "_write_page", full)
+    monkeypatch.setattr("kfac_dist.reporting.report.write_report", full)
     options = (f"run.directory={tmp_path}", "train.epochs=null", "train.steps=1")
 
     ended = CliRunner().invoke(app, ["train", str(CONFIG), *options])

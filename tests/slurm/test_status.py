@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kfac_dist import cli
+from kfac_dist.cli import app
 from kfac_dist.errors import KFACError
 from kfac_dist.slurm.status import Standing, run_status, run_statuses
 from kfac_dist.training import train
@@ -46,10 +46,10 @@ def test_a_finished_run_tells_its_last_step_loss_and_checkpoint(tmp_path: Path) 
     assert status.checkpoint is not None
     assert (status.logged.step, status.total_steps, status.checkpoint.step) == (12, 12, 12)
     assert 0 <= status.logged.age < 60
-    said = CliRunner().invoke(cli.app, ["status", str(tmp_path / "small")]).output
+    said = CliRunner().invoke(app, ["status", str(tmp_path / "small")]).output
     assert f"{tmp_path}/small: finished\n  step        12 of 12, 100%\n" in said
     assert "  checkpoint  step 12, saved " in said
-    (as_json,) = json.loads(CliRunner().invoke(cli.app, ["status", str(tmp_path / "small"), "--json"]).output)
+    (as_json,) = json.loads(CliRunner().invoke(app, ["status", str(tmp_path / "small"), "--json"]).output)
     assert (as_json["standing"], as_json["logged"]["step"]) == ("finished", 12)
 
     torn = tmp_path / "small/checkpoints/step-00000012/manifest.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kfac_dist import cli
+from kfac_dist.cli import app
 from kfac_dist.config.load import dump_yaml, load_config
 from kfac_dist.errors import ConfigError
 from kfac_dist.slurm.job import Job
@@ -24,7 +24,7 @@ def run_file(tmp_path: Path) -> str:
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(cli.app, ["submit", *arguments])
+    result = CliRunner().invoke(app, ["submit", *arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output

@@ -1,0 +1,70 @@
+"""How a command ends: with one line a mistake and a code, on one rank or on many.
+
+Every rank of a launcher runs the command line by itself. A mistake of the user's ends it with code 2 and without a
+traceback; what the doctor found wrong with code 1; Ctrl-C with code 130; a bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from kfac_dist.distributed.place import Place, find_place
+from kfac_dist.errors import ConfigError, KFACError
+
+NOT_READY = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+GRACE_SECONDS = 1.0
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Return a context that turns what a user can mend into lines and a code."""
+    try:
+        yield
+    except KFACError as error:
+        _report(error)
+        raise typer.Exit(USER_ERROR) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _report(error: KFACError) -> None:
+    """Print an error: once a host where its ranks must have the same one, else on each rank with its number."""
+    place = _place()
+    distributed = place is not None and place.world_size > 1
+    same_everywhere = isinstance(error, ConfigError)
+    if place is None or not (distributed and same_everywhere and place.local_rank != 0):
+        label = f"error [rank {place.rank}]" if place and distributed and not same_everywhere else "error"
+        from kfac_dist.reporting.live import others_lines
+
+        with others_lines(sys.stderr):
+            # One write, so that ranks that share a terminal don't cut each other's lines.
+            sys.stderr.write("".join(f"{label}: {line}\n" for line in str(error).splitlines()))
+            sys.stderr.flush()
+    if distributed:
+        # A launcher ends all ranks once one has exited: each gets time to say why, and to exit with its own code.
+        # Ignored rather than handled, because Python drops its handlers before a process is really over.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(GRACE_SECONDS)
+
+
+def leads() -> bool:
+    """Whether this process speaks for all ranks."""
+    place = _place()
+    return place is None or place.rank == 0
+
+
+def _place() -> Place | None:
+    """This process's place among the ranks; None where the launcher contradicts itself, which is then the error."""
+    try:
+        return find_place(os.environ)
+    except ConfigError:
+        return None

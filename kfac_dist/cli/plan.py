@@ -1,0 +1,129 @@
+"""`kfac-dist plan` and `kfac-dist calibrate`: what a run would cost, and what a machine takes for it."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kfac_dist.cli.configuration import ConfigFile, Overrides, load, model_of_shapes
+from kfac_dist.cli.exits import exit_codes
+from kfac_dist.config.schema import Config
+from kfac_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CALIBRATION_SECONDS = 600.0
+PIPE_WIDTH = 160
+# What strategies are compared on unless something else is named.
+HARDWARE = "h100-ib400"
+
+
+class Device(StrEnum):
+    """What computes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[
+        str, typer.Option(metavar="W[,W…]", help="Ranks that share the work; several compare strategies on each.")
+    ] = "2",
+    node_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of one node; all of them, or the hardware's, by default.")
+    ] = None,
+    strategies: Annotated[
+        bool, typer.Option("--strategies", help="Compare strategies on one number of ranks.")
+    ] = False,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="Compare strategies on this: a profile such as h100-ib400, or a file of `calibrate`."),
+    ] = None,
+) -> None:
+    """Show who would measure, invert and precondition what, and what strategies cost, from shapes alone.
+
+    One number of ranks has the plan block by block and rank by rank. Several, --strategies or --hardware have a table
+    of strategies: bytes, flops, balance, memory and predicted milliseconds, and the best one to paste.
+    """
+    with exit_codes():
+        sizes = _world_sizes(world_size)
+        resolved = load(config, overrides, {})
+        from rich.console import Console
+
+        console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+        if strategies or hardware is not None or len(sizes) > 1:
+            from kfac_dist.planning.comparison import compare
+            from kfac_dist.planning.hardware import load_hardware
+            from kfac_dist.planning.table import view
+
+            machine = load_hardware(hardware or HARDWARE)
+            model = model_of_shapes(resolved.model).to("meta")
+            console.print(view(compare(resolved, model, machine, sizes, node_size or machine.node_size)))
+            return
+        _show_plan(resolved, sizes[0], node_size, console)
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The file to write, for `plan --hardware FILE`.")] = Path("measured.json"),
+    device: Annotated[Device, typer.Option(help="What computes.")] = Device.AUTO,
+    name: Annotated[str | None, typer.Option(help="What tables call it; the file's name by default.")] = None,
+) -> None:
+    """Measure this machine's products, inversions and, under a launcher, its collectives, for `plan`."""
+    with exit_codes():
+        from kfac_dist.distributed.bootstrap import bootstrap
+        from kfac_dist.distributed.communicator import build_communicator
+        from kfac_dist.planning.calibration import calibrate as measure
+        from kfac_dist.planning.calibration import write
+
+        with bootstrap(device.value, CALIBRATION_SECONDS) as world:
+            communicator = build_communicator(CALIBRATION_SECONDS)
+            measured = measure(world, communicator, name=name or out.stem)
+            communicator.close()
+            if world.rank == 0:
+                write(measured, out)
+                print(f"measured on {world.describe()}: {out}")
+
+
+def _world_sizes(text: str) -> list[int]:
+    found = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in found):
+        raise ConfigError(f"--world-size: found {text!r}, expected numbers of ranks from 1 on, such as 8 or 8,64,512")
+    return list(dict.fromkeys(int(part) for part in found))
+
+
+def _show_plan(resolved: Config, world_size: int, node_size: int | None, console: Console) -> None:
+    from kfac_dist.curvature.chain import find_all
+    from kfac_dist.preconditioner.class_memory import check_class_memory
+    from kfac_dist.preconditioner.memory import rank_bytes
+    from kfac_dist.preconditioner.plan import build_plan
+    from kfac_dist.preconditioner.plan_table import plan_view
+    from kfac_dist.preconditioner.savings import savings
+
+    coverage = find_all(model_of_shapes(resolved.model), resolved.kfac)
+    shards = resolved.engine.shard_size(world_size)
+    planned = build_plan(
+        coverage.blocks,
+        resolved.kfac,
+        world_size=world_size,
+        local_world_size=node_size or world_size,
+        shard_size=shards,
+    )
+    check_class_memory(planned, resolved.kfac)
+    kept = rank_bytes(planned, resolved.kfac, sharded=shards > 1)
+    options = savings(
+        coverage.blocks,
+        resolved.kfac,
+        world_size=world_size,
+        local_world_size=node_size or world_size,
+        shard_size=shards,
+    )
+    treatment = resolved.kfac.curvature.uncovered
+    console.print(plan_view(planned, kept, coverage.uncovered, treatment, options))

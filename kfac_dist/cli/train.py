@@ -1,0 +1,66 @@
+"""`kfac-dist train` and `kfac-dist launch`: a run on ranks that are there, or on ranks that are started for it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from kfac_dist.cli.configuration import ConfigFile, Overrides, check_targets, load
+from kfac_dist.cli.exits import exit_codes, leads
+from kfac_dist.cli.report import REPORT_FILE, write_page
+from kfac_dist.errors import ConfigError, KFACError
+from kfac_dist.launching import LauncherName, launch_command, overrides_in
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also train the optimizers under `compare`.")] = False,
+    resume: Annotated[
+        str | None, typer.Option(help="auto: newest good checkpoint of this run; never; or a checkpoint's path.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; its files go to runs/NAME.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the result only.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show curves, phases and counts while it trains, on a terminal.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check the configuration, and train nothing.")] = False,
+) -> None:
+    """Train a model. Start it under torchrun, srun or mpirun (see `launch`) to train on several ranks."""
+    with exit_codes():
+        resolved = load(config, overrides, {"checkpoint.resume": resume, "run.name": name})
+        if check:
+            check_targets(resolved)
+            if not quiet:
+                print(f"{config}: fine")
+            return
+        if live and quiet:
+            raise ConfigError("--live shows progress and --quiet hides it: leave one of them out")
+        from kfac_dist.training.run import train as run
+
+        result = run(resolved, compare=compare, quiet=quiet, live=live)
+        if not quiet and result.preempted_at is None and find_spec("plotly") is not None and leads():
+            try:
+                write_page([result.directory], result.directory / REPORT_FILE)
+            except KFACError as error:  # such as a full disk: the run itself is complete and saved
+                print(f"no report: {error}")
+
+
+def launch(
+    context: typer.Context,
+    config: ConfigFile,
+    launcher: Annotated[LauncherName, typer.Option("--with", help="What starts the ranks.", show_default=False)],
+) -> None:
+    """Train on ranks that torchrun, SLURM, mpirun or DeepSpeed starts.
+
+    Runs the scripts of launch/, whose own options (launch/*.sh --help) and KEY=VALUE overrides follow CONFIG: --with
+    torchrun CONFIG --nproc-per-node 2 train.steps=100 --dry-run. With slurm they are those of `kfac-dist submit`.
+    """
+    with exit_codes():
+        if str(config).startswith("-"):
+            raise ConfigError(f"found {str(config)!r}, expected a configuration: options follow it")
+        # A mistake is told before the launcher starts, which would wrap it in its own report.
+        load(config, overrides_in(context.args), {})
+        launch_command(launcher, config, context.args).replace_this_process()
