@@ -17,7 +17,9 @@ import json
 import os
 import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from kfac_dist.planning.hardware import Hardware
 from kfac_dist.planning.job import Job, Model, StepKind
 from kfac_dist.planning.prediction import Prediction, predict
 from kfac_dist.planning.strategies import Strategy
+from kfac_dist.preconditioner.phases import Phase
 from kfac_dist.tasks.byte_gpt import byte_gpt
 
 FACTOR_EVERY, INVERSE_EVERY = 10, 100
@@ -95,20 +98,39 @@ def mean_step(kinds: dict[str, float]) -> float:
     return kinds["ordinary"] + measuring / FACTOR_EVERY + refreshing / INVERSE_EVERY
 
 
-def measured(workload: Workload, strategy: str, rounds: int) -> tuple[dict[str, float], float]:
-    """Return the seconds that each kind of step adds, and a bare step's."""
-    bare, own = _stepper(workload, None), _stepper(workload, config_of(workload, strategy))
-    seconds: dict[str, list[float]] = {"bare": [], **{kind: [] for kind in KINDS}}
+@dataclass(frozen=True)
+class Found:
+    """Milliseconds: of a bare step, of what each kind of step adds, and of this rank's phases in it."""
+
+    bare: float
+    kinds: dict[str, float]
+    phases: dict[str, dict[str, float]]
+
+
+def measured(workload: Workload, strategy: str, rounds: int) -> Found:
+    bare, _ = _stepper(workload, None)
+    own, kfac = _stepper(workload, config_of(workload, strategy))
+    assert kfac is not None
+    kfac.phases.enabled = True
+    seconds: dict[str, list[float]] = defaultdict(list)
+    phases: dict[str, dict[Phase, list[float]]] = {kind: defaultdict(list) for kind in KINDS}
     for turn, kind in itertools.product(range(rounds + 1), KINDS):
+        before = kfac.phases.seconds()
         pair = seconds_of(bare), seconds_of(own)
         if turn:  # the first steps allocate
             seconds["bare"].append(pair[0])
             seconds[kind].append(pair[1])
-    typical = {kind: quartile(values) for kind, values in seconds.items()}
-    return {kind: typical[kind] - typical["bare"] for kind in STEPS}, typical["bare"]
+            for phase, after in kfac.phases.seconds().items():
+                phases[kind][phase].append(after - before[phase])
+    typical = {kind: 1000 * quartile(values) for kind, values in seconds.items()}
+    return Found(
+        bare=typical["bare"],
+        kinds={kind: typical[kind] - typical["bare"] for kind in STEPS},
+        phases={kind: {phase: 1000 * quartile(values) for phase, values in phases[kind].items()} for kind in STEPS},
+    )
 
 
-def _stepper(workload: Workload, config: dict[str, Any] | None) -> Callable[[], None]:
+def _stepper(workload: Workload, config: dict[str, Any] | None) -> tuple[Callable[[], None], KFAC | None]:
     torch.manual_seed(0)
     model: nn.Module = workload.build()
     model = DistributedDataParallel(model) if dist.is_initialized() else model
@@ -123,7 +145,7 @@ def _stepper(workload: Workload, config: dict[str, Any] | None) -> Callable[[], 
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return step, kfac
 
 
 def foretold(workload: Workload, strategy: str, size: int, hardware: Hardware) -> Prediction:
@@ -144,15 +166,11 @@ def _rows(network: nn.Module, blocks: list[Block], inputs: torch.Tensor) -> dict
 
 
 def compared(name: str, strategy: str, size: int, rounds: int, hardware: Hardware) -> dict[str, Any]:
-    found, bare = measured(MODELS[name], strategy, rounds)
-    seconds = {kind: 1000 * value for kind, value in found.items()}
-    return row_of(name, strategy, size, hardware, 1000 * bare, seconds)
+    return row_of(name, strategy, size, hardware, measured(MODELS[name], strategy, rounds))
 
 
-def row_of(
-    name: str, strategy: str, size: int, hardware: Hardware, bare_ms: float, found: dict[str, float]
-) -> dict[str, Any]:
-    """Predict, and compare with the milliseconds that each kind of step was found to add."""
+def row_of(name: str, strategy: str, size: int, hardware: Hardware, found: Found) -> dict[str, Any]:
+    """Predict, and compare with what was found."""
     prediction = foretold(MODELS[name], strategy, size, hardware)
     costs = {kind: prediction.costs[step] for kind, step in STEPS.items()}
     told = {kind: 1000 * cost.total for kind, cost in costs.items()}
@@ -160,14 +178,15 @@ def row_of(
         "model": name,
         "strategy": strategy,
         "ranks": size,
-        "bare_ms": bare_ms,
+        "bare_ms": found.bare,
         "predicted_ms": mean_step(told),
-        "measured_ms": mean_step(found),
-        "error": mean_step(told) / mean_step(found) - 1,
-        "kinds": {kind: {"predicted_ms": told[kind], "measured_ms": found[kind]} for kind in STEPS},
+        "measured_ms": mean_step(found.kinds),
+        "error": mean_step(told) / mean_step(found.kinds) - 1,
+        "kinds": {kind: {"predicted_ms": told[kind], "measured_ms": found.kinds[kind]} for kind in STEPS},
         "predicted_phases_ms": {
             kind: {phase: 1000 * seconds for phase, seconds in cost.seconds.items()} for kind, cost in costs.items()
         },
+        "measured_phases_ms": found.phases,
     }
 
 
@@ -177,9 +196,10 @@ def again(out: Path) -> None:
     machines = known["results"]["calibrations"]
     rows = []
     for case in known["results"]["cases"]:
-        found = {kind: values["measured_ms"] for kind, values in case["kinds"].items()}
+        kinds = {kind: values["measured_ms"] for kind, values in case["kinds"].items()}
+        found = Found(case["bare_ms"], kinds, case["measured_phases_ms"])
         hardware = Hardware.model_validate(machines[str(case["ranks"])])
-        rows.append(row_of(case["model"], case["strategy"], case["ranks"], hardware, case["bare_ms"], found))
+        rows.append(row_of(case["model"], case["strategy"], case["ranks"], hardware, found))
         print(line(rows[-1]))
     save(rows, machines, known["settings"]["rounds"], out)
 
