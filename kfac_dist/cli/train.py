@@ -41,7 +41,10 @@ def train(
         from kfac_dist.training.run import train as run
 
         result = run(resolved, compare=compare, quiet=quiet, live=live)
-        if not quiet and result.preempted_at is None and find_spec("plotly") is not None and leads():
+        if not quiet and result.preempted_at is None and leads():
+            if find_spec("plotly") is None:
+                print("no report: its charts need plotly (pip install plotly); then: kfac-dist report", result.directory)
+                return
             try:
                 write_page([result.directory], result.directory / REPORT_FILE)
             except KFACError as error:  # such as a full disk: the run itself is complete and saved
