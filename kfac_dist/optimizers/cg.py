@@ -127,7 +127,8 @@ class CGStepper(Stepper):
         before = ray.loss(0)
         after = ray.loss(scale)
         if adapts:
-            self._numbers["rho"] = self._trust.judge(after - before, ray.model(scale))
+            change, curved_down = after - before, solution.curved_down
+            self._numbers["rho"] = self._trust.judge(change, ray.model(scale), curved_down=curved_down)
         for _ in range(self.options.backtracking):
             if after <= before + _ENOUGH * scale * ray.slope:
                 return scale

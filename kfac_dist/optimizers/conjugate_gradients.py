@@ -79,7 +79,7 @@ def conjugate_gradients(
 
     A start is first scaled by what minimises φ along it, at most 1 and never backwards: φ is never above 0 there.
     Where curvature isn't positive (rounding, a loss that isn't convex in the outputs) the last iterate is returned;
-    if that is still zero, the preconditioned gradient itself, so that a step is made.
+    if that is still zero, the preconditioned gradient itself with its φ, so that a step is made and can be judged.
 
     Args:
         multiply: v and numbers to share ↦ product with C.
@@ -115,6 +115,7 @@ def conjugate_gradients(
         values.append(values[-1] - inner * length / 2)
     if curved_down and values == [0.0]:
         point = direction
+        values.append(curvature / 2 - inner)  # φ(p) from zero, where pᵀg = −γ
     return Solution(point, tuple(values), products, curved_down)
 
 

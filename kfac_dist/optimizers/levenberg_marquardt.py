@@ -2,6 +2,7 @@
 
     λ   every T₁ steps, by how well the model foretold the loss:  ρ = (h(θ+δ) − h(θ)) / M(δ)
         ρ > ¾: λ ← ω₁λ      ρ < ¼: λ ← λ/ω₁      ω₁ = (19/20)^T₁
+        λ ← λ/ω₁ as well where M has no minimum: it curves down
     γ   every T₂ steps, the one of {γ, ω₂γ, γ/ω₂} whose step has the lowest M(δ);  ω₂ = (19/20)^(T₂/2)
 
 Plain numbers: whoever feeds them has agreed on what he feeds, so that every rank has the same ones.
@@ -50,24 +51,25 @@ class LevenbergMarquardt:
         """Whether λ is judged by this step, counted from 0: the last of every T₁."""
         return self._every > 0 and (step + 1) % self._every == 0
 
-    def judge(self, change: float, predicted: float) -> float:
+    def judge(self, change: float, predicted: float, *, curved_down: bool = False) -> float:
         """Adapt λ to one step, and return ρ.
 
         A loss that isn't finite speaks against the model as one that rose does. A model that predicts nothing (a zero
-        step) says nothing either: ρ is NaN, and λ stays.
+        step) says nothing either: ρ is NaN, and λ stays. One without a minimum needs more λ, whatever it foretold.
 
         Args:
             change: h(θ+δ) − h(θ), on one batch.
             predicted: M(δ), at most 0.
+            curved_down: Whether M has a direction without positive curvature.
         """
-        if not predicted < 0:
-            return math.nan
-        rho = change / predicted if math.isfinite(change) else -math.inf
+        rho = math.nan
+        if predicted < 0:
+            rho = change / predicted if math.isfinite(change) else -math.inf
         rate = RATE**self._every
-        if rho > _GOOD:
-            self.damping = self._bounds.clip(self.damping * rate)
-        elif rho < _BAD:
+        if curved_down or rho < _BAD:
             self.damping = self._bounds.clip(self.damping / rate)
+        elif rho > _GOOD:
+            self.damping = self._bounds.clip(self.damping * rate)
         return rho
 
     def state_dict(self) -> dict[str, float]:

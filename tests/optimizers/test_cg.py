@@ -131,6 +131,35 @@ def test_steps_that_raise_the_loss_are_halved_or_left_out_and_lambda_follows() -
     assert stepper.metrics()["damping"] == pytest.approx(1e-4 / 0.95)  # of the second step, after one adaptation
 
 
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_where_the_model_curves_down_lambda_grows(lr: float) -> None:
+    def saddle(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (-0.5 * outputs.square() + 0.01 * (outputs - targets).pow(4)).sum()
+
+    model, (inputs, targets) = net(), batch()
+    cg = {"adapt_every": 1, "lr": lr, "max_iterations": 10}
+    stepper = build_stepper(KFAC(model, {**EVERY_STEP, "solver": "cg", "cg": cg}), saddle)
+    dampings = []
+    for _ in range(3):
+        model.zero_grad()
+        stepper.micro_batch(inputs, targets)
+        before = saddle(model(inputs), targets) / len(inputs)
+        before.backward()
+        gradient = stepper.space.flatten(stepper.kfac.engine.gradients())
+        assert stepper.step()
+        numbers, step = stepper.metrics(), -stepper.space.flatten(stepper.kfac.engine.gradients())
+        assert numbers["curved_down"]
+        # ρ compares the loss with M(lr·d), which follows from the slope and M(d).
+        slope = float(gradient @ step) / lr
+        assert max(slope, numbers["model"]) < 0
+        with torch.no_grad():
+            change = float(saddle(model(inputs), targets) / len(inputs) - before)
+        predicted = lr * slope + lr**2 * (numbers["model"] - slope)
+        assert numbers["rho"] == pytest.approx(change / predicted, rel=1e-3)
+        dampings.append(numbers["damping"])
+    assert dampings[1:] == [pytest.approx(dampings[0] / 0.95**k) for k in (1, 2)]
+
+
 def test_the_next_step_starts_where_the_last_one_ended_and_resumes_there() -> None:
     cg = {"max_iterations": 3, "lr": 0.3, "warm_start": 1.0, "adapt_every": 1}  # much is left of what was solved
     whole, model = net(), net()

@@ -101,8 +101,11 @@ def test_curvature_that_is_not_positive_ends_it_at_the_last_good_iterate() -> No
     # At once, without an iterate: the preconditioned gradient.
     for start in (None, gradient):
         downhill = conjugate_gradients(multiply_by(-matrix @ matrix), lambda v: v / 2, gradient, 0.0, Rule(100), start)
-        assert downhill.iterations == 0
         torch.testing.assert_close(downhill.point, -gradient / 2)
+        assert downhill.curved_down
+        assert downhill.iterations == 1  # with its value, which whoever judges the step goes by
+        value = -0.5 * downhill.point @ matrix @ matrix @ downhill.point + gradient @ downhill.point
+        assert downhill.values == (0.0, pytest.approx(float(value)))
 
 
 def test_nothing_to_solve_is_solved() -> None:

@@ -38,6 +38,13 @@ def test_a_model_that_predicts_no_descent_says_nothing(predicted: float) -> None
     assert rule.damping == 3.0
 
 
+@pytest.mark.parametrize("predicted", [-1.0, 0.0, math.nan])
+def test_a_model_that_curves_down_is_damped_however_well_it_foretells(predicted: float) -> None:
+    rule = LevenbergMarquardt(3.0, 5, WIDE)
+    rule.judge(-1.0, predicted, curved_down=True)
+    assert rule.damping == pytest.approx(3 * 0.95**-5)
+
+
 def test_the_damping_stays_within_its_bounds() -> None:
     rule = LevenbergMarquardt(1.0, 5, Bounds(0.9, 1.1))
     rule.judge(-1.0, -1.0)
