@@ -157,6 +157,27 @@ def test_requeued_jobs_end_as_if_they_had_not_been(
         assert run.standing() is Standing.FINISHED
 
 
+def test_a_task_gets_the_cores_of_its_node(cluster: Cluster, tmp_path: Path) -> None:
+    """Of an exclusive job, whatever a node has: nobody has to know the number."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nscontrol show step "$SLURM_JOB_ID.$SLURM_STEP_ID" | grep -o "CPUs=[0-9]*"\n')
+    python.chmod(0o755)
+    jobs = {
+        cluster.run(
+            "sbatch", "--parsable", "--exclusive", f"--output={tmp_path / name}.out", str(ROOT / "slurm" / name),
+            "a.yaml", PYTHON=str(python),
+        ).strip(): tmp_path / f"{name}.out"
+        for name in ("train.sbatch", "train_srun.sbatch")
+    }  # fmt: skip
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    for job, output in jobs.items():
+        while cluster.state(job) != "COMPLETED":
+            assert cluster.alive(job), output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.1)
+        assert "CPUs=4" in output.read_text().split(), output.read_text()
+
+
 def test_a_scaling_study_ends_with_its_table(cluster: Cluster, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(dump_yaml(_config(tmp_path)))

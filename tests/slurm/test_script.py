@@ -79,7 +79,8 @@ def test_both_scripts_stop_and_requeue_alike() -> None:
 
 STUBS = {
     # Prints its arguments, one a line; a signal to it is what the ranks would get.
-    "srun": 'printf "%s\\n" "$@"; echo "OMP_NUM_THREADS=$OMP_NUM_THREADS"; exit ${SRUN_CODE:-0}',
+    "srun": 'printf "%s\\n" "$@"; echo "OMP_NUM_THREADS=$OMP_NUM_THREADS"; '
+    'echo "SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK-all}"; exit ${SRUN_CODE:-0}',
     "scontrol": 'echo "scontrol $*"',
 }
 
@@ -157,6 +158,25 @@ def test_by_hand_arguments_and_variables_say_what_to_run(tmp_path: Path, name: s
         assert {"--ntasks=2", "--nproc-per-node=2", "OMP_NUM_THREADS=3", "--rdzv-endpoint=n1:12287"} <= set(words)
     else:
         assert {"--ntasks=4", "--ntasks-per-node=2", "OMP_NUM_THREADS=6"} <= set(words)
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "train_srun.sbatch"])
+@pytest.mark.parametrize(
+    ("cpus", "expected"),
+    [
+        ({"SLURM_CPUS_ON_NODE": "9"}, {"SRUN_CPUS_PER_TASK=all", "OMP_NUM_THREADS=4"}),
+        ({"SLURM_CPUS_ON_NODE": "1"}, {"SRUN_CPUS_PER_TASK=all", "OMP_NUM_THREADS=1"}),
+        ({"SLURM_CPUS_ON_NODE": "9", "OMP_NUM_THREADS": "3"}, {"SRUN_CPUS_PER_TASK=all", "OMP_NUM_THREADS=3"}),
+        ({"SLURM_CPUS_ON_NODE": "64", "SLURM_CPUS_PER_TASK": "6"}, {"SRUN_CPUS_PER_TASK=6"}),
+    ],
+)
+def test_ranks_share_the_cores_of_their_node(
+    tmp_path: Path, name: str, cpus: dict[str, str], expected: set[str]
+) -> None:
+    """Without --cpus-per-task srun is told no number, which gives its tasks all cores that the job has."""
+    code, said = run_script(ROOT / "slurm" / name, tmp_path, "a.yaml", RANKS_PER_NODE="2", **cpus)
+    assert code == 0
+    assert expected <= set(said.splitlines())
 
 
 if __name__ == "__main__":
