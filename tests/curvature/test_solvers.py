@@ -287,6 +287,63 @@ def test_newton_schulz_starts_cold_where_the_last_inverse_is_useless() -> None:
     assert_close(inverse, torch.linalg.inv(matrix))
 
 
+def drifted(n: int, share: float) -> tuple[Tensor, Tensor]:
+    """Two factors as training makes them: the later one has a share of other rows; spectra fall as 1/k."""
+    generator = torch.Generator().manual_seed(0)
+    scales = (1 / torch.arange(1, n + 1)).sqrt()
+    before, other = (
+        rows.mT @ rows / len(rows) for rows in (torch.randn(4 * n, n, generator=generator) * scales for _ in range(2))
+    )
+    mean = before.diagonal().mean()
+    return before[None] / mean, torch.lerp(before, other, share)[None] / mean
+
+
+@pytest.mark.parametrize(("n", "share", "limit"), [(64, 0.05, 4), (512, 0.05, 4), (512, 0.15, 6)])
+def test_newton_schulz_starts_warm_at_any_size(
+    n: int, share: float, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At n = 512 the residual's spectrum has a radius of 0.2 and 0.6, but its Frobenius norm is 2 and 7."""
+    before, matrix = (factor + 1e-3 * torch.eye(n) for factor in drifted(n, share))
+    start = torch.linalg.inv(before)
+    monkeypatch.setattr(solvers, "_NEWTON_SCHULZ_STEPS", limit)
+    inverse, good = newton_schulz(matrix, start)
+    assert good.all()
+    assert_close(inverse, torch.linalg.inv(matrix.double()), 1e-3)
+    assert not newton_schulz(matrix, torch.zeros_like(matrix))[1].any()
+
+
+def test_newton_schulz_starts_cold_from_what_would_diverge() -> None:
+    """In one batch with a start that helps: a spectrum half in and half out of the unit circle, and others far away."""
+    n = 512
+    matrix = torch.cat([factor + 1e-3 * torch.eye(n) for factor in drifted(n, 0.05)] * 2 + [torch.eye(n)[None]])
+    start = torch.linalg.inv(matrix)
+    start[0] *= torch.linspace(0.5, 2.5, n)
+    start[1] *= 1e12
+    start[2] = NAN
+    start[4] -= torch.diag(torch.full((n - 1,), 2.05), 1)  # the residual has no spectrum, and powers that overflow
+    inverse, good = newton_schulz(matrix, start)
+    assert good.all()
+    assert_close(inverse, torch.linalg.inv(matrix.double()), 1e-3)
+
+
+def test_newton_schulz_that_leaves_a_warm_start_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trusted at first, then spoilt as rounding might: the result is found from nothing, not given up."""
+    matrix = positive(30, 2, 1e3)
+    calls, exact = 0, torch.baddbmm
+
+    def spoilt(*operands: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return exact(*operands) * (-1e3 if calls == 4 else 1)
+
+    monkeypatch.setattr(torch, "baddbmm", spoilt)
+    monkeypatch.setattr(solvers, "_NEWTON_SCHULZ_RESIDUAL", 1e-12)
+    inverse, good = newton_schulz(matrix, 0.8 * torch.linalg.inv(matrix))
+    assert calls > 10
+    assert good.all()
+    assert_close(inverse, torch.linalg.inv(matrix))
+
+
 def test_newton_schulz_uses_the_previous_payload_of_solve() -> None:
     matrix = positive(6, 2).float()
     first = solve_one(matrix.clone(), Solver.NEWTON_SCHULZ, 0.1)
