@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import socket
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from types import TracebackType
 from typing import Literal, Self
 
@@ -27,6 +29,8 @@ from kfac_dist.errors import CollectiveError, ConfigError
 # How long a name server may be out of order, and how often it is asked.
 NAME_SECONDS = 10.0
 NAME_PAUSE_SECONDS = 1.0
+# In a store that outlives the ranks: which process was rank 0 first.
+FIRST = "kfac_dist/first"
 # Newer releases of torch read the first name, older ones the second.
 FLIGHT_RECORDER = {
     "TORCH_FR_BUFFER_SIZE": "2000",
@@ -46,6 +50,8 @@ class World:
         owns_group: Whether `bootstrap` made the process group, and `close` destroys it.
         exported: Variables that `bootstrap` has set, and `close` takes away.
         store: What the ranks met in; None when alone, or when the process group was there already.
+        first: Which process was rank 0 when this job's ranks first met; known to rank 0 alone, and only where the
+            launcher's store outlives the ranks.
     """
 
     place: Place
@@ -54,6 +60,12 @@ class World:
     owns_group: bool
     exported: tuple[str, ...] = ()
     store: Store | None = None
+    first: str | None = None
+
+    @property
+    def restarted(self) -> bool:
+        """Whether rank 0 knows that ranks of this job have met before, whether or not their launcher counts it."""
+        return self.first is not None and self.first != _this_process()
 
     @property
     def rank(self) -> int:
@@ -136,8 +148,8 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if backend == "nccl":
         _record_flights()
-    store = _join(place, place.address, backend, timeout_seconds)
-    return World(place, chosen, backend, owns_group=True, exported=_export(place), store=store)
+    store, first = _join(place, place.address, backend, timeout_seconds)
+    return World(place, chosen, backend, owns_group=True, exported=_export(place), store=store, first=first)
 
 
 def _record_flights() -> None:
@@ -191,14 +203,15 @@ def choose_device(device: Literal["auto", "cpu", "cuda"], place: Place) -> torch
     return torch.device("cpu")
 
 
-def _join(place: Place, address: tuple[str, int], backend: str, timeout_seconds: float) -> Store:
+def _join(place: Place, address: tuple[str, int], backend: str, timeout_seconds: float) -> tuple[Store, str | None]:
+    """The store in which the ranks have met, and which process was rank 0 first."""
     timeout = timedelta(seconds=timeout_seconds)
     host, port = address
     _check_name(place, host, min(timeout_seconds, NAME_SECONDS))
     try:
-        store = _store(place, host, port, timeout)
+        store, first = _store(place, host, port, timeout)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
-        return store
+        return store, first
     except RuntimeError as error:  # torch's store, socket and timeout errors all derive from it
         raise CollectiveError(
             f"rank {place.rank} of {place.world_size} did not meet the others at {host}:{port} "
@@ -222,15 +235,23 @@ def _check_name(place: Place, host: str, seconds: float) -> None:
         time.sleep(NAME_PAUSE_SECONDS)
 
 
-def _store(place: Place, host: str, port: int, timeout: timedelta) -> Store:
-    """The store that rank 0 serves, or torchrun's agent: that one outlives its workers."""
+def _store(place: Place, host: str, port: int, timeout: timedelta) -> tuple[Store, str | None]:
+    """The store that rank 0 serves, or torchrun's agent: that one outlives its workers, and tells of the first."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         agents = TCPStore(host, port, world_size=place.world_size, is_master=False, timeout=timeout)
-        return fresh_store(agents, place.rank, place.world_size, timeout)
+        first = agents.compare_set(FIRST, "", _this_process()).decode() if place.rank == 0 else None
+        return fresh_store(agents, place.rank, place.world_size, timeout), first
     # multi_tenant: what uses the same variables in this process (DeepSpeed, say) shares rank 0's server.
-    return TCPStore(
+    store = TCPStore(
         host, port, world_size=place.world_size, is_master=place.rank == 0, timeout=timeout, multi_tenant=True
     )
+    return store, None
+
+
+@cache
+def _this_process() -> str:
+    """A name that no other process has; made when it is asked for, so that forks don't share it."""
+    return uuid.uuid4().hex
 
 
 def _count(number: int, noun: str) -> str:

@@ -59,6 +59,7 @@ class Checkpoints:
         communicator: The ranks of the run.
         notice: Shown one line for each directory that is no complete checkpoint.
         timeout_seconds: How long ranks that write wait for each other.
+        job: Whose checkpoints they are, written into each.
     """
 
     def __init__(
@@ -68,11 +69,13 @@ class Checkpoints:
         communicator: Communicator,
         notice: Callable[[str], None] = lambda line: None,
         timeout_seconds: float = 600.0,
+        job: str = "",
     ) -> None:
         self.directory = directory
         self.keep = keep
         self.communicator = communicator
         self.notice = notice
+        self.job = job
         self._timeout = timeout_seconds
         self._writers: Communicator | None = None
         self._background = Background()
@@ -94,6 +97,7 @@ class Checkpoints:
             CheckpointError: It can't be written; every rank raises, and older checkpoints are as they were.
         """
         self._background.finish()
+        facts = facts | ({"job": self.job} if self.job else {})
         if self._writers is None:
             alone = self.communicator.size == 1
             self._writers = SoloCommunicator() if alone else build_communicator(self._timeout, on_host=True)
@@ -124,14 +128,20 @@ class Checkpoints:
             self._writers.close()
             self._writers = None
 
-    def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint that is complete and unaltered, the same on every rank."""
+    def newest(self, *, own: bool = False) -> Checkpoint | None:
+        """Return the newest checkpoint that is complete and unaltered, the same on every rank.
+
+        Args:
+            own: Look at this job's only.
+        """
         found: list[Checkpoint] = []
         with agreed(self.communicator, CheckpointError, f"can't read {self.directory}"):
             if self.communicator.rank == 0:
                 found = [checkpoint for path in self._by_age() if (checkpoint := self._read_or_notice(path))]
         candidates: list[Checkpoint] = self.communicator.gather_objects(found, label="newest checkpoint")[0]
         for candidate in candidates:
+            if own and candidate.facts.get("job", "") != self.job:
+                continue
             problem = self._damage(candidate)
             if problem is None:
                 return candidate

@@ -8,7 +8,8 @@
       state.json       running, preempted, finished or failed
       curvature.jsonl  spectra of the factors          report.html   all of it on one page, from `kfac-dist train`
 
-A fresh run moves the files of an earlier one of its name to `runs/<name>.previous`. SIGTERM or SIGUSR1 on any rank
+A fresh run moves the files of an earlier one of its name to `runs/<name>.previous`; one whose launcher started it again
+goes on with its own (see `training.job`). SIGTERM or SIGUSR1 on any rank
 makes all of them save a checkpoint and return.
 """
 
@@ -39,6 +40,7 @@ from kfac_dist.reporting.run_file import RunFile
 from kfac_dist.reporting.summary import RunSummary, result_table
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints, read_manifest
+from kfac_dist.training.job import Job, find_job
 from kfac_dist.training.loop import DivergedError, Outputs, Trainer
 from kfac_dist.training.metrics import MetricsWriter, read_metrics
 from kfac_dist.training.monitor import Monitor, last_saved
@@ -74,6 +76,7 @@ class Session:
     progress: ProgressDisplay
     signals: StopSignals
     watch: Watch
+    job: Job
     exporter: Exporter | None = None
 
     @property
@@ -98,7 +101,7 @@ def train(config: Config, *, compare: bool = False, quiet: bool = False, live: b
         directory = Path(config.run.directory) / config.run.name
         with agreed(session.communicator, what=f"can't prepare {directory}"):
             if session.leads:
-                _prepare(directory, config)
+                _prepare(directory, config, session.job)
         record = RunFile(directory if session.leads else None, session.communicator.size)
         runs: list[RunSummary] = []
         with record.failures():
@@ -120,7 +123,7 @@ def _session(config: Config, *, quiet: bool, live: bool) -> Iterator[Session]:
             with _exporter(config, communicator) as exporter, StopSignals() as signals, watch:
                 if exporter is not None:
                     progress.note(f"metrics at http://{exporter.address}/metrics")
-                yield Session(world, communicator, progress, signals, watch, exporter)
+                yield Session(world, communicator, progress, signals, watch, find_job(world, communicator), exporter)
         finally:
             progress.stop()
             communicator.close()
@@ -174,10 +177,11 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
         session.communicator,
         session.progress.note,
         config.run.timeout_seconds,
+        session.job.name,
     )
     parts = build_parts(config, session.world, session.communicator)
     try:
-        start = _start(config, checkpoints)
+        start = _start(config, checkpoints, session.job)
         with _writer(directory, start, session) as writer:
             values = config.model_dump(mode="json")
             monitor = None
@@ -238,15 +242,20 @@ def _train_compared(
         return RunSummary(name, step, seconds, None, None, "metric", None, note="diverged")
 
 
-def _start(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
+def _start(config: Config, checkpoints: Checkpoints, job: Job) -> Checkpoint | None:
+    own = checkpoints.newest(own=True) if job.restarted else None
+    start = own or _configured_start(config, checkpoints)
+    if start is not None:  # what is newer is damaged or left behind, and must not count among the newest that are kept
+        checkpoints.set_aside(start.step)
+    return start
+
+
+def _configured_start(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
     match config.checkpoint.resume:
         case "never":
             return None
         case "auto":
-            newest = checkpoints.newest()
-            if newest is not None:  # what is newer is damaged, and must not count among the newest that are kept
-                checkpoints.set_aside(newest.step)
-            return newest
+            return checkpoints.newest()
         case path:
             with agreed(checkpoints.communicator, CheckpointError, f"can't read {path}"):
                 start = read_manifest(Path(path))
@@ -285,8 +294,8 @@ def _summarize(name: str, trainer: Trainer) -> RunSummary:
     )
 
 
-def _prepare(directory: Path, config: Config) -> None:
-    if directory.exists() and config.checkpoint.resume == "never":
+def _prepare(directory: Path, config: Config, job: Job) -> None:
+    if directory.exists() and config.checkpoint.resume == "never" and not job.began(directory / "checkpoints"):
         previous = directory.with_name(directory.name + ".previous")
         if previous.exists():
             shutil.rmtree(previous)
