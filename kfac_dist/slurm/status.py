@@ -1,15 +1,13 @@
 """`kfac-dist status`: how a run stands, from the files in its directory and, where SLURM is, from its queue.
 
 What a run wrote last may be outdated: a killed process leaves "running" behind. SLURM's word on the job settles it,
-else whether the process still exists, which only its own host can tell.
+also that it no longer knows the job; else whether the process still exists, which only its own host can tell.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +17,10 @@ from pathlib import Path
 from kfac_dist.errors import CheckpointError, KFACError
 from kfac_dist.reporting.progress import duration
 from kfac_dist.reporting.run_file import RunRecord, State, read_record
+from kfac_dist.slurm.queue import FORGOTTEN, UNDER_WAY, WAITING, slurm_state
 from kfac_dist.slurm.submission import submitted
 from kfac_dist.training.checkpoint import MANIFEST, read_manifest
 from kfac_dist.training.metrics import read_metrics
-
-_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"}
-_UNDER_WAY = {"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED"}
 
 
 class Standing(StrEnum):
@@ -65,8 +61,8 @@ class RunStatus:
         ranks: Number of ranks; None before the first start.
         host: Where rank 0 is or was.
         job: SLURM's number of the job.
-        job_state: SLURM's word for it.
-        restarts: How often SLURM has requeued it.
+        job_state: SLURM's word for it, or `FORGOTTEN`; None where SLURM can't be asked.
+        restarts: How often it was started again.
     """
 
     directory: str
@@ -95,8 +91,9 @@ class RunStatus:
         if self.ranks is not None:
             lines.append(f"  ranks       {self.ranks}, rank 0 on {self.host}")
         if self.job is not None:
-            again = f", requeued {self.restarts} times" if self.restarts else ""
-            lines.append(f"  SLURM job   {self.job} {self.job_state or '(SLURM no longer knows it)'}{again}")
+            again = f", started again {self.restarts} times" if self.restarts else ""
+            told = {None: "(no word from SLURM here)", FORGOTTEN: "(SLURM no longer knows it)"}
+            lines.append(f"  SLURM job   {self.job} {told.get(self.job_state, self.job_state)}{again}")
         return "\n".join(lines)
 
 
@@ -130,7 +127,7 @@ def run_status(directory: Path, job: str | None, job_state: Callable[[str], str 
     # By the job's own word if it has begun: a directory may have been copied, or a job started by hand.
     number = job if record is None or (job is not None and "_" in job) else record.job or job
     told = None if number is None else (job_state or slurm_state)(number)
-    standing, reason = _standing(record, told)
+    standing, reason = _standing(record, number, told)
     metrics = directory / "metrics.jsonl"
     losses = [entry for entry in read_metrics(metrics) if "loss" in entry]
     return RunStatus(
@@ -149,47 +146,35 @@ def run_status(directory: Path, job: str | None, job_state: Callable[[str], str 
     )
 
 
-def slurm_state(job: str) -> str | None:
-    """Return SLURM's word for a job: from the queue, else from the accounts; None if neither knows it or is there."""
-    for program, command in (
-        ("squeue", ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"]),
-        ("sacct", ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State"]),
-    ):
-        if shutil.which(program) is None:
-            continue
-        told = subprocess.run(command, capture_output=True, text=True, check=False)
-        if told.returncode == 0 and told.stdout.strip():  # both fail where no job has the number any more
-            return told.stdout.split()[0]  # "CANCELLED by 0" is one word too many
-    return None
-
-
-def _standing(record: RunRecord | None, job_state: str | None) -> tuple[Standing, str]:
+def _standing(record: RunRecord | None, job: str | None, job_state: str | None) -> tuple[Standing, str]:
+    over = f"SLURM no longer knows job {job}" if job_state == FORGOTTEN else f"SLURM says {job_state}"
     if record is None:
-        return _without_record(job_state)
+        return _without_record(job_state, over)
     match record.state:
         case State.FINISHED:
             return Standing.FINISHED, ""
-        case State.FAILED if job_state not in _WAITING:
+        case State.FAILED if job_state not in WAITING:
             return Standing.FAILED, record.reason
         case State.PREEMPTED:
-            again = "; queued again" if job_state in _WAITING else ""
+            again = "; queued again" if job_state in WAITING else ""
             return Standing.PREEMPTED, record.reason + again
-        case _ if job_state in _WAITING:
+        case _ if job_state in WAITING:
             return Standing.QUEUED, "again"
         case _ if job_state is not None:
-            alive = job_state in _UNDER_WAY
-            return (Standing.RUNNING, "") if alive else (Standing.FAILED, f"SLURM says {job_state}")
+            return (Standing.RUNNING, "") if job_state in UNDER_WAY else (Standing.FAILED, over)
     if record.host == socket.gethostname() and not _exists(record.pid):
         return Standing.FAILED, "its process is gone, without a word"
     return Standing.RUNNING, ""
 
 
-def _without_record(job_state: str | None) -> tuple[Standing, str]:
-    if job_state in _WAITING:
+def _without_record(job_state: str | None, over: str) -> tuple[Standing, str]:
+    if job_state is None:
+        return Standing.QUEUED, "by its submission; SLURM can't be asked here"
+    if job_state in WAITING:
         return Standing.QUEUED, ""
-    if job_state in _UNDER_WAY:
+    if job_state in UNDER_WAY:
         return Standing.RUNNING, "its ranks still start"
-    return Standing.FAILED, f"it never began to train; SLURM says {job_state or 'nothing'}"
+    return Standing.FAILED, f"it never began to train; {over}"
 
 
 def _newest(checkpoints: Path) -> Logged | None:

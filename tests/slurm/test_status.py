@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from kfac_dist.cli import app
 from kfac_dist.errors import KFACError
+from kfac_dist.slurm.queue import FORGOTTEN
 from kfac_dist.slurm.status import Standing, run_status, run_statuses
 from kfac_dist.training import train
+from tests.slurm.commands import NO_SUCH_JOB, install
 from tests.training.runs import small_config
 
 ENDED = subprocess.Popen([sys.executable, "-c", ""])
@@ -75,12 +77,16 @@ def test_a_process_that_is_gone_no_longer_runs(tmp_path: Path) -> None:
         ("running", "PENDING", (Standing.QUEUED, "again")),
         ("running", "NODE_FAIL", (Standing.FAILED, "SLURM says NODE_FAIL")),
         ("running", "TIMEOUT", (Standing.FAILED, "SLURM says TIMEOUT")),
+        ("running", FORGOTTEN, (Standing.FAILED, "SLURM no longer knows job 17")),
         ("running", None, (Standing.RUNNING, "")),
         ("preempted", "PENDING", (Standing.PREEMPTED, "told; queued again")),
+        ("preempted", FORGOTTEN, (Standing.PREEMPTED, "told")),
         ("preempted", None, (Standing.PREEMPTED, "told")),
         ("failed", "FAILED", (Standing.FAILED, "told")),
+        ("failed", FORGOTTEN, (Standing.FAILED, "told")),
         ("failed", "PENDING", (Standing.QUEUED, "again")),
         ("finished", "COMPLETED", (Standing.FINISHED, "")),
+        ("finished", FORGOTTEN, (Standing.FINISHED, "")),
     ],
 )
 def test_slurms_word_settles_what_the_run_could_not_say(
@@ -90,7 +96,8 @@ def test_slurms_word_settles_what_the_run_could_not_say(
     directory = write_record(tmp_path / "run", state=state, reason=reason, job="17", restarts=2)
     assert standing(directory, told) == expected
     said = run_status(directory, None, lambda number: told).describe()
-    assert f"SLURM job   17 {told or '(SLURM no longer knows it)'}, requeued 2 times" in said
+    shown = {FORGOTTEN: "(SLURM no longer knows it)", None: "(no word from SLURM here)"}.get(told, told)
+    assert f"SLURM job   17 {shown}, started again 2 times" in said
 
 
 @pytest.mark.parametrize(
@@ -99,11 +106,21 @@ def test_slurms_word_settles_what_the_run_could_not_say(
         ("PENDING", (Standing.QUEUED, "")),
         ("RUNNING", (Standing.RUNNING, "its ranks still start")),
         ("FAILED", (Standing.FAILED, "it never began to train; SLURM says FAILED")),
-        (None, (Standing.FAILED, "it never began to train; SLURM says nothing")),
+        (FORGOTTEN, (Standing.FAILED, "it never began to train; SLURM no longer knows job 3")),
+        (None, (Standing.QUEUED, "by its submission; SLURM can't be asked here")),
     ],
 )
 def test_a_submitted_run_that_has_not_begun(tmp_path: Path, told: str | None, expected: tuple[Standing, str]) -> None:
     assert standing(tmp_path, told, job="3") == expected
+
+
+def test_a_killed_job_that_the_queue_has_forgotten_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As seen from a login node, where the ranks' processes never were."""
+    directory = write_record(tmp_path / "run", host="elsewhere", job="17")
+    install(tmp_path, monkeypatch, squeue=NO_SUCH_JOB)
+    said = CliRunner().invoke(app, ["status", str(directory)]).output
+    assert said.startswith(f"{directory}: failed (SLURM no longer knows job 17)\n")
+    assert "SLURM job   17 (SLURM no longer knows it)" in said
 
 
 def test_every_task_of_a_sweep_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +130,7 @@ def test_every_task_of_a_sweep_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     (directory / "job.json").write_text(json.dumps({"job": "9", "submitted": 0.0, "tasks": 2}))
     write_record(tmp_path / "sweep-1", job="10")
     first, second = run_statuses(directory)
-    assert (first.directory, first.job, first.standing) == (f"{directory}-0", "9_0", Standing.FAILED)
+    assert (first.directory, first.job, first.standing) == (f"{directory}-0", "9_0", Standing.QUEUED)
     assert (second.directory, second.job, second.standing) == (f"{directory}-1", "9_1", Standing.RUNNING)
 
 

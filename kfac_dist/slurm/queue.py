@@ -1,0 +1,44 @@
+"""SLURM's word on a job: from its queue, else from its accounts, where there are any."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"})
+UNDER_WAY = frozenset({"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED"})
+FORGOTTEN = "FORGOTTEN"
+"""What is said of a job that SLURM was asked about and no longer knows; none of SLURM's own words."""
+
+_PATIENCE_SECONDS = 20.0  # for a controller that is busy, or does not answer
+_UNKNOWN = "Invalid job id"
+
+
+def slurm_state(job: str) -> str | None:
+    """Return SLURM's word for a job, or for the tasks of an array: that of one that is not over, if there is one.
+
+    Returns:
+        A state such as `RUNNING`; `FORGOTTEN` for a job that has left the queue and is in no accounts (without accounts
+        SLURM forgets a job some minutes after its end); None where SLURM is not, or does not answer.
+    """
+    queued = _ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
+    if queued and queued != FORGOTTEN:
+        return queued
+    kept = _ask("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State")
+    # That the accounts know nothing means little: a job may not be there yet, or they may be switched off.
+    return queued if kept in (None, FORGOTTEN) else kept
+
+
+def _ask(program: str, *arguments: str) -> str | None:
+    if shutil.which(program) is None:
+        return None
+    try:
+        told = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, check=False, timeout=_PATIENCE_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if told.returncode:
+        return FORGOTTEN if _UNKNOWN in told.stderr else None
+    states = [line.split()[0] for line in told.stdout.splitlines() if line.strip()]  # of "CANCELLED by 0", the first
+    return next((state for state in states if state in WAITING | UNDER_WAY), states[0] if states else FORGOTTEN)
