@@ -87,7 +87,8 @@ class NewtonConfig(Section):
         gamma_every: T₂: steps between searches for γ, a multiple of `kfac.inversion.inverse_every`; each inverts three
             times instead of once. 0 keeps γ.
         momentum: Whether the step before is part of the plane; without it only α is found.
-        products_fraction: Share of the batch that products with the Fisher are taken over: 1/k, every k-th sample.
+        products_fraction: Share of the batch that products with the Fisher are taken over: 1/k, every k-th sample. Not
+            with BatchNorm, which normalises by the whole batch.
     """
 
     damping_every: CountOrZero = 5

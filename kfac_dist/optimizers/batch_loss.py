@@ -12,6 +12,7 @@ over the global batch however unevenly the ranks share it.
 
 Every pass sees the function that the gradient saw: the same inputs, the same random numbers (dropout), and BatchNorm
 in the same mode. What a pass writes into buffers, such as running statistics, goes into copies that are thrown away.
+A pass that fails on one rank fails on all (`summation`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import ModelError
 from kfac_dist.inputs import Inputs, arguments, each
+from kfac_dist.optimizers.summation import summed
 from kfac_dist.optimizers.vectors import VectorSpace
 
 LABEL = "curvature products"
@@ -126,7 +128,8 @@ class BatchLoss:
     def thinned(self, stride: int, phase: int) -> BatchLoss:
         """Return the loss on every `stride`-th sample of the global batch, one in each `stride` from `phase` on.
 
-        For losses with one term a sample, with any number of samples: at least one is taken.
+        For losses with one term a sample, and models that see each sample by itself; of any number of samples at least
+        one is taken.
         """
         samples = int(self._terms)
         phase %= min(stride, samples)
@@ -144,52 +147,57 @@ class BatchLoss:
                 They travel with the product, so that what is decided by them is decided alike on every rank.
 
         Raises:
-            ModelError: An operation of the model has no forward-mode derivative.
+            KFACError: A pass failed on a rank; a `ModelError` if an operation has no forward-mode derivative.
         """
-        own = torch.zeros(self.space.size + 1 + len(shared), dtype=vector.dtype, device=vector.device)
-        for one in self._passes:
-            tangent = self._tangent(one, vector)
-            graph = self._graph(one)
-            curved = graph.hessian(tangent)
-            own[: self.space.size] += graph.pull_back(self.space, curved)
-            own[self.space.size] += torch.sum(tangent * curved)
-        own /= self._terms
-        for place, value in enumerate(shared, self.space.size + 1):
-            own[place] = value / self._communicator.size
-        self._communicator.all_reduce(own, label=LABEL).wait()
-        form, *means = own[self.space.size :].tolist()
+        own = torch.zeros(self.space.size + 2 + len(shared), dtype=vector.dtype, device=vector.device)
+        with summed(own, self._communicator, label=LABEL):
+            for one in self._passes:
+                tangent = self._tangent(one, vector)
+                graph = self._graph(one)
+                curved = graph.hessian(tangent)
+                own[: self.space.size] += graph.pull_back(self.space, curved)
+                own[self.space.size] += torch.sum(tangent * curved)
+            own /= self._terms
+            for place, value in enumerate(shared, self.space.size + 1):
+                own[place] = value / self._communicator.size
+        form, *means, _ = own[self.space.size :].tolist()
         return Product(own[: self.space.size], form, tuple(means))
 
     @torch.no_grad()
     def forms(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Return `[k, k]`: `v_iᵀ GGN v_j`, by forward passes alone; one all-reduce of k² numbers.
+        """Return `[k, k]`: `v_iᵀ GGN v_j`, by forward passes alone; one all-reduce of k² numbers and a mark.
 
         Raises:
-            ModelError: An operation of the model has no forward-mode derivative.
+            KFACError: A pass failed on a rank; a `ModelError` if an operation has no forward-mode derivative.
         """
         k = len(vectors)
-        forms = torch.zeros(k, k, dtype=vectors[0].dtype, device=vectors[0].device)
-        for one in self._passes:
-            tangents = [self._tangent(one, vector) for vector in vectors]
-            graph = self._graph(one)
-            curved = [graph.hessian(tangent) for tangent in tangents]
-            forms += torch.stack([torch.stack([torch.sum(t * c) for c in curved]) for t in tangents])
-        forms /= self._terms
-        self._communicator.all_reduce(forms, label=LABEL).wait()
+        own = torch.zeros(k**2 + 1, dtype=vectors[0].dtype, device=vectors[0].device)
+        forms = own[:-1].view(k, k)
+        with summed(own, self._communicator, label=LABEL):
+            for one in self._passes:
+                tangents = [self._tangent(one, vector) for vector in vectors]
+                graph = self._graph(one)
+                curved = [graph.hessian(tangent) for tangent in tangents]
+                forms += torch.stack([torch.stack([torch.sum(t * c) for c in curved]) for t in tangents])
+            forms /= self._terms
         return (forms + forms.T) / 2
 
     @torch.no_grad()
     def value(self, offset: Tensor | None = None) -> Tensor:
-        """Return `h(θ + offset)`, a 0-dim tensor, without weight decay; one all-reduce of a number."""
+        """Return `h(θ + offset)`, a 0-dim tensor, without weight decay; one all-reduce of a number and a mark.
+
+        Raises:
+            KFACError: A pass failed on a rank.
+        """
         moved = {} if offset is None else self.space.views(self.space.point() + offset)
-        total = torch.zeros((), dtype=torch.get_default_dtype(), device=self._passes[0].targets.device)
-        for one in self._passes:
-            with one.repeated():
-                outputs = functional_call(self._module, {**self._buffers(), **moved}, *arguments(one.inputs))
-            total += self._total(_precise(outputs), _precise(one.targets))
-        total /= self._terms
-        self._communicator.all_reduce(total, label=LABEL_LOSS).wait()
-        return total
+        own = torch.zeros(2, dtype=torch.get_default_dtype(), device=self._passes[0].targets.device)
+        with summed(own, self._communicator, label=LABEL_LOSS):
+            for one in self._passes:
+                with one.repeated():
+                    outputs = functional_call(self._module, {**self._buffers(), **moved}, *arguments(one.inputs))
+                own[0] += self._total(_precise(outputs), _precise(one.targets))
+            own /= self._terms
+        return own[0]
 
     def _tangent(self, one: RecordedPass, vector: Tensor) -> Tensor:
         """Return `J v` at a micro-batch's outputs, by forward-mode differentiation."""

@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfac_dist.errors import ModelError
 from kfac_dist.optimizers.batch_loss import Total
 from kfac_dist.optimizers.levenberg_marquardt import Bounds, GammaSearch, LevenbergMarquardt
 from kfac_dist.optimizers.plane import minimise
@@ -36,11 +38,16 @@ class NewtonStepper(Stepper):
     Attributes:
         trust: The rule of λ.
         search: The rule of γ.
+
+    Raises:
+        ModelError: Products are to be taken over a share of a batch by which the model normalises.
     """
 
     def __init__(self, kfac: KFAC, total: Total, *, total_steps: int | None = None) -> None:
         super().__init__(kfac, total, total_steps=total_steps)
         self.options = kfac.config.newton_options
+        if self.options.products_fraction < 1:
+            _refuse_batch_norm(kfac.engine.module, self.options.products_fraction)
         start, self._l2 = kfac.config.inversion.damping.value, kfac.config.update.l2
         bounds = Bounds(*self.options.damping_bounds)
         self.trust = LevenbergMarquardt(start, self.options.damping_every, bounds)
@@ -159,3 +166,17 @@ class NewtonStepper(Stepper):
     def _use(self, gamma: float) -> None:
         """Damp K-FAC's inverses by γ from the next refresh on."""
         self.kfac.set_damping(gamma**2 - self._l2)
+
+
+def _refuse_batch_norm(module: nn.Module, fraction: float) -> None:
+    """Refuse layers whose outputs depend on which other samples are there: a share of them is another function.
+
+    Raises:
+        ModelError: There is such a layer.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+            raise ModelError(
+                f"kfac.newton.products_fraction ({fraction}) must be 1 with {name} ({type(layer).__name__}), which "
+                "normalises by the whole batch: leave it out, or use GroupNorm or LayerNorm"
+            )

@@ -104,6 +104,38 @@ def test_an_operation_without_a_forward_derivative_is_named() -> None:
         batch.product(batch.space.zeros())
 
 
+class Picky(nn.Linear):
+    """Refuses a number among its inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x == 7).any()):
+            raise ValueError("seven is not for me")
+        return super().forward(x)
+
+
+def _fail_on_one(calls: list[str]) -> list[str]:
+    communicator = build_communicator(10.0)
+    plain = cases()["gaussian"]
+    inputs = plain.inputs.clone()
+    if communicator.rank == 1:
+        inputs[0] = 7
+    case = Case(Picky(3, 4).double(), inputs, plain.targets, plain.total, 18)
+    batch = batch_loss(case, [slice(None)], communicator)
+    vector, messages = batch.space.zeros(), []
+    for call in calls:
+        with pytest.raises(ModelError) as caught:
+            batch.forms([vector]) if call == "forms" else getattr(batch, call)(vector)
+        messages.append(str(caught.value))
+    communicator.close()
+    return messages
+
+
+def test_a_pass_that_fails_on_one_rank_fails_on_all() -> None:
+    calls = ["product", "forms", "value"]
+    own = "a pass over the step's batch that kfac.solver repeats failed: seven is not for me"
+    assert run_ranks(3, _fail_on_one, calls) == [[f"rank 1: {own}"] * 3, [own] * 3, [f"rank 1: {own}"] * 3]
+
+
 def _shared_out(names: list[str]) -> dict[str, tuple[Tensor, Tensor, float, float]]:
     """Uneven parts of the batch on each rank, the first rank's in two micro-batches."""
     communicator = build_communicator(20.0)

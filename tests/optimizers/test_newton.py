@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kfac_dist.errors import ModelError
 from kfac_dist.optimizers import build_stepper
 from kfac_dist.optimizers.newton import NewtonStepper
 from kfac_dist.optimizers.stepper import Problem
@@ -159,6 +160,15 @@ def test_products_may_be_taken_over_a_share_of_the_batch() -> None:
     proposal = -(stepper._last / stepper.metrics()["alpha"])
     torch.testing.assert_close(stepper._last.double(), model.lowest(proposal), rtol=1e-3, atol=1e-5)
     assert stepper.metrics()["mu"] == 0
+
+
+def test_a_share_of_a_batch_by_which_a_layer_normalises_is_refused() -> None:
+    case = _case()
+    case.model.insert(1, nn.BatchNorm1d(6))
+    with pytest.raises(ModelError, match=r"newton\.products_fraction \(0\.25\) must be 1 with 1 \(BatchNorm1d\)"):
+        _stepper(case, products_fraction=0.25)
+    _stepper(case)
+    _stepper(Case(case.model.eval(), case.inputs, case.targets, case.total, 12), products_fraction=0.25)
 
 
 def _finite_below(bound: float) -> Total:

@@ -1,0 +1,53 @@
+"""Sums over ranks of what passes over the batch compute: a pass that fails on one rank fails the sum on all.
+
+    numbers   [ what the block fills in … | mark ]   ── all-reduce ──▶   sums, and on how many ranks the block failed
+
+The mark costs no collective of its own. Only where it isn't zero do the ranks tell each other what happened, before
+anyone waits for a rank that has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.errors import CollectiveError, KFACError, ModelError
+
+
+@contextmanager
+def summed(numbers: Tensor, communicator: Communicator, *, label: str) -> Iterator[None]:
+    """Run a block that fills in all of `numbers` but the last, then add them up over the ranks, in place.
+
+    Every rank enters the block; waits for the device.
+
+    Args:
+        numbers: 1-dim, of the same length on every rank; the last one is the mark.
+        communicator: The ranks.
+        label: What travels.
+
+    Raises:
+        KFACError: The block failed on a rank: on that rank its own error, on the others one that names the rank.
+    """
+    failure: KFACError | None = None
+    try:
+        yield
+    except CollectiveError:
+        raise  # the ranks have lost each other: there is nothing left to agree on
+    except KFACError as error:
+        failure = error
+    except Exception as error:  # whatever it is, the other ranks must hear of it before this one leaves
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        failure = ModelError(f"a pass over the step's batch that kfac.solver repeats failed: {reason}")
+        failure.__cause__ = error
+    numbers[-1] = float(failure is not None)
+    communicator.all_reduce(numbers, label=label).wait()
+    if not numbers[-1] > 0:
+        return
+    failures = communicator.gather_objects((type(failure), str(failure)) if failure else None, label="agreement")
+    if failure:
+        raise failure
+    rank, (kind, message) = next((rank, other) for rank, other in enumerate(failures) if other is not None)
+    raise kind(f"rank {rank}: {message}")
