@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +18,10 @@ from kfac_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
+
+    from kfac_dist.curvature.blocks import Block
+    from kfac_dist.preconditioner.row_copies import MicroRows
 
 CALIBRATION_SECONDS = 600.0
 PIPE_WIDTH = 160
@@ -107,7 +113,8 @@ def _show_plan(resolved: Config, world_size: int, node_size: int | None, console
     from kfac_dist.preconditioner.plan_table import plan_view
     from kfac_dist.preconditioner.savings import savings
 
-    coverage = find_all(model_of_shapes(resolved.model), resolved.kfac)
+    model = model_of_shapes(resolved.model)
+    coverage = find_all(model, resolved.kfac)
     shards = resolved.engine.shard_size(world_size)
     planned = build_plan(
         coverage.blocks,
@@ -124,6 +131,22 @@ def _show_plan(resolved: Config, world_size: int, node_size: int | None, console
         world_size=world_size,
         local_world_size=node_size or world_size,
         shard_size=shards,
+        micro=_micro_rows(resolved, model, coverage.blocks, world_size),
     )
     treatment = resolved.kfac.curvature.uncovered
     console.print(plan_view(planned, kept, coverage.uncovered, treatment, options))
+
+
+def _micro_rows(resolved: Config, model: nn.Module, blocks: Sequence[Block], world_size: int) -> MicroRows:
+    """Return what a rank measures at once; rows are counted only where measuring copies any."""
+    from kfac_dist.config.schema import LossTerms, Precision
+    from kfac_dist.planning.rows import count_rows
+    from kfac_dist.preconditioner.row_copies import MicroRows
+
+    half = resolved.engine.precision is not Precision.FLOAT32
+    micro = MicroRows({}, half, resolved.loss.name.loss_terms is LossTerms.TOKEN)
+    if not micro.copied:
+        return micro
+    samples = -(-resolved.train.batch_size // (world_size * resolved.train.accumulate))
+    rows, _ = count_rows(model.to("meta"), blocks, resolved.data)
+    return replace(micro, rows={name: samples * count for name, count in rows.items()})

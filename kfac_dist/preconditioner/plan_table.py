@@ -20,6 +20,10 @@ _TREATMENTS = {
     Uncovered.DIAGONAL: "Diagonal Fisher",
     Uncovered.DIAGONAL_MC: "Diagonal Fisher",
 }
+_OPTIONS = (
+    "Options that spare memory, all else as configured; bytes that the fullest rank keeps, and that measuring copies:"
+)
+_UNKNOWN = "—"
 
 
 def plan_view(
@@ -44,8 +48,7 @@ def plan_view(
     )
     parts: list[Table | str] = [_block_table(plan), "", _rank_table(plan, kept), "", summary]
     if options:
-        parts += ["", "Options that spare memory, each with all else as configured; bytes of the fullest rank:", ""]
-        parts += [_option_table(options)]
+        parts += ["", _OPTIONS, "", _option_table(options)]
     if uncovered:
         parts += ["", f"{_TREATMENTS[treatment]} for {len(uncovered)} parameters:"]
         parts += [f"  {name}: {reason}" for name, reason in uncovered.items()]
@@ -86,10 +89,12 @@ def _rank_table(plan: Plan, kept: Sequence[RankBytes]) -> Table:
 
 
 def _option_table(options: Sequence[Saving]) -> Table:
-    table = _table("option", "is", "without", "with", "saved", "to the host")
+    table = _table("option", "is", "without", "with", "saved", "copies spared", "to the host")
     for option in options:
-        sizes = (option.without.total, option.having.total, option.device, option.having.host)
-        table.add_row(option.option, "on" if option.active else "off", *(f"{size:,}" for size in sizes))
+        state = "required by the engine" if option.required else "on" if option.active else "off"
+        before, saved = (None, None) if option.without is None else (option.without.total, option.device)
+        sizes = (before, option.having.total, saved, option.copies, option.having.host)
+        table.add_row(option.option, state, *(_UNKNOWN if size is None else f"{size:,}" for size in sizes))
     return table
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_dist.config.options import parse_kfac
-from kfac_dist.curvature.blocks import find_blocks
+from kfac_dist.curvature.blocks import MicroBatch, Use, find_blocks
+from kfac_dist.curvature.factors import Side
+from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.preconditioner.memory import rank_bytes
+from kfac_dist.preconditioner.plan import build_plan
+from kfac_dist.preconditioner.plan_table import plan_view
+from kfac_dist.preconditioner.row_copies import MicroRows, copied_bytes
 from kfac_dist.preconditioner.savings import Saving, savings
 from tests.harness import run_ranks
 from tests.preconditioner.test_invariance import TOLERANCE, configuration
@@ -93,11 +101,15 @@ def test_a_state_comes_from_the_host_and_goes_back() -> None:
     again.close()
 
 
-def planned(config: dict[str, Any], world_size: int = 4) -> dict[str, Saving]:
+def planned(
+    config: dict[str, Any], world_size: int = 4, shard_size: int = 1, micro: MicroRows | None = None
+) -> dict[str, Saving]:
     parsed = parse_kfac(config)
     model = nn.Sequential(*(nn.Linear(64 + index, 65 + index, device="meta") for index in range(8)))
     blocks = find_blocks(model, parsed.curvature).blocks
-    found = savings(blocks, parsed, world_size=world_size, local_world_size=world_size, shard_size=1)
+    found = savings(
+        blocks, parsed, world_size=world_size, local_world_size=world_size, shard_size=shard_size, micro=micro
+    )
     return {saving.option: saving for saving in found}
 
 
@@ -107,7 +119,8 @@ def test_each_option_is_planned_with_and_without() -> None:
     values = sum((64 + i + 1) ** 2 + (65 + i) ** 2 for i in range(8))
     assert found["curvature.factor_dtype: bfloat16"].device == 2 * values
     assert found["inversion.inverse_dtype: bfloat16"].device == 2 * values
-    assert found["curvature.sample_fraction: 0.25"].device == 0
+    sampling = found["curvature.sample_fraction: 0.25"]
+    assert (sampling.device, sampling.copies) == (0, 0)  # rows in fp32 are multiplied where autograd holds them
     offload = found["inversion.offload: true"]
     assert offload.without.host == 0
     assert 4 * values <= offload.having.host < 4 * values + 2 * 256 * 8
@@ -120,6 +133,91 @@ def test_each_option_is_planned_with_and_without() -> None:
     assert (on.without, on.having) == (offload.without, offload.having)
     excluded = planned({"curvature": {"decay": 0.99}, "inversion": {"solver": "ekfac"}})
     assert found.keys() - excluded.keys() == {"curvature.factor_dtype: bfloat16", "inversion.offload: true"}
+
+
+def test_an_option_is_on_wherever_it_is_in_effect() -> None:
+    sampling = planned({"curvature": {"sample_fraction": 0.125}})["curvature.sample_fraction: 0.125"]
+    assert sampling.active
+    owner = "distribution.placement: owner"
+    for config in ({"placement": "owner"}, {"placement": "hybrid", "grad_worker_fraction": 0.25}):
+        assert planned({"distribution": config})[owner].active
+    assert not planned({"distribution": {"placement": "hybrid", "grad_worker_fraction": 0.5}})[owner].active
+    assert not planned({}, world_size=1)[owner].active
+    for placement in ("auto", "owner"):  # slices of gradients know no other placement
+        sharded = planned({"distribution": {"placement": placement}}, shard_size=4)
+        assert (sharded[owner].active, sharded[owner].required, sharded[owner].device) == (True, True, 0)
+    text = _shown(sharded.values())
+    assert "distribution.placement: owner        required by the engine" in text
+
+
+def _shown(options: Iterable[Saving]) -> str:
+    plan = build_plan([], parse_kfac({}), world_size=4)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(plan_view(plan, [], {}, options=list(options)))
+    return capture.get()
+
+
+class Copied(TorchDispatchMode):
+    """Bytes of new tensors as large as rows."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._rows = rows
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        held = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+        if isinstance(out, Tensor) and out.numel() >= self._rows and out.untyped_storage().data_ptr() not in held:
+            self.bytes += out.numel() * out.element_size()
+        return out
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_spares_what_measuring_copies(dtype: torch.dtype, counted: bool) -> None:
+    model = nn.Sequential(nn.Embedding(6, 24), nn.Linear(24, 40), nn.Linear(40, 16, bias=False))
+    samples, positions = 8, 16
+    rows = samples * positions
+    copied = []
+    for fraction in (1.0, 0.25):
+        config = parse_kfac({"curvature": {"sample_fraction": fraction, "loss_terms": "token"}})
+        blocks = find_blocks(model, config.curvature).blocks
+        batch = MicroBatch(
+            loss_terms=config.curvature.loss_terms,
+            batch_size=samples,
+            divisor=torch.tensor(float(rows)) if counted else float(rows),
+            stride=round(1 / fraction),
+        )
+        plan = build_plan(blocks, config, world_size=1)
+        sink = RunningAverages(plan.units, plan.units, decay=0.9, device=torch.device("cpu"))
+        assert sink.window.numel()
+        most = 0
+        for block in blocks:
+            embeds = isinstance(block.module, nn.Embedding)
+            use = Use(block.module, torch.Size((samples, positions, block.matrix_shape[1])))
+            tokens = torch.zeros(samples, positions, dtype=torch.long)
+            use.keep(tokens if embeds else torch.randn(samples, positions, block.module.weight.shape[1], dtype=dtype))
+            use.take(torch.randn(use.shape, dtype=dtype))
+            for side in (Side.A, Side.G):
+                if embeds and side is Side.A:  # counts of tokens
+                    continue
+                with Copied(round(rows * fraction)) as found:
+                    block.measure([use], batch, sink, frozenset({side}))
+                most = max(most, found.bytes)
+        micro = MicroRows({block.name: rows for block in blocks}, dtype is torch.bfloat16, counted)
+        assert copied_bytes(blocks, config, micro) == most
+        copied.append(most)
+    [saving] = [
+        saving
+        for saving in savings(blocks, config, world_size=1, local_world_size=1, shard_size=1, micro=micro)
+        if saving.option == "curvature.sample_fraction: 0.25"
+    ]
+    assert saving.copies == copied[0] - copied[1] == (4 * rows * 40 * 3 // 4) * (counted + (dtype is torch.bfloat16))
+    assert copied_bytes(blocks, config, MicroRows({}, half=True)) is None  # a model that can't be called on meta
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "newton_schulz", "eigen"])
