@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from kfac_dist.config.curvature import DType
-from kfac_dist.config.schedules import Schedule
+from kfac_dist.config.schedules import Damping, Schedule
 from kfac_dist.config.section import Count, CountOrZero, Flag, Fraction, Section
 from kfac_dist.config.splits import SplitConfig, refuse_idle
 
@@ -54,7 +54,7 @@ class InversionConfig(Section):
             `ekfac` does, and measures the eigenvalues of A ⊗ G instead of multiplying them (George et al. 2018).
         structure: `block_tridiagonal`, for chains of linear layers, takes account of neighbouring layers (Martens &
             Grosse 2015, §4.3). It is solved by `eigen`, and damps the factors all the same.
-        damping: λ; a number or a schedule over steps.
+        damping: λ; a number or a schedule over steps, whose warm-up has to say from where: `warmup_from`.
         adapt: How λ follows the trust region; null leaves it to the schedule alone.
         inverse_every: Steps between refreshes of one block's inverses (T_inv); a multiple of `factor_every`.
         stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once. At most
@@ -76,7 +76,7 @@ class InversionConfig(Section):
 
     solver: Solver = Solver.CHOLESKY
     structure: Structure = Structure.BLOCK_DIAGONAL
-    damping: Schedule = Schedule(value=0.003)
+    damping: Damping = Schedule(value=0.003)
     adapt: AdaptConfig | None = None
     inverse_every: Count = 100
     stagger: Count = 1

@@ -2,15 +2,17 @@
 
 warmup_from ── linear ──▶ value ── constant, linear, cosine or exponential ──▶ final ── and stays
      0               warmup_steps                                 steps (or the end of the run)
+
+A rate may warm up from 0; a damping has to say from where, since the least of it would meet the worst steps.
 """
 
 from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from kfac_dist.config.section import Count, CountOrZero, NonNegative, Positive, Section
 from kfac_dist.errors import ConfigError
@@ -58,6 +60,19 @@ class Schedule(Section):
         if self.warmup_from and not self.warmup_steps:
             raise ValueError("warmup_from has no effect without a warm-up: set warmup_steps")
         return self
+
+
+def _damps_from_the_start(damping: Schedule) -> Schedule:
+    if damping.warmup_steps and not damping.warmup_from:
+        raise ValueError(
+            f"warmup_steps ({damping.warmup_steps}) needs warmup_from, such as {100 * damping.value:g}, to come down "
+            "from: from 0 the first steps, whose curvature is known least, would be damped least"
+        )
+    return damping
+
+
+# A schedule of λ.
+Damping = Annotated[Schedule, AfterValidator(_damps_from_the_start)]
 
 
 def value_at(schedule: Schedule, step: int, total_steps: int | None = None) -> float:

@@ -12,7 +12,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from kfac_dist.config.schedules import Schedule, ScheduleKind
+from kfac_dist.config.schedules import Damping, Schedule, ScheduleKind
 from kfac_dist.config.section import Count, CountOrZero, Flag, Positive, Section, check_one_in_k
 
 
@@ -44,7 +44,7 @@ class CGConfig(Section):
     """
 
     lr: Schedule = Schedule(value=1.0)
-    damping: Schedule | None = None
+    damping: Damping | None = None
     adapt_every: CountOrZero = 0
     max_iterations: Count = 50
     tolerance: Positive = 5e-4

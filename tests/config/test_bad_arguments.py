@@ -225,8 +225,20 @@ ARGUMENTS = {
         ["optimizer=null", "kfac={solver: newton, newton: {damping_bounds: [0.01, 1.0]}, inversion: {damping: 0.003}}"],
         "inversion.damping (0.003) is where λ starts while solver is newton, and lies outside of newton.damping_bounds",
     ),
+    "damping that warms up from nothing": (
+        ["kfac.inversion.damping={value: 0.03, warmup_steps: 100}"],
+        "kfac.inversion.damping.warmup_steps (100) needs warmup_from, such as 3, to come down from: from 0 the first",
+    ),
+    "damping of CG that warms up from nothing": (
+        ["optimizer=null", "kfac.solver=cg", "kfac.cg.damping={value: 0.1, warmup_steps: 9, warmup_from: 0.0}"],
+        "kfac.cg.damping.warmup_steps (9) needs warmup_from, such as 10, to come down from",
+    ),
     "damping that warms up and adapts": (
-        ["optimizer=null", "kfac.solver=cg", "kfac.cg={adapt_every: 5, damping: {value: 1, warmup_steps: 3}}"],
+        [
+            "optimizer=null",
+            "kfac.solver=cg",
+            "kfac.cg={adapt_every: 5, damping: {value: 1, warmup_steps: 3, warmup_from: 2}}",
+        ],
         "kfac.cg.adapt_every (5) and damping's warm-up both move",
     ),
     "preconditioner's schedule for a damping that adapts": (

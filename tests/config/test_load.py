@@ -174,7 +174,7 @@ def test_resolving_fills_in_the_likelihood_of_the_loss(
         [],
         ["optimizer={name: adamw, betas: [0.8, 0.95]}", "train.steps=null", "train.epochs=1"],
         ["loss.name=token_cross_entropy", "kfac.curvature.fisher=mc", "kfac.update.kl_clip=null"],
-        ["kfac.inversion.damping={value: 1, kind: exponential, final: 1e-7, warmup_steps: 3}"],
+        ["kfac.inversion.damping={value: 1, kind: exponential, final: 1e-7, warmup_steps: 3, warmup_from: 9.0}"],
         ["model.args={a: '1e-3', b: 'no', c: '012', d: 1e-30, e: null, f: [], g: {}, h: 'null', i: é, j: '<<'}"],
         ["kfac.distribution={placement: hybrid, grad_worker_fraction: 0.5}", "compare.sgd.lr=1"],
     ],
