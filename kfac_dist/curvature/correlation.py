@@ -17,6 +17,7 @@ at which the convolution puts no output: a ring around the image, whose few patc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -91,10 +92,14 @@ def _correlations(images: Tensor, kernel: Pair) -> Tensor:
 def _toeplitz(correlations: Tensor, kernel: Pair) -> Tensor:
     """Spread `R[k'−k]` over all pairs: `[groups, kh, kw, C, kh', kw', C']`."""
     height, width = kernel
-    rows = torch.arange(height)[None, :] - torch.arange(height)[:, None] + height - 1
-    columns = torch.arange(width)[None, :] - torch.arange(width)[:, None] + width - 1
-    pairs = correlations[:, rows[:, None, :, None], columns[None, :, None, :]]  # [groups, kh, kw, kh', kw', C, C']
-    return pairs.permute(0, 1, 2, 5, 3, 4, 6).contiguous()
+    groups, *_, channels = correlations.shape
+    pairs = correlations.new_empty(groups, height, width, channels, height, width, channels)
+    # By slices: an index of pairs, made on the host, would be copied to the device and waited for.
+    for row, column in itertools.product(range(height), range(width)):
+        rows = slice(height - 1 - row, 2 * height - 1 - row)
+        columns = slice(width - 1 - column, 2 * width - 1 - column)
+        pairs[:, row, column] = correlations[:, rows, columns].permute(0, 3, 1, 2, 4)
+    return pairs
 
 
 def _ring(images: Tensor, kernel: Pair, padding: tuple[Pair, Pair]) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kfac_dist.curvature.correlation import correlation_is_cheaper, patch_gram
+from tests.curvature.waits import Waits
 
 sizes = st.integers(1, 5)
 
@@ -37,3 +38,10 @@ def test_every_shape_equals_unfolding(
 )
 def test_it_is_chosen_where_it_saves_work(image: tuple[int, int], kernel: tuple[int, int], cheaper: bool) -> None:
     assert correlation_is_cheaper(image, kernel) is cheaper
+
+
+def test_nothing_is_copied_to_the_device() -> None:
+    images = torch.empty(2, 3, 4, 7, 6, device="meta")
+    with Waits() as waits:
+        patch_gram(images, (3, 2), ((1, 1), (0, 1)))
+    assert waits.found == []
