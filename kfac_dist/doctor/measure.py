@@ -20,6 +20,8 @@ def measuring(
 ) -> Iterator[KFAC]:
     """Attach a `KFAC` whose factors are those of one measurement: all rows, whole factors, fp32; collective.
 
+    A chain's layers are measured one by one: their factors are the same.
+
     Args:
         model: The model or its engine.
         config: What the run says; kept as far as it says what a factor is.
@@ -35,7 +37,9 @@ def measuring(
         update={"inverse_every": 1, "stagger": 1, "inverse_lag": 0, "max_factor_dim": None, "splits": {}}
         | {"structure": Structure.BLOCK_DIAGONAL}
     )
-    distribution = config.distribution.model_copy(update={"communication_dtype": DType.FLOAT32})
+    # Whole on the wire, too: packed triangles would be mirrored before anybody has compared their halves.
+    whole = {"communication_dtype": DType.FLOAT32, "pack_triangles": False}
+    distribution = config.distribution.model_copy(update=whole)
     parts = {"curvature": curvature, "inversion": inversion, "distribution": distribution}
     kfac = KFAC(model, config.without_solver().model_copy(update={**parts, "update": UpdateConfig(kl_clip=None)}))
     try:

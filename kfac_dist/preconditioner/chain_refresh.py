@@ -39,6 +39,8 @@ class ChainRefresh(Refresh):
     ) -> list[Tensor]:
         weights, traces = totals[:2].tolist()
         tasks = [*self._tasks(units, weights, traces, damping)]
+        for task in tasks:  # before `_damped` mirrors them; K has no such number: K Kᵀ is symmetric
+            self._note_asymmetry(task.unit.name, self._solving.asymmetry(task.unit, task.sums))
         started = time.perf_counter()
         payloads = [self._solve_unit(unit, weights, traces, damping) for unit in units]
         self.inspector.note(time.perf_counter() - started, tasks)

@@ -280,13 +280,13 @@ class KFAC:
             self._begin()
 
     def metrics(self) -> dict[str, float]:
-        """Return numbers worth logging; waits for the device.
+        """Return numbers worth logging; collective, and waits for the device.
 
-        All but `failed_inversions`, `bytes_sent` and `asymmetry` are the same on every rank: the first two are its own
-        and add up, the third is the largest of what it inverted; left out before there is any.
+        All but `failed_inversions` and `bytes_sent`, which are this rank's own and add up, are the same on every rank.
+        `asymmetry` is the largest of any rank's `asymmetries`; left out before there is any.
         """
         traffic = self.communicator.traffic
-        asymmetries = self.asymmetries()
+        asymmetry = self._largest_asymmetry()
         return {
             "damping": self.damping,
             "kl_scale": float(self._length.kl_scale),
@@ -295,8 +295,16 @@ class KFAC:
             "failed_inversions": self._refresh.failures,
             "collectives": traffic.total_calls,
             "bytes_sent": traffic.total_bytes,
-            **({"asymmetry": max(asymmetries.values())} if asymmetries else {}),
+            **({} if asymmetry is None else {"asymmetry": asymmetry}),
         }
+
+    def _largest_asymmetry(self) -> float | None:
+        """Return the largest of all ranks' `asymmetries`; collective."""
+        own = max(self.asymmetries().values(), default=-1.0)
+        ranks = torch.empty(self.communicator.size, device=self._device)
+        self.communicator.all_gather(ranks, torch.full((1,), own, device=self._device), label="asymmetry").wait()
+        largest = float(ranks.max())
+        return None if largest < 0 else largest
 
     def inspect(self, outside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Read spectrum, condition and damping of every factor at its next refresh, by the rank that inverts it.
@@ -318,7 +326,7 @@ class KFAC:
 
         Measured on running averages before half of each is mirrored or left unread, and on inverses before they are
         made symmetric. Keys are a unit's name and `factor` or `inverse`. What can't be asymmetric isn't listed:
-        eigenbases, diagonals, and factors that came as packed triangles.
+        eigenbases, diagonals, and factors that came as packed triangles, which are mirrored before anyone measures.
         """
         return {
             (unit.name, kind): value

@@ -262,9 +262,13 @@ class Refresh:
         self.failures += outcome.failures
         self.inspector.note(outcome.seconds, outcome.tasks)
         for name, values in outcome.asymmetries.items():
-            for row, value in enumerate(values):
-                if value is not None:
-                    self.asymmetries[row, self._averages.layout.index_of(name)] = value
+            self._note_asymmetry(name, *values)
+
+    def _note_asymmetry(self, name: str, *values: Tensor | None) -> None:
+        """Note how far a unit's factor, and its inverse, are from symmetric."""
+        for row, value in enumerate(values):
+            if value is not None:
+                self.asymmetries[row, self._averages.layout.index_of(name)] = value
 
 
 def payload_wire(plan: Plan, slots: Sequence[int], column: int | None, solver: Solver, *, pack: bool) -> UnitWire:

@@ -106,15 +106,15 @@ class UnitSolver:
         payloads = [next(fresh) if previous is None else previous for previous in kept]
         return Outcome(payloads, failures, self._asymmetries(tasks, inverses), tasks, seconds)
 
+    def asymmetry(self, unit: Unit, sums: Tensor) -> Tensor | None:
+        """Return how far a unit's sums are from symmetric, a 0-dim tensor; None where nothing tells."""
+        tells = unit.kind is FactorKind.DENSE and not self._mirrored
+        return self._averages.asymmetry(unit, sums) if tells else None
+
     def _asymmetries(
         self, tasks: Sequence[Task], inverses: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        found = {}
-        for task in tasks:
-            tells = task.unit.kind is FactorKind.DENSE and not self._mirrored
-            factor = self._averages.asymmetry(task.unit, task.sums) if tells else None
-            found[task.unit.name] = (factor, inverses.get(task.unit.name))
-        return found
+        return {task.unit.name: (self.asymmetry(task.unit, task.sums), inverses.get(task.unit.name)) for task in tasks}
 
     def _quotients(self, totals: Tensor, combined: Mapping[str, Combined]) -> tuple[list[float], list[float]]:
         """Return what each unit's sum is divided by, and its trace: the weight, or tr F for `L ⊗ R / tr F`.

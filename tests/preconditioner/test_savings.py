@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.curvature.blocks import MicroBatch, Use, find_blocks
-from kfac_dist.curvature.factors import Side
+from kfac_dist.curvature.factors import FactorKind, Side
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.preconditioner.memory import rank_bytes
 from kfac_dist.preconditioner.plan import build_plan
@@ -256,3 +256,32 @@ def packed() -> dict[tuple[str, str], float]:
 def test_what_a_packed_wire_has_mirrored_is_not_said_to_be_measured() -> None:
     found = [key for rank in run_ranks(3, packed) for key in rank]
     assert {kind for _, kind in found} == {"inverse"}
+
+
+def spoilt_on_the_last_rank(structure: str) -> tuple[float, dict[str, float], float]:
+    """Spoil one half of a factor that rank 2 inverts, before a refresh; metrics, own factors, and metrics before."""
+    inversion = {"inverse_every": 2, "solver": "eigen", "structure": structure}
+    run = Run("mlp", configuration("eigen", inversion=inversion))
+    run.train(2)
+    before = run.kfac.metrics()["asymmetry"]
+    owners = run.kfac.plan.assignment.owners
+    unit = next(unit for unit in run.kfac.plan.units if owners[unit.name] == 2 and unit.kind is FactorKind.DENSE)
+    run.kfac._averages.sums(unit)[0, 3, 1] += 100.0
+    run.train(1, first=2)
+    own = {name: value for (name, kind), value in run.kfac.asymmetries().items() if kind == "factor"}
+    largest = run.kfac.metrics()["asymmetry"]
+    assert (own.get(unit.name) == largest) == (run.rank == 2)
+    run.close()
+    return largest, own, before
+
+
+@pytest.mark.parametrize("structure", ["block_diagonal", "block_tridiagonal"])
+def test_every_rank_is_told_of_the_largest_asymmetry(structure: str) -> None:
+    found = run_ranks(3, spoilt_on_the_last_rank, structure)
+    [largest] = {value for value, _, _ in found}
+    assert largest > 0.1
+    assert max(value for _, _, value in found) < 1e-4
+    assert all(max(own.values()) < 1e-4 for _, own, _ in found[:2])
+    # Each factor is measured by one rank: who inverts it.
+    names = [name for _, own, _ in found for name in own]
+    assert len(names) == len(set(names)) > 3
