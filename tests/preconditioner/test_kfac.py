@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_dist import KFAC, KFACConfig
-from kfac_dist.curvature import statistics
+from kfac_dist.curvature import capture, statistics
 from kfac_dist.errors import ConfigError, ModelError, PlanMismatchError
+from tests.curvature.waits import Waits
 from tests.harness import RankError, run_ranks
-from tests.preconditioner.workloads import CLASSES, Run, mlp, wrap
+from tests.preconditioner.workloads import CLASSES, MODELS, Run, global_batch, mlp, wrap
 
 EVERY_STEP: dict[str, Any] = {
     "curvature": {"factor_every": 1, "decay": 0.5},
@@ -106,59 +106,89 @@ def test_ddp_keeps_its_bucket_views() -> None:
     assert all(run_ranks(2, bucket_views))
 
 
-class HostReads(TorchDispatchMode):
-    """Counts the operations that make the host wait for a value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name in ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"):
-            self.reads.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def host_reads(distribution: dict[str, Any], solver: str) -> list[int]:
-    """Reads of a refreshing, an ordinary and a measuring step, on the path that a GPU takes."""
+def waits(name: str, changes: dict[str, dict[str, Any]]) -> list[tuple[bool, list[str]]]:
+    """Whether each step refreshes, and where the host waits in it, from forward on and on the path that a GPU takes."""
     statistics.free_to_read = lambda device: False  # type: ignore[assignment]
     try:
-        config = {
+        config: dict[str, dict[str, Any]] = {
             "curvature": {"factor_every": 2},
-            "inversion": {"inverse_every": 4, "damping": 0.1, "solver": solver, "early_refresh": 0},
-            "distribution": distribution,
+            "inversion": {"inverse_every": 4, "damping": 0.1, "early_refresh": 0},
         }
-        run = Run("mlp", config)
-        reads = []
-        for step in range(3):
-            with HostReads() as mode:
+        run = Run(name, {key: {**config.get(key, {}), **changes.get(key, {})} for key in {*config, *changes}})
+        found = []
+        for step in range(6):
+            refreshes = bool(run.kfac._pace.slots)
+            with Waits() as mode:
                 run.gradients(step)
-                mode.reads.clear()  # the loss was read by the loop
+                assert mode.found.pop() == "_local_scalar_dense"  # the loop's own, of the loss
                 run.kfac.step()
-            reads.append(len(mode.reads))
+            found.append((refreshes, mode.found))
         run.close()
-        return reads
+        return found
     finally:
         statistics.free_to_read = ORIGINAL_FREE_TO_READ
 
 
 ORIGINAL_FREE_TO_READ = statistics.free_to_read
+DISTRIBUTIONS: list[dict[str, Any]] = [
+    {},
+    {"placement": "owner", "reduction": "reduce_scatter", "reduce_every": "step"},
+    {"placement": "owner", "communication_dtype": "bfloat16", "reduce_every": "step"},
+]
+TURNS = {
+    "curvature": {"factor_every": 3, "stagger": 3},
+    "inversion": {"inverse_every": 6, "stagger": 3, "inverse_lag": 2},
+}
 
 
-@pytest.mark.parametrize("solver", ["cholesky", "eigen", "ekfac"])
 @pytest.mark.parametrize(
-    "distribution",
+    ("name", "changes"),
     [
-        {},
-        {"placement": "owner", "reduction": "reduce_scatter", "reduce_every": "step"},
-        {"placement": "owner", "communication_dtype": "bfloat16", "reduce_every": "step"},
+        *(
+            ("mlp", {"distribution": distribution, "inversion": {"solver": solver}})
+            for distribution in DISTRIBUTIONS
+            for solver in ("cholesky", "eigen", "ekfac")
+        ),
+        *((name, {"inversion": {"solver": solver}}) for name in ("conv", "token") for solver in ("cholesky", "ekfac")),
+        *((name, TURNS) for name in MODELS),
+        *((name, {"curvature": {"factor_every": 2, "sharing": "reduce"}}) for name in ("conv", "token")),
+        *((name, {"curvature": {"factor_every": 2, "sample_fraction": 0.5}}) for name in ("conv", "token")),
+        ("mlp", {"update": {"graft": "sign"}}),
+        ("conv", {"update": {"graft": "gradient", "graft_scope": "global"}}),
+        ("mlp", {"curvature": {"factor_every": 2, "fisher": "mc", "likelihood": "categorical"}}),
+        ("mlp", {"curvature": {"factor_every": 2, "fisher": "type2", "likelihood": "categorical"}}),
     ],
 )
-def test_only_a_refresh_waits_for_the_device(distribution: dict[str, Any], solver: str) -> None:
-    for refreshing, ordinary, measuring in run_ranks(2, host_reads, distribution, solver):
-        assert refreshing > 0  # the counter counts
-        assert (ordinary, measuring) == (0, 0)
+def test_only_a_refresh_waits_for_the_device(name: str, changes: dict[str, dict[str, Any]]) -> None:
+    for steps in run_ranks(2, waits, name, changes):
+        assert all(found for refreshes, found in steps[:1])  # the counter counts
+        assert [found for refreshes, found in steps if not refreshes and found] == []
+        assert any(not refreshes for refreshes, _ in steps)
+
+
+@pytest.mark.parametrize("changes", [{}, {"update": {"graft": "sign"}}, {"inversion": {"solver": "ekfac"}}])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_step_copies_nothing_between_host_and_device(
+    name: str, changes: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On `meta` in a device's place, which has no values to read either: the step after the first, which would."""
+    # What torch has for devices alone: autocast, and memory to copy from.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(capture, "_full_precision", lambda uses: torch.no_grad())
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    with torch.device("meta"):
+        model = MODELS[name]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inversion = {"early_refresh": 0, **changes.get("inversion", {})}
+    config = {"curvature": {"factor_every": 1}, **changes, "inversion": inversion}
+    kfac = KFAC(model, config, optimizer=optimizer, check_scale=False)
+    kfac.advance()
+    inputs, labels = (tensor.to("meta") for tensor in global_batch(name, 0))
+    with Waits() as mode:
+        F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten()).backward()
+        kfac.step()
+    assert mode.found == []
+    kfac.remove()
 
 
 def test_kl_clip_bounds_the_step() -> None:
