@@ -102,6 +102,8 @@ class RunningAverages:
         average: Flat sums of the held units.
         scalars: `[2 + C, units]` weights and traces that belong to the averages, then weights by class.
         window_scalars: `[2 + C, units]` weights and traces of the window; valid once a span is closed.
+        dropped: 0-dim: taken steps of which this rank has dropped statistics, because they weren't finite.
+        not_finite: `[units]` in how many of them a unit's were not.
     """
 
     def __init__(
@@ -122,6 +124,9 @@ class RunningAverages:
         classes = max((unit.classes for unit in units), default=0)
         self.scalars = torch.zeros(2 + classes, len(units), device=device)
         self.window_scalars = torch.zeros(2 + classes, len(units), device=device)
+        self.dropped = torch.zeros((), dtype=torch.int64, device=device)
+        self.not_finite = torch.zeros(len(units), dtype=torch.int64, device=device)
+        self._bad = torch.zeros(len(units), dtype=torch.bool, device=device)
         self._transient = transient_window
         self._window: Tensor | None = None
         self._written = [False] * len(units)
@@ -206,11 +211,23 @@ class RunningAverages:
         for index in range(span.first, span.last):
             if (by_class := self._by_class.pop(index, None)) is not None:
                 self.window_scalars[2 : 2 + len(by_class), index] = by_class
-        finite = torch.isfinite(scalars.sum())
+        bad = self._bad[span.units].copy_(~torch.isfinite(scalars.sum(0)))
+        finite = ~bad.any()
         zero_unless(finite, self.window[span.values])
         zero_unless(finite, scalars)
         self._written[span.units] = [False] * (span.last - span.first)
         self._counts[span.units] = [0.0] * (span.last - span.first)
+
+    def count_dropped(self, taken: Tensor) -> None:
+        """Count what the closed spans of a step have dropped, unless the whole step is skipped; no host sync.
+
+        Args:
+            taken: 0-dim bool.
+        """
+        self._bad &= taken
+        self.dropped += self._bad.any()
+        self.not_finite += self._bad
+        self._bad.zero_()
 
     def _weights(self, span: Span) -> Tensor:
         counts = self._counts[span.units]

@@ -27,6 +27,7 @@ from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schedules import value_at
 from kfac_dist.config.schema import KFACConfig, StepSolver, Structure
 from kfac_dist.curvature.chain import find_all
+from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.engines import Engine, as_engine
 from kfac_dist.errors import ConfigError
@@ -63,6 +64,7 @@ class KFAC:
         communicator: The ranks; its `traffic` counts what was sent.
         steps: Steps taken.
         discarded: Calls of `discard`.
+        measured: Steps that were measured.
         phases: How long the parts of steps take, once `phases.enabled` is set.
 
     Raises:
@@ -84,6 +86,7 @@ class KFAC:
         self.config = parse_kfac(config)
         self.steps = 0
         self.discarded = 0
+        self.measured = 0
         self._damping_factor = 1.0
         self._own_damping: float | None = None
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
@@ -282,8 +285,8 @@ class KFAC:
     def metrics(self) -> dict[str, float]:
         """Return numbers worth logging; collective, and waits for the device.
 
-        All but `failed_inversions` and `bytes_sent`, which are this rank's own and add up, are the same on every rank.
-        `asymmetry` is the largest of any rank's `asymmetries`; left out before there is any.
+        All but `failed_inversions`, `dropped_statistics` and `bytes_sent`, which are this rank's own and add up, are
+        the same on every rank. `asymmetry` is the largest of any rank's `asymmetries`; left out before there is any.
         """
         traffic = self.communicator.traffic
         asymmetry = self._largest_asymmetry()
@@ -293,6 +296,7 @@ class KFAC:
             "predicted_kl": float(self._length.predicted_kl),
             "refreshes": self._refresh.refreshes,
             "failed_inversions": self._refresh.failures,
+            "dropped_statistics": int(self.dropped),
             "collectives": traffic.total_calls,
             "bytes_sent": traffic.total_bytes,
             **({} if asymmetry is None else {"asymmetry": asymmetry}),
@@ -305,6 +309,25 @@ class KFAC:
         self.communicator.all_gather(ranks, torch.full((1,), own, device=self._device), label="asymmetry").wait()
         largest = float(ranks.max())
         return None if largest < 0 else largest
+
+    @property
+    def dropped(self) -> Tensor:
+        """How often this rank has dropped statistics of a taken step, because they weren't finite; on the device.
+
+        The step's other ranks keep theirs, and averages stay right; they grow old if it goes on.
+        """
+        return sum((averages.dropped for averages in self._measured_averages()), torch.zeros((), device=self._device))
+
+    def not_finite(self) -> list[str]:
+        """Return the blocks whose statistics this rank has found not to be finite, in taken steps; waits for it."""
+        return list(
+            dict.fromkeys(
+                unit.block
+                for averages in self._measured_averages()
+                for unit, times in zip(averages.layout.units, averages.not_finite.tolist(), strict=True)
+                if times
+            )
+        )
 
     def inspect(self, outside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Read spectrum, condition and damping of every factor at its next refresh, by the rank that inverts it.
@@ -427,6 +450,7 @@ class KFAC:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
         with self.phases(Phase.REDUCTION):
             taken = self._measurement.finish(self._engine.finite_everywhere(self.communicator))
+        self.measured += 1
         if self._pace.cadence.begins_round(self.steps):
             self._rest.measure(self._measurement.terms, taken)
         slots, totals = self._pace.slots, self._reduction.totals
@@ -440,6 +464,9 @@ class KFAC:
         with self.phases(Phase.INVERSION):
             self._refresh.start(slots, totals, self._total_damping, self.steps, lag)
         self._refresh.inspector.read(self.steps)
+
+    def _measured_averages(self) -> list[RunningAverages]:
+        return [self._averages, *([] if self._moments is None else [self._moments.averages])]
 
     def _step_once(self) -> None:
         """Take the step, unless the user's loop has called it already."""

@@ -174,6 +174,7 @@ class FactorReduction:
             if proceed:
                 self._commit(bucket.span, values, taken)
         self._averages.release()
+        self._averages.count_dropped(taken)
         self._dirty |= taken
         return taken
 

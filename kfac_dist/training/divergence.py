@@ -1,7 +1,10 @@
-"""Steps whose loss or gradients are not finite: skipped by all ranks, and what follows when they go on.
+"""Steps whose loss, gradients or statistics are not finite: what all ranks do, and what follows when they go on.
 
     every step      taken = all averaged gradients are finite; where they aren't they become zeros      on the device
     logged steps    a skip: damping × factor;  k in a row: back to the newest checkpoint;  again: DivergedError
+
+Of a step with finite gradients a rank may still find statistics that aren't: it drops its own, and the step is taken.
+Logged windows of which a rank has dropped any count as skips do: the damping rises, and k in a row go back.
 
 A loss that isn't finite on one rank makes its gradients NaN, averaging makes all ranks' NaN: so they agree without
 asking each other. Under sharded engines, whose ranks see different slices, one number is summed.
@@ -90,13 +93,38 @@ class Recovery:
         damping_factor: What the damping is multiplied by now.
         changed_at: Step at which it last changed.
         rollbacks: How often the run went back.
+        dropped: How often a rank has dropped statistics of a taken step so far.
+        dropping: Logged windows in a row in which that happened.
     """
 
     damping_factor: float = 1.0
     changed_at: int = 0
     rollbacks: int = 0
+    dropped: int = 0
+    dropping: int = 0
 
-    def judge(self, config: DivergenceConfig, *, step: int, skipped: int, row: int, calm: int, last: bool) -> Verdict:
+    def note_dropped(self, dropped: int, measured: int) -> None:
+        """Take note of a window's statistics.
+
+        Args:
+            dropped: How often a rank has dropped some.
+            measured: Steps that were measured; a window without any tells nothing.
+        """
+        self.dropped += dropped
+        if measured:
+            self.dropping = self.dropping + 1 if dropped else 0
+
+    def judge(
+        self,
+        config: DivergenceConfig,
+        *,
+        step: int,
+        skipped: int,
+        row: int,
+        calm: int,
+        last: bool,
+        dropped: int = 0,
+    ) -> Verdict:
         """Raise or lower the damping, and tell whether to go back.
 
         Args:
@@ -106,16 +134,19 @@ class Recovery:
             row: Steps skipped in a row until now.
             calm: Steps without a skip after which the damping is lowered.
             last: Whether this is the run's last step.
+            dropped: How often statistics were dropped since the last logged step.
         """
-        if skipped:
+        if skipped or dropped:
             self._change(step, config.damping_factor)
         elif self.damping_factor > 1 and step - self.changed_at >= calm:
             self._change(step, 1 / config.damping_factor)
-        return Verdict.GO_BACK if row >= config.skips or (last and row) else Verdict.GO_ON
+        on = max(row, self.dropping) < config.skips and not (last and row)
+        return Verdict.GO_ON if on else Verdict.GO_BACK
 
     def went_back(self, to: Recovery, config: DivergenceConfig, step: int) -> None:
         """Take note of a rollback to a checkpoint of this step; the damping there is raised beyond what failed."""
         self.rollbacks += 1
+        self.dropping = 0
         self.damping_factor = max(self.damping_factor, to.damping_factor * config.damping_factor)
         self.changed_at = step
 

@@ -69,7 +69,7 @@ class Trainer:
         self.position = Position()
         self.stopwatch = Stopwatch()
         self._device = next(parts.engine.module.parameters()).device
-        self._window = Window(self._device)
+        self._window = Window(self._device, parts.kfacs)
         self._window_began = 0.0
         self._window_positions: list[Position] = []
         self._saved_at = 0
@@ -229,6 +229,7 @@ class Trainer:
         config = self.outputs.configuration
         return (
             "window" in facts
+            and facts["window"]["counts"].keys() == self._window.counts().keys()
             and facts["world_size"] == self.communicator.size
             and all(facts["config"].get(section) == config[section] for section in same)
         )
@@ -283,8 +284,9 @@ class Trainer:
             self._paused(self._save_on_schedule)
 
     def _save_on_schedule(self, *, unforeseen: bool = False) -> None:
-        """Write a checkpoint beside training, but none to go back to of a run that is skipping its steps."""
-        if not self._guard.row:
+        """Write a checkpoint beside training, but none to go back to of a run that skips its steps or statistics."""
+        last = self.step == self.parts.total_steps
+        if not self._guard.row and (last or not self._skips.recovery.dropping):
             self.save(unforeseen=unforeseen, wait=not self.config.checkpoint.asynchronous)
 
     def _preempt(self) -> None:
@@ -342,6 +344,8 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(self._device),
             "skipped": totals.skipped,
         }
+        if self.parts.kfac is not None:
+            record["kfac/dropped_statistics"] = self._skips.recovery.dropped
         self._logbook.logged(record | self._passes.figures(), totals.skipped)
         return verdict
 

@@ -1,8 +1,12 @@
-"""What a run does about steps that were skipped: blame the data, damp more, go back, or give up; see `divergence`."""
+"""What a run does about steps that were skipped, and about statistics that were dropped; see `divergence`.
+
+It blames the data, damps more, goes back, or gives up.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +45,7 @@ class Skips:
         self._communicator = communicator
         self._guard = guard
         self._note = note
+        self._warned = False
 
     @property
     def may_go_back(self) -> bool:
@@ -59,8 +64,12 @@ class Skips:
             DataError: The samples of the first bad step aren't finite.
             DivergedError: The loss isn't finite, though the step was taken.
         """
+        self.recovery.note_dropped(totals.dropped, totals.measured)
+        if totals.dropped:
+            self._blame_layers(step)
         if totals.first_bad is None:
-            return self._decide(step, skipped=0, row=0) if self.recovery.damping_factor > 1 else Verdict.GO_ON
+            calm = self.recovery.damping_factor == 1 and not totals.dropped
+            return Verdict.GO_ON if calm else self._decide(step, totals, row=0)
         place, loss = totals.first_bad
         bad = step - len(positions) + place
         blame_data(self._parts.stream, positions[place], bad + 1, self._communicator)
@@ -68,7 +77,7 @@ class Skips:
         self.reason = self._explain(what, bad)
         if not totals.skipped:
             raise DivergedError(self.reason)
-        verdict = self._decide(step, totals.skipped, self._guard.row)
+        verdict = self._decide(step, totals, self._guard.row)
         self._note(f"step {step}: {totals.skipped} steps skipped, the first because {what}")
         return verdict
 
@@ -89,16 +98,33 @@ class Skips:
         self.recovery = Recovery(**recovery)
         self._set_damping()
 
-    def _decide(self, step: int, skipped: int, row: int) -> Verdict:
+    def _blame_layers(self, step: int) -> None:
+        """Name the layers whose statistics were dropped, and warn of the first ones; collective."""
+        own = [name for kfac in self._parts.kfacs for name in kfac.not_finite()]
+        ranks = self._communicator.gather_objects(own, label="diagnosis")
+        layers = list(dict.fromkeys(name for names in ranks for name in names))
+        where = [str(rank) for rank, names in enumerate(ranks) if names]
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+        rank = f"rank{'s' if len(where) > 1 else ''} {', '.join(where[:8])}{', …' if len(where) > 8 else ''}"
+        self.reason = (
+            f"by step {step} K-FAC's statistics of {', '.join(layers[:3])}{more} were not finite on {rank}, and dropped: "
+            "their squares exceed float32; scale what these layers are given, or leave them out (kfac.curvature.exclude)"
+        )
+        if not self._warned and self._communicator.rank == 0:
+            warnings.warn(self.reason, stacklevel=2)
+        self._warned = True
+
+    def _decide(self, step: int, totals: WindowTotals, row: int) -> Verdict:
         verdict = self.recovery.judge(
             self._config.train.divergence,
             step=step,
-            skipped=skipped,
+            skipped=totals.skipped,
+            dropped=totals.dropped,
             row=row,
             calm=2 * self._config.kfac.inversion.inverse_every,
             last=step == self._parts.total_steps,
         )
-        self._set_damping(refresh=skipped > 0)
+        self._set_damping(refresh=totals.skipped > 0 or totals.dropped > 0)
         return verdict
 
     def _set_damping(self, *, refresh: bool = False) -> None:

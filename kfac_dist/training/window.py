@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.preconditioner.kfac import KFAC
 
 # Room for so many steps at first; it doubles when they are more.
 _STEPS = 16
@@ -26,12 +27,16 @@ class WindowTotals:
         skipped: Steps that were not taken.
         first_bad: Place in the window of the first step that was not taken or has a loss that isn't finite on some
             rank, and its loss; None if there is none.
+        measured: Steps whose curvature was measured.
+        dropped: How often a rank has dropped statistics of a taken step, because they were not finite.
     """
 
     loss: float
     samples_per_second: float
     skipped: int = 0
     first_bad: tuple[int, float] | None = None
+    measured: int = 0
+    dropped: int = 0
 
 
 class Window:
@@ -39,9 +44,10 @@ class Window:
 
     Args:
         device: Where losses are.
+        kfacs: Those that measure.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kfacs: Sequence[KFAC] = ()) -> None:
         # Double: a window may be an epoch long. Losses are this rank's, one a step; terms are already over all ranks.
         self._losses = torch.zeros(_STEPS, dtype=torch.float64, device=device)
         self._taken = torch.ones(_STEPS, dtype=torch.bool, device=device)
@@ -49,6 +55,8 @@ class Window:
         self._terms_on_device = torch.zeros((), dtype=torch.float64, device=device)
         self._terms = 0
         self._samples = 0
+        self._kfacs = kfacs
+        self._begin_measuring()
 
     def add_loss(self, total: Tensor) -> None:
         """Add the sum over a micro-batch's terms."""
@@ -83,15 +91,23 @@ class Window:
         """
         losses = torch.where(self._taken, self._losses, 0.0)
         skipped = (~self._taken).sum(dtype=torch.float64)
-        sums = torch.stack([losses.sum(), self._terms_on_device / communicator.size, skipped])
+        sums = torch.stack([losses.sum(), self._terms_on_device / communicator.size, skipped, self._dropped()])
         communicator.all_reduce(sums, label="loss").wait()
-        loss, terms, skips = sums.tolist()
+        loss, terms, skips, dropped = sums.tolist()
         samples, took = self._samples, seconds()
         terms += self._terms
         loss = math.nan if skips and terms < 1 else loss / max(terms, 1.0)
         first_bad = None if math.isfinite(loss) and not skips else self._first_bad(communicator)
+        measured = self._measured()
         self.reset()
-        return WindowTotals(loss, samples / took if took > 0 else 0.0, math.ceil(skips / communicator.size), first_bad)
+        return WindowTotals(
+            loss,
+            samples / took if took > 0 else 0.0,
+            math.ceil(skips / communicator.size),
+            first_bad,
+            measured,
+            round(dropped),
+        )
 
     def reset(self) -> None:
         """Forget the window."""
@@ -99,14 +115,25 @@ class Window:
         self._taken.fill_(True)
         self._terms_on_device.zero_()
         self._terms = self._samples = self._steps = 0
+        self._begin_measuring()
 
     def state(self) -> dict[str, Tensor]:
         """Return this rank's part of an open window, for a checkpoint; its length doubles as the window's shape."""
-        return {"losses": self._losses.clone(), "terms": self._terms_on_device.clone(), "taken": self._taken.clone()}
+        return {
+            "losses": self._losses.clone(),
+            "terms": self._terms_on_device.clone(),
+            "taken": self._taken.clone(),
+            "dropped": self._dropped(),
+        }
 
     def counts(self) -> dict[str, int]:
         """Return what every rank counts alike in an open window, as plain values."""
-        return {"steps": self._steps, "terms": self._terms, "samples": self._samples}
+        return {
+            "steps": self._steps,
+            "terms": self._terms,
+            "samples": self._samples,
+            "measured": self._measured(),
+        }
 
     def restore(self, state: dict[str, Tensor], counts: dict[str, int]) -> None:
         """Go on with the window that `state` and `counts` describe."""
@@ -115,6 +142,24 @@ class Window:
             state[name].to(device) for name in ("losses", "terms", "taken")
         )
         self._steps, self._terms, self._samples = (counts[name] for name in ("steps", "terms", "samples"))
+        self._begin_measuring()
+        self._dropped_before -= state["dropped"].to(device)
+        self._measured_before -= counts["measured"]
+
+    def _begin_measuring(self) -> None:
+        self._dropped_before, self._measured_before = self._dropped_so_far(), self._measured_so_far()
+
+    def _dropped(self) -> Tensor:
+        return self._dropped_so_far() - self._dropped_before
+
+    def _measured(self) -> int:
+        return self._measured_so_far() - self._measured_before
+
+    def _dropped_so_far(self) -> Tensor:
+        return sum((kfac.dropped for kfac in self._kfacs), torch.zeros_like(self._terms_on_device))
+
+    def _measured_so_far(self) -> int:
+        return sum(kfac.measured for kfac in self._kfacs)
 
     def _first_bad(self, communicator: Communicator) -> tuple[int, float] | None:
         losses = self._losses.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,60 @@ def test_ranks_skip_together_go_back_together_and_give_up_together(tmp_path: Pat
     assert damping["for a while"][2] > 0.1, "from the checkpoint on it is raised"
 
     assert "the training loss is nan at step" in said[0]["for ever"]
+
+
+class LargeNet(nn.Sequential):
+    """Takes inputs whose squares exceed float32 in some passes, on one rank; its gradients are finite in all."""
+
+    def __init__(self, first: int, last: int, rank: int) -> None:
+        super().__init__(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+        self.passes = -2  # the trial, and DDP's first pass, are no steps
+        self.large = range(first, last + 1) if os.environ["RANK"] == str(rank) else range(0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.passes += self.training
+        outputs: Tensor = super().forward(pixels * (1e22 if self.passes in self.large else 1.0))
+        return outputs
+
+
+def _train_with_large_inputs(directory: str, first: int, last: int, rank: int) -> tuple[str, list[str]]:
+    os.environ.update(launched(dist.get_rank(), dist.get_world_size()))
+    config = small_config(
+        f"{directory}/{first}-{last}",
+        kfac=True,
+        model={
+            "name": "tests.training.test_divergence:LargeNet",
+            "args": {"first": first, "last": last, "rank": rank},
+        },
+        train={"steps": 20, "log_every": 2, "divergence": {"skips": 3, "rollbacks": 1}},
+        checkpoint={"every": 4, "keep": 9},
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            train(config, quiet=True)
+            said = ""
+        except DivergedError as error:
+            said = str(error)
+    return said, [str(warning.message) for warning in caught if "statistics" in str(warning.message)]
+
+
+def test_statistics_that_are_not_finite_are_told_damp_and_lead_back(tmp_path: Path) -> None:
+    for result in run_ranks(2, _train_with_large_inputs, str(tmp_path), 7, 8, 1):
+        assert result[0] == ""
+    records = [r for r in read_metrics(tmp_path / "7-8/small/metrics.jsonl") if "kfac/damping" in r]
+    assert [r["skipped"] for r in records] == [0] * 10, "gradients are finite"
+    assert [r["kfac/dropped_statistics"] for r in records] == [0] * 3 + [1] * 7
+    assert [r["kfac/damping"] for r in records] == pytest.approx([0.1] * 3 + [1.0] * 4 + [0.1] * 3)
+
+    leading, other = run_ranks(2, _train_with_large_inputs, str(tmp_path), 6, 999, 1)
+    assert leading[0] == other[0]
+    for text in ("by step 10 K-FAC's statistics of 0 were not finite on rank 1", "kfac.curvature.exclude"):
+        assert text in leading[0]
+    assert len(leading[1]) == 1, "it is told once"
+    assert other[1] == []
+    saved = sorted(path.name for path in (tmp_path / "6-999/small/checkpoints").iterdir())
+    assert saved == ["step-00000004"], "there is no going back to a run that knows no curvature"
 
 
 def test_recovery_raises_lowers_and_goes_back() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from kfac_dist.distributed.communicator import SoloCommunicator
+from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.training.window import Stopwatch, Window
 
 SOLO = SoloCommunicator()
@@ -41,6 +44,22 @@ def test_a_skipped_step_adds_neither_loss_nor_terms(on_device: bool) -> None:
     window.add_loss(torch.tensor(1.0))
     window.add_step(1, 1, torch.tensor(False))
     assert math.isnan(window.close(SOLO, lambda: 1.0).loss)
+
+
+def test_what_was_dropped_is_counted_since_the_last_close_and_goes_on_from_a_checkpoint() -> None:
+    kfac = cast(KFAC, SimpleNamespace(dropped=torch.tensor(4), measured=7))
+    window = Window(torch.device("cpu"), [kfac])
+    kfac.dropped, kfac.measured = torch.tensor(6), 10  # type: ignore[misc]
+    state, counts = window.state(), window.counts()
+    totals = window.close(SOLO, lambda: 1.0)
+    assert (totals.dropped, totals.measured) == (2, 3)
+    resumed = Window(torch.device("cpu"), [kfac])
+    resumed.restore(state, counts)
+    kfac.dropped, kfac.measured = torch.tensor(7), 11  # type: ignore[misc]
+    totals = resumed.close(SOLO, lambda: 1.0)
+    assert (totals.dropped, totals.measured) == (3, 4)
+    totals = resumed.close(SOLO, lambda: 1.0)
+    assert (totals.dropped, totals.measured) == (0, 0)
 
 
 def test_a_reset_forgets() -> None:
