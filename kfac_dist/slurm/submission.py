@@ -21,8 +21,9 @@ from kfac_dist.config.document import parse
 from kfac_dist.config.load import dump_yaml, merged
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import ConfigError, KFACError
-from kfac_dist.reporting.run_file import State, read_record
+from kfac_dist.reporting.run_file import RunRecord, State, read_record
 from kfac_dist.slurm.job import Job
+from kfac_dist.slurm.queue import UNDER_WAY, WAITING, slurm_state
 from kfac_dist.slurm.script import render, template
 
 CONFIG_FILE, SCRIPT_FILE, SWEEP_FILE, JOB_FILE = "job.yaml", "job.sbatch", "sweep.txt", "job.json"
@@ -72,7 +73,7 @@ def prepare(config: Config, job: Job, sweep: Path | None = None, *, python: str 
         python: The interpreter that runs the ranks.
 
     Raises:
-        ConfigError: The job, or a line of the sweep, can't be right; or the run is complete.
+        ConfigError: The job, or a line of the sweep, can't be right; or the run is complete, or has a job already.
     """
     job.check()
     directory = Path(config.run.directory) / config.run.name
@@ -81,6 +82,14 @@ def prepare(config: Config, job: Job, sweep: Path | None = None, *, python: str 
         raise ConfigError(
             f"{directory} holds a finished run of {record.total_steps} steps, which a job would only find finished: "
             "give another --name, or move it away"
+        )
+    # Its job.yaml would change under a job that waits, and two jobs would write into the directory.
+    busy = _busy_job(directory, record)
+    if busy is not None:
+        number, state = busy
+        raise ConfigError(
+            f"{directory} belongs to job {number}, which SLURM says is {state}: "
+            f"scancel {number}, or give another --name"
         )
     configuration = dump_yaml(config)
     lines = _sweep_lines(sweep, configuration) if sweep is not None else ()
@@ -143,6 +152,21 @@ def submitted(directory: Path) -> SubmittedJob | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SubmissionError(f"{directory / JOB_FILE}: can't be read: {error}") from error
+
+
+def _busy_job(directory: Path, record: RunRecord | None) -> tuple[str, str] | None:
+    """Return the job that a run waits for or runs in, and SLURM's word for it; None if nothing is known of one."""
+    job = submitted(directory)
+    if job is not None:
+        state = slurm_state(job.job)
+        if state in WAITING | UNDER_WAY:
+            return job.job, state
+    # One that was submitted by hand. A run may be over in an allocation that goes on, and may be used for it again.
+    if record is not None and record.job is not None:
+        state = slurm_state(record.job)
+        if state in (WAITING | UNDER_WAY if record.state is State.RUNNING else WAITING):
+            return record.job, state
+    return None
 
 
 def _sweep_lines(sweep: Path, configuration: str) -> tuple[str, ...]:

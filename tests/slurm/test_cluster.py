@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.load import dump_yaml, load_config
 from kfac_dist.config.schema import Config
+from kfac_dist.errors import ConfigError
+from kfac_dist.slurm.job import Job
+from kfac_dist.slurm.queue import FORGOTTEN, slurm_state
 from kfac_dist.slurm.status import Standing, run_statuses
+from kfac_dist.slurm.submission import prepare
 from kfac_dist.training import train
 from tests.harness import run_ranks
 from tests.slurm.cluster import Cluster, missing
@@ -127,6 +131,8 @@ def test_requeued_jobs_end_as_if_they_had_not_been(
 
     def requeue(run: Submitted) -> None:
         assert run.standing() is Standing.RUNNING
+        with pytest.raises(ConfigError, match=f"belongs to job {run.job}, which SLURM says is RUNNING"):
+            prepare(load_config(run.directory / "job.yaml"), Job())
         cluster.run("scontrol", "requeue", run.job)  # what an administrator, or preemption, does
 
     def out_of_time(run: Submitted) -> None:
@@ -155,6 +161,11 @@ def test_requeued_jobs_end_as_if_they_had_not_been(
         assert losses(run.directory) == losses(tmp_path / "whole/small")
         assert all((value == expected[name]).all() for name, value in final_model(run.directory).items())
         assert run.standing() is Standing.FINISHED
+
+
+def test_an_unknown_job_is_forgotten(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    assert (slurm_state("4711"), slurm_state("4711_2")) == (FORGOTTEN, FORGOTTEN)
 
 
 def test_a_task_gets_the_cores_of_its_node(cluster: Cluster, tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ from kfac_dist.config.load import dump_yaml, load_config
 from kfac_dist.errors import ConfigError
 from kfac_dist.slurm.job import Job
 from kfac_dist.slurm.submission import SubmissionError, prepare, submit, submitted
+from tests.slurm.commands import NO_SUCH_JOB, install
 from tests.training.runs import small_config
+
+RECORD = {
+    "state": "finished", "reason": "", "step": 12, "total_steps": 12, "ranks": 1, "host": "h", "pid": 1, "job": None,
+    "restarts": 0, "changed": 0.0,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -77,15 +83,54 @@ def test_each_line_of_a_sweep_is_checked(run_file: str, tmp_path: Path) -> None:
 def test_a_finished_run_is_not_submitted_again(run_file: str, tmp_path: Path) -> None:
     directory = tmp_path / "runs/small"
     directory.mkdir(parents=True)
-    record = {
-        "state": "finished", "reason": "", "step": 12, "total_steps": 12, "ranks": 1, "host": "h", "pid": 1,
-        "job": None, "restarts": 0, "changed": 0.0,
-    }  # fmt: skip
-    (directory / "state.json").write_text(json.dumps(record))
+    (directory / "state.json").write_text(json.dumps(RECORD))
     with pytest.raises(ConfigError, match=r"holds a finished run of 12 steps.*give another --name"):
         prepare(load_config(run_file), Job())
-    (directory / "state.json").write_text(json.dumps({**record, "state": "preempted"}))
+    (directory / "state.json").write_text(json.dumps({**RECORD, "state": "preempted"}))
     prepare(load_config(run_file), Job())
+
+
+@pytest.mark.parametrize(
+    ("submitted_job", "recorded", "squeue", "busy"),
+    [
+        ("17", None, "echo PENDING", "17, which SLURM says is PENDING"),
+        ("17", None, "echo RUNNING", "17, which SLURM says is RUNNING"),
+        ("17", None, "echo COMPLETED; echo PENDING", "17, which SLURM says is PENDING"),  # an array's tasks
+        ("17", ("failed", "17"), "echo COMPLETING", "17, which SLURM says is COMPLETING"),
+        ("17", ("running", "18"), f"case $* in *18*) echo RUNNING ;; *) {NO_SUCH_JOB} ;; esac", "18, which SLURM says"),
+        (None, ("running", "18"), "echo RUNNING", "18, which SLURM says is RUNNING"),
+        (None, ("preempted", "18"), "echo PENDING", "18, which SLURM says is PENDING"),
+        (None, ("preempted", "18"), "echo RUNNING", None),  # in an allocation that is used for this and that
+        (None, ("failed", "18"), "echo RUNNING", None),
+        ("17", ("running", "17"), "echo CANCELLED", None),
+        ("17", ("running", "17"), NO_SUCH_JOB, None),
+        ("17", ("running", "17"), None, None),
+    ],
+)
+def test_a_run_is_not_submitted_while_its_job_waits_or_runs(
+    run_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    submitted_job: str | None,
+    recorded: tuple[str, str] | None,
+    squeue: str | None,
+    busy: str | None,
+) -> None:
+    """The new configuration would reach the job that waits, and two jobs would write into one directory."""
+    directory = tmp_path / "runs/small"
+    directory.mkdir(parents=True)
+    install(tmp_path, monkeypatch, squeue=squeue)
+    if submitted_job is not None:
+        (directory / "job.json").write_text(json.dumps({"job": submitted_job, "submitted": 0.0, "tasks": 0}))
+    if recorded is not None:
+        state, job = recorded
+        (directory / "state.json").write_text(json.dumps({**RECORD, "state": state, "job": job}))
+    if busy is None:
+        prepare(load_config(run_file), Job())
+    else:
+        number = busy.partition(",")[0]
+        with pytest.raises(ConfigError, match=rf"belongs to job {busy}.*scancel {number}, or give another --name"):
+            prepare(load_config(run_file), Job())
 
 
 def test_without_slurm_it_says_so(run_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
