@@ -70,6 +70,16 @@ def test_scripts_are_clean(path: Path) -> None:
     subprocess.run([shellcheck, *checks, str(path)], check=True)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_a_setup_may_read_variables_that_are_not_set(tmp_path: Path, path: Path) -> None:
+    """As `module load` and conda's hooks do. A command of it that fails still ends the job."""
+    code, said = run_script(path, tmp_path, "a.yaml", SETUP='echo "set up$NOBODY_SETS_THIS"')
+    assert said.startswith("set up\n"), said
+    assert "NOBODY_SETS_THIS" not in said
+    code, said = run_script(path, tmp_path, "a.yaml", SETUP="echo set up; false; echo not reached")
+    assert (code, said) == (1, "set up\n")
+
+
 def test_both_scripts_stop_and_requeue_alike() -> None:
     """From the first line after the command on, they are the same text."""
     tails = [template(started_by).partition("\necho ")[2] for started_by in StartedBy]
