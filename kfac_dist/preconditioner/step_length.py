@@ -19,6 +19,7 @@ from torch import Tensor
 from kfac_dist.config.schema import GraftScope, UpdateConfig
 from kfac_dist.curvature.grafting import first_order_step, graft_blocks, ratio, step_squares
 from kfac_dist.curvature.precondition import Group
+from kfac_dist.curvature.statistics import scalar
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
@@ -145,5 +146,16 @@ class StepLength:
         if not isinstance(fixed, str):
             return fixed
         assert self._optimizer is not None
-        rates: list[float | Tensor] = [group["lr"] for group in self._optimizer.param_groups]
-        return rates[0] if len(rates) == 1 else max(rates)
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        rates = [scalar(rate) if isinstance(rate, Tensor) else rate for rate in rates]
+        return rates[0] if len(rates) == 1 else _largest(rates)
+
+
+def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:
+    """Return the largest of numbers and 0-dim tensors without asking the device, as `max` would."""
+    numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+    tensors = [rate for rate in rates if isinstance(rate, Tensor)]
+    if not tensors:
+        return max(numbers)
+    largest = torch.stack(tensors).amax()
+    return largest.clamp(min=max(numbers)) if numbers else largest

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist import KFAC
+from kfac_dist.curvature import statistics
+from tests.curvature.waits import Waits
 from tests.harness import run_ranks
 from tests.preconditioner.test_invariance import TOLERANCE, configuration
 from tests.preconditioner.workloads import Run, relative
@@ -84,6 +86,24 @@ def test_the_trust_region_holds_for_what_was_grafted(scope: str) -> None:
     # One ν is a factor of what was delivered, the other of the step's own divergence.
     assert 0.5**2 * product * metrics["kl_scale"] == pytest.approx(1e-3, rel=1e-4)
     assert metrics["predicted_kl"] == pytest.approx(0.5e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("rates", [(0.2, 0.5), (torch.tensor(0.5), 0.2), (torch.tensor(0.2), torch.tensor(0.5))])
+def test_the_trust_region_takes_the_largest_rate_and_waits_for_none(
+    rates: tuple[float | Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(model, rates, strict=True)]
+    kfac = KFAC(model, {"update": {"kl_clip": 1e-3, "kl_clip_lr": "current"}}, optimizer=torch.optim.SGD(groups))
+    F.cross_entropy(model(torch.randn(8, 6)), torch.randint(3, (8,))).backward()
+    kfac.update_curvature()
+    monkeypatch.setattr(statistics, "free_to_read", lambda device: False)
+    with Waits() as waits:
+        found = kfac._length._lr()
+    assert waits.found == []
+    assert float(found) == 0.5
+    kfac.remove()
 
 
 def test_a_layer_without_a_gradient_stays() -> None:
