@@ -2,7 +2,8 @@
 
 One forward pass is watched below autograd, where a module, a function of `torch.nn.functional`, a tensor's method and
 the inside of a custom function all end as the same few operations. An operation that kinks concerns the parameters
-that were used before it; a last layer behind the last ReLU is none of these.
+that its input was computed from; a last layer behind the last ReLU is none of these, nor is a branch beside it. What
+was computed from what is noted by memory, so that views and operations in place are followed.
 
 What compares numbers can hide a kink (`x * (x > 0)`) or be harmless (a mask): that is reported as a doubt, and
 `directional.mismatch` decides.
@@ -10,13 +11,14 @@ What compares numbers can hide a kink (`x * (x > 0)`) or be harmless (a mask): t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,6 +36,12 @@ _NAMES = (
 )
 _KINKS = frozenset(_NAMES.split())
 _COMPARISONS = frozenset(("gt", "lt", "ge", "le", "eq", "ne", "argmax", "argmin", "_local_scalar_dense"))
+# They take a tensor's shape, not its values.
+_MADE_ALIKE = (
+    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like "
+    "new_empty new_empty_strided new_zeros new_ones new_full"
+)
+_SHAPES = frozenset(_MADE_ALIKE.split())
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,13 @@ class Operation:
         name: Of the operation, as torch calls it below autograd.
         module: Name of the module that did it; empty for the model itself.
         kind: The module's type.
-        moment: Its number in the order of all operations.
+        parameters: Names of those that its input was computed from.
     """
 
     name: str
     module: str
     kind: str
-    moment: int
+    parameters: frozenset[str]
 
     def __str__(self) -> str:
         """Say what and where."""
@@ -64,26 +72,24 @@ class Course:
     """What happened in a forward pass, in order.
 
     Attributes:
-        first_use: By parameter that was used, the moment of its first use.
         last_use: By parameter that was used, the moment of its last use.
         kinks: Operations that are not twice differentiable.
         doubts: Operations that may hide one.
         elements: Numbers that were computed, of all intermediate results together.
     """
 
-    first_use: Mapping[str, int]
     last_use: Mapping[str, int]
     kinks: tuple[Operation, ...]
     doubts: tuple[Operation, ...]
     elements: int
 
-    def kinks_after(self, names: list[str]) -> list[Operation]:
+    def kinks_of(self, names: Iterable[str]) -> list[Operation]:
         """Return the kinks that the outputs, as a function of these parameters, may have."""
-        return _after(self.kinks, self.first_use, names)
+        return [kink for kink in self.kinks if not kink.parameters.isdisjoint(names)]
 
-    def doubts_after(self, names: list[str]) -> list[Operation]:
+    def doubts_of(self, names: Iterable[str]) -> list[Operation]:
         """Return the doubts about outputs as a function of these parameters."""
-        return _after(self.doubts, self.first_use, names)
+        return [doubt for doubt in self.doubts if not doubt.parameters.isdisjoint(names)]
 
 
 def observe(module: nn.Module, inputs: Inputs) -> Course:
@@ -101,7 +107,35 @@ def observe(module: nn.Module, inputs: Inputs) -> Course:
             call(module, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return Course(watch.first_use, watch.last_use, tuple(watch.kinks), tuple(watch.doubts), watch.elements)
+    return Course(watch.last_use, tuple(watch.kinks), tuple(watch.doubts), watch.elements)
+
+
+class _Origins:
+    """From which parameters memory was computed.
+
+    Each entry holds on to what its key is the address of, though not to the memory itself: no address is used again.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[StorageWeakRef | Tensor, frozenset[str]]] = {}
+
+    def of(self, tensors: Iterable[Tensor]) -> frozenset[str]:
+        """Return the names of the parameters that any of these was computed from."""
+        found = (self._found.get(self._place(tensor)[0]) for tensor in tensors)
+        return frozenset().union(*(names for _, names in filter(None, found)))
+
+    def add(self, tensors: Iterable[Tensor], names: frozenset[str]) -> None:
+        """Note that these were computed from parameters, too."""
+        for tensor in tensors if names else ():
+            key, owner = self._place(tensor)
+            self._found[key] = owner, names | self.of([tensor])
+
+    @staticmethod
+    def _place(tensor: Tensor) -> tuple[int, StorageWeakRef | Tensor]:
+        if tensor.layout is not torch.strided:  # sparse: no storage of its own
+            return id(tensor), tensor
+        storage = StorageWeakRef(tensor.untyped_storage())
+        return storage.cdata, storage
 
 
 class _Watch(TorchDispatchMode):
@@ -111,10 +145,12 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._module = module
         self._names = {id(p): name for name, p in module.named_parameters()}
+        self._origins = _Origins()
+        for name, parameter in module.named_parameters():
+            self._origins.add([parameter], frozenset([name]))
         self._stack: list[tuple[str, str]] = [("", type(module).__name__)]
         self._moment = 0
         self.elements = 0
-        self.first_use: dict[str, int] = {}
         self.last_use: dict[str, int] = {}
         self.kinks: list[Operation] = []
         self.doubts: list[Operation] = []
@@ -123,17 +159,19 @@ class _Watch(TorchDispatchMode):
         self._moment += 1
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for name in (self._names[id(t)] for t in tensors if id(t) in self._names):
-            self.first_use.setdefault(name, self._moment)
             self.last_use[name] = self._moment
         operation = func._schema.name.rpartition("::")[2].removesuffix("_")
+        origins = frozenset() if operation in _SHAPES else self._origins.of(tensors)
         if any(t.is_floating_point() for t in tensors):
-            found = Operation(operation, *self._stack[-1], self._moment)
+            found = Operation(operation, *self._stack[-1], origins)
             if operation in _KINKS:
                 self.kinks.append(found)
             elif operation in _COMPARISONS:
                 self.doubts.append(found)
         result = func(*args, **(kwargs or {}))
-        self.elements += sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self._origins.add([*made, *_written(func, args, kwargs or {})], origins)
+        self.elements += sum(tensor.numel() for tensor in made)
         return result
 
     @contextmanager
@@ -154,6 +192,9 @@ class _Watch(TorchDispatchMode):
         self._stack.pop()
 
 
-def _after(operations: tuple[Operation, ...], first_use: Mapping[str, int], names: list[str]) -> list[Operation]:
-    used = [first_use[name] for name in names if name in first_use]
-    return [operation for operation in operations if used and operation.moment > min(used)]
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors that an operation writes into."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

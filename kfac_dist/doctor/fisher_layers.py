@@ -100,7 +100,7 @@ def judge_smoothness(outputs: Outputs, layers: Sequence[Layer], course: Course) 
     """
     curved = {layer.name: curvedness(outputs, layer.parameters) for layer in layers}
     affine = {name for name, value in curved.items() if value <= AFFINE}
-    kinks = {layer.name: course.kinks_after(list(layer.parameters)) for layer in layers}
+    kinks = {layer.name: course.kinks_of(list(layer.parameters)) for layer in layers}
     unsuspected = [layer for layer in layers if not kinks[layer.name] and layer.name not in affine]
     moved = [name for layer in unsuspected for name in layer.parameters]
     missed = mismatch(outputs, moved) if moved else 0.0
@@ -110,7 +110,7 @@ def judge_smoothness(outputs: Outputs, layers: Sequence[Layer], course: Course) 
         if kinks[layer.name]:
             refused = _kinked(kinks[layer.name])
         elif layer in unsuspected and missed > KINK:
-            doubts = course.doubts_after(list(layer.parameters))
+            doubts = course.doubts_of(list(layer.parameters))
             refused = (
                 f"the first derivative jumps: its change along a segment of weights is {missed:.0%} off what the "
                 "second says" + (f"; perhaps by {doubts[0]}" if doubts else ", by which operation can't be told")
