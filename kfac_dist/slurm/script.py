@@ -31,7 +31,15 @@ def template(started_by: StartedBy) -> str:
 
 
 def render(
-    text: str, job: Job, *, config: Path, run_directory: Path, python: str, sweep: Path | None = None, tasks: int = 0
+    text: str,
+    job: Job,
+    *,
+    config: Path,
+    run_directory: Path,
+    python: str,
+    resume: str = "auto",
+    sweep: Path | None = None,
+    tasks: int = 0,
 ) -> str:
     """Fill in the script of a run.
 
@@ -41,6 +49,7 @@ def render(
         config: The run's configuration, complete.
         run_directory: Where the run's files go; `<run_directory>-<task>` in an array.
         python: The interpreter, where there is no container.
+        resume: What the ranks' `--resume` says; empty for what the configuration says.
         sweep: A file with overrides, one line a task; None for a job that is no array.
         tasks: Its lines.
     """
@@ -52,8 +61,10 @@ def render(
         "overrides": "()",  # they are in the configuration
         "run_directory": _quoted(run_directory),
         "sweep": _quoted(sweep or ""),
+        "resume": _quoted(resume),
         "ranks_per_node": str(job.ranks),
         "max_restarts": str(job.max_restarts),
+        "stop_seconds": str(job.stop_seconds),
         "setup": _quoted(job.setup),
         "python": "python3" if contained else _quoted(python),
         "container_image": _quoted(job.container.image),

@@ -99,6 +99,8 @@ def prepare(config: Config, job: Job, sweep: Path | None = None, *, python: str 
         config=directory / CONFIG_FILE,
         run_directory=directory,
         python=python,
+        # A run that is submitted again goes on, unless it is told where to start from.
+        resume="auto" if config.checkpoint.resume in ("auto", "never") else "",
         sweep=directory / SWEEP_FILE if lines else None,
         tasks=len(lines),
     )

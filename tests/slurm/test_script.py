@@ -90,7 +90,8 @@ def test_both_scripts_stop_and_requeue_alike() -> None:
 STUBS = {
     # Prints its arguments, one a line; a signal to it is what the ranks would get.
     "srun": 'printf "%s\\n" "$@"; echo "OMP_NUM_THREADS=$OMP_NUM_THREADS"; '
-    'echo "SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK-all}"; exit ${SRUN_CODE:-0}',
+    'echo "SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK-all}"; '
+    'echo "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; exit ${SRUN_CODE:-0}',
     "scontrol": 'echo "scontrol $*"',
 }
 
@@ -187,6 +188,43 @@ def test_ranks_share_the_cores_of_their_node(
     code, said = run_script(ROOT / "slurm" / name, tmp_path, "a.yaml", RANKS_PER_NODE="2", **cpus)
     assert code == 0
     assert expected <= set(said.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("variables", "seconds"),
+    [
+        ({}, 110),
+        ({"STOP_SECONDS": "900"}, 600),
+        ({"STOP_SECONDS": "20"}, 30),
+        ({"STOP_SECONDS": "900", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "45"}, 45),
+    ],
+)
+def test_agents_let_ranks_save_for_nearly_as_long_as_there_is(
+    tmp_path: Path, variables: dict[str, str], seconds: int
+) -> None:
+    """By themselves they kill ranks 30 s after SIGTERM; two steps may take longer."""
+    code, said = run_script(ROOT / "slurm/train.sbatch", tmp_path, "a.yaml", **variables)
+    assert (code, f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={seconds}" in said.splitlines()) == (0, True), said
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "train_srun.sbatch"])
+@pytest.mark.parametrize(
+    ("overrides", "variables", "expected"),
+    [
+        (["train.steps=3"], {}, ["--resume", "auto", "train.steps=3"]),
+        (["checkpoint.resume=runs/a/checkpoints/step-00000010"], {}, []),
+        (["checkpoint={every: 5, resume: never}"], {}, []),
+        (["train.steps=3"], {"RESUME": ""}, ["train.steps=3"]),
+        (["train.steps=3"], {"RESUME": "my runs/a"}, ["--resume", "my runs/a", "train.steps=3"]),
+    ],
+)
+def test_where_a_run_is_told_to_start_from_wins(
+    tmp_path: Path, name: str, overrides: list[str], variables: dict[str, str], expected: list[str]
+) -> None:
+    code, said = run_script(ROOT / "slurm" / name, tmp_path, "a.yaml", *overrides, **variables)
+    words = said.splitlines()
+    start = words.index("a.yaml") + 1
+    assert (code, words[start : start + max(len(expected), 1)]) == (0, expected or overrides)
 
 
 if __name__ == "__main__":

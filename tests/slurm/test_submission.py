@@ -80,6 +80,16 @@ def test_each_line_of_a_sweep_is_checked(run_file: str, tmp_path: Path) -> None:
         prepare(load_config(run_file), Job(), sweep)
 
 
+@pytest.mark.parametrize(
+    ("resume", "setting"), [("auto", "auto"), ("never", "auto"), ("runs/a/checkpoints/step-00000010", "''")]
+)
+def test_a_checkpoint_to_start_from_is_the_configurations_word(run_file: str, resume: str, setting: str) -> None:
+    """`--resume auto` would win over it; without one, a run that is submitted again goes on."""
+    submission = prepare(load_config(run_file, [f"checkpoint.resume={resume}"]), Job())
+    assert f"  resume: {resume}\n" in submission.configuration
+    assert f"\nresume={setting}\n" in submission.script
+
+
 def test_a_finished_run_is_not_submitted_again(run_file: str, tmp_path: Path) -> None:
     directory = tmp_path / "runs/small"
     directory.mkdir(parents=True)
