@@ -3,10 +3,14 @@
 Convention for every stored factor: the *upper block-triangle* is valid, what lies below the diagonal blocks is zero or
 stale. Every operation on factors between measuring and inverting is linear and elementwise, so nobody has to know;
 `complete` mirrors the upper half once, when a factor is about to be inverted.
+
+Rows in bf16 are multiplied as they are where a GPU adds their products up in fp32, in which each is exact; elsewhere
+they are made fp32 first.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -38,12 +42,16 @@ def accumulate_gram(
         weights: `[M]`, the diagonal of D; one for every row by default.
     """
     width = rows.shape[-1]
-    rows = rows.to(out.dtype)
+    halves = rows.dtype is torch.bfloat16 and weights is None and multiplies_halves(rows.device)
+    if not halves:
+        rows = rows.to(out.dtype)
     weighted = rows if weights is None else rows * weights[:, None]
     for start, stop in _panels(width):
         panel = out[:, start:stop, start:width]
         left, right = weighted[..., start:stop].mT, rows[..., start:]
-        if out.shape[0] == 1:
+        if halves:
+            _add_product_of_halves(panel, left, right, alpha=alpha, beta=beta)
+        elif out.shape[0] == 1:
             panel[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
         else:
             panel.baddbmm_(left, right, beta=beta, alpha=alpha)
@@ -53,8 +61,44 @@ def accumulate_gram(
             border.zero_()
         else:
             border.mul_(beta)
-        border[:, :width].add_(weighted.sum(dim=1), alpha=alpha)
+        border[:, :width].add_(weighted.sum(dim=1, dtype=out.dtype), alpha=alpha)
         border[:, width].add_(alpha * (rows.shape[1] if weights is None else weights.sum()))
+
+
+def _add_product_of_halves(panel: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float) -> None:
+    """Set `panel ← beta·panel + alpha·left @ right` in place, for factors in bf16.
+
+    By a product of its own: before torch 2.10, those that also add take no fp32 to add to.
+    """
+    if len(panel) == 1:
+        product = torch.mm(left[0], right[0], out_dtype=torch.float32)[None]
+    else:
+        product = torch.bmm(left, right, out_dtype=torch.float32)
+    if beta == 0:
+        torch.mul(product, alpha, out=panel)
+    else:
+        panel.mul_(beta).add_(product, alpha=alpha)
+
+
+@functools.cache
+def multiplies_halves(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 with sums in fp32: GPUs, from torch 2.8 on. Tried once, which waits for it."""
+    return device.type == "cuda" and _adds_up_exactly(device)
+
+
+def _adds_up_exactly(device: torch.device) -> bool:
+    """Whether sums of bf16 products come out right that bf16, or fp16, couldn't hold."""
+    rows = (torch.arange(2 * 500 * 24, device=device) % 31 - 15).view(2, 500, 24).bfloat16()
+    right = True
+    for batch in (1, 2):
+        left, panel = rows[:batch, :, 4:12], torch.ones(2, 24, 24, device=device)[:batch, 4:12, 4:]
+        expected = 1 + left.double().mT @ rows[:batch, :, 4:].double()
+        try:
+            _add_product_of_halves(panel, left.mT, rows[:batch, :, 4:], alpha=1.0, beta=1.0)
+        except (TypeError, RuntimeError):  # torch has no such product, or none for this device
+            return False
+        right = right and bool((panel == expected).all())
+    return right
 
 
 def complete(matrix: Tensor) -> Tensor:

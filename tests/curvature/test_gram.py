@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kfac_dist.curvature import gram as gram_module
 from kfac_dist.curvature.gram import accumulate_gram, asymmetry, complete, gram, traces
 from tests.curvature.measured import assert_close
 
@@ -63,6 +66,64 @@ def test_any_shape(n: int, rows: int, batch: int, ones: bool, half: bool, alpha:
     accumulate_gram(out, values, alpha=alpha, beta=beta, ones=ones)
     expected = exact(with_ones(values) if ones else values, alpha) + beta * start.double()
     assert_close(complete(out), expected, 1e-5 if float(expected.norm()) else 1.0)
+
+
+# ---- bf16 rows as they are: a GPU's product, and here one in its place
+
+
+def product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    assert left.dtype is right.dtype is torch.bfloat16
+    return torch.matmul(left.double(), right.double()).to(out_dtype)
+
+
+def rounded(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """A product whose sums are in bf16."""
+    return product(left, right, torch.bfloat16).to(out_dtype)
+
+
+def check_halves(device: str, n: int, ones: bool, batch: int) -> None:
+    torch.manual_seed(n)
+    first, second = (torch.randn(batch, 2 * m, n - ones + 3).bfloat16()[:, ::2, 3:] for m in (300, 4))  # strided rows
+    out = torch.full((batch, n, n + 5), float("nan"), device=device)[..., :n]
+    accumulate_gram(out, first.to(device), alpha=0.5, beta=0.0, ones=ones)
+    accumulate_gram(out, second.to(device), alpha=2.0, beta=1.0, ones=ones)
+    accumulate_gram(out, second.to(device), alpha=1.0, beta=0.25, ones=ones)
+    accumulate_gram(out, second.to(device)[:, :0], alpha=1.0, beta=1.0, ones=ones)
+    one, two = (with_ones(rows) if ones else rows for rows in (first, second))
+    assert_close(complete(out.clone()).cpu(), 0.25 * (exact(one, 0.5) + exact(two, 2.0)) + exact(two, 1.0))
+
+
+def use_product(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor]) -> None:
+    monkeypatch.setattr(torch, "mm", kernel)
+    monkeypatch.setattr(torch, "bmm", kernel)
+
+
+@pytest.mark.parametrize("n", [1, 7, 259, 514])
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_halves_equal_the_plain_product(n: int, ones: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram_module, "multiplies_halves", lambda device: True)
+    use_product(monkeypatch, product)
+    check_halves("cpu", n, ones, batch)
+
+
+@pytest.mark.parametrize(("kernel", "taken"), [(product, True), (rounded, False), (None, False)])
+def test_only_a_product_that_is_exact_is_taken(
+    kernel: Callable[..., Tensor] | None, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is what a CPU does: torch has no such product for it."""
+    if kernel is not None:
+        use_product(monkeypatch, kernel)
+    cpu = torch.device("cpu")
+    assert gram_module._adds_up_exactly(cpu) is taken
+    assert not gram_module.multiplies_halves(cpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("n", [2, 7, 259, 514])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_halves_equal_the_plain_product_on_a_gpu(n: int, batch: int) -> None:
+    check_halves("cuda", n, True, batch)
 
 
 def test_strided_output_and_rows() -> None:
