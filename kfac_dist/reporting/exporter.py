@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import socket
 import socketserver
 import threading
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kfac_dist.config.schema import MetricsConfig
 from kfac_dist.errors import ConfigError
+from kfac_dist.reporting.restarts import launcher_restarts as launcher_restarts
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -32,7 +32,6 @@ DASHBOARD = "grafana.json"
 # A restarted run may have to wait until the last process of its killed predecessor lets go of the port.
 _RESTART_PATIENCE_SECONDS = 15.0
 _CLIENT_SECONDS = 10.0
-_LAUNCHERS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
 
 
 @dataclass(frozen=True)
@@ -209,11 +208,6 @@ class Exporter:
         return _filled(self._prometheus.core.CounterMetricFamily, *arguments)
 
 
-def launcher_restarts() -> dict[str, int]:
-    """Return how often each launcher has started this job again."""
-    return {by: int(os.environ.get(name) or 0) for by, name in _LAUNCHERS.items()}
-
-
 def _filled(
     family: Callable[..., Any],
     name: str,
@@ -282,7 +276,7 @@ class _Server(ThreadingHTTPServer):
 
 
 def _listen(host: str, port: int, exporter: Exporter) -> _Server:
-    restarted = any(int(os.environ.get(name) or 0) for name in _LAUNCHERS.values())
+    restarted = any(launcher_restarts().values())
     deadline = time.monotonic() + (_RESTART_PATIENCE_SECONDS if restarted else 0.0)
     while True:
         try:

@@ -24,7 +24,6 @@ from rich.console import Console, ConsoleDimensions
 from rich.live import Live
 
 from kfac_dist.reporting.dashboard import Dashboard, History
-from kfac_dist.reporting.exporter import launcher_restarts
 from kfac_dist.reporting.progress import (
     LastSaved,
     LineProgress,
@@ -33,6 +32,7 @@ from kfac_dist.reporting.progress import (
     Status,
     TerminalProgress,
 )
+from kfac_dist.reporting.restarts import launcher_restarts
 
 REFRESH_SECONDS = 0.5
 # Above the view after the terminal's size has changed: what was there is drawn anew.

@@ -17,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from kfac_dist.errors import KFACError
+from kfac_dist.reporting.restarts import launcher_restarts
 
 STATE_FILE = "state.json"
 
@@ -43,7 +44,7 @@ class RunRecord:
         host: Where rank 0 runs.
         pid: Rank 0's process.
         job: SLURM's number of the job; None outside of SLURM.
-        restarts: How often SLURM has requeued the job.
+        restarts: How often torchrun or SLURM has started it again.
         changed: When this was written, in seconds since 1970.
     """
 
@@ -78,7 +79,7 @@ class RunFile:
             host=socket.gethostname(),
             pid=os.getpid(),
             job=os.environ.get("SLURM_JOB_ID"),
-            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            restarts=sum(launcher_restarts().values()),
             changed=time.time(),
         )
 
