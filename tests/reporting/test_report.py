@@ -17,7 +17,7 @@ from kfac_dist.reporting.report import read_run, read_runs, write_report
 from kfac_dist.training import train
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'kfac_dist[report]'")
-from kfac_dist.reporting.report import charts  # needs plotly
+from kfac_dist.reporting.report import charts, factors, inversions  # need plotly
 
 CONFIG = Path(__file__).parents[2] / "configs/digits_autoencoder.yaml"
 OVERRIDES = ("train.epochs=null", "train.steps=8", "train.log_every=2", "kfac.curvature.factor_every=2")
@@ -56,8 +56,8 @@ def test_the_page_has_everything_inside(run_directory: Path, tmp_path: Path) -> 
 def test_an_infinite_condition_is_a_gap(run_directory: Path) -> None:
     run = read_run(run_directory)[0]
     run.readings[0]["factors"][0]["condition"] = None  # as `curvature.jsonl` has it
-    figure = json.loads(charts.conditions(run).to_json())
-    values = [value for trace in figure["data"] for value in trace["y"]]
+    figure = json.loads(factors.conditions(run).to_json())
+    values = [value for trace in figure["data"] for value in trace["y"]]  # the worst, so it is drawn
     assert values.count(None) == 1
     assert all(value >= 1 for value in values if value is not None)
 
@@ -106,15 +106,28 @@ def test_runs_with_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_long_run_is_drawn_by_few_points_that_lose_no_skip(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("run: {name: mine}\n")
-    lines = [
-        json.dumps({"step": step, "loss": float(step % 2), "skipped": int(step == 777)}) for step in range(1, 9002)
-    ]
+    taken = [{"step": step, "loss": float(step % 2), "skipped": 0} for step in range(1, 9002)]
+    lines = [json.dumps({"step": 778, "skipped": 1} if record["step"] == 778 else record) for record in taken]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     [run] = read_run(tmp_path)
     assert len(run.records) == 1801
     assert run.records[-1]["step"] == 9001
     assert [record["step"] for record in run.records if record["skipped"]] == [780]
-    assert {round(record["loss"], 1) for record in run.records[:-1]} == {0.4, 0.6}
+    assert {round(record["loss"], 1) for record in run.records[:-1]} == {0.4, 0.5, 0.6}  # 0.5: of four
+
+
+def test_steps_that_were_all_skipped_are_missing_from_the_loss_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {name: mine}\n")
+    logged = [{"step": step, "loss": 1.0, "seconds": 0.1 * step, "skipped": 0} for step in range(1, 11)]
+    for record in logged[7:]:
+        record["skipped"] = 1
+        del record["loss"]  # as a window without a step is written
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in logged))
+    runs = read_run(tmp_path)
+    assert sum(charts.over_steps(runs, "skipped", "skipped").data[0].y) == 3
+    assert list(charts.losses(runs, "step", "step").data[0].x) == [1, 2, 3, 4, 5, 6, 7]
+    write_report(runs, tmp_path / "page.html")
+    assert "<td>10</td>" in (tmp_path / "page.html").read_text(encoding="utf-8")  # steps
 
 
 def test_a_game_shows_what_its_evaluations_are(tmp_path: Path) -> None:
@@ -132,8 +145,9 @@ def test_a_game_shows_what_its_evaluations_are(tmp_path: Path) -> None:
     [run] = read_run(tmp_path)
     assert [trace.name for trace in charts.losses([run], "step", "step").data] == [run.name]
     assert charts.samples([run], "test_loss", "distance").data[0].y == (900.0,)
-    assert {bar.name: round(bar.x[0]) for bar in charts.inversions(run).data} == {"one/2": 20, "one/1": 10, "two/5": 10}
-    assert [list(trace.y) for trace in charts.refreshes(run).data] == [[40.0]]
+    parts = {bar.text[0]: round(bar.x[0]) for bar in inversions.bars(run).data}
+    assert parts == {"one/2": 20, "one/1": 10, "two/5": 10}
+    assert [list(trace.y) for trace in inversions.times(run).data] == [[40.0]]
     write_report([run], tmp_path / "page.html")
     assert "Fréchet distance 950" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -148,36 +162,6 @@ def test_names_are_no_markup(run_directory: Path, tmp_path: Path) -> None:
     assert "&lt;b&gt;x" in text.replace("\\u0026", "&")
     assert "<b>x" not in text
     assert "\\u003cb\\u003ex" not in text  # plotly reads some tags in its texts, too
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_lives_in_a_browser(run_directory: Path, tmp_path: Path, scheme: str) -> None:
-    browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine: CI installs one")
-    ended = CliRunner().invoke(app, ["report", str(run_directory), "--out", str(tmp_path / "page.html")])
-    assert ended.exit_code == 0, ended.output
-    complaints: list[str] = []
-    with browsers.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(color_scheme=scheme, viewport={"width": 1240, "height": 1000}, offline=True)
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto((tmp_path / "page.html").as_uri())
-        page.wait_for_selector(".js-plotly-plot .main-svg")
-        charts = page.locator(".js-plotly-plot")
-        assert charts.count() >= 11
-        ink = page.evaluate("document.querySelector('.js-plotly-plot').layout.font.color")
-        assert ink == page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()")
-        charts.first.locator(".nsewdrag").first.hover()
-        charts.first.locator(".scatterlayer .point").first.hover(force=True)
-        page.wait_for_selector(".hoverlayer .hovertext")
-        cards = "[...document.querySelectorAll('.card')]"
-        too_wide = page.evaluate(f"{cards}.filter(card => card.scrollWidth > card.clientWidth).length")
-        browser.close()
-    assert complaints == []
-    assert not too_wide
 
 
 def test_a_report_that_cannot_be_written_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

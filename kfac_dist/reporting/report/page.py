@@ -16,12 +16,13 @@ from kfac_dist.reporting.report.runs import RunData
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what it shows, and charts beside each other."""
+    """A heading, what it shows, and charts beside each other; narrower than `min_width` pixels they are scrolled."""
 
     title: str
     text: str
     charts: Sequence[Any]
     height: int = 380
+    min_width: int = 0
 
 
 def write_report(runs: Sequence[RunData], path: Path) -> None:
@@ -92,19 +93,31 @@ def _sections(runs: Sequence[RunData]) -> Iterator[Section]:
 
 
 def _of_curvature(run: RunData) -> Iterator[Section]:
-    from kfac_dist.reporting.report import charts
+    from kfac_dist.reporting.report import factors, inversions
 
+    timeline = inversions.timeline(run)
+    [cells] = timeline.data
     yield Section(
         f"Who inverted what: {run.name}",
-        "Left the last refresh that was looked at, a segment a factor, divided by n³; right each rank's time for what "
-        "it inverted at those refreshes.",
-        [charts.inversions(run), charts.refreshes(run)],
+        "A row is a layer's A or G, a column a refresh that was looked at, and the number in a cell the rank that "
+        "inverted it there; the more its shade stands out, the longer that took, divided by n³.",
+        [timeline],
+        120 + 22 * len(cells.y),
+        min_width=160 + 7 * max(map(len, cells.y), default=0) + 30 * len(cells.x),
+    )
+    yield Section(
+        f"Work of each rank: {run.name}",
+        "Left what was inverted when last looked at, a segment a factor, divided by n³; right the time for what a rank "
+        "inverted at the refreshes that were looked at.",
+        [inversions.bars(run), inversions.times(run)],
+        min(1600, max(380, 100 + 24 * len({reading["rank"] for reading in run.readings}))),
     )
     yield Section(
         f"Factors: {run.name}",
         "Eigenvalues of a factor that the menu chooses, beside what damping adds to them; the condition of what is "
-        "inverted; and π, by which damping is split over A and G.",
-        [charts.spectra(run), charts.conditions(run), charts.splits(run)],
+        "inverted; and π, by which damping is split over A and G. Of many factors the worst conditioned and of many "
+        "blocks those whose π is farthest from 1 are drawn over a band of all.",
+        [factors.spectra(run), factors.conditions(run), factors.splits(run)],
         440,
     )
 
@@ -112,7 +125,10 @@ def _of_curvature(run: RunData) -> Iterator[Section]:
 def _section(index: int, section: Section) -> str:
     how = {"full_html": False, "include_plotlyjs": False, "default_height": section.height}
     drawn = [chart.to_html(config={"responsive": True}, **how) for chart in section.charts]
-    charts = "".join(f'<div class="card">{chart}</div>' for chart in drawn)
+    charts = "".join(
+        f'<div class="card"><div class="wide"><div style="min-width:{section.min_width}px">{chart}</div></div></div>'
+        for chart in drawn
+    )
     return (
         f'<h2 id="s{index}">{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>'
         f'<div class="{"pair" if len(section.charts) > 1 else ""}">{charts}</div>'
@@ -122,7 +138,8 @@ def _section(index: int, section: Section) -> str:
 def _table(runs: Sequence[RunData]) -> str:
     heads = ("run", "state", "steps", "ranks", "restarts", "train loss", "test loss", "figure", "time", "ms/step")
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(run)) + "</tr>" for run in runs)
-    return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
+    heading = "".join(f"<th>{head}</th>" for head in heads)
+    return f'<div class="wide"><table><tr>{heading}</tr>{rows}</table></div>'
 
 
 def _row(run: RunData) -> tuple[str, ...]:

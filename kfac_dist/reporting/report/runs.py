@@ -27,7 +27,8 @@ class RunData:
         directory: Where it lies.
         state: What it is doing or how it ended; None if it doesn't say.
         configuration: The text of its `config.yaml`.
-        records: Logged steps that have a loss, in order; of a long run as many together as make few enough points.
+        records: Logged steps in order; of a long run as many together as make few enough points. One whose steps were
+            all skipped has no loss.
         evaluations: Evaluations between them.
         readings: What ranks read at refreshes (`curvature.jsonl`), by step and rank.
         result: Its final figures; None before its end.
@@ -94,7 +95,7 @@ def _read(directory: Path, name: str) -> RunData:
         directory=directory,
         state=read_record(directory),
         configuration=configuration,
-        records=_thinned([record for record in records if "loss" in record]),
+        records=_thinned([record for record in records if "test_loss" not in record]),
         evaluations=[record for record in records if "test_loss" in record],
         readings=_records(directory / "curvature.jsonl"),
         result=_result(directory / "result.json"),
@@ -125,13 +126,13 @@ def _thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     together = -(-len(records) // _POINTS)
     if together <= 1:
         return records
-    rows = [records[start : start + together] for start in range(0, len(records), together)]
-    return [
-        row[-1]
-        | {"loss": sum(record["loss"] for record in row) / len(row)}
-        | {"skipped": sum(record.get("skipped", 0) for record in row)}
-        for row in rows
-    ]
+    return [_together(records[start : start + together]) for start in range(0, len(records), together)]
+
+
+def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    losses = [record["loss"] for record in records if "loss" in record]
+    skipped = sum(record.get("skipped", 0) for record in records)
+    return records[-1] | ({"loss": sum(losses) / len(losses)} if losses else {}) | {"skipped": skipped}
 
 
 def _result(path: Path) -> dict[str, Any] | None:
