@@ -43,6 +43,7 @@ class Watch:
         self._tick = tick_seconds
         self._where = "starting"
         self._changed = True
+        self._explained: CollectiveError | None = None
         self._over = threading.Event()
 
     def at(self, where: str) -> None:
@@ -54,13 +55,18 @@ class Watch:
     def explaining(self) -> Iterator[None]:
         """Say of a collective that fails which ranks don't answer, and where the others wait.
 
+        These contexts may lie in one another: the innermost asks, before anything is taken down.
+
         Raises:
             CollectiveError: A collective has failed.
         """
         try:
             yield
         except CollectiveError as error:
-            raise CollectiveError(f"{error}{self._explanation()}") from error
+            if error is self._explained:
+                raise
+            self._explained = CollectiveError(f"{error}{self._explanation()}")
+            raise self._explained from error
 
     def __enter__(self) -> Self:
         if self._store is not None:

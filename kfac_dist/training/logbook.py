@@ -54,8 +54,8 @@ class Logbook:
         parts, outputs = self._parts, self._outputs
         record = dict(record)
         if parts.kfac is not None:
-            # What the loop knows of all ranks comes last: K-FAC's own counts are of one.
-            record = {f"kfac/{name}": value for name, value in parts.kfac.metrics().items()} | record
+            known = record  # of all ranks, where K-FAC's own counts are of one
+            record = known | {f"kfac/{name}": value for name, value in parts.kfac.metrics().items()} | known
             record |= {f"kfac/seconds/{phase}": value for phase, value in parts.phase_seconds().items()}
         if parts.stepper is not None:
             record |= {f"solver/{name}": value for name, value in parts.stepper.metrics().items()}

@@ -99,12 +99,13 @@ def train(config: Config, *, compare: bool = False, quiet: bool = False, live: b
     """
     with _session(config, quiet=quiet, live=live) as session:
         directory = Path(config.run.directory) / config.run.name
+        session.watch.at(f"preparing {directory}")
         with agreed(session.communicator, what=f"can't prepare {directory}"):
             if session.leads:
                 _prepare(directory, config, session.job)
         record = RunFile(directory if session.leads else None, session.communicator.size)
         runs: list[RunSummary] = []
-        with record.failures():
+        with record.failures(), session.watch.explaining():
             try:
                 _train_all(config, compare, directory, session, record, runs)
             except Preempted as stop:
@@ -120,7 +121,7 @@ def _session(config: Config, *, quiet: bool, live: bool) -> Iterator[Session]:
         progress.note(world.describe())
         try:
             watch = Watch(world.store, world.rank, world.world_size)
-            with _exporter(config, communicator) as exporter, StopSignals() as signals, watch:
+            with watch, watch.explaining(), _exporter(config, communicator) as exporter, StopSignals() as signals:
                 if exporter is not None:
                     progress.note(f"metrics at http://{exporter.address}/metrics")
                 yield Session(world, communicator, progress, signals, watch, find_job(world, communicator), exporter)
@@ -152,6 +153,7 @@ def _train_all(
     runs.append(_train_one(config, name, directory, session, record))
     for entry, optimizer in config.compare.items() if compare else ():
         runs.append(_train_compared(config, entry, optimizer, directory, session, record))
+    session.watch.at("writing the results")
     with agreed(session.communicator, what=f"can't finish {directory}"):
         if session.leads:
             _report(config, runs, directory, session.progress)
@@ -179,25 +181,32 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
         config.run.timeout_seconds,
         session.job.name,
     )
-    parts = build_parts(config, session.world, session.communicator)
+    at = session.watch.at
+    parts = build_parts(config, session.world, session.communicator, at)
     try:
-        start = _start(config, checkpoints, session.job)
-        with _writer(directory, start, session) as writer:
-            values = config.model_dump(mode="json")
-            monitor = None
-            if session.exporter is not None:
-                monitor = Monitor(session.exporter, name, parts, session.communicator, checkpoints.directory)
-            outputs = Outputs(writer, checkpoints, session.progress, values, session.signals, session.watch, monitor)
-            trainer = Trainer(config, parts, session.communicator, outputs)
-            if start is not None:
-                trainer.restore(start)
-                session.progress.note(f"{name}: resumed from {start.path}")
-            with agreed(session.communicator, what=f"can't write {directory}"):
-                record.running(parts.total_steps)
-            session.progress.start(name, parts.total_steps, trainer.step, lambda: last_saved(checkpoints.directory))
-            trainer.train()
-        summary = _summarize(name, trainer)
-        variances = trainer.relative_variances()
+        with session.watch.explaining():  # before what follows takes the ranks apart
+            at("looking for a checkpoint")
+            start = _start(config, checkpoints, session.job)
+            with _writer(directory, start, session) as writer:
+                values = config.model_dump(mode="json")
+                monitor = None
+                if session.exporter is not None:
+                    monitor = Monitor(session.exporter, name, parts, session.communicator, checkpoints.directory)
+                outputs = Outputs(
+                    writer, checkpoints, session.progress, values, session.signals, session.watch, monitor
+                )
+                trainer = Trainer(config, parts, session.communicator, outputs)
+                if start is not None:
+                    at(f"reading checkpoint {start.path}")
+                    trainer.restore(start)
+                    session.progress.note(f"{name}: resumed from {start.path}")
+                with agreed(session.communicator, what=f"can't write {directory}"):
+                    record.running(parts.total_steps)
+                session.progress.start(name, parts.total_steps, trainer.step, lambda: last_saved(checkpoints.directory))
+                trainer.train()
+            at("the final evaluation")
+            summary = _summarize(name, trainer)
+            variances = trainer.relative_variances()
     finally:
         session.progress.stop()
         checkpoints.close()

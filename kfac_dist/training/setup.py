@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -82,11 +83,19 @@ class Parts:
         return dict(total)
 
 
-def build_parts(config: Config, world: World, communicator: Communicator) -> Parts:
+def build_parts(
+    config: Config, world: World, communicator: Communicator, at: Callable[[str], None] = lambda where: None
+) -> Parts:
     """Build everything that a run needs; collective.
 
     What can fail on one rank alone (a missing package, a file, the user's own code) is built first and agreed on, so
     that no rank waits for one that has given up.
+
+    Args:
+        config: The run's configuration.
+        world: Where this rank computes.
+        communicator: The ranks.
+        at: Told what comes next, for ranks that have to wait.
 
     Raises:
         KFACError: Something can't be built; every rank raises.
@@ -95,7 +104,9 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
     with agreed(communicator):
         check_engine(config.engine, config.train, world)
         seed_everything(config.run.seed, rank=0)  # the same initial weights on every rank
+        at("building the model")
         model = build_model(config.model)
+        at("reading the data")
         splits = build_data(config.data)
         train, test = (source_of(part, world.device, settings.loader_workers) for part in (splits.train, splits.test))
         sampler = sampler_of(settings, len(train), config.run.seed)
@@ -105,11 +116,13 @@ def build_parts(config: Config, world: World, communicator: Communicator) -> Par
         loss = build_loss(config.loss)
         if config.game is not None:
             check_players(config, model, train)
+        at("trying the model out")
         trial = try_out(model.to(world.device), loss, train, test)
         check_targets(loss, train, trial.outputs)
         game = build_game(config, model, train, test) if config.game is not None else None
         if communicator.size > 1 and config.engine.waits_for_every_gradient:
             refuse_unused(WHERE, trial.unused)
+        at("comparing what was built")
     agree_on_plan(communicator, parameter_shapes(model))
     total_steps = settings.steps or sampler.steps(settings.epochs or 1)
     engine: Engine

@@ -107,8 +107,9 @@ class Skips:
         more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
         rank = f"rank{'s' if len(where) > 1 else ''} {', '.join(where[:8])}{', …' if len(where) > 8 else ''}"
         self.reason = (
-            f"by step {step} K-FAC's statistics of {', '.join(layers[:3])}{more} were not finite on {rank}, and dropped: "
-            "their squares exceed float32; scale what these layers are given, or leave them out (kfac.curvature.exclude)"
+            f"by step {step} K-FAC's statistics of {', '.join(layers[:3])}{more} were not finite on {rank}, and were "
+            "dropped: squares exceed float32; scale what these layers are given, or leave them out by "
+            "kfac.curvature.exclude"
         )
         if not self._warned and self._communicator.rank == 0:
             warnings.warn(self.reason, stacklevel=2)
