@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from kfac_dist.config.schema import StepSolver
 from kfac_dist.engines import Engine
 from kfac_dist.engines.holding import Holding
 from kfac_dist.errors import CheckpointError
+from kfac_dist.optimizers import Stepper
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.state import check_units
 from kfac_dist.training.agreement import agreed
@@ -68,7 +70,8 @@ def restore_state(
     """Put a checkpoint's state into a run; collective.
 
     Ranks that the checkpoint doesn't know (it was written by fewer) keep their freshly seeded random generators. A
-    solver that it doesn't know starts afresh, and an average begins anew with its weights.
+    solver other than the one that it was written with starts afresh, which is noted, and an average begins anew with
+    its weights.
 
     Args:
         checkpoints: Reads it.
@@ -106,7 +109,7 @@ def restore_state(
     }
     if kfac is not None:
         state["kfac"] = kfac.sharded_state_dict()
-    if stepper is not None and any(name.startswith("solver.") for name in saved):
+    if stepper is not None and _is_its_solver(checkpoints, checkpoint, stepper):
         state["solver"] = stepper.state_dict()
     checkpoints.load(checkpoint, state, piecewise(wanted, saved))
     engine.restored()
@@ -121,6 +124,15 @@ def restore_state(
         restore_random_state(state["rng"][f"rank{rank}"])
     restored: dict[str, dict[str, Tensor]] = state["own"].get(f"rank{rank}", {})
     return restored
+
+
+def _is_its_solver(checkpoints: Checkpoints, checkpoint: Checkpoint, stepper: Stepper) -> bool:
+    """Return whether a checkpoint was written with this solver; solvers' states have names in common, such as λ's."""
+    before = checkpoint.facts["config"].get("kfac", {}).get("solver", StepSolver.DIRECT)
+    now = stepper.kfac.config.solver
+    if before != now:
+        checkpoints.notice(f"{checkpoint.path}: written with kfac.solver {before}; {now} starts afresh")
+    return bool(before == now)
 
 
 def _buffers(engine: Engine) -> dict[str, Any]:

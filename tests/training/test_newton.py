@@ -73,6 +73,29 @@ def test_any_number_of_ranks_and_micro_batches_take_the_same_steps_and_resume(tm
     assert all(torch.equal(value, whole[name]) for name, value in final_model(resumed / "small").items())
 
 
+def test_another_solver_starts_afresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"adapt_every": 1, "max_iterations": 3, "lr": 0.1}
+    solvers: list[dict[str, Any]] = [
+        {},
+        {"solver": "cg", "newton": None, "cg": options, "curvature": {"factor_every": 1}},
+        {},
+    ]
+    resume = "never"
+    for place, kfac in enumerate(solvers):  # each goes on for a step from where the last one ended
+        directory, steps = tmp_path / str(place), 3 + place
+        settings = {"steps": steps, "log_every": 1, "batch_growth": None}
+        checkpoint = {"every": steps, "resume": resume}
+        train(_config(directory, kfac, train=settings, checkpoint=checkpoint), quiet=not place)
+        resume = f"{directory}/small/checkpoints/step-{steps:08d}"
+    notes = "".join("".join(capsys.readouterr()).split())
+    assert "step-00000003:writtenwithkfac.solvernewton;cgstartsafresh" in notes
+    assert "step-00000004:writtenwithkfac.solvercg;newtonstartsafresh" in notes
+    [cg], [newton] = _solver(tmp_path / "1"), _solver(tmp_path / "2")
+    assert cg["solver/damping"] == pytest.approx(0.5 + 0.001)
+    assert newton["solver/lambda"] == 0.5
+    assert newton["solver/mu"] == 0
+
+
 def one_bad_sample() -> DataSplits:
     """Pixels of which one is so large that what comes of it is no number."""
     splits = random_pixels()
