@@ -5,7 +5,7 @@ matter for what it sends, holds and computes. The rank is the one with the most 
 ResNet-50, BERT-large and GPT-1.3B. Of the two transformers some layers are run where memory forbids more; the same
 layers and all of them are planned as well, as `kfac-dist plan` does it, from shapes alone:
 
-    run       what `KFAC.step` counted and kept, on some layers       planned, the same layers: has to be equal
+    run       what `KFAC.step` sent, inverted and kept, on some layers       planned, the same layers: has to be equal
     whole     planned, all layers: what the model would send and keep
 
 Every case runs in a process of its own, some gigabytes and a minute each; with --plan-only nothing is run. Each call
@@ -46,6 +46,7 @@ from kfac_dist.tasks.bert import bert
 from kfac_dist.tasks.byte_gpt import byte_gpt
 from tests.engines.live_bytes import bookkeeping, live_bytes
 from tests.fake_ranks import fake_ranks
+from tests.planning.solved_units import solved_units
 
 MOST_PLANNING = 300
 """Layers of the plan whose making is timed."""
@@ -159,16 +160,18 @@ def counted(network: nn.Module, batch: Callable[[], Tensor], config: dict[str, A
     kfac = KFAC(network, config, optimizer=optimizer)
     constructing = time.perf_counter() - started
     steps = []
-    for _ in range(2):
-        kfac.communicator.traffic.reset()
-        network(batch()).square().mean().backward()
-        kfac.step()
-        network.zero_grad()
-        steps.append(sent(kfac.communicator.traffic))
+    with solved_units() as solved:
+        for _ in range(2):
+            kfac.communicator.traffic.reset()
+            network(batch()).square().mean().backward()
+            kfac.step()
+            network.zero_grad()
+            steps.append(sent(kfac.communicator.traffic))
     small = live_bytes(bookkeeping(kfac))
     return {
         "refresh_step": steps[0],
         "ordinary_step": steps[1],
+        "inverted_units": len(solved),
         "state_bytes": live_bytes(kfac) - small,
         "bookkeeping_bytes": small,
         "construct_seconds": constructing,
@@ -194,7 +197,10 @@ def one(model: str, strategy: str, size: int) -> dict[str, Any]:
         "ranks": size,
         "rank": job.busiest,
         "run": run,
-        "run_equals_plan": {key: run[key] == expected[key] for key in ("refresh_step", "ordinary_step", "state_bytes")},
+        "run_equals_plan": {
+            **{key: run[key] == expected[key] for key in ("refresh_step", "ordinary_step", "state_bytes")},
+            "inverted_units": run["inverted_units"] == expected["owned_units"],
+        },
         "whole": whole,
     }
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import yaml
 from torch import nn
@@ -17,12 +17,14 @@ from kfac_dist.planning.job import Job, Model
 from kfac_dist.planning.network import check_network
 from kfac_dist.planning.prediction import Prediction, predict
 from kfac_dist.planning.rows import count_rows
-from kfac_dist.planning.strategies import Strategy, strategies
+from kfac_dist.planning.strategies import AXES, Strategy, crossed, distributions
 
 # A strategy that gains less than this isn't worth a change of the configuration.
 WORTH = 0.03
 # A recommended strategy's worst step may be so much longer than the configured one's.
 LONGER = 1.05
+# So many of the quickest are crossed with further axes, besides those that would be named.
+QUICKEST = 2
 # Share of a device's memory that K-FAC may take beside model, optimizer and activations.
 MEMORY_SHARE = 0.5
 
@@ -62,6 +64,15 @@ class Comparison:
         found = self._quickest(self.predictions)
         gains = found.seconds < (1 - WORTH) * self.best.seconds
         return found if gains and not found.strategy.same_mathematics else None
+
+    @property
+    def promising(self) -> list[Strategy]:
+        """Those to look further from: what would be named, and the quickest.
+
+        The quickest may be too large as they are: what is cut is smaller.
+        """
+        named = (self.best, self.quicker, *self.predictions[:QUICKEST])
+        return [found.strategy for found in self.predictions if any(found is one for one in named)]
 
     def fits(self, prediction: Prediction) -> bool:
         """Whether what K-FAC keeps leaves room for the model."""
@@ -109,7 +120,19 @@ def compare(
 
 def _compare(config: Config, model: Model, hardware: Hardware, size: int, node_size: int, note: str) -> Comparison:
     sharded = config.engine.shard_size(size) > 1
-    grid = strategies(config.kfac, model.blocks, world_size=size, node_size=min(node_size, size), sharded=sharded)
+    grid = distributions(config.kfac, world_size=size, node_size=min(node_size, size), sharded=sharded)
+    found = Comparison(size, hardware, _predictions(grid, config, model, hardware, size, node_size), note)
+    for axis in AXES:
+        grid = crossed(config.kfac, found.promising, axis, model.blocks)
+        more = _predictions(grid, config, model, hardware, size, node_size)
+        found = replace(found, predictions=_sorted([*found.predictions, *more]))
+    return found
+
+
+def _predictions(
+    grid: Iterable[Strategy], config: Config, model: Model, hardware: Hardware, size: int, node_size: int
+) -> list[Prediction]:
+    """Return what strategies cost, the quickest first."""
     predictions = []
     for strategy in grid:
         try:
@@ -119,7 +142,11 @@ def _compare(config: Config, model: Model, hardware: Hardware, size: int, node_s
                 raise
             continue  # a placement that doesn't fit these ranks is no strategy
         predictions.append(predict(strategy, job, hardware, config.train.batch_size))
-    return Comparison(size, hardware, sorted(predictions, key=lambda found: found.seconds), note)
+    return _sorted(predictions)
+
+
+def _sorted(predictions: Iterable[Prediction]) -> list[Prediction]:
+    return sorted(predictions, key=lambda found: found.seconds)
 
 
 def fragment(strategy: Strategy) -> str:

@@ -1,14 +1,17 @@
-"""The strategies that are compared: a small grid around what is configured, every one of them a valid configuration.
+"""The strategies that are compared: a grid around what is configured, every one of them a valid configuration.
 
 placement × reduction      all that fit the ranks and the engine, with balanced assignment
 assignment                 the configured placement, dealt and balanced
-stagger                    the configured strategy, spread over several steps
+stagger                    refreshes in one step, or spread over several
 max_factor_dim, intervals  other mathematics at another cost: shown, but not recommended by themselves
+
+The first two are distributions, all of which are looked at. Each of the others is an axis, crossed with the best that
+was found before it: the whole grid has hundreds, and its best is nearly always there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,27 +51,51 @@ class Strategy:
         return not self.changes
 
 
-def strategies(
-    config: KFACConfig, blocks: Iterable[Block], *, world_size: int, node_size: int, sharded: bool
-) -> list[Strategy]:
-    """Return the strategies to compare, the configured one first; those that options exclude are left out.
+@dataclass(frozen=True)
+class Axis:
+    """Something to vary, whatever the distribution.
+
+    Attributes:
+        changes: From a configuration and the side of the largest factor: what else it could be.
+        same_mathematics: See `Strategy`.
+    """
+
+    changes: Callable[[KFACConfig, int], Iterator[Changes]]
+    same_mathematics: bool
+
+
+def distributions(config: KFACConfig, *, world_size: int, node_size: int, sharded: bool) -> list[Strategy]:
+    """Return who could do what, the configured way first; what options exclude is left out.
 
     Args:
         config: What is configured.
-        blocks: The model's blocks.
         world_size: Number of ranks.
         node_size: Ranks of a node.
         sharded: Whether ranks hold slices of gradients, which leaves placement `owner` alone.
     """
-    dims = [spec.dim for block in blocks for spec in block.factors if spec.kind is FactorKind.DENSE]
     found = {repr(config): Strategy(config, {})}
     for changes in _distributions(config, world_size, node_size, sharded=sharded):
         _add(found, config, changes, same=True)
-    for changes in _staggers(config):
-        _add(found, config, changes, same=True)
-    for changes in _others(config, max(dims, default=0)):
-        _add(found, config, changes, same=False)
     return list(found.values())
+
+
+def crossed(config: KFACConfig, bases: Iterable[Strategy], axis: Axis, blocks: Iterable[Block]) -> list[Strategy]:
+    """Return what strategies become along an axis, without themselves; what options exclude is left out.
+
+    Args:
+        config: What is configured, for which changes are told.
+        bases: The strategies.
+        axis: What else to vary.
+        blocks: The model's blocks.
+    """
+    largest = max((s.dim for block in blocks for s in block.factors if s.kind is FactorKind.DENSE), default=0)
+    before = {repr(base.config): base for base in bases}
+    found = dict(before)
+    for base in before.values():
+        for changes in axis.changes(base.config, largest):
+            same = base.same_mathematics and axis.same_mathematics
+            _add(found, config, _merged(base.changes, changes), same=same)
+    return [strategy for key, strategy in found.items() if key not in before]
 
 
 def changed(config: KFACConfig, changes: Changes) -> KFACConfig:
@@ -90,6 +117,10 @@ def _add(found: dict[str, Strategy], config: KFACConfig, changes: Changes, *, sa
         return
     if repr(other) not in found:
         found[repr(other)] = Strategy(other, _differing(config, other, changes), same)
+
+
+def _merged(first: Changes, then: Changes) -> Changes:
+    return {section: {**first.get(section, {}), **then.get(section, {})} for section in (*first, *then)}
 
 
 def _differing(config: KFACConfig, other: KFACConfig, changes: Changes) -> Changes:
@@ -143,23 +174,27 @@ def _middle(world_size: int) -> int | None:
     return min(between, key=lambda count: (abs(count - world_size**0.5), count), default=None)
 
 
-def _staggers(config: KFACConfig) -> Iterator[Changes]:
+def _staggers(config: KFACConfig, largest: int) -> Iterator[Changes]:
     measurements = config.inversion.inverse_every // config.curvature.factor_every
     parts = config.curvature.stagger
-    for slots in {1, min(_STAGGERED, measurements)}:
+    for slots in (1, min(_STAGGERED, measurements)):
         yield {"inversion": {"stagger": parts * slots}}
 
 
-def _others(config: KFACConfig, largest: int) -> Iterator[Changes]:
+def _dims(config: KFACConfig, largest: int) -> Iterator[Changes]:
     smaller = [dim for dim in _DIMS if dim < min(largest, config.inversion.max_factor_dim or largest)]
     for dim in smaller[:_MOST_DIMS]:
         yield {"inversion": {"max_factor_dim": dim}}
-    for dim in smaller[:1]:
-        yield {"inversion": {"max_factor_dim": dim}, "distribution": {"assignment": "balanced"}}
     if config.inversion.max_factor_dim is not None:
         yield {"inversion": {"max_factor_dim": None}}
+
+
+def _intervals(config: KFACConfig, largest: int) -> Iterator[Changes]:
     every, window = config.curvature.factor_every, config.inversion.inverse_every
     yield {"inversion": {"inverse_every": 2 * window}}
     if window % 2 == 0 and (window // 2) % every == 0:
         yield {"inversion": {"inverse_every": window // 2}}
     yield {"curvature": {"factor_every": 2 * every}, "inversion": {"inverse_every": 2 * window}}
+
+
+AXES = (Axis(_staggers, True), Axis(_dims, False), Axis(_intervals, False))

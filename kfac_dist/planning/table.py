@@ -13,6 +13,7 @@ from kfac_dist.planning.hardware import Hardware
 from kfac_dist.planning.prediction import PHASES, Prediction
 
 _BOTTLENECKS = 5
+_ROWS = 6
 _SI = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -36,10 +37,12 @@ def _heading(hardware: Hardware) -> str:
 
 def _one(comparison: Comparison) -> list[Table | str]:
     best, configured, quicker = comparison.best, comparison.configured, comparison.quicker
+    hidden = len(comparison.predictions) - len(_rows(comparison))
     parts: list[Table | str] = [
         f"{comparison.world_size} ranks, {configured.job.node_size} a node, {configured.samples:g} samples a rank and "
         f"step; ms are what K-FAC adds to a step, bytes and flops those of the rank with the most to invert",
         _table(comparison),
+        *([f"{hidden} other strategies are slower than those of their kind."] if hidden else []),
         *([comparison.note] if comparison.note else []),
         *_bottlenecks(configured),
         "",
@@ -63,12 +66,19 @@ def _one(comparison: Comparison) -> list[Table | str]:
     return parts
 
 
+def _rows(comparison: Comparison) -> list[Prediction]:
+    """Return the quickest that take the same steps, as many that take others, and those that are named."""
+    same, other = ([p for p in comparison.predictions if p.strategy.same_mathematics is kind] for kind in (True, False))
+    shown = (comparison.configured, comparison.best, comparison.quicker, *same[:_ROWS], *other[:_ROWS])
+    return [found for found in comparison.predictions if any(found is one for one in shown)]
+
+
 def _table(comparison: Comparison) -> Table:
     table = Table("", "strategy", box=box.SIMPLE_HEAD, pad_edge=False)
     headings = ("ms", "worst step", "sent", "worst step", "collectives", "flops", "load max/mean", "kept at most")
     for heading in headings:
         table.add_column(heading, justify="right")
-    for found in comparison.predictions:
+    for found in _rows(comparison):
         mark = "→" if found is comparison.best else "*" if found.strategy.configured else ""
         other = "" if found.strategy.same_mathematics else " (other steps)"
         kept = _si(found.memory.total) + ("" if comparison.fits(found) else " !")

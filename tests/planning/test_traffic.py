@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,14 +14,16 @@ from kfac_dist import KFAC
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import EngineConfig
 from kfac_dist.curvature.blocks import find_blocks
+from kfac_dist.curvature.factors import Unit
 from kfac_dist.planning.job import Job, Model, StepKind
-from kfac_dist.planning.strategies import strategies
+from kfac_dist.planning.strategies import AXES, crossed, distributions
 from kfac_dist.planning.traffic import rehearse
 from kfac_dist.preconditioner.schedule import Cadence
 from tests.engines.fsdp2_runs import mesh_of, sharded
 from tests.engines.live_bytes import bookkeeping, live_bytes
 from tests.fake_ranks import fake_ranks
 from tests.harness import run_ranks
+from tests.planning.solved_units import solved_units
 
 VOCABULARY = 11
 CONFIG: dict[str, Any] = {
@@ -66,20 +69,24 @@ def merged(*parts: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def counted(config: dict[str, Any], rank: int, size: int, steps: int) -> tuple[list[dict[str, tuple[int, int]]], KFAC]:
-    """What the real `KFAC.step` counts on one rank, step by step."""
+def counted(
+    config: dict[str, Any], rank: int, size: int, steps: int
+) -> tuple[list[dict[str, tuple[int, int]]], list[list[Unit]], KFAC]:
+    """What the real `KFAC.step` counts and solves on one rank, step by step."""
     torch.manual_seed(0)
     network = Tiny()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     kfac = KFAC(network, copy.deepcopy(config), optimizer=optimizer)
-    found = []
+    sent, solved = [], []
     for _ in range(steps):
         kfac.communicator.traffic.reset()
         network(torch.randint(0, VOCABULARY, (3, 7))).square().mean().backward()
-        kfac.step()
+        with solved_units() as units:
+            kfac.step()
         network.zero_grad()
-        found.append(kfac.communicator.traffic.snapshot())
-    return found, kfac
+        sent.append(kfac.communicator.traffic.snapshot())
+        solved.append(units)
+    return sent, solved, kfac
 
 
 def planned(config: dict[str, Any], size: int, node_size: int) -> Job:
@@ -98,9 +105,10 @@ def test_every_strategy_sends_inverts_and_keeps_what_was_planned(
     base = parse_kfac(CONFIG)
     with torch.device("meta"):
         blocks = find_blocks(Tiny(), base.curvature).blocks
-    grid = strategies(base, blocks, world_size=size, node_size=node_size, sharded=False)
+    grid = distributions(base, world_size=size, node_size=node_size, sharded=False)
     placements = {strategy.config.distribution.placement for strategy in grid}
     assert placements == {"auto", "owner", "node", "hybrid"}
+    grid += [strategy for axis in AXES for strategy in crossed(base, [grid[0], grid[-1]], axis, blocks)]
     configs = [strategy.config.model_dump(mode="json") for strategy in grid]
     configs += [merged(CONFIG, {"distribution": {"placement": "owner"}}, variant) for variant in VARIANTS if size == 8]
     configs += [merged(CONFIG, {"distribution": {"reduction": "reduce_scatter"}}, v) for v in VARIANTS if size == 8]
@@ -114,13 +122,15 @@ def agrees(config: dict[str, Any], job: Job, rank: int) -> None:
     cadence = Cadence.of(job.config)
     window = cadence.inverse_every
     with fake_ranks(rank, size):
-        steps, kfac = counted(config, rank, size, 2 * window)
+        sent, solved, kfac = counted(config, rank, size, 2 * window)
         assert kfac.plan.rows() == job.plan.rows()
         for step in range(window, 2 * window):
-            found = rehearse(job, StepKind.at(cadence, step), rank).traffic.snapshot()
-            assert found == steps[step], (config, rank, step)
-        loads = [sum(unit.cost for unit in kfac.plan.owned(other)) for other in range(size)]
-        assert loads == pytest.approx(job.plan.assignment.load())
+            kind = StepKind.at(cadence, step)
+            assert rehearse(job, kind, rank).traffic.snapshot() == sent[step], (config, rank, step)
+            due = [unit for unit in job.owned.get(rank, ()) if job.plan.blocks[unit.block].slot in kind.slots]
+            assert Counter(solved[step]) == Counter(due), (config, rank, step)
+        load = sum(unit.cost for step in solved[window:] for unit in step)
+        assert load == pytest.approx(job.plan.assignment.load()[rank]), (config, rank)
         assert live_bytes(kfac) - live_bytes(bookkeeping(kfac)) == job.memory[rank].total, (config, rank)
         kfac.remove()
 
