@@ -75,7 +75,13 @@ class Job:
 
     def pid(self, rank: int) -> int | None:
         """Return the process of a rank."""
-        return child_pid(self.process.pid, rank)
+        agent = self._agent()
+        return child_pid(agent, rank) if agent is not None else None
+
+    def _agent(self) -> int | None:
+        """Return torchrun's process: the first that the script has started."""
+        children = _read(f"/proc/{self.process.pid}/task/{self.process.pid}/children").split()
+        return int(children[0]) if children else None
 
     def strike(self, rank: int, number: signal.Signals) -> int:
         pid = self.pid(rank)
@@ -94,9 +100,9 @@ class Job:
             raise Failed("the job did not end") from None
 
     def end(self) -> None:
-        """Kill the agent and all ranks; ranks lead sessions of their own."""
-        pids = [pid for rank in self.ranks if (pid := self.pid(rank)) is not None]
-        for pid in [self.process.pid, *pids]:
+        """Kill the script, the agent and all ranks; ranks lead sessions of their own."""
+        found = [self._agent(), *(self.pid(rank) for rank in self.ranks)]
+        for pid in [self.process.pid, *(pid for pid in found if pid is not None)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()

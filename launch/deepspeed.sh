@@ -20,6 +20,8 @@
 #   --help             this text
 # Everything else goes to `kfac-dist train`: KEY=VALUE overrides, --resume, --compare, --name, --live, --quiet.
 #
+# GLOO_*, NCCL_* and TORCH_NCCL_* reach the ranks of all nodes; others do by a line NAME=VALUE in ~/.deepspeed_env.
+# Ranks that DeepSpeed started over ssh have 30 s to save when this script is told to stop.
 # PYTHON names the interpreter; OMP_NUM_THREADS the threads of a rank [1].
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -52,6 +54,7 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ -z $hosts || -f $hosts ]] || fail "--hostfile: $hosts: no such file"
+[[ -z $ranks ]] || need_count --num-ranks "$ranks" "ranks on each node"
 
 if [[ -n $hosts ]]; then
   launcher+=(--hostfile "$hosts")
@@ -59,5 +62,11 @@ else
   ranks=${ranks:-$(gpus_or_one)}
 fi
 [[ -z $ranks ]] || launcher+=(--num_gpus "$ranks")
-run_or_print "$dry_run" "$(find_python)" -m deepspeed.launcher.runner "${launcher[@]}" --no_local_rank --module \
-  kfac_dist train "$config" "${train[@]}"
+python=$(find_python)
+# DeepSpeed takes little of the environment to other nodes: the command of a rank says it.
+environment=("OMP_NUM_THREADS=$OMP_NUM_THREADS")
+while IFS= read -r name; do environment+=("$name=${!name}"); done < <(for_all_nodes)
+command=("$python" -m deepspeed.launcher.runner "${launcher[@]}" --no_local_rank --no_python
+  env "${environment[@]}" "$python" -u -m kfac_dist train "$config" "${train[@]}")
+[[ $dry_run == false ]] || print_command "${command[@]}"
+attend "${command[@]}"

@@ -17,6 +17,7 @@
 #
 # The ranks meet over MPI and train over gloo or NCCL; kfac.distribution.backend=mpi sends K-FAC's factors and inverses
 # over MPI as well. MASTER_ADDR chooses the address of rank 0 where its host name isn't the right one.
+# GLOO_*, NCCL_*, TORCH_NCCL_*, MASTER_ADDR, MASTER_PORT and PYTHONPATH reach the ranks of all nodes.
 # PYTHON names the interpreter; OMP_NUM_THREADS the threads of a rank [1].
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -44,6 +45,8 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ -z $hosts || -f $hosts ]] || fail "--hostfile: $hosts: no such file"
+[[ -z $ranks ]] || need_count -n "$ranks" ranks
+[[ -z $per_node ]] || need_count --ppn "$per_node" "ranks on each node"
 
 python=$(find_python)
 if [[ -z $mpirun ]]; then
@@ -53,15 +56,32 @@ if [[ -z $mpirun ]]; then
 fi
 
 command=("$mpirun" -n "${ranks:-$(gpus_or_one)}")
+open_mpi=false
 case $("$mpirun" --version 2>&1 || true) in
   *"Open MPI"* | *OpenRTE*)
+    open_mpi=true
     [[ -z $hosts ]] || command+=(--hostfile "$hosts")
     [[ -z $per_node ]] || command+=(--map-by "ppr:$per_node:node")
+    # Hydra takes all of the environment along, Open MPI what it is told to.
     command+=(-x OMP_NUM_THREADS)
+    for name in MASTER_ADDR MASTER_PORT PYTHONPATH; do [[ -z ${!name+set} ]] || command+=(-x "$name"); done
+    while IFS= read -r name; do command+=(-x "$name"); done < <(for_all_nodes)
     ;;
   *)
     [[ -z $hosts ]] || command+=(-f "$hosts")
     [[ -z $per_node ]] || command+=(-ppn "$per_node")
     ;;
 esac
-run_or_print "$dry_run" "${command[@]}" "$python" -m kfac_dist train "$config" "${train[@]}"
+command+=("$python" -m kfac_dist train "$config" "${train[@]}")
+[[ $dry_run == false ]] || print_command "${command[@]}"
+if [[ $open_mpi == false ]]; then
+  exec "${command[@]}" # Hydra passes signals on, and waits for the ranks
+fi
+# On TERM Open MPI kills ranks that are slow to save; USR1 it passes on to those of all nodes.
+(
+  trap - INT QUIT
+  exec "${command[@]}"
+) &
+agent=$!
+trap 'trap "" TERM USR1; kill -USR1 "$agent"' TERM USR1 # once: ranks that have saved would die of another
+end_with_agent

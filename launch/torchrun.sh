@@ -43,13 +43,18 @@ while [[ $# -gt 0 ]]; do
     --max-restarts) need_value "$1" $#; restarts=$2; shift ;;
     --dry-run) dry_run=true ;;
     --help | -h) show_help ;;
-    --resume | --resume=*) resume=true; train+=("$1") ;;
+    --resume | --resume=* | checkpoint.resume=* | checkpoint=*resume:*) resume=true; train+=("$1") ;;
     *) train+=("$1") ;;
   esac
   shift
 done
-[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "--nnodes: found '$nnodes', expected N or MIN:MAX"
-[[ $restarts =~ ^[0-9]+$ ]] || fail "--max-restarts: found '$restarts', expected a number"
+[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ && ${nnodes%:*} -le ${nnodes#*:} ]] \
+  || fail "--nnodes: found '$nnodes', expected N or MIN:MAX, such as 2 or 1:3"
+[[ -z $nproc ]] || need_count --nproc-per-node "$nproc" ranks
+address='^(\[[0-9A-Fa-f:.]+]|[^]:[]+):[0-9]{1,5}$' # in brackets: of IPv6
+[[ -z $endpoint || $endpoint =~ $address ]] \
+  || fail "--rdzv-endpoint: found '$endpoint', expected HOST:PORT, such as node1:29400"
+[[ $restarts =~ ^[0-9]+$ ]] || fail "--max-restarts: found '$restarts', expected a number, such as 3"
 [[ $restarts == 0 || $resume == true ]] || train+=(--resume auto)
 
 if [[ -n $endpoint ]]; then
@@ -61,7 +66,10 @@ else
 fi
 
 # A store of its own for every start of the ranks: in the shared one they would find the addresses of dead ranks, and
-# none at all once the node that served it is gone.
-run_or_print "$dry_run" env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "$(find_python)" -m torch.distributed.run \
-  "${meet[@]}" --nproc-per-node "${nproc:-$(gpus_or_one)}" --max-restarts "$restarts" \
-  -m kfac_dist train "$config" "${train[@]}"
+# none at all once the node that served it is gone. Ranks that end because the agent does have as long to save.
+command=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" "$(find_python)" -m torch.distributed.run
+  "${meet[@]}" --nproc-per-node "${nproc:-$(gpus_or_one)}" --max-restarts "$restarts"
+  -m kfac_dist train "$config" "${train[@]}")
+[[ $dry_run == false ]] || print_command "${command[@]}"
+attend "${command[@]}"

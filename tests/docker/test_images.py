@@ -44,6 +44,9 @@ def test_images_run_as_a_user_pass_signals_and_can_be_asked(name: str) -> None:
     assert 'ENTRYPOINT ["/usr/bin/tini", "--"]' in final
     assert re.search(r"^USER 10001$", final, re.MULTILINE)
     assert re.search(r'^HEALTHCHECK .* CMD \["healthy", "/home/kfac/runs"\]$', final, re.MULTILINE)
+    # A run that is stopped has as long as compose gives it, also where torchrun itself is the container's command.
+    (seconds,) = re.findall(r"\bTORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", final)
+    assert {node["stop_grace_period"] for node in COMPOSE["services"].values()} == {f"{seconds}s"}
     # What changes often is copied after what takes long.
     build = text[: text.rindex("\nFROM ")]
     assert build.index("COPY pyproject.toml") < build.index("pip install") < build.index("COPY . .")
@@ -71,7 +74,8 @@ def test_two_containers_make_one_run() -> None:
     options = dict(word.removeprefix("--").split("=", 1) for word in first["command"] if word.startswith("--"))
     assert options["nnodes"] == "2"
     assert options["rdzv-endpoint"].partition(":")[0] == first["hostname"] == "node0"
-    assert {"--resume=auto", "kfac_dist", "train"} <= set(first["command"])
+    assert first["command"][:3] == ["kfac-dist", "launch", "--with=torchrun"]
+    assert "--resume=auto" in first["command"]
     command = compose_command()
     if command is None:
         pytest.skip("the rest needs docker compose (Debian: docker-compose)")

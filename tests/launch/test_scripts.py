@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -22,7 +23,10 @@ BIN = Path(sys.executable).parent
 
 
 def run(script: str, *arguments: str, seconds: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ours = re.compile(
+        "OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|PYTHONPATH|TORCH_ELASTIC_.*|(GLOO|NCCL|TORCH_NCCL|MASTER)_.*"
+    )
+    inherited = {name: text for name, text in os.environ.items() if not ours.fullmatch(name)}
     return subprocess.run(
         ["bash", str(LAUNCH / script), *arguments],
         cwd=ROOT,
@@ -41,8 +45,11 @@ def with_three_gpus(directory: Path) -> str:
     return f"{directory}{os.pathsep}{os.environ['PATH']}"
 
 
-TORCHRUN = "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run "
+TORCHRUN = (
+    "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 python -m torch.distributed.run "
+)
 TRAIN = f"-m kfac_dist train {CONFIG}"
+DEEPSPEED_RANK = f"--no_local_rank --no_python env OMP_NUM_THREADS=1 python -u {TRAIN}"
 MEET = "--rdzv-backend c10d --rdzv-endpoint node1:29400 --rdzv-id"
 
 
@@ -63,6 +70,11 @@ MEET = "--rdzv-backend c10d --rdzv-endpoint node1:29400 --rdzv-id"
         ),
         (
             "torchrun.sh",
+            ["--nproc-per-node=2", "--max-restarts", "2", "checkpoint.resume=runs/a"],
+            f"{TORCHRUN}--standalone --nproc-per-node 2 --max-restarts 2 {TRAIN} checkpoint.resume=runs/a",
+        ),
+        (
+            "torchrun.sh",
             ["--nnodes=2", "--rdzv-endpoint=node1:29400", "--rdzv-id=7", "--nproc-per-node", "8"],
             f"{TORCHRUN}--nnodes 2 {MEET} 7 --nproc-per-node 8 --max-restarts 0 {TRAIN}",
         ),
@@ -80,14 +92,13 @@ MEET = "--rdzv-backend c10d --rdzv-endpoint node1:29400 --rdzv-id"
         (
             "deepspeed.sh",
             ["--num-ranks", "2", "train.steps=3"],
-            "python -m deepspeed.launcher.runner --num_gpus 2 --no_local_rank --module kfac_dist train "
-            f"{CONFIG} train.steps=3",
+            f"python -m deepspeed.launcher.runner --num_gpus 2 {DEEPSPEED_RANK} train.steps=3",
         ),
         (
             "deepspeed.sh",
             ["--hostfile=HOSTS", "--master-addr", "node1", "--master-port=5000", "--no-ssh", "--node-rank=1"],
             "python -m deepspeed.launcher.runner --master_addr node1 --master_port 5000 --no_ssh --node_rank 1 "
-            f"--hostfile HOSTS --no_local_rank --module kfac_dist train {CONFIG}",
+            f"--hostfile HOSTS {DEEPSPEED_RANK}",
         ),
     ],
 )
@@ -105,7 +116,28 @@ def test_dry_run_prints_the_exact_command(tmp_path: Path, script: str, arguments
     ended = run(script, CONFIG, *arguments, "--dry-run", PATH=with_three_gpus(tmp_path))
 
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == command.replace("python ", f"{sys.executable} ") + "\n"
+    assert ended.stdout == re.sub(r"\bpython (?=-)", f"{sys.executable} ", command) + "\n"
+
+
+@pytest.mark.parametrize(("visible", "ranks"), [("1,2", 2), ("GPU-8a6f", 1), ("0,-1,2", 1), ("", 1)])
+def test_gpus_that_cuda_hides_get_no_rank(tmp_path: Path, visible: str, ranks: int) -> None:
+    ended = run("torchrun.sh", CONFIG, "--dry-run", PATH=with_three_gpus(tmp_path), CUDA_VISIBLE_DEVICES=visible)
+
+    assert f"--nproc-per-node {ranks} " in ended.stdout
+
+
+def test_what_is_set_for_the_network_reaches_other_nodes(tmp_path: Path) -> None:
+    openmpi = tmp_path / "openmpi"
+    openmpi.write_text("#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
+    openmpi.chmod(0o755)
+    network = {"NCCL_SOCKET_IFNAME": "eth1", "GLOO_SOCKET_IFNAME": "eth1 eth2", "MASTER_PORT": "5000"}
+
+    by_mpi = run("mpirun.sh", CONFIG, "--mpirun", str(openmpi), "-n", "2", "--dry-run", PYTHONPATH="here", **network)
+    by_deepspeed = run("deepspeed.sh", CONFIG, "--num-ranks", "2", "--dry-run", **network)
+
+    forwarded = "-x MASTER_PORT -x PYTHONPATH -x GLOO_SOCKET_IFNAME -x NCCL_SOCKET_IFNAME"
+    assert f" -x OMP_NUM_THREADS {forwarded} " in by_mpi.stdout
+    assert r" env OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=eth1\ eth2 NCCL_SOCKET_IFNAME=eth1 " in by_deepspeed.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -137,7 +169,25 @@ def test_help_is_the_head_of_the_script(script: str) -> None:
         ("torchrun.sh", [CONFIG, "--nnodes"], "--nnodes needs a value"),
         ("torchrun.sh", [CONFIG, "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
         ("torchrun.sh", [CONFIG, "--nnodes", "two"], "--nnodes: found 'two', expected N or MIN:MAX"),
+        ("torchrun.sh", [CONFIG, "--nnodes", "3:1"], "--nnodes: found '3:1', expected N or MIN:MAX, such as 2 or 1:3"),
+        (
+            "torchrun.sh",
+            [CONFIG, "--nproc-per-node", "two"],
+            "--nproc-per-node: found 'two', expected a number of ranks",
+        ),
+        (
+            "torchrun.sh",
+            [CONFIG, "--rdzv-endpoint", "host:abc"],
+            "--rdzv-endpoint: found 'host:abc', expected HOST:PORT",
+        ),
         ("torchrun.sh", [CONFIG, "--max-restarts", "x"], "--max-restarts: found 'x', expected a number"),
+        ("mpirun.sh", [CONFIG, "-n", "two"], "-n: found 'two', expected a number of ranks, such as 2"),
+        ("mpirun.sh", [CONFIG, "--ppn=0"], "--ppn: found '0', expected a number of ranks on each node, such as 2"),
+        (
+            "deepspeed.sh",
+            [CONFIG, "--num-ranks", "x"],
+            "--num-ranks: found 'x', expected a number of ranks on each node",
+        ),
         ("mpirun.sh", [CONFIG, "--hostfile", "nowhere"], "--hostfile: nowhere: no such file"),
         ("deepspeed.sh", [CONFIG, "--hostfile", "nowhere"], "--hostfile: nowhere: no such file"),
     ],
