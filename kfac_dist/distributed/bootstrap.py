@@ -1,7 +1,7 @@
 """Joins the world: from the launcher's word about this process to a device and a process group.
 
 place.find_place     who am I, among how many            torchrun, deepspeed, srun, mpirun, or nobody
-choose_device        NCCL and a GPU, or gloo
+choose_device        NCCL and a GPU, or gloo; all ranks the same (`devices.compare`)
 _join                meet at the place's address, with a deadline
 World                what came of it; leaving its context leaves the process group
 """
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore
 
+from kfac_dist.distributed.devices import Found, compare
 from kfac_dist.distributed.place import Launcher, Place, find_place
 from kfac_dist.distributed.rendezvous import fresh_store
 from kfac_dist.errors import CollectiveError, ConfigError
@@ -121,8 +122,8 @@ class World:
 def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> World:
     """Joins the ranks that the launcher started; a process without a launcher is alone and needs no process group.
 
-    With CUDA the backend is NCCL and each rank takes the GPU of its local rank, else it is gloo. `auto` uses CUDA when
-    the node has a GPU for each of its ranks. A process group that exists already is used as it is. Whoever the
+    With CUDA the backend is NCCL and each rank takes the GPU of its local rank, else it is gloo. `auto` uses CUDA where
+    there are GPUs. A process group that exists already is used as it is. Whoever the
     launcher was, RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set until the world
     is closed.
 
@@ -131,8 +132,8 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
         timeout_seconds: How long a collective, and the meeting of the ranks, may take.
 
     Raises:
-        ConfigError: The launcher's variables are incomplete, malformed or contradict each other, or CUDA was asked for
-            and there is no GPU for this rank.
+        ConfigError: The launcher's variables are incomplete, malformed or contradict each other; on every rank: a node
+            has GPUs, or was to have some, but not one for each of its ranks, or only some of the nodes have any.
         CollectiveError: The ranks did not meet in time.
     """
     place = find_place(os.environ)
@@ -142,13 +143,18 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
         from kfac_dist.distributed.mpi import meet_over_mpi
 
         place = meet_over_mpi(place)
-    chosen = _take_device(device, place)
     if place.address is None:
-        return World(place, chosen, None, owns_group=False)
+        return World(place, _take_device(device, place), None, owns_group=False)
+    chosen, problem = torch.device("cpu"), ""
+    try:
+        chosen = _take_device(device, place)
+    except ConfigError as error:  # the other ranks, who would wait for this one, have to hear of it
+        problem = str(error)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if backend == "nccl":
         _record_flights()
-    store, first = _join(place, place.address, backend, timeout_seconds)
+    found = Found(backend, socket.gethostname(), _gpus(device), problem)
+    store, first = _join(place, place.address, found, timeout_seconds)
     return World(place, chosen, backend, owns_group=True, exported=_export(place), store=store, first=first)
 
 
@@ -188,9 +194,9 @@ def choose_device(device: Literal["auto", "cpu", "cuda"], place: Place) -> torch
     """The device of a rank.
 
     Raises:
-        ConfigError: `cuda` was asked for, and this node has no GPU for this rank.
+        ConfigError: This node has fewer GPUs than ranks, but `cuda` was asked for, or it has some.
     """
-    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    gpus = _gpus(device)
     if gpus and place.own_gpus:
         return torch.device("cuda", 0)
     if gpus >= place.local_world_size:
@@ -200,17 +206,29 @@ def choose_device(device: Literal["auto", "cpu", "cuda"], place: Place) -> torch
             f"run.device: cuda needs a GPU for each of the {place.local_world_size} ranks of this node, which has "
             f"{gpus}: start fewer ranks, or set run.device to cpu"
         )
+    if gpus:
+        raise ConfigError(
+            f"run.device: auto finds {_count(gpus, 'GPU')} for the {place.local_world_size} ranks of this node: start "
+            f"{_count(gpus, 'rank')} a node, or set run.device=cpu"
+        )
     return torch.device("cpu")
 
 
-def _join(place: Place, address: tuple[str, int], backend: str, timeout_seconds: float) -> tuple[Store, str | None]:
+def _gpus(device: Literal["auto", "cpu", "cuda"]) -> int:
+    return torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+
+
+def _join(place: Place, address: tuple[str, int], found: Found, timeout_seconds: float) -> tuple[Store, str | None]:
     """The store in which the ranks have met, and which process was rank 0 first."""
     timeout = timedelta(seconds=timeout_seconds)
     host, port = address
     _check_name(place, host, min(timeout_seconds, NAME_SECONDS))
     try:
         store, first = _store(place, host, port, timeout)
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        compare(store, place.rank, place.world_size, found)
+        dist.init_process_group(
+            found.backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+        )
         return store, first
     except RuntimeError as error:  # torch's store, socket and timeout errors all derive from it
         raise CollectiveError(

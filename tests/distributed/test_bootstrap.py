@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from dataclasses import replace
@@ -31,7 +32,6 @@ PLACE = Place(Launcher.TORCHRUN, rank=1, world_size=4, local_rank=1, local_world
     [
         ("cpu", 8, torch.device("cpu")),
         ("auto", 0, torch.device("cpu")),
-        ("auto", 1, torch.device("cpu")),  # NCCL takes one rank per GPU
         ("auto", 2, torch.device("cuda", 1)),
         ("cuda", 2, torch.device("cuda", 1)),
     ],
@@ -53,6 +53,35 @@ def test_cuda_without_enough_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"run\.device: cuda needs a GPU for each of the 2 ranks .* has 1"):
         choose_device("cuda", PLACE)
+    with pytest.raises(ConfigError, match=r"auto finds 1 GPU for the 2 ranks of this node: start 1 rank .*device=cpu"):
+        choose_device("auto", PLACE)  # NCCL takes one rank per GPU
+
+
+def meet_with(port: int, gpus_by_rank: list[int]) -> str:
+    rank, size = int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
+    gpus = gpus_by_rank[rank]
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=size)
+    with pytest.MonkeyPatch.context() as machine:
+        machine.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        machine.setattr(torch.cuda, "device_count", lambda: gpus)
+        machine.setattr(torch.cuda, "set_device", lambda device: None)
+        with pytest.raises(ConfigError) as caught:
+            bootstrap("auto", 20.0)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [
+        ([4, 0, 4], r"backends: nccl on ranks 0, 2 \(4 GPUs on [^,]*\), gloo on rank 1 \(0 GPUs on [^,]*\); leave out"),
+        ([0, 2, 4], r"rank 1 on .*: run\.device: auto finds 2 GPUs for the 3 ranks of this node"),
+    ],
+    ids=["a node without", "fewer than ranks"],
+)
+def test_ranks_whose_devices_do_not_fit_together_say_so_at_once(gpus: list[int], said: str) -> None:
+    for message in run_ranks(3, meet_with, free_port(), gpus, process_group=False):
+        assert re.search(said, message), message
 
 
 def free_port() -> int:
