@@ -77,7 +77,8 @@ class CGStepper(Stepper):
         `iterations`, and their sum since the run began or was resumed; the value of the `model` that they reached and
         its `damping` λ; whether they ended at a direction that `curved_down`; the `scale` by which the solution became
         the step; `rho`, by which λ was last adapted. `compared` and `plain` are the iterations of the last compared
-        step, with K-FAC and without.
+        step, with K-FAC and without; if those without ended before they came as far, their number is `plain_above`
+        instead.
         """
         return {name: value for name, value in self._numbers.items() if value == value}
 
@@ -117,7 +118,9 @@ class CGStepper(Stepper):
             # As far as K-FAC went, by as many iterations as it takes without.
             rule = Rule(options.compare_iterations, target=solution.values[-1])
             plain = conjugate_gradients(multiply, lambda vector: vector, problem.gradient, damping, rule, start)
-            self._numbers |= {"compared": solution.iterations, "plain": plain.iterations}
+            arrived = plain.values[-1] <= rule.target
+            self._numbers.pop("plain_above" if arrived else "plain", None)
+            self._numbers |= {"compared": solution.iterations, "plain" if arrived else "plain_above": plain.iterations}
         return solution
 
     def _judge(self, problem: Problem, solution: Solution, scale: float, *, adapts: bool) -> float:

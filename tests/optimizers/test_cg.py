@@ -103,6 +103,23 @@ def test_the_preconditioner_saves_iterations() -> None:
     assert seen[2]["iterations_total"] == sum(numbers["iterations"] for numbers in seen)
 
 
+def test_a_comparison_that_ends_before_it_came_as_far_says_so() -> None:
+    model = net()
+    cg = {**EXACT, "damping": 1e-4, "compare_every": 2, "compare_iterations": 3}
+    stepper = stepper_on(model, cg)
+    take_steps(model, stepper, 1)
+    numbers = stepper.metrics()
+    assert numbers["compared"] > 3
+    assert numbers["plain_above"] == 3
+    assert "plain" not in numbers
+    stepper.options = stepper.options.model_copy(update={"compare_iterations": 500, "max_iterations": 2})
+    take_steps(model, stepper, 2)  # the second of them is compared, and gets there
+    numbers = stepper.metrics()
+    assert numbers["compared"] == 2
+    assert 1 <= numbers["plain"] < 500
+    assert "plain_above" not in numbers
+
+
 def test_steps_that_raise_the_loss_are_halved_or_left_out_and_lambda_follows() -> None:
     inputs, targets = batch()
 
