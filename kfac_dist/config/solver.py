@@ -40,8 +40,8 @@ class CGConfig(Section):
             left out. 0 doesn't look.
         compare_every: Steps between comparisons: how many iterations would conjugate gradients without K-FAC have
             needed to lower the model as far? 0 never asks.
-        compare_iterations: Iterations after which such a comparison ends; `plain_above` in the metrics says that it did,
-            and `plain` is left out.
+        compare_iterations: Iterations after which such a comparison ends; `plain_above` in the metrics, in place of
+            `plain`, says that it did.
     """
 
     lr: Schedule = Schedule(value=1.0)
