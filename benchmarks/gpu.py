@@ -1,10 +1,11 @@
 """What K-FAC costs on one GPU: ResNet-50, BERT-large and GPT-2 in bf16 autocast, on random data.
 
 For each model, over one window of 100 steps (statistics every 10, inverses every 100; NCCL with one rank): the step of
-the bare optimizer; with K-FAC, everything refreshed in one step; with K-FAC, layers taking turns and solved beside
-training. Steps are timed by events between them, and phases are read after the window: the program waits for nothing
-inside of it, and K-FAC for one flag in a step that refreshes. Phases are compared with what they can't do without
-(`roofline`); memory is the allocator's peak. Then the solvers, from n = 512 to 8192.
+the bare optimizer; with K-FAC, everything refreshed in one step; layers taking turns and solved beside training; the
+first with inverses in bfloat16, and with a quarter of the rows on top. Steps are timed by events between them, and
+phases are read after the window: the program waits for nothing inside of it, and K-FAC for one flag in a step that
+refreshes. Phases are compared with what they can't do without (`roofline`); memory is the allocator's peak. Then the
+solvers, from n = 512 to 8192.
 
 Needs torch, numpy, pydantic and PyYAML, and this directory; torch 2.6 and later.
 
@@ -14,6 +15,7 @@ Needs torch, numpy, pydantic and PyYAML, and this directory; torch 2.6 and later
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ try:  # the machine may hold no more than this program needs, or less
     from benchmarks.reporting import RESULTS, write
     from benchmarks.roofline import ceilings, rows_of, work
     from kfac_dist import KFAC
+    from kfac_dist.curvature.gram import multiplies_halves
 except ModuleNotFoundError as error:
     package = {"yaml": "PyYAML"}.get(error.name or "", error.name)
     sys.exit(f"benchmarks.gpu needs {package}, which this Python hasn't: pip install {package}")
@@ -40,6 +43,11 @@ BARE = "bare optimizer"
 VARIANTS: dict[str, dict[str, Any]] = {
     "all in one step": {},
     "turns, solved beside": {"curvature": {"stagger": 10}, "inversion": {"stagger": 100, "inverse_lag": 10}},
+    "bf16 inverses": {"inversion": {"inverse_dtype": "bfloat16"}},
+    "bf16 inverses, a quarter of the rows": {
+        "inversion": {"inverse_dtype": "bfloat16"},
+        "curvature": {"sample_fraction": 0.25},
+    },
 }
 SIZES = [512, 1024, 2048, 4096, 8192]
 SMALL_SIZES = [64, 128, 256]
@@ -123,6 +131,7 @@ def measure(workload: GPUWorkload, device: torch.device, rates: dict[str, float]
     result: dict[str, Any] = {"shape": workload.shape, "variants": {}}
     bare = 0.0
     for variant in (None, *VARIANTS):
+        gc.collect()  # the last one's model and its hooks hold each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
@@ -159,7 +168,7 @@ def phases(stepper: Stepper, rates: dict[str, float], *, fractions: bool) -> dic
     roofline = {}
     for phase, needed in work(kfac, rows_of(kfac, stepper.bare, stepper.inputs)).items():
         measured = taken[_MEASURED_AS.get(phase, phase)] / _TIMES[phase]
-        least = needed.seconds(rates["matmul_float32_flops"], rates["copy_bytes"])
+        least = needed.seconds(rates[f"matmul_{multiplied(phase, stepper.device)}_flops"], rates["copy_bytes"])
         roofline[phase] = {
             "flops": needed.flops,
             "bytes": needed.bytes,
@@ -168,6 +177,11 @@ def phases(stepper: Stepper, rates: dict[str, float], *, fractions: bool) -> dic
             "fraction": least / measured if measured else None,
         }
     return {"phase_seconds": taken, "roofline": roofline}
+
+
+def multiplied(phase: str, device: torch.device) -> str:
+    """Return what a phase's products are of, where rows are bfloat16 and everything else is fp32."""
+    return "bfloat16" if phase == "statistics" and multiplies_halves(device) else "float32"
 
 
 def main() -> None:
@@ -203,7 +217,7 @@ def main() -> None:
         "factor_every": FACTOR_EVERY,
         "inverse_every": INVERSE_EVERY,
         "variants": VARIANTS,
-        "ceiling": "matmul_float32_flops: statistics, solves and preconditioning are in fp32",
+        "ceiling": f"matmul_float32_flops; statistics: matmul_{multiplied('statistics', device)}_flops",
     }
     print(write(name, arguments.out or RESULTS / f"{name}.json", settings, results))
 

@@ -1,6 +1,7 @@
 """What K-FAC's phases can't do without, in flops and bytes, over what the machine at hand can do.
 
-For a block with factors of a and g rows, M rows a measurement, fp32 (4 bytes a value), a phase has to
+For a block with factors of a and g rows, M rows a measurement, fp32 (4 bytes a value) but for the rows, which autocast
+makes bfloat16 (2 bytes), a phase has to
 
     statistics        (a² + g²)·M flops; read the rows M·(a + g), write a² + g²
     averaging         read the average and the new sums, write the average: 3·(a² + g²)
@@ -23,7 +24,7 @@ from benchmarks.clock import best_seconds
 from kfac_dist import KFAC
 from kfac_dist.curvature.factors import Side
 
-_FLOAT = 4
+_FLOAT, _HALF = 4, 2
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def work(kfac: KFAC, rows: Mapping[tuple[str, Side], float]) -> dict[str, Work]:
             count = rows.get((name, unit.side), 0.0)
             dense = len(unit.shape) == 3
             flops["statistics"] += unit.numel * count if dense else 0.0
-            values["statistics"] += unit.numel + count * unit.dim
+            values["statistics"] += unit.numel + count * unit.dim * _HALF / _FLOAT
             values["averaging"] += 3 * unit.numel
             flops["inversion"] += unit.cost
             values["inversion"] += 2 * unit.numel
