@@ -91,10 +91,10 @@ def test_two_containers_make_one_run() -> None:
     assert yaml.safe_load(ended.stdout)["services"]["node1"]["build"]["args"]["BASE_IMAGE"].startswith("python:3.11")
 
 
-def healthy(directory: Path) -> tuple[int, str]:
+def healthy(directory: Path, **environment: str) -> tuple[int, str]:
     ended = subprocess.run(
         [str(DOCKER / "healthy.sh"), str(directory)],
-        env={**os.environ, "HEALTHY_SECONDS": "100"},
+        env={**os.environ, "HEALTHY_SECONDS": "100", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -102,25 +102,37 @@ def healthy(directory: Path) -> tuple[int, str]:
     return ended.returncode, ended.stdout
 
 
-def test_a_container_is_unhealthy_when_a_run_failed_or_fell_silent(tmp_path: Path) -> None:
-    def state(run: str, says: str, age: float = 0) -> Path:
-        directory = tmp_path / run
-        directory.mkdir(exist_ok=True)
-        (directory / "state.json").write_text(json.dumps({"state": says}, indent=1))
-        os.utime(directory / "state.json", (time.time() - age,) * 2)
-        return directory
+def write_state(directory: Path, says: str, age: float = 0) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "state.json").write_text(json.dumps({"state": says}, indent=1))
+    os.utime(directory / "state.json", (time.time() - age,) * 2)
+    return directory
 
-    assert healthy(tmp_path) == (0, "")
-    state("done", "finished", age=1000)
-    running = state("slow", "running", age=1000)
-    assert healthy(tmp_path)[0] == 1
+
+def test_a_container_is_unhealthy_when_a_run_failed_or_fell_silent(tmp_path: Path) -> None:
+    def judged() -> tuple[int, str]:
+        return healthy(tmp_path, STARTED=str(int(time.time()) - 2000))
+
+    assert judged() == (0, "")
+    write_state(tmp_path / "done", "finished", age=1000)
+    running = write_state(tmp_path / "slow", "running", age=1000)
+    assert judged()[0] == 1
     (running / "metrics.jsonl").write_text("{}\n")
-    assert healthy(tmp_path) == (0, "")
+    assert judged() == (0, "")
     os.utime(running / "metrics.jsonl", (time.time() - 200,) * 2)
-    code, said = healthy(tmp_path)
+    code, said = judged()
     assert (code, "slow/metrics.jsonl: nothing for 200 s" in said or "nothing for 201 s" in said) == (1, True)
-    state("slow", "failed")
-    assert healthy(tmp_path) == (1, f"{tmp_path}/slow/state.json says failed\n")
+    write_state(tmp_path / "slow", "failed")
+    assert judged() == (1, f"{tmp_path}/slow/state.json says failed\n")
+
+
+def test_what_earlier_containers_left_in_the_volume_is_not_judged(tmp_path: Path) -> None:
+    write_state(tmp_path / "failed", "failed", age=time.time() - 1)
+    write_state(tmp_path / "killed", "running", age=time.time() - 1)
+    write_state(tmp_path / "slow.previous", "failed")
+    assert healthy(tmp_path) == (0, "")
+    write_state(tmp_path / "ours", "failed")
+    assert healthy(tmp_path) == (1, f"{tmp_path}/ours/state.json says failed\n")
 
 
 @pytest.fixture
