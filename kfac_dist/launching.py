@@ -7,6 +7,7 @@ slurm                       kfac-dist submit CONFIG ARGUMENTS…
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from kfac_dist.errors import ConfigError
+
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
+# Of the options of launch/*.sh, `train` and `submit` those that no value follows.
+_FLAGS = frozenset({"--check", "--compare", "--dry-run", "--help", "-h", "--live", "--no-ssh", "--quiet"})
 
 
 class LauncherName(StrEnum):
@@ -67,8 +72,17 @@ def launch_command(launcher: LauncherName, config: Path, arguments: Sequence[str
 
 
 def overrides_in(arguments: Sequence[str]) -> list[str]:
-    """The KEY=VALUE arguments among options and their values."""
-    return [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    """The KEY=VALUE arguments among options and their values, which may have a = as well."""
+    before = ("", *arguments)
+    return [
+        argument
+        for option, argument in zip(before, arguments, strict=False)
+        if _OVERRIDE.match(argument) and not _takes_value(option)
+    ]
+
+
+def _takes_value(word: str) -> bool:
+    return word.startswith("-") and "=" not in word and word not in _FLAGS
 
 
 def _script(name: str) -> Path:

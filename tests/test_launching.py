@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.core
+import typer.main
 
 from kfac_dist import launching
+from kfac_dist.cli import app
 from kfac_dist.errors import ConfigError
 from kfac_dist.launching import Command, LauncherName, launch_command, overrides_in
 
@@ -42,6 +45,24 @@ def test_an_installed_package_has_its_scripts_inside(tmp_path: Path, monkeypatch
 
 def test_overrides_are_told_from_options() -> None:
     assert overrides_in(["-n", "2", "train.steps=3", "--nnodes=2", "--dry-run", "a=b=c"]) == ["train.steps=3", "a=b=c"]
+
+
+def test_values_of_options_are_no_overrides() -> None:
+    setup = ["--setup", "export NCCL_DEBUG=INFO", "--option", "qos=high", "--setup=A=b", "--quiet", "run.seed=1"]
+    assert overrides_in([*setup, "x y=3", "--name", "a=b", "model.args.hidden-dim=2"]) == [
+        "run.seed=1",
+        "model.args.hidden-dim=2",
+    ]
+
+
+@pytest.mark.parametrize("name", ["submit", "train"])
+def test_options_without_a_value_are_known(name: str) -> None:
+    commands = typer.main.get_command(app)
+    assert isinstance(commands, typer.core.TyperGroup)
+    for option in commands.commands[name].params:
+        if isinstance(option, typer.core.TyperOption):
+            known = launching._FLAGS.issuperset(option.opts)
+            assert known == option.is_flag, option.opts
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -79,6 +100,15 @@ def test_launch_with_slurm_submits() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "#SBATCH --nodes=2" in ended.stdout
     assert "#SBATCH --job-name=seven" in ended.stdout
+
+
+def test_launch_with_slurm_lets_srun_start_the_ranks() -> None:
+    setup = "export NCCL_DEBUG=INFO"
+    ended = launch("--with", "slurm", str(CONFIG), "--started-by", "srun", "--setup", setup, "--dry-run")
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert setup in ended.stdout
+    assert "torch.distributed.run" not in ended.stdout
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,10 @@ def submit(
     partition: Annotated[str | None, typer.Option(help="SLURM's partition.")] = None,
     account: Annotated[str | None, typer.Option(help="SLURM's account.")] = None,
     started_by: Annotated[
-        StartedBy, typer.Option("--with", help="What starts the ranks: torchrun's agents, which restart them, or srun.")
+        StartedBy,
+        typer.Option(
+            "--started-by", "--with", help="What starts the ranks: torchrun's agents, which restart them, or srun."
+        ),
     ] = StartedBy.TORCHRUN,
     max_restarts: Annotated[int, typer.Option(min=0, help="How often torchrun starts the ranks again.")] = 3,
     stop_seconds: Annotated[int, typer.Option(min=1, help="Seconds before the limit to save and requeue at.")] = 120,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,7 +78,10 @@ def _command(process: Path) -> bytes:
 )
 def test_ranks_save_and_the_launcher_ends_with_0(tmp_path: Path, script: str, number: signal.Signals) -> None:
     config = tmp_path / "run.yaml"
-    sections = {"data": {"name": "tests.training.test_preemption:slow_pixels"}, "train": {"steps": 10_000}}
+    sections: dict[str, Any] = {
+        "data": {"name": "tests.training.test_preemption:slow_pixels"},
+        "train": {"steps": 10_000},
+    }
     config.write_text(dump_yaml(small_config(tmp_path, **sections)))
     ranks = {
         "torchrun.sh": ["--nproc-per-node", "2", "--max-restarts", "2"],
