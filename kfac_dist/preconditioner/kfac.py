@@ -283,13 +283,13 @@ class KFAC:
             self._begin()
 
     def metrics(self) -> dict[str, float]:
-        """Return numbers worth logging; collective, and waits for the device.
+        """Return numbers worth logging; waits for the device, and for no other rank.
 
-        All but `failed_inversions`, `dropped_statistics` and `bytes_sent`, which are this rank's own and add up, are
-        the same on every rank. `asymmetry` is the largest of any rank's `asymmetries`; left out before there is any.
+        All but `failed_inversions`, `dropped_statistics`, `bytes_sent` and `asymmetry` are the same on every rank: the
+        first three are its own and add up, the last is the largest of its `asymmetries`; left out before there is any.
         """
         traffic = self.communicator.traffic
-        asymmetry = self._largest_asymmetry()
+        asymmetries = self.asymmetries()
         return {
             "damping": self.damping,
             "kl_scale": float(self._length.kl_scale),
@@ -299,16 +299,8 @@ class KFAC:
             "dropped_statistics": int(self.dropped),
             "collectives": traffic.total_calls,
             "bytes_sent": traffic.total_bytes,
-            **({} if asymmetry is None else {"asymmetry": asymmetry}),
+            **({"asymmetry": max(asymmetries.values())} if asymmetries else {}),
         }
-
-    def _largest_asymmetry(self) -> float | None:
-        """Return the largest of all ranks' `asymmetries`; collective."""
-        own = max(self.asymmetries().values(), default=-1.0)
-        ranks = torch.empty(self.communicator.size, device=self._device)
-        self.communicator.all_gather(ranks, torch.full((1,), own, device=self._device), label="asymmetry").wait()
-        largest = float(ranks.max())
-        return None if largest < 0 else largest
 
     @property
     def dropped(self) -> Tensor:

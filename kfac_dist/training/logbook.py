@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from kfac_dist.config.schema import Config
+from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.optimizers.variance import RelativeVariance
 from kfac_dist.reporting.progress import Status
 from kfac_dist.training.curvature_log import CurvatureLog
@@ -54,8 +55,9 @@ class Logbook:
         parts, outputs = self._parts, self._outputs
         record = dict(record)
         if parts.kfac is not None:
+            numbers = of_all_ranks(parts.kfac.metrics(), parts.kfacs[0].communicator)
             known = record  # of all ranks, where K-FAC's own counts are of one
-            record = known | {f"kfac/{name}": value for name, value in parts.kfac.metrics().items()} | known
+            record = known | {f"kfac/{name}": value for name, value in numbers.items()} | known
             record |= {f"kfac/seconds/{phase}": value for phase, value in parts.phase_seconds().items()}
         if parts.stepper is not None:
             record |= {f"solver/{name}": value for name, value in parts.stepper.metrics().items()}
@@ -90,3 +92,10 @@ class Logbook:
         if self._outputs.writer is not None:
             self._outputs.writer.rewind(step)
         self._outputs.progress.went_back(step, why)
+
+
+def of_all_ranks(numbers: dict[str, float], communicator: Communicator) -> dict[str, float]:
+    """Put the largest asymmetry of any rank in place of this rank's own; collective."""
+    ranks = communicator.gather_objects(numbers.get("asymmetry"), label="asymmetry")
+    found = [value for value in ranks if value is not None]
+    return numbers | ({"asymmetry": max(found)} if found else {})
