@@ -130,7 +130,7 @@ def test_what_is_set_for_the_network_reaches_other_nodes(tmp_path: Path) -> None
     openmpi = tmp_path / "openmpi"
     openmpi.write_text("#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
     openmpi.chmod(0o755)
-    network = {"NCCL_SOCKET_IFNAME": "eth1", "GLOO_SOCKET_IFNAME": "eth1 eth2", "MASTER_PORT": "5000"}
+    network: dict[str, Any] = {"NCCL_SOCKET_IFNAME": "eth1", "GLOO_SOCKET_IFNAME": "eth1 eth2", "MASTER_PORT": "5000"}
 
     by_mpi = run("mpirun.sh", CONFIG, "--mpirun", str(openmpi), "-n", "2", "--dry-run", PYTHONPATH="here", **network)
     by_deepspeed = run("deepspeed.sh", CONFIG, "--num-ranks", "2", "--dry-run", **network)
