@@ -129,6 +129,10 @@ class Engine(ABC):
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
         """Return a context for one micro-batch's forward and backward; only the last of a step averages gradients."""
 
+    def averaging_bytes(self, size: int) -> int:
+        """Return how many bytes one of `size` ranks sends as a step's gradients are averaged; 0 if nobody knows."""
+        return 0
+
     def prepared(self, inputs: Tensor) -> Tensor:
         """Return a model's inputs in the precision that it computes in, where it doesn't see to that by itself."""
         return inputs

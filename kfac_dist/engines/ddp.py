@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator, build_communicator
+from kfac_dist.distributed.cost import all_reduce_bytes
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
 from kfac_dist.engines.base import Engine
 
@@ -67,6 +68,12 @@ class DDPEngine(Engine):
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
         """See `Engine.synchronize`."""
         return nullcontext() if enabled or self._ddp is None else self._ddp.no_sync()
+
+    def averaging_bytes(self, size: int) -> int:
+        """See `Engine.averaging_bytes`: DDP all-reduces its buckets, whose bytes add up to the gradients'."""
+        if self._ddp is None:
+            return 0
+        return all_reduce_bytes(sum(p.numel() * p.element_size() for p in self._trained.values()), size)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

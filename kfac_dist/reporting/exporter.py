@@ -46,6 +46,7 @@ class Reading:
         skipped_steps: Steps that were measured and not taken, because gradients were not finite.
         damping: λ; None without K-FAC.
         failed_inversions: Units that rank 0 could not solve, and left as they were.
+        dropped_statistics: How often a rank has dropped statistics of a step, because they were not finite.
         phase_seconds: Seconds that rank 0 spent in each phase of K-FAC's steps.
         collectives: Collectives that rank 0 took part in, by what they carried.
         bytes_sent: Bytes that rank 0 sent in them.
@@ -58,6 +59,7 @@ class Reading:
     skipped_steps: int = 0
     damping: float | None = None
     failed_inversions: int = 0
+    dropped_statistics: int = 0
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     collectives: Mapping[str, int] = field(default_factory=dict)
     bytes_sent: Mapping[str, int] = field(default_factory=dict)
@@ -184,18 +186,21 @@ class Exporter:
         yield self._counter(
             "skipped_steps", "Steps not taken because gradients weren't finite.", {(): reading.skipped_steps}, labels
         )
+        collectives = {(name,): value for name, value in reading.collectives.items()}
+        yield self._counter("collectives", "Collectives of rank 0, by content.", collectives, labels, ("content",))
+        sent = {(name,): value for name, value in reading.bytes_sent.items()}
+        yield self._counter("bytes_sent", "Bytes that rank 0 sent in collectives.", sent, labels, ("content",))
         if reading.damping is None:
             return
         yield self._gauge("damping", "Damping of K-FAC's factors.", {(): reading.damping}, labels)
         yield self._counter(
             "failed_inversions", "Units that rank 0 could not solve.", {(): reading.failed_inversions}, labels
         )
+        yield self._counter(
+            "dropped_statistics", "Statistics of a rank that weren't finite.", {(): reading.dropped_statistics}, labels
+        )
         phases = {(name,): value for name, value in reading.phase_seconds.items()}
         yield self._counter("phase_seconds", "Seconds of rank 0 in phases of K-FAC.", phases, labels, ("phase",))
-        collectives = {(name,): value for name, value in reading.collectives.items()}
-        yield self._counter("collectives", "Collectives of rank 0, by content.", collectives, labels, ("content",))
-        sent = {(name,): value for name, value in reading.bytes_sent.items()}
-        yield self._counter("bytes_sent", "Bytes that rank 0 sent in collectives.", sent, labels, ("content",))
 
     def _restarts(self) -> Iterator[Metric]:
         counts = {(by,): number for by, number in launcher_restarts().items()}

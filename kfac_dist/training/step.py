@@ -38,6 +38,7 @@ class Passes:
         self._communicator = communicator
         self._guard = guard
         self._window = window
+        self._averaging_bytes = parts.engine.averaging_bytes(communicator.size)
 
     def run(self, batch: StepBatch, step: int) -> TermCounts:
         """Pass the micro-batches of a step through the model, forward and back; collective.
@@ -54,6 +55,8 @@ class Passes:
             last = micro is batch.micro_batches[-1]
             with self._parts.engine.synchronize(last):
                 self._forward_backward(micro, terms, counts.everywhere / self._communicator.size, last, where)
+        if self._averaging_bytes:  # the engine's own collectives, counted as one
+            self._communicator.traffic.count("gradients", self._averaging_bytes)
         return counts
 
     def figures(self) -> dict[str, float]:

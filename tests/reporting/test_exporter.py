@@ -28,6 +28,7 @@ READING = Reading(
     skipped_steps=2,
     damping=0.01,
     failed_inversions=1,
+    dropped_statistics=3,
     phase_seconds={"statistics": 1.5, "inversion": 0.25},
     collectives={"factors": 4},
     bytes_sent={"factors": 4096},
@@ -85,6 +86,7 @@ def test_a_reading_is_served_as_it_was_published(monkeypatch: pytest.MonkeyPatch
             ("kfac_dist_skipped_steps_total", ""): 2,
             ("kfac_dist_damping", ""): 0.01,
             ("kfac_dist_failed_inversions_total", ""): 1,
+            ("kfac_dist_dropped_statistics_total", ""): 3,
             ("kfac_dist_phase_seconds_total", "statistics"): 1.5,
             ("kfac_dist_phase_seconds_total", "inversion"): 0.25,
             ("kfac_dist_collectives_total", "factors"): 4,
@@ -101,6 +103,17 @@ def test_a_reading_is_served_as_it_was_published(monkeypatch: pytest.MonkeyPatch
         assert fetch(port, "/elsewhere")[0] == 404
     with pytest.raises(urllib.error.URLError):
         fetch(port, "/metrics")
+
+
+def test_what_is_sent_without_kfac_is_served_too() -> None:
+    port = free_port()
+    with Exporter(MetricsConfig(port=port), "a-run") as exporter:
+        exporter.watch("sgd", 10, lambda: None)
+        exporter.publish(Reading(7, 0.5, 0.1, 300.0, collectives={"gradients": 7}, bytes_sent={"gradients": 2800}))
+        found = scrape(port)
+    assert found["kfac_dist_collectives_total", "gradients"] == 7
+    assert found["kfac_dist_bytes_sent_total", "gradients"] == 2800
+    assert {("kfac_dist_damping", ""), ("kfac_dist_failed_inversions_total", "")}.isdisjoint(found)
 
 
 def test_health_follows_the_steps() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from kfac_dist.config.schema import Config
+from kfac_dist.distributed.cost import all_reduce_bytes
 from kfac_dist.errors import ConfigError
 from kfac_dist.preconditioner.phases import Phase
 from kfac_dist.training import train
@@ -26,6 +27,7 @@ from tests.training.runs import launched, small_config
 STEPS = 60
 SKIPPED = 25
 KFACS_OWN = ("factors", "inverses")
+VALUES = 6 * 5 + 5 + 5 * 6 + 6  # parameters of FlakyNet
 
 
 def _config(directory: Path, port: int) -> Config:
@@ -97,10 +99,12 @@ def _compare(found: dict[tuple[str, str], float], record: dict[str, Any]) -> Non
         ("samples_per_second", "samples_per_second"),
         ("damping", "kfac/damping"),
         ("failed_inversions_total", "kfac/failed_inversions"),
+        ("dropped_statistics_total", "kfac/dropped_statistics"),
     ):
         assert found[f"kfac_dist_{name}", ""] == record[key]
     sent = {content: value for (name, content), value in found.items() if name == "kfac_dist_bytes_sent_total"}
     assert sent["loss"] > 0, "the loop's own collectives are among them"
+    assert sent["gradients"] == record["step"] * all_reduce_bytes(4 * VALUES, 2), "and DDP's"
     # What is sent at the start, such as plans to compare, goes by the same words in both.
     assert 0 < sum(sent[content] for content in KFACS_OWN) < record["kfac/bytes_sent"] < sum(sent.values())
 
