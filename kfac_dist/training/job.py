@@ -17,7 +17,7 @@ from pathlib import Path
 from kfac_dist.distributed.bootstrap import World
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import CheckpointError
-from kfac_dist.reporting.exporter import launcher_restarts
+from kfac_dist.reporting.restarts import launcher_restarts
 from kfac_dist.training.manifest import NAME, read_manifest
 
 
