@@ -261,10 +261,22 @@ class PendingReduce:
         """
         self._work.wait()
         parts = self._received.view(self._size, -1) if self._received.numel() else self._received.view(1, 0)
-        total = parts[0].to(torch.float32, copy=True)
-        for part in parts[1:]:  # in the order of ranks: the sum has the same bits however the parts arrived
-            total.add_(part)
+        total = _folded(parts)
         return total if self._follow is None else self._follow(total)
+
+
+def _folded(parts: Tensor) -> Tensor:
+    """Return the sum of `[W, n]` over the ranks in fp32, halving them log2 W times; the parts are overwritten.
+
+    Elementwise and in an order that W alone gives: the same bits however parts arrived, and in whichever pieces.
+    """
+    count = len(parts)
+    while count > 1:
+        kept = (count + 1) // 2
+        first = parts[:kept].float()
+        first[: count - kept].add_(parts[kept:count])
+        parts, count = first, kept
+    return parts[0].float()
 
 
 def reduce_to_owners(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *, label: str) -> PendingReduce:

@@ -62,6 +62,15 @@ def contribution(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
 
 
+def by_halves(values: list[torch.Tensor]) -> torch.Tensor:
+    """The second half of the ranks is added to the first, until one is left; a middle one waits."""
+    if len(values) == 1:
+        return values[0]
+    kept = (len(values) + 1) // 2
+    sums = [a + b for a, b in zip(values[: len(values) - kept], values[kept:], strict=True)]
+    return by_halves(sums + values[len(sums) : kept])
+
+
 def share_and_reduce(segments: int, dtype: torch.dtype) -> dict[str, Any]:
     comm = build_communicator(20.0)
     layout = layout_for(comm.size, segments)
@@ -76,13 +85,12 @@ def share_and_reduce(segments: int, dtype: torch.dtype) -> dict[str, Any]:
 @pytest.mark.parametrize(("segments", "dtype"), [(10, torch.float32), (10, torch.bfloat16), (1, torch.float32)])
 def test_share_and_reduce(size: int, segments: int, dtype: torch.dtype) -> None:
     layout = layout_for(size, segments)
-    total = sum(contribution(rank, layout.numel, dtype).float() for rank in range(size))
-    assert isinstance(total, torch.Tensor)
+    total = by_halves([contribution(rank, layout.numel, dtype).float() for rank in range(size)])
     results = run_ranks(size, share_and_reduce, segments, dtype)
     for rank, result in enumerate(results):
         assert torch.equal(result["shared"], torch.arange(layout.numel).to(dtype).float())
         assert result["reduced"].dtype is torch.float32
-        # Summed in fp32, in rank order: equal to the last bit, whatever travelled.
+        # Summed in fp32, in an order that the number of ranks gives: equal to the last bit, whatever travelled.
         assert torch.equal(result["reduced"], layout.part(total, rank))
         if size > 1:
             owners = sum(1 for numel in layout.owner_numels if numel)
@@ -134,7 +142,7 @@ def share_among_many(dtypes: list[torch.dtype]) -> list[tuple[bool, tuple[int, i
 
 
 def reduce_among_many(dtypes: list[torch.dtype]) -> list[tuple[bool, tuple[int, int]]]:
-    """Sums of all layouts in flight at once: whether owners have the bits of a sum by rank, and what was counted."""
+    """Sums of all layouts in flight at once: whether owners have the bits of a sum by halves, and what was counted."""
     comm = build_communicator(20.0)
     found = []
     in_flight = []
@@ -143,9 +151,7 @@ def reduce_among_many(dtypes: list[torch.dtype]) -> list[tuple[bool, tuple[int, 
         own = contribution(comm.rank, layout.numel, dtype)
         in_flight.append((layout, dtype, reduce_to_owners(comm, own, layout, label=str(index))))
     for index, (layout, dtype, pending) in enumerate(in_flight):
-        total = torch.zeros(layout.numel)
-        for rank in range(comm.size):
-            total += contribution(rank, layout.numel, dtype).float()
+        total = by_halves([contribution(rank, layout.numel, dtype).float() for rank in range(comm.size)])
         found.append((torch.equal(pending.wait(), layout.part(total, comm.rank)), comm.traffic.snapshot()[str(index)]))
     return found
 
