@@ -4,12 +4,14 @@
     more and more ranks   how much they slow each other down
     all of them           every collective, on every number of consecutive ranks that divides them
 
-Lower quartiles of repeated runs of the very functions that a step calls: what else a machine does only adds to them.
-Ranks that don't measure wait in a collective.
+Lower quartiles of repeated runs of the very functions that a step calls, of operands that come from memory as they do
+there (see `caches`), and the best of a few passes over all of them: what else a machine does only adds, and does so for
+a while. Ranks that don't measure wait in a collective.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,11 +28,13 @@ from kfac_dist.distributed.bootstrap import World
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.rehearsal import Collective
 from kfac_dist.errors import ConfigError
+from kfac_dist.planning.caches import Caches
 from kfac_dist.planning.fixed_costs import fixed_costs
 from kfac_dist.planning.hardware import Hardware, Link
 
 _DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
-_REPEATS = (5, 50)
+_REPEATS = (3, 15)
+_SOLVERS = (Solver.CHOLESKY, Solver.EIGEN)
 # Matrices of a batch, from which follows what each further one costs.
 _BATCH = 4
 _CHUNKS = 8
@@ -46,7 +50,8 @@ class Effort:
         bf16_sizes: Of matrices in bf16, which some processors multiply slowly.
         moved: Bytes of copies.
         messages: Bytes of collectives.
-        seconds: Of each measurement, at least.
+        passes: Over all that one rank measures alone.
+        seconds: Of each measurement in a pass, at least.
         crowded_seconds: Of the work by which ranks slow each other down.
         rounds: Steps of each kind for what doesn't depend on sizes.
     """
@@ -55,9 +60,10 @@ class Effort:
     bf16_sizes: tuple[int, ...] = (33, 65, 129, 257, 513)
     moved: tuple[int, ...] = (100_000, 1_000_000, 10_000_000, 100_000_000)
     messages: tuple[int, ...] = (4, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
-    seconds: float = 0.1
+    passes: int = 3
+    seconds: float = 0.03
     crowded_seconds: float = 0.5
-    rounds: int = 9
+    rounds: int = 15
 
     @classmethod
     def on(cls, device: torch.device) -> Effort:
@@ -126,24 +132,35 @@ def write(hardware: Hardware, path: Path) -> None:
 
 def _alone(device: torch.device, effort: Effort) -> dict[str, object]:
     """Return what one rank finds out by itself."""
-    enough = effort.seconds
+    passes = [_seconds(device, effort) for _ in range(effort.passes)]
+    best = {kind: {n: min(found[kind][n] for found in passes) for n in sizes} for kind, sizes in passes[0].items()}
+    found: dict[str, object] = {
+        "matmul": {dtype: {n: 2 * n**3 / seconds for n, seconds in best[dtype].items()} for dtype in _DTYPES},
+        "gram": {n: n**3 / seconds for n, seconds in best["gram"].items()},
+        "memory": {nbytes: nbytes / seconds for nbytes, seconds in best["copy"].items()},
+    }
+    for solver in _SOLVERS:
+        one, some = best[solver], best[f"{solver} together"]
+        found[solver] = one
+        # At least a tiny part of the first: a batch may cost nothing more than one, but for noise.
+        found[f"{solver}_more"] = {n: max((some[n] - one[n]) / (_BATCH - 1), one[n] / 1000) for n in one}
+    return found | fixed_costs(device, effort.rounds)
+
+
+def _seconds(device: torch.device, effort: Effort) -> dict[str, dict[int, float]]:
+    """Return the seconds of everything that has a size, by kind and size."""
+    clock = _Clock(device, effort.seconds)
     cubes = [n for n in effort.sizes if n >= 32]
-    products = {
-        dtype: {n: 2 * n**3 / product(n, kind, device, enough) for n in sizes}
+    found = {
+        str(dtype): {n: clock.time(product(n, kind, device)) for n in sizes}
         for (dtype, kind), sizes in zip(_DTYPES.items(), (cubes, effort.bf16_sizes), strict=True)
     }
-    found: dict[str, object] = {
-        "matmul": products,
-        "gram": {n: n**3 / second_moment(n, device, enough) for n in cubes},
-        "memory": {nbytes: nbytes / copy(nbytes, device, enough) for nbytes in effort.moved},
-    }
-    for key, solver in (("cholesky", Solver.CHOLESKY), ("eigen", Solver.EIGEN)):
-        one = {n: solving(n, 1, solver, device, enough) for n in effort.sizes}
-        some = {n: solving(n, _BATCH, solver, device, enough) for n in effort.sizes}
-        found[key] = one
-        # At least a tiny part of the first: a batch may cost nothing more than one, but for noise.
-        found[f"{key}_more"] = {n: max((some[n] - one[n]) / (_BATCH - 1), one[n] / 1000) for n in effort.sizes}
-    return found | fixed_costs(device, effort.rounds)
+    found["gram"] = {n: clock.time(second_moment(n, device)) for n in cubes}
+    found["copy"] = {nbytes: clock.time(copy(nbytes, device)) for nbytes in effort.moved}
+    for solver in _SOLVERS:
+        found[solver] = {n: clock.time(solving(n, 1, solver, device)) for n in effort.sizes}
+        found[f"{solver} together"] = {n: clock.time(solving(n, _BATCH, solver, device)) for n in effort.sizes}
+    return found
 
 
 def quartile(taken: Sequence[float]) -> float:
@@ -151,46 +168,59 @@ def quartile(taken: Sequence[float]) -> float:
     return sorted(taken)[(len(taken) - 1) // 4]
 
 
-def seconds_of(action: Callable[[], object], device: torch.device, enough: float = 0.1) -> float:
-    """Return the seconds of an action that has been run once before."""
-    action()
-    taken: list[float] = []
-    while len(taken) < _REPEATS[0] or (sum(taken) < enough and len(taken) < _REPEATS[1]):
-        _finish(device)
-        started = time.perf_counter()
+class _Clock:
+    """Times actions whose operands come from memory.
+
+    Args:
+        device: What acts.
+        enough: Seconds of an action's runs after which it isn't repeated more often than it has to be.
+    """
+
+    def __init__(self, device: torch.device, enough: float) -> None:
+        self._device = device
+        self._enough = enough
+        self._caches = Caches(device)
+
+    def time(self, action: Callable[[], object]) -> float:
+        """Return the seconds of an action that has been run once before."""
         action()
-        _finish(device)
-        taken.append(time.perf_counter() - started)
-    return quartile(taken)
+        taken: list[float] = []
+        while len(taken) < _REPEATS[0] or (sum(taken) < self._enough and len(taken) < _REPEATS[1]):
+            self._caches.evict()
+            started = time.perf_counter()
+            action()
+            _finish(self._device)
+            taken.append(time.perf_counter() - started)
+        return quartile(taken)
 
 
-def product(n: int, dtype: torch.dtype, device: torch.device, enough: float) -> float:
-    """Return the seconds of a batched product of one pair of n×n matrices."""
+def product(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """Return a batched product of one pair of n×n matrices."""
     left, right = (torch.randn(1, n, n, device=device).to(dtype) for _ in range(2))
-    return seconds_of(lambda: torch.bmm(left, right), device, enough)
+    return lambda: torch.bmm(left, right)
 
 
-def second_moment(n: int, device: torch.device, enough: float) -> float:
-    """Return the seconds of the second moments of n rows of n columns."""
+def second_moment(n: int, device: torch.device) -> Callable[[], object]:
+    """Return the second moments of n rows of n columns, as something to do."""
     rows, out = torch.randn(1, n, n, device=device), torch.zeros(1, n, n, device=device)
-    return seconds_of(lambda: accumulate_gram(out, rows, alpha=1.0, beta=0.0), device, enough)
+    return lambda: accumulate_gram(out, rows, alpha=1.0, beta=0.0)
 
 
-def copy(nbytes: float, device: torch.device, enough: float) -> float:
-    """Return the seconds of a copy that reads and writes so many bytes together."""
+def copy(nbytes: float, device: torch.device) -> Callable[[], object]:
+    """Return a copy that reads and writes so many bytes together."""
     source = torch.randn(int(nbytes / 8), device=device)
     target = torch.empty_like(source)
-    return seconds_of(lambda: target.copy_(source), device, enough)
+    return lambda: target.copy_(source)
 
 
-def solving(n: int, batch: int, solver: Solver, device: torch.device, enough: float) -> float:
-    """Return the seconds of a batch of inverses, as a refresh asks for them."""
+def solving(n: int, batch: int, solver: Solver, device: torch.device) -> Callable[[], object]:
+    """Return a batch of inverses, as a refresh asks for them."""
     rows = torch.randn(batch, 2 * n, n, device=device)
     sums = rows.mT @ rows / (2 * n)
     tasks = [
         Task(Unit(f"trial.{i}", Side.A, 0, 0, n, 1, FactorKind.DENSE), sums[i : i + 1], 0.1, None) for i in range(batch)
     ]
-    return seconds_of(lambda: solve(tasks, solver, {}), device, enough)
+    return lambda: solve(tasks, solver, {})
 
 
 def crowding(
@@ -199,14 +229,15 @@ def crowding(
     """Return how many times slower a rank is while so many of its node compute; collective."""
     side = 256
     left, right = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
-    source = torch.randn(200_000, device=device)
-    target = torch.empty_like(source)
+    # More than caches hold: ranks share the way to memory, too.
+    pieces = itertools.cycle(torch.randn(2, 40, 200_000, device=device).unbind(1))
 
     def act() -> None:
         torch.mm(left, right)
+        target, source = next(pieces)
         target.copy_(source)
 
-    each = seconds / _CHUNKS / seconds_of(act, device)
+    each = seconds / _CHUNKS / _Clock(device, seconds / _CHUNKS).time(act)
     repeats: int = comm.gather_objects(max(1, int(each)), label=_LABEL)[0]
     found: dict[int, float] = {}
     alone = 0.0

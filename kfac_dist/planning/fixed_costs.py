@@ -15,6 +15,7 @@ from torch import nn
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator, SoloCommunicator
 from kfac_dist.engines.ddp import DDPEngine
+from kfac_dist.planning.caches import Caches
 from kfac_dist.planning.hardware import Overhead
 from kfac_dist.preconditioner.kfac import KFAC
 
@@ -51,9 +52,10 @@ def _kinds(blocks: int, device: torch.device, rounds: int) -> dict[str, float]:
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in plain]
     kfac = KFAC(_Alone(plain[1]), _CONFIG, optimizer=optimizers[1], check_scale=False)
     inputs = torch.randn(8, widths[0], device=device)
+    caches = Caches(device)
 
     def step(index: int) -> float:
-        _wait(device)
+        caches.evict()
         started = time.perf_counter()
         plain[index](inputs).square().mean().backward()
         if index:

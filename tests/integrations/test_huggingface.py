@@ -35,6 +35,7 @@ def example(*arguments: str) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_a_gpt2_trains_alike_under_every_plugin_and_resumes(tmp_path: Path) -> None:
     ddp = example("ddp", "--steps", "6", "--save-steps", "4", "--output", str(tmp_path / "ddp"))
     assert len(ddp) == 6

@@ -18,7 +18,7 @@ from kfac_dist.planning.calibration import Effort, calibrate, write
 from kfac_dist.planning.hardware import Hardware, load_hardware
 from tests.harness import run_ranks
 
-QUICK = Effort((2, 32, 64), (32,), (10_000, 100_000), (4, 10_000), 0.001, 0.01, 1)
+QUICK = Effort((2, 32, 64), (32,), (10_000, 100_000), (4, 10_000), 2, 0.001, 0.01, 1)
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_classifier.yaml"
 
 

@@ -1,0 +1,29 @@
+"""What a model's own step leaves of K-FAC's operands in the caches: little.
+
+Between two of K-FAC's steps a model goes forward and back, so that gradients, inverses and averages come from memory
+again. Who times a product over and over finds them in a cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_BYTES = 64_000_000
+
+
+class Caches:
+    """A device's caches, and how they are emptied.
+
+    Args:
+        device: Whose.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._other = torch.zeros(_BYTES // 4, device=device)
+
+    def evict(self) -> None:
+        """Read and write something else, and wait until that is done."""
+        self._other.add_(1.0)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
