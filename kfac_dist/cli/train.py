@@ -43,7 +43,9 @@ def train(
         result = run(resolved, compare=compare, quiet=quiet, live=live)
         if not quiet and result.preempted_at is None and leads():
             if find_spec("plotly") is None:
-                print("no report: its charts need plotly (pip install plotly); then: kfac-dist report", result.directory)
+                print(
+                    "no report: its charts need plotly (pip install plotly); then: kfac-dist report", result.directory
+                )
                 return
             try:
                 write_page([result.directory], result.directory / REPORT_FILE)

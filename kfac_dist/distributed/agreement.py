@@ -9,7 +9,8 @@ from itertools import zip_longest
 import torch
 
 from kfac_dist.distributed.communicator import Communicator
-from kfac_dist.errors import PlanMismatchError
+from kfac_dist.distributed.naming import name_ranks
+from kfac_dist.errors import KFACError, PlanMismatchError
 
 
 def plan_digest(rows: Sequence[tuple[str, str]]) -> str:
@@ -57,13 +58,32 @@ def any_rank(comm: Communicator, flag: bool) -> bool:
     return bool(votes.item())
 
 
+def fail_together(comm: Communicator, failure: KFACError | None) -> None:
+    """Raise on every rank if a rank has failed, before anyone waits for one that has left; collective.
+
+    Args:
+        comm: The ranks.
+        failure: What has failed on this rank, if anything.
+
+    Raises:
+        KFACError: On a rank that failed its own, on the others one of the same kind that names the rank.
+    """
+    failures = comm.gather_objects((type(failure), str(failure)) if failure else None, label="agreement")
+    if failure:
+        raise failure
+    for rank, other in enumerate(failures):
+        if other is not None:
+            kind, message = other
+            raise kind(f"rank {rank}: {message}")
+
+
 def _describe(index: int, versions: Sequence[tuple[str, str] | None]) -> str:
     names = sorted({row[0] for row in versions if row is not None})
     by_version: dict[tuple[str, str] | None, list[int]] = {}
     for rank, row in enumerate(versions):
         by_version.setdefault(row, []).append(rank)
     lines = [
-        f"  rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)}: "
+        f"  {name_ranks(ranks)}: "
         + ("no such block, the plan ends before it" if row is None else f"{row[0]}: {row[1]}")
         for row, ranks in by_version.items()
     ]
@@ -74,14 +94,3 @@ def _describe(index: int, versions: Sequence[tuple[str, str] | None]) -> str:
             "every rank must build the same model and read the same configuration",
         ]
     )
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """Ascending ranks as "0-3, 7": thousands of them fit one line."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 from torch.distributed import PrefixStore, Store
 
+from kfac_dist.distributed.naming import name_ranks
 from kfac_dist.errors import ConfigError
 
 _PREFIX = "kfac_dist/devices"
@@ -74,7 +75,7 @@ def judge(found: Sequence[Found]) -> str:
     sides: dict[str, list[int]] = {}
     for rank, one in enumerate(found):
         sides.setdefault(one.backend, []).append(rank)
-    listed = ", ".join(f"{name} on {_ranks(ranks)} ({_hosts(found, ranks)})" for name, ranks in sides.items())
+    listed = ", ".join(f"{name} on {name_ranks(ranks)} ({_hosts(found, ranks)})" for name, ranks in sides.items())
     return (
         f"run.device: ranks would meet by different backends: {listed}; leave out the nodes whose GPUs are missing, or "
         "set run.device to cpu"
@@ -91,14 +92,3 @@ def _wait_for_readers(meeting: Store, size: int) -> None:
 def _hosts(found: Sequence[Found], ranks: Sequence[int]) -> str:
     hosts = list(dict.fromkeys(f"{found[rank].gpus} GPUs on {found[rank].host}" for rank in ranks))
     return ", ".join(hosts[:_HOSTS]) + (f" and {len(hosts) - _HOSTS} more" if len(hosts) > _HOSTS else "")
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {words}"

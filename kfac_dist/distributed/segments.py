@@ -22,7 +22,6 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kfac_dist.distributed.communicator import Communicator, Work

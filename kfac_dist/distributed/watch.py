@@ -18,6 +18,7 @@ from typing import Self
 
 from torch.distributed import PrefixStore, Store
 
+from kfac_dist.distributed.naming import name_ranks
 from kfac_dist.errors import CollectiveError
 
 TICK_SECONDS = 1.0
@@ -102,13 +103,13 @@ class Watch:
         asking.join(2 * _PATIENCE * self._tick)
         if asking.is_alive() or not answers:
             return "; nor does the store answer in which the ranks met: rank 0, or torchrun's first agent, serves it"
-        silent = [str(rank) for rank, where in enumerate(answers) if where is None]
-        places: dict[str, list[str]] = {}
+        silent = [rank for rank, where in enumerate(answers) if where is None]
+        places: dict[str, list[int]] = {}
         for rank, where in enumerate(answers):
             if where is not None:
-                places.setdefault(where, []).append(str(rank))
-        said = [f"{_ranks(ranks)} in {where}" for where, ranks in places.items()]
-        return (f"; no answer from {_ranks(silent)}" if silent else "") + f"; waiting: {', '.join(said)}"
+                places.setdefault(where, []).append(rank)
+        said = [f"{name_ranks(ranks)} in {where}" for where, ranks in places.items()]
+        return (f"; no answer from {name_ranks(silent)}" if silent else "") + f"; waiting: {', '.join(said)}"
 
     def _ask(self, store: Store, answers: list[str | None]) -> None:
         """Ask, tell where this rank is, and collect what the others tell, once they had the time to."""
@@ -123,7 +124,3 @@ class Watch:
             answers.extend([store.get(key).decode() if store.check([key]) else None for key in keys])
         except RuntimeError:  # no server any more: no answer
             answers.clear()
-
-
-def _ranks(ranks: list[str]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from kfac_dist.distributed.agreement import fail_together
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import CollectiveError, KFACError, ModelError
 
@@ -44,10 +45,5 @@ def summed(numbers: Tensor, communicator: Communicator, *, label: str) -> Iterat
         failure.__cause__ = error
     numbers[-1] = float(failure is not None)
     communicator.all_reduce(numbers, label=label).wait()
-    if not numbers[-1] > 0:
-        return
-    failures = communicator.gather_objects((type(failure), str(failure)) if failure else None, label="agreement")
-    if failure:
-        raise failure
-    rank, (kind, message) = next((rank, other) for rank, other in enumerate(failures) if other is not None)
-    raise kind(f"rank {rank}: {message}")
+    if numbers[-1] > 0:
+        fail_together(communicator, failure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kfac_dist.distributed.agreement import fail_together
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import CollectiveError, KFACError
 
@@ -32,10 +33,4 @@ def agreed(communicator: Communicator, error_type: type[KFACError] = KFACError, 
         reason = str(error).strip() or type(error).__name__
         failure = error_type(f"{what}: {reason}" if what else f"{type(error).__name__}: {reason}")
         failure.__cause__ = error
-    failures = communicator.gather_objects((type(failure), str(failure)) if failure else None, label="agreement")
-    if failure:
-        raise failure
-    for rank, other in enumerate(failures):
-        if other is not None:
-            kind, message = other
-            raise kind(f"rank {rank}: {message}")
+    fail_together(communicator, failure)

@@ -28,9 +28,9 @@ def test_a_failure_names_who_waits_where_and_who_does_not_answer() -> None:
         waiting.at("step 7, backward")
         said = _said(asking)
     assert said == (
-        "all_reduce failed; no answer from ranks 2, 3; waiting: rank 0 in step 7, backward, "
+        "all_reduce failed; no answer from ranks 2-3; waiting: rank 0 in step 7, backward, "
         "rank 1 in step 7, loading the batch"
-    ) or said.endswith("no answer from ranks 2, 3; waiting: ranks 0, 1 in step 7, backward")
+    ) or said.endswith("no answer from ranks 2-3; waiting: ranks 0-1 in step 7, backward")
 
 
 def test_ranks_that_move_on_tell_nothing() -> None:
