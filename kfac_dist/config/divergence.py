@@ -1,4 +1,4 @@
-"""What a run does about steps whose loss or gradients are not finite."""
+"""What a run does about steps whose loss, gradients or statistics are not finite."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ class DivergenceConfig(Section):
     """What a run does about steps whose loss or gradients are not finite: all ranks skip them, and more if they go on.
 
     A skipped step's gradients count as zeros, and its statistics as never measured. At the next logged step the damping
-    of K-FAC is raised; later logged steps without a skip lower it again.
+    of K-FAC is raised; later logged steps without a skip lower it again. Of a step that is taken, a rank may have to drop
+    statistics that aren't finite: the logged window counts as one with a skip.
 
     Attributes:
-        skips: Steps skipped in a row after which the run goes back to its newest checkpoint.
+        skips: Steps skipped in a row, or logged windows in a row with dropped statistics, after which the run goes back
+            to its newest checkpoint.
         damping_factor: What the damping is multiplied by after a skip, and divided by once all is well.
         rollbacks: How often the run may go back; then, or without a checkpoint, it ends as diverged.
     """
