@@ -48,6 +48,7 @@ class _Task:
     world_size: int
     rendezvous: str
     process_group: bool
+    group_timeout: float
     call: bytes
     path: list[str]
 
@@ -93,6 +94,7 @@ def run_ranks(
     *args: Any,
     timeout: float = 60.0,
     process_group: bool = True,
+    group_timeout: float = GROUP_TIMEOUT_SECONDS,
 ) -> list[Any]:
     """Runs `function(*args)` on `world_size` ranks and returns what each returned, by rank.
 
@@ -102,6 +104,7 @@ def run_ranks(
         *args: Picklable arguments, the same for every rank.
         timeout: Seconds after which ranks that haven't finished are killed.
         process_group: False leaves torch.distributed uninitialised; then RANK and WORLD_SIZE tell the rank.
+        group_timeout: Seconds after which its collectives give up.
 
     Raises:
         RankError: A rank raised, died, or was killed at the timeout.
@@ -111,7 +114,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         rendezvous = os.path.join(directory, "rendezvous")
         for rank, worker in enumerate(workers):
-            worker.pipe.send(_Task(rank, world_size, rendezvous, process_group, call, list(sys.path)))
+            worker.pipe.send(_Task(rank, world_size, rendezvous, process_group, group_timeout, call, list(sys.path)))
         results, failures = _collect(workers, timeout)
     for rank, worker in enumerate(workers):
         if rank in results and not results[rank].spent:
@@ -212,7 +215,7 @@ def _run(task: _Task) -> _Result | _Failure:
     try:
         function, args = pickle.loads(task.call)
         if task.process_group:
-            timeout = timedelta(seconds=GROUP_TIMEOUT_SECONDS)
+            timeout = timedelta(seconds=task.group_timeout)
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{task.rendezvous}",

@@ -301,3 +301,16 @@ def test_a_call_without_a_configuration_says_how_to_call() -> None:
     assert ended.returncode == 2
     assert "Usage: kfac-dist train" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_rank_that_has_lost_the_others_ends_though_it_waits_for_them() -> None:
+    program = (
+        "import time\n"
+        "from kfac_dist.cli import exits\n"
+        "from kfac_dist.errors import CollectiveError\n"
+        "exits.LAST_SECONDS = 0.1\n"
+        "exits.insist(CollectiveError('no answer from rank 1'))\n"
+        "time.sleep(60)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "error: no answer from rank 1\n")

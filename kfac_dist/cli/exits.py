@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ NOT_READY = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 1.0
+LAST_SECONDS = 10.0
+
+_said = threading.Event()
 
 
 @contextmanager
@@ -36,8 +40,32 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def insist(error: KFACError) -> None:
+    """End this process by an error soon, even if what it has to close first waits for ranks that are gone."""
+    timer = threading.Timer(LAST_SECONDS, _end, [error])
+    timer.daemon = True
+    timer.start()
+
+
+def _end(error: KFACError) -> None:
+    if not _said.is_set():
+        _say(error)
+    os._exit(USER_ERROR)
+
+
 def _report(error: KFACError) -> None:
+    """Print an error; among ranks, let the others do so, too."""
+    place = _say(error)
+    if place is not None and place.world_size > 1:
+        # A launcher ends all ranks once one has exited: each gets time to say why, and to exit with its own code.
+        # Ignored rather than handled, because Python drops its handlers before a process is really over.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(GRACE_SECONDS)
+
+
+def _say(error: KFACError) -> Place | None:
     """Print an error: once a host where its ranks must have the same one, else on each rank with its number."""
+    _said.set()
     place = _place()
     distributed = place is not None and place.world_size > 1
     same_everywhere = isinstance(error, ConfigError)
@@ -49,11 +77,7 @@ def _report(error: KFACError) -> None:
             # One write, so that ranks that share a terminal don't cut each other's lines.
             sys.stderr.write("".join(f"{label}: {line}\n" for line in str(error).splitlines()))
             sys.stderr.flush()
-    if distributed:
-        # A launcher ends all ranks once one has exited: each gets time to say why, and to exit with its own code.
-        # Ignored rather than handled, because Python drops its handlers before a process is really over.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(GRACE_SECONDS)
+    return place
 
 
 def leads() -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kfac_dist.cli.configuration import ConfigFile, Overrides, check_targets, load
-from kfac_dist.cli.exits import exit_codes, leads
+from kfac_dist.cli.exits import exit_codes, insist, leads
 from kfac_dist.cli.report import REPORT_FILE, write_page
 from kfac_dist.errors import ConfigError, KFACError
 from kfac_dist.launching import LauncherName, launch_command, overrides_in
@@ -40,7 +40,7 @@ def train(
             raise ConfigError("--live shows progress and --quiet hides it: leave one of them out")
         from kfac_dist.training.run import train as run
 
-        result = run(resolved, compare=compare, quiet=quiet, live=live)
+        result = run(resolved, compare=compare, quiet=quiet, live=live, on_lost=insist)
         if not quiet and result.preempted_at is None and leads():
             if find_spec("plotly") is None:
                 print(

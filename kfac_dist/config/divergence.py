@@ -13,8 +13,8 @@ class DivergenceConfig(Section):
     """What a run does about steps whose loss or gradients are not finite: all ranks skip them, and more if they go on.
 
     A skipped step's gradients count as zeros, and its statistics as never measured. At the next logged step the damping
-    of K-FAC is raised; later logged steps without a skip lower it again. Of a step that is taken, a rank may have to drop
-    statistics that aren't finite: the logged window counts as one with a skip.
+    of K-FAC is raised; later logged steps without a skip lower it again. Of a step that is taken, a rank may have to
+    drop statistics that aren't finite: the logged window counts as one with a skip.
 
     Attributes:
         skips: Steps skipped in a row, or logged windows in a row with dropped statistics, after which the run goes back

@@ -11,7 +11,7 @@ nothing is sent; a rank that stands still looks for a question once a tick.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -35,13 +35,22 @@ class Watch:
         rank: This rank.
         size: Number of ranks.
         tick_seconds: How long a rank stands still before it looks for a question.
+        on_lost: Told of a collective that has failed, once it is explained and before anything is taken down.
     """
 
-    def __init__(self, store: Store | None, rank: int, size: int, tick_seconds: float = TICK_SECONDS) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        rank: int,
+        size: int,
+        tick_seconds: float = TICK_SECONDS,
+        on_lost: Callable[[CollectiveError], object] | None = None,
+    ) -> None:
         self._store = None if store is None or size == 1 else PrefixStore("watch", store)
         self._rank = rank
         self._size = size
         self._tick = tick_seconds
+        self._on_lost = on_lost
         self._where = "starting"
         self._changed = True
         self._explained: CollectiveError | None = None
@@ -67,6 +76,8 @@ class Watch:
             if error is self._explained:
                 raise
             self._explained = CollectiveError(f"{error}{self._explanation()}")
+            if self._on_lost is not None:
+                self._on_lost(self._explained)
             raise self._explained from error
 
     def __enter__(self) -> Self:

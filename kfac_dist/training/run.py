@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from kfac_dist.config.schema import Config, OptimizerConfig, StepSolver
 from kfac_dist.distributed.bootstrap import World, bootstrap
 from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.distributed.watch import Watch
-from kfac_dist.errors import CheckpointError, ConfigError
+from kfac_dist.errors import CheckpointError, CollectiveError, ConfigError
 from kfac_dist.reporting.curves import Curve, draw_losses
 from kfac_dist.reporting.exporter import Exporter
 from kfac_dist.reporting.live import build_progress
@@ -85,7 +85,14 @@ class Session:
         return self.communicator.rank == 0
 
 
-def train(config: Config, *, compare: bool = False, quiet: bool = False, live: bool = False) -> TrainResult:
+def train(
+    config: Config,
+    *,
+    compare: bool = False,
+    quiet: bool = False,
+    live: bool = False,
+    on_lost: Callable[[CollectiveError], object] | None = None,
+) -> TrainResult:
     """Train as configured; called by every rank.
 
     Args:
@@ -93,11 +100,13 @@ def train(config: Config, *, compare: bool = False, quiet: bool = False, live: b
         compare: Train each optimizer under `compare` too, without K-FAC, on the same data from the same weights.
         quiet: Show no progress.
         live: Show progress as a view of its curves, phases and counts, where standard output is a terminal.
+        on_lost: Told at once that other ranks are gone or stand still; what is closed before this function raises may
+            wait for them.
 
     Raises:
         KFACError: The run can't start or go on; every rank raises.
     """
-    with _session(config, quiet=quiet, live=live) as session:
+    with _session(config, quiet=quiet, live=live, on_lost=on_lost) as session:
         directory = Path(config.run.directory) / config.run.name
         session.watch.at(f"preparing {directory}")
         with agreed(session.communicator, what=f"can't prepare {directory}"):
@@ -114,13 +123,15 @@ def train(config: Config, *, compare: bool = False, quiet: bool = False, live: b
 
 
 @contextmanager
-def _session(config: Config, *, quiet: bool, live: bool) -> Iterator[Session]:
+def _session(
+    config: Config, *, quiet: bool, live: bool, on_lost: Callable[[CollectiveError], object] | None
+) -> Iterator[Session]:
     with bootstrap(config.run.device, config.run.timeout_seconds) as world:
         communicator = build_communicator(config.run.timeout_seconds)
         progress = build_progress(rank=world.rank, quiet=quiet, live=live, run=config.run.name)
         progress.note(world.describe())
         try:
-            watch = Watch(world.store, world.rank, world.world_size)
+            watch = Watch(world.store, world.rank, world.world_size, on_lost=on_lost)
             with watch, watch.explaining(), _exporter(config, communicator) as exporter, StopSignals() as signals:
                 if exporter is not None:
                     progress.note(f"metrics at http://{exporter.address}/metrics")

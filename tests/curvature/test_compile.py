@@ -73,7 +73,6 @@ def given_compiled(model: nn.Module, backend: str) -> tuple[Call, nn.Module]:
     ("backend", "how", "late"),
     [
         ("eager", in_place, True),
-        ("eager", wrapped, True),
         ("eager", given_compiled, False),
         ("aot_eager", wrapped, True),
     ],

@@ -55,6 +55,14 @@ def test_what_a_rank_would_have_said_before_is_no_answer() -> None:
     assert "no answer from rank 1; waiting: rank 0 in step 36" in _said(asking)
 
 
+def test_the_innermost_context_tells_of_the_loss_once() -> None:
+    told: list[CollectiveError] = []
+    watch = Watch(None, 0, 1, on_lost=told.append)
+    with pytest.raises(CollectiveError) as caught, watch.explaining(), watch.explaining():
+        raise CollectiveError("all_reduce failed")
+    assert told == [caught.value]
+
+
 def test_alone_nothing_is_added() -> None:
     assert _said(Watch(None, 0, 1)) == "all_reduce failed"
 

@@ -183,7 +183,7 @@ def _outcome_on_rank(directory: str, case: dict[str, Any]) -> str:
 def test_a_rank_that_fails_late_says_why_and_the_others_that_it_has_left(
     tmp_path: Path, case: dict[str, Any], said: str
 ) -> None:
-    outcomes = run_ranks(WORLD_SIZE, _outcome_on_rank, str(tmp_path), case)
+    outcomes = run_ranks(WORLD_SIZE, _outcome_on_rank, str(tmp_path), case, group_timeout=8.0)
     assert any(re.search(said, outcome) for outcome in outcomes), outcomes
     for outcome in outcomes:
         assert re.search(said, outcome) or re.match(r"CollectiveError: ", outcome), outcomes
