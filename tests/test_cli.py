@@ -90,7 +90,7 @@ def test_train_hands_over_a_resolved_configuration(run_file: str, recorder: Reco
     code, _ = invoke("train", run_file, "train.steps=7", "--compare", "--quiet", "--name", "other", "--resume", "auto")
 
     assert code == 0
-    assert recorder.options == {"compare": True, "quiet": True, "live": False}
+    assert recorder.options == {"compare": True, "quiet": True, "live": False, "on_lost": exits.insist}
     assert recorder.config is not None
     assert (recorder.config.run.name, recorder.config.train.steps) == ("other", 7)
     assert recorder.config.checkpoint.resume == "auto"
