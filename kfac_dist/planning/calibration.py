@@ -33,7 +33,7 @@ from kfac_dist.planning.fixed_costs import fixed_costs
 from kfac_dist.planning.hardware import Hardware, Link
 
 _DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
-_REPEATS = (3, 15)
+_REPEATS = (3, 9)
 _SOLVERS = (Solver.CHOLESKY, Solver.EIGEN)
 # Matrices of a batch, from which follows what each further one costs.
 _BATCH = 4
@@ -214,13 +214,11 @@ def copy(nbytes: float, device: torch.device) -> Callable[[], object]:
 
 
 def solving(n: int, batch: int, solver: Solver, device: torch.device) -> Callable[[], object]:
-    """Return a batch of inverses, as a refresh asks for them."""
+    """Return a batch of inverses, as a refresh asks for them; what each block takes besides is a fixed cost."""
     rows = torch.randn(batch, 2 * n, n, device=device)
     sums = rows.mT @ rows / (2 * n)
-    tasks = [
-        Task(Unit(f"trial.{i}", Side.A, 0, 0, n, 1, FactorKind.DENSE), sums[i : i + 1], 0.1, None) for i in range(batch)
-    ]
-    return lambda: solve(tasks, solver, {})
+    task = Task(Unit("trial", Side.A, 0, 0, n, batch, FactorKind.DENSE), sums, 0.1, None)
+    return lambda: solve([task], solver, {})
 
 
 def crowding(
