@@ -5,7 +5,7 @@ steps beside bare SGD steps, in turn: ordinary ones, those that measure, and tho
 kind adds is the difference of lower quartiles, as in the calibration: what else the machine does only adds. A mean step
 at intervals 10/100 follows from the three. The planner is asked for the same; the error is predicted / measured − 1.
 
-    python -m benchmarks.prediction [--ranks 1 2 4] [--rounds 5] [--out FILE]
+    python -m benchmarks.prediction [--ranks 1 2 4] [--rounds 5] [--out FILE]     replaces the rows of these ranks
     python -m benchmarks.prediction --again         after a change of the cost model: what was measured stays
 """
 
@@ -246,8 +246,7 @@ def main() -> None:
     if arguments.again:
         again(arguments.out)
         return
-    rows: list[dict[str, Any]] = []
-    machines = {}
+    rows, machines = others(arguments.out, arguments.ranks)
     for size in arguments.ranks:
         with tempfile.TemporaryDirectory() as directory:
             found = Path(directory) / "found.json"
@@ -260,8 +259,16 @@ def main() -> None:
     print(arguments.out)
 
 
+def others(out: Path, ranks: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return what a file has of other numbers of ranks: a call replaces its own."""
+    known = json.loads(out.read_text())["results"] if out.exists() else {"cases": [], "calibrations": {}}
+    machines = {size: found for size, found in known["calibrations"].items() if int(size) not in ranks}
+    return [row for row in known["cases"] if row["ranks"] not in ranks], machines
+
+
 def save(rows: list[dict[str, Any]], machines: dict[str, Any], rounds: int, out: Path) -> None:
     """Write what is known so far."""
+    rows = sorted(rows, key=lambda row: row["ranks"])
     errors = sorted(abs(row["error"]) for row in rows)
     summary = {
         "cases": len(rows),
