@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 
 import torch
 
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.naming import name_ranks
-from kfac_dist.errors import KFACError, PlanMismatchError
+from kfac_dist.errors import CollectiveError, KFACError, PlanMismatchError
 
 
 def plan_digest(rows: Sequence[tuple[str, str]]) -> str:
@@ -58,22 +59,43 @@ def any_rank(comm: Communicator, flag: bool) -> bool:
     return bool(votes.item())
 
 
-def fail_together(comm: Communicator, failure: KFACError | None) -> None:
+@contextmanager
+def caught(describe: Callable[[Exception], KFACError]) -> Iterator[list[KFACError]]:
+    """Keep a block's failure for `fail_together`, in a list that is empty if there is none.
+
+    Args:
+        describe: Makes of any other exception one that the user can read.
+
+    Raises:
+        CollectiveError: The ranks have lost each other: there is nothing left to agree on.
+    """
+    found: list[KFACError] = []
+    try:
+        yield found
+    except CollectiveError:
+        raise
+    except KFACError as error:
+        found.append(error)
+    except Exception as error:  # whatever it is, the other ranks must hear of it before this one leaves
+        found.append(describe(error))
+        found[0].__cause__ = error
+
+
+def fail_together(comm: Communicator, found: Sequence[KFACError]) -> None:
     """Raise on every rank if a rank has failed, before anyone waits for one that has left; collective.
 
     Args:
         comm: The ranks.
-        failure: What has failed on this rank, if anything.
+        found: What has failed on this rank, if anything; see `caught`.
 
     Raises:
         KFACError: On a rank that failed its own, on the others one of the same kind that names the rank.
     """
-    failures = comm.gather_objects((type(failure), str(failure)) if failure else None, label="agreement")
-    if failure:
-        raise failure
-    for rank, other in enumerate(failures):
-        if other is not None:
-            kind, message = other
+    failures = comm.gather_objects([(type(failure), str(failure)) for failure in found], label="agreement")
+    if found:
+        raise found[0]
+    for rank, others in enumerate(failures):
+        for kind, message in others:
             raise kind(f"rank {rank}: {message}")
 
 

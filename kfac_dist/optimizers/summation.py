@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from kfac_dist.distributed.agreement import fail_together
+from kfac_dist.distributed.agreement import caught, fail_together
 from kfac_dist.distributed.communicator import Communicator
-from kfac_dist.errors import CollectiveError, KFACError, ModelError
+from kfac_dist.errors import KFACError, ModelError
 
 
 @contextmanager
@@ -32,18 +32,14 @@ def summed(numbers: Tensor, communicator: Communicator, *, label: str) -> Iterat
     Raises:
         KFACError: The block failed on a rank: on that rank its own error, on the others one that names the rank.
     """
-    failure: KFACError | None = None
-    try:
+    with caught(_failed) as found:
         yield
-    except CollectiveError:
-        raise  # the ranks have lost each other: there is nothing left to agree on
-    except KFACError as error:
-        failure = error
-    except Exception as error:  # whatever it is, the other ranks must hear of it before this one leaves
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        failure = ModelError(f"a pass over the step's batch that kfac.solver repeats failed: {reason}")
-        failure.__cause__ = error
-    numbers[-1] = float(failure is not None)
+    numbers[-1] = float(bool(found))
     communicator.all_reduce(numbers, label=label).wait()
     if numbers[-1] > 0:
-        fail_together(communicator, failure)
+        fail_together(communicator, found)
+
+
+def _failed(error: Exception) -> KFACError:
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return ModelError(f"a pass over the step's batch that kfac.solver repeats failed: {reason}")

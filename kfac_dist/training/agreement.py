@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kfac_dist.distributed.agreement import fail_together
+from kfac_dist.distributed.agreement import caught, fail_together
 from kfac_dist.distributed.communicator import Communicator
-from kfac_dist.errors import CollectiveError, KFACError
+from kfac_dist.errors import KFACError
 
 
 @contextmanager
@@ -22,15 +22,11 @@ def agreed(communicator: Communicator, error_type: type[KFACError] = KFACError, 
     Raises:
         KFACError: The block failed on a rank: on that rank its own error, on the others one that names the rank.
     """
-    failure: KFACError | None = None
-    try:
-        yield
-    except CollectiveError:
-        raise  # the ranks have lost each other: there is nothing left to agree on
-    except KFACError as error:
-        failure = error
-    except Exception as error:  # whatever it is, the other ranks must hear of it before this one leaves
+
+    def failed(error: Exception) -> KFACError:
         reason = str(error).strip() or type(error).__name__
-        failure = error_type(f"{what}: {reason}" if what else f"{type(error).__name__}: {reason}")
-        failure.__cause__ = error
-    fail_together(communicator, failure)
+        return error_type(f"{what}: {reason}" if what else f"{type(error).__name__}: {reason}")
+
+    with caught(failed) as found:
+        yield
+    fail_together(communicator, found)

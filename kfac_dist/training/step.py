@@ -20,6 +20,9 @@ from kfac_dist.training.setup import Parts
 from kfac_dist.training.terms import TermCounts as TermCounts
 from kfac_dist.training.window import Window
 
+# Of the collectives by which an engine averages gradients; K-FAC sends gradients of its own.
+AVERAGING = "averaged gradients"
+
 
 class Passes:
     """Runs the passes of a run's steps.
@@ -56,7 +59,7 @@ class Passes:
             with self._parts.engine.synchronize(last):
                 self._forward_backward(micro, terms, counts.everywhere / self._communicator.size, last, where)
         if self._averaging_bytes:  # the engine's own collectives, counted as one
-            self._communicator.traffic.count("gradients", self._averaging_bytes)
+            self._communicator.traffic.count(AVERAGING, self._averaging_bytes)
         return counts
 
     def figures(self) -> dict[str, float]:

@@ -104,7 +104,7 @@ def _compare(found: dict[tuple[str, str], float], record: dict[str, Any]) -> Non
         assert found[f"kfac_dist_{name}", ""] == record[key]
     sent = {content: value for (name, content), value in found.items() if name == "kfac_dist_bytes_sent_total"}
     assert sent["loss"] > 0, "the loop's own collectives are among them"
-    assert sent["gradients"] == record["step"] * all_reduce_bytes(4 * VALUES, 2), "and DDP's"
+    assert sent["averaged gradients"] == record["step"] * all_reduce_bytes(4 * VALUES, 2), "and DDP's"
     # What is sent at the start, such as plans to compare, goes by the same words in both.
     assert 0 < sum(sent[content] for content in KFACS_OWN) < record["kfac/bytes_sent"] < sum(sent.values())
 
