@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +158,15 @@ class LossScaleWatch:
         accumulated = found is not None and passes > 1 and abs(found * passes - 1) < TOLERANCE
         if problem is not None and not accumulated:
             warnings.warn(problem[1], stacklevel=2)
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Return a context in which nothing is looked at, forward or back, however it ends."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
 
     def stop(self) -> None:
         """Take the hook off the model."""

@@ -156,11 +156,12 @@ class Measurement:
     def paused(self) -> Iterator[None]:
         """Return a context whose forward and backward passes are not measured."""
         before = self._capture.paused
-        self._capture.paused = self._scale.paused = True
+        self._capture.paused = True
         try:
-            yield
+            with self._scale.unwatched():
+                yield
         finally:
-            self._capture.paused = self._scale.paused = before
+            self._capture.paused = before
 
     def fisher_backward(self, outputs: Tensor) -> None:
         """Measure by K-FAC's own passes from the model's outputs, if the Fisher needs them and this step measures."""
@@ -191,14 +192,12 @@ class Measurement:
             block.measure(uses, micro, sink, sides)
             self._neighbours.measure(block, uses, micro, sink, sides)
 
-        before, self._scale.paused = self._scale.paused, True
-        with self._phases(Phase.STATISTICS):
+        with self._scale.unwatched(), self._phases(Phase.STATISTICS):
             if self._drawn is not None and self._factors:
                 per_token = self._config.loss_terms is LossTerms.TOKEN
                 terms = self._positions if per_token else float(outputs.shape[0])
                 self._drawn.add(outputs, self._drawn_labels(outputs, micro.first_sample), terms)
             self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
-        self._scale.paused = before
         self._went_back = True
         if self._last and self._factors:
             for block in self._blocks:

@@ -251,3 +251,20 @@ def test_steps_that_show_nothing_postpone_the_question_three_times_at_most() -> 
         mean(model(torch.randn(SAMPLES, FEATURES))[0], 1).backward()
         kfac.step()
     assert watch.over
+
+
+def test_a_pass_of_its_own_that_fails_leaves_the_watch_on() -> None:
+    model = nn.Linear(FEATURES, CLASSES)
+    config = {"curvature": {"fisher": "mc", "likelihood": "categorical"}, "update": {"kl_clip": None}}
+    kfac = KFAC(model, config)
+    outputs = model(torch.randn(SAMPLES, FEATURES))
+    handle = outputs.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        kfac.fisher_backward(outputs)
+    handle.remove()
+    outputs = model(torch.randn(SAMPLES, FEATURES))
+    kfac.fisher_backward(outputs)
+    cross_entropy(outputs, reduction="sum").backward()
+    with pytest.raises(ModelError, match="the loss is a sum"):
+        kfac.step()
+    kfac.remove()
