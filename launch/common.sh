@@ -15,11 +15,13 @@ show_help() {
   exit 0
 }
 
-# The configuration comes first; a typo of an option must not be taken for it.
+# The configuration comes first, a file or a shipped run's name, which only the ranks can look up; a typo of an option must
+# not be taken for it.
 check_config() {
-  [[ $# -gt 0 ]] || fail "give a configuration first, such as configs/digits_autoencoder.yaml (--help says more)"
+  [[ $# -gt 0 ]] || fail "give a configuration first, such as configs/digits_autoencoder.yaml, or the name of a shipped" \
+    "one, such as digits_autoencoder (--help says more)"
   [[ $1 != -* ]] || fail "found '$1', expected a configuration first; options follow it (--help says more)"
-  [[ -f $1 ]] || fail "$1: no such file"
+  [[ -f $1 || $1 =~ ^[a-z0-9_]+(\.[0-9]+[a-z0-9_]*)?$ ]] || fail "$1: no such file"
 }
 
 # need_value OPTION COUNT: COUNT arguments are left, OPTION among them.

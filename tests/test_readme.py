@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 import kfac_dist
 from kfac_dist.cli import app
 from kfac_dist.config import schema
+from kfac_dist.config.commented import commented_yaml
 from kfac_dist.config.schema import CGConfig, EngineConfig, KFACConfig, NewtonConfig
+from kfac_dist.config.shipped import shipped_file
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -128,6 +130,7 @@ LAUNCHES = sorted(set(LAUNCH.findall("\n".join(blocks("sh")))))
 def test_launch_commands_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     for folder in ("launch", "configs"):
         (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "mine.yaml").write_text(commented_yaml(shipped_file("digits_autoencoder"), Path("mine.yaml")))
     (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
     (tmp_path / "mpirun").write_text("#!/bin/sh\n")  # where none is installed: it only says its version
     (tmp_path / "mpirun").chmod(0o755)

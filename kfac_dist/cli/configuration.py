@@ -16,7 +16,12 @@ from kfac_dist.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run, such as configs/*.yaml.")]
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="YAML file of the run, or the name of a shipped one (kfac-dist init --list)."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's: kfac.inversion.damping=0.01"),

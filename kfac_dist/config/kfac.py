@@ -28,6 +28,10 @@ class KFACConfig(Section):
     `solver` says who finds the step. Where it isn't a first-order optimizer, the trust region of the direct step has
     no say: `update.kl_clip` is then null. Under `newton` statistics are measured every step and inverted every 20, and
     `curvature.decay_ramp` is on, unless the sections say otherwise.
+
+    Attributes:
+        enabled: Whether K-FAC is used at all.
+        solver: Who finds the step: the optimizer from the preconditioned gradient, or a solver of K-FAC's.
     """
 
     enabled: Flag = True

@@ -6,7 +6,6 @@ train.steps=100              an override: as if it were written in a last file
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from kfac_dist.config.document import Document, Dumper, parse, parse_override, show
 from kfac_dist.config.explain import config_error
 from kfac_dist.config.schema import Config
+from kfac_dist.config.shipped import find_config, meant
 from kfac_dist.errors import ConfigError
 
 
@@ -23,14 +23,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, top: Iterabl
     """Read, merge and check a run's configuration.
 
     Args:
-        path: A YAML file.
+        path: A YAML file, or the name of a shipped run.
         overrides: `section.key=value`, each value as YAML; later ones win.
         top: Documents that win over everything else, such as a command's own options.
 
     Raises:
         ConfigError: One line for each mistake: place, dotted path, value found, values allowed.
     """
-    return merged(_read(Path(path), ()), overrides, top=top)
+    return merged(read_document(find_config(Path(path))), overrides, top=top)
 
 
 def merged(document: Document, overrides: Sequence[str] = (), *, top: Iterable[Document] = ()) -> Config:
@@ -69,6 +69,15 @@ def dump_yaml(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def read_document(path: Path) -> Document:
+    """Read a file on top of what it includes, unchecked.
+
+    Raises:
+        ConfigError: A file can't be read, or is no YAML that a configuration can be.
+    """
+    return _read(path, ())
+
+
 def _read(path: Path, including: tuple[Path, ...], included_at: str = "") -> Document:
     """Read one file on top of what it includes; `including` are the files that led here."""
     if path.resolve() in [file.resolve() for file in including]:
@@ -93,10 +102,7 @@ def _text(path: Path, included_at: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        siblings = [str(file) for file in sorted(path.parent.glob("*.y*ml"))]
-        close = difflib.get_close_matches(str(path), siblings, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"{included_at}{path}: no such file{hint}") from None
+        raise ConfigError(f"{included_at}{path}: no such file{meant(path)}") from None
     except OSError as error:
         raise ConfigError(f"{included_at}{path}: can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -38,7 +38,12 @@ class LossName(StrEnum):
 
 
 class LossConfig(Section):
-    """The loss; K-FAC takes its likelihood and its terms from here."""
+    """The loss; K-FAC takes its likelihood and its terms from here.
+
+    Attributes:
+        name: Which one.
+        ignore_index: Label of terms that don't count.
+    """
 
     name: LossName
     ignore_index: Annotated[int, Field(strict=True)] = -100

@@ -31,6 +31,14 @@ class Schedule(Section):
     """A scalar as a function of the optimizer step.
 
     A bare number in YAML means a constant. With `steps` unset the schedule spans the whole run.
+
+    Attributes:
+        value: Its value once the warm-up is over.
+        kind: How it moves from there.
+        final: Where it ends; not of a constant.
+        steps: Step at which it gets there; by default the run's last.
+        warmup_steps: Steps that it takes to come to `value`.
+        warmup_from: Where the warm-up begins.
     """
 
     value: Positive

@@ -70,7 +70,12 @@ from kfac_dist.config.update import UpdateConfig as UpdateConfig
 
 
 class Target(Section):
-    """A shipped name, or `package.module:callable`, with its keyword arguments."""
+    """A shipped name, or `package.module:callable`, with its keyword arguments.
+
+    Attributes:
+        name: The name. Code that it names is imported, and is called when the model or the data is built.
+        args: The callable's keyword arguments.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     args: dict[str, Any] = Field(default_factory=dict)
@@ -82,7 +87,15 @@ class Target(Section):
 
 
 class RunConfig(Section):
-    """Name, seed and place of a run; its files go to `directory/name`."""
+    """Name, seed and place of a run; its files go to `directory/name`.
+
+    Attributes:
+        name: Of the run, and of the folder of its files.
+        directory: Where that folder is.
+        seed: Of the initial weights, of the batches and of everything else that is drawn.
+        device: What computes; `auto` is a GPU for each rank where PyTorch finds them, else the CPU.
+        timeout_seconds: How long ranks wait for each other before they give up.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     directory: str = "runs"
@@ -92,7 +105,22 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """A whole run.
+
+    Attributes:
+        run: Name, seed and place.
+        model: What is trained: a shipped model, or your own as package.module:callable.
+        data: What it is trained on: shipped data, or your own as package.module:callable.
+        loss: The loss; K-FAC takes its likelihood from it.
+        optimizer: The first-order optimizer that takes the step; none where a solver of K-FAC's finds the whole step.
+        kfac: What K-FAC measures, inverts and does with the result.
+        engine: How the model's parameters are distributed over the ranks.
+        train: Length, batches and evaluation.
+        checkpoint: When to save, how many to keep, and what to start from.
+        metrics: What is measured beside losses, and who may read it while the run trains.
+        game: Two players instead of one model.
+        compare: Optimizers that `--compare` trains beside K-FAC, by name, from the same weights on the same data.
+    """
 
     run: RunConfig
     model: Target

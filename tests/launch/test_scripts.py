@@ -140,6 +140,14 @@ def test_what_is_set_for_the_network_reaches_other_nodes(tmp_path: Path) -> None
     assert r" env OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=eth1\ eth2 NCCL_SOCKET_IFNAME=eth1 " in by_deepspeed.stdout
 
 
+def test_a_shipped_run_is_passed_on_by_its_name() -> None:
+    for name in ("byte_gpt", "gpt_1.3b"):
+        ended = run("torchrun.sh", name, "--dry-run")
+
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout.endswith(f"-m kfac_dist train {name}\n")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_head_of_the_script(script: str) -> None:
     ended = run(script, "--help")
