@@ -21,12 +21,13 @@ MODULES = {file.relative_to(ROOT).as_posix(): file for file in sorted(PACKAGE.rg
 # here where it belongs.
 MAY_IMPORT = {
     "errors": set(),
+    "hooks": set(),
     "inputs": set(),
     "config": {"errors"},
-    "curvature": {"config", "errors", "inputs"},
+    "curvature": {"config", "errors", "hooks", "inputs"},
     "distributed": {"config", "errors"},
     "engines": {"config", "distributed", "errors"},
-    "preconditioner": {"config", "curvature", "distributed", "engines", "errors"},
+    "preconditioner": {"config", "curvature", "distributed", "engines", "errors", "hooks"},
     "optimizers": {"config", "distributed", "engines", "errors", "inputs", "preconditioner"},
     "tasks": {"config", "errors"},
     "reporting": {"config", "errors"},
@@ -55,7 +56,17 @@ MAY_IMPORT = {
         "training",
         "__init__",
     },
-    "planning": {"config", "curvature", "distributed", "engines", "errors", "inputs", "preconditioner", "tasks"},
+    "planning": {
+        "config",
+        "curvature",
+        "distributed",
+        "engines",
+        "errors",
+        "hooks",
+        "inputs",
+        "preconditioner",
+        "tasks",
+    },
     "launching": {"errors"},
     "slurm": {"config", "errors", "reporting", "training"},
     "cli": {
@@ -73,7 +84,7 @@ MAY_IMPORT = {
         "tasks",
         "training",
     },
-    "integrations": {"config", "preconditioner"},
+    "integrations": {"config", "hooks", "preconditioner"},
     "__main__": {"cli"},
     "__init__": {"config", "errors", "preconditioner"},
 }

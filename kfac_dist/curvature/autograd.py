@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -31,6 +32,20 @@ def below_view(
         return own if arrange is None else arrange(own)
 
     return base, view
+
+
+def compile_anew() -> None:
+    """Have torch.compile see that modules have hooks now.
+
+    What was compiled before the hooks were there would never run them, nor would what was compiled for a copy without
+    hooks: by default, compiled code is not asked whether a module had some.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return
+    config = torch._dynamo.config
+    if hasattr(config, "skip_nnmodule_hook_guards"):
+        config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()
 
 
 def in_backward() -> bool:

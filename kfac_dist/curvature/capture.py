@@ -20,7 +20,6 @@ ever computed for them, so nothing has to be thrown away. They hold inputs from 
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from kfac_dist.curvature.autograd import below_view, checkpointed_region, in_backward
+from kfac_dist.curvature.autograd import below_view, checkpointed_region, compile_anew, in_backward
 from kfac_dist.curvature.blocks import Block, Use
 from kfac_dist.curvature.blocks.uses import Handle
 from kfac_dist.curvature.broadcast import Samples, consumers_of, expand, samples_of
 from kfac_dist.errors import ModelError
+from kfac_dist.hooks import after_forward, before_forward
 
 _NO_FULL_GRAPH = (
     "K-FAC measures a layer between two compiled pieces of the model: leave out fullgraph=True, or compile only "
@@ -159,12 +159,11 @@ class Capture:
         self._pending: dict[str, _Pending] = {block.name: _Pending() for block in blocks}
         self._blocks = {block.name: block for block in blocks}
         self._handles: list[Handle] = [
-            model.register_forward_pre_hook(self._forward_begins, with_kwargs=True),
-            model.register_forward_hook(self._forward_ended),
+            before_forward(model, self._forward_begins, with_kwargs=True),
+            after_forward(model, self._forward_ended),
             *(handle for block in blocks for handle in block.watch(_Recorder(self, block))),
         ]
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # what was compiled before the hooks were there would never run them
+        compile_anew()
 
     def remove(self) -> None:
         """Take every hook off the model."""

@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kfac_dist.hooks import after_forward, before_forward
 from kfac_dist.inputs import Inputs, call
 
 # The derivative jumps, or, of elu, the second one does.
@@ -180,8 +181,8 @@ class _Watch(TorchDispatchMode):
         handles = []
         for name, module in self._module.named_modules():
             place = (name, type(module).__name__)
-            handles.append(module.register_forward_pre_hook(lambda *_, place=place: self._stack.append(place)))
-            handles.append(module.register_forward_hook(lambda *_: self._left(), always_call=True))
+            handles.append(before_forward(module, lambda *_, place=place: self._stack.append(place)))
+            handles.append(after_forward(module, lambda *_: self._left(), always_call=True))
         try:
             yield
         finally:

@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import KFACConfig, LossTerms
+from kfac_dist.hooks import HookHandle, before_forward
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.state_file import load_kfac, save_kfac
 
@@ -63,7 +64,7 @@ class KFACCallback(TrainerCallback):
         self.kfac: KFAC | None = None
         self._trainer = trainer
         self._config = parse_kfac(config)
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._hook: HookHandle | None = None
         self._micro_batch = 0
 
     def on_train_begin(
@@ -84,7 +85,7 @@ class KFACCallback(TrainerCallback):
         if state.global_step and file.exists():
             load_kfac(self.kfac, file)
         # Prepended: K-FAC's own hooks must know of the micro-batch already.
-        self._hook = wrapped.register_forward_pre_hook(self._describe, prepend=True, with_kwargs=True)
+        self._hook = before_forward(wrapped, self._describe, prepend=True, with_kwargs=True)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -15,6 +15,7 @@ from kfac_dist.config.schema import Sharing, Target
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.factors import Side
 from kfac_dist.errors import KFACError
+from kfac_dist.hooks import after_forward
 from kfac_dist.inputs import Inputs, call, each, is_inputs, tensors
 from kfac_dist.tasks import build_data
 
@@ -49,7 +50,7 @@ def rows_of(model: nn.Module, blocks: Sequence[Block], inputs: Inputs) -> dict[s
     seen: defaultdict[str, float] = defaultdict(float)
     samples = len(next(iter(tensors(inputs).values())))
     handles = [
-        module.register_forward_hook(lambda _m, _a, output, block=block: _count(block, output, samples, seen))
+        after_forward(module, lambda _m, _a, output, block=block: _count(block, output, samples, seen))
         for block in blocks
         for module in block.modules
     ]

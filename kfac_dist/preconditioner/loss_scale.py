@@ -22,6 +22,7 @@ from kfac_dist.curvature.blocks import MicroBatch
 from kfac_dist.curvature.scale import gradient_scale
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import ModelError
+from kfac_dist.hooks import HookHandle, after_forward
 
 # How far from 1 a scale may be: more than half-precision outputs round, less than what any wrong count makes.
 TOLERANCE = 0.04
@@ -114,7 +115,7 @@ class LossScaleWatch:
         self._seen: tuple[Tensor, Tensor, MicroBatch] | None = None
         self._watching = False
         self._unseen = 0
-        self._handle: torch.utils.hooks.RemovableHandle | None = model.register_forward_hook(self._forward_ran)
+        self._handle: HookHandle | None = after_forward(model, self._forward_ran)
 
     @property
     def over(self) -> bool:

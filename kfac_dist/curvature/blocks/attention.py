@@ -25,6 +25,7 @@ from kfac_dist.curvature.blocks.base import KroneckerBlock, dense, weight_and_bi
 from kfac_dist.curvature.blocks.rows import batch_first
 from kfac_dist.curvature.blocks.uses import Handle, Recorder
 from kfac_dist.curvature.factors import Side
+from kfac_dist.hooks import after_forward, before_forward
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,8 @@ class _Calls:
         if len(self._watchers) > 1:
             return [_Watcher(self._watchers, watcher)]
         return [
-            self._module.register_forward_pre_hook(self._begins),
-            self._module.register_forward_hook(self._ended, always_call=True),
+            before_forward(self._module, self._begins),
+            after_forward(self._module, self._ended, always_call=True),
             _Watcher(self._watchers, watcher),
         ]
 

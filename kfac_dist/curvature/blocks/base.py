@@ -20,6 +20,7 @@ from kfac_dist.curvature.blocks.uses import Handle, Recorder, Use
 from kfac_dist.curvature.classes import Members
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Heads, Side
 from kfac_dist.errors import ModelError
+from kfac_dist.hooks import after_forward
 
 
 class StatisticsSink(Protocol):
@@ -91,7 +92,7 @@ class Block(ABC):
             inputs = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
             return recorder.record(inputs, output, source=module)
 
-        return [module.register_forward_hook(ran, with_kwargs=True, always_call=True) for module in self.modules]
+        return [after_forward(module, ran, with_kwargs=True, always_call=True) for module in self.modules]
 
     def kept(self, inputs: Tensor) -> Tensor:
         """Return the input as autograd keeps it for the layer's own backward, which under autocast may be a cast copy.
