@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kfac_dist.config.section import Count, CountOrZero, Flag, NonNegative, Section
+from kfac_dist.config.section import Count, CountOrZero, FilePath, Flag, NonNegative, Section
 
 
 class CheckpointConfig(Section):
@@ -22,4 +22,4 @@ class CheckpointConfig(Section):
     every_minutes: NonNegative = 0.0
     asynchronous: Flag = True
     keep: Count = 2
-    resume: str = "never"
+    resume: FilePath = "never"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kfac_dist.config.section import Count, CountOrZero, Section
+from kfac_dist.config.section import MOST, Count, CountOrZero, Section
 
 
 class DivergenceConfig(Section):
@@ -24,5 +24,5 @@ class DivergenceConfig(Section):
     """
 
     skips: Count = 10
-    damping_factor: Annotated[float, Field(ge=1, strict=True, allow_inf_nan=False)] = 10.0
+    damping_factor: Annotated[float, Field(ge=1, le=MOST, strict=True, allow_inf_nan=False)] = 10.0
     rollbacks: CountOrZero = 2

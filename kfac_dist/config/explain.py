@@ -8,44 +8,65 @@ import re
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from kfac_dist.config.document import Document, Place, dotted, plain_value, show
+from kfac_dist.config.document import MOST_PROBLEMS, Document, Place, dotted, plain_value, show, told
 from kfac_dist.config.fields import Allowed, Path, all_paths, allowed_at
+from kfac_dist.config.section import MOST, MOST_COUNT
 from kfac_dist.config.spelling import did_you_mean
 from kfac_dist.errors import ConfigError
-
-MOST = 10
 
 
 def config_error(error: ValidationError, document: Document) -> ConfigError:
     """Gather what pydantic found into one error with a line for each mistake, in the order of the file."""
-    lines: dict[Path, tuple[Place, str]] = {}
+    found: dict[Path, tuple[Place, ErrorDetails]] = {}
     for detail in error.errors():
-        path, line = _explain(detail, document)
-        # A union reports each of its members: one line serves all.
-        lines.setdefault(path, (document.place(path), line))
-    ordered = [f"{place}: {line}" for place, line in sorted(lines.values(), key=lambda entry: entry[0])]
-    if len(ordered) > MOST:
-        ordered[MOST:] = [f"… and {len(ordered) - MOST} more"]
-    return ConfigError("\n".join(ordered))
+        path = _path(detail, document)
+        # A union reports each of its members: one line serves all, that of a number out of bounds if there is one.
+        if path not in found or _beyond(detail):
+            found[path] = (document.place(path), detail)
+    ordered = sorted(found.items(), key=lambda entry: entry[1][0])
+    # What nobody reads isn't explained: a file may have thousands of unknown keys.
+    lines = [f"{place}: {_explain(path, detail)}" for path, (place, detail) in ordered[:MOST_PROBLEMS]]
+    return ConfigError(told(lines, len(ordered)))
 
 
-def _explain(detail: ErrorDetails, document: Document) -> tuple[Path, str]:
+def _path(detail: ErrorDetails, document: Document) -> Path:
+    """The key that a mistake is told of."""
     path = _schema_path(detail["loc"])
+    return _blamed(_message(detail), path, document) if detail["type"] == "value_error" else path
+
+
+def _message(detail: ErrorDetails) -> str:
+    return detail["msg"].removeprefix("Value error, ")
+
+
+def _explain(path: Path, detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
-        return path, f"{dotted(path)}: unknown key{_meant_key(path)}"
+        return f"{dotted(path)}: unknown key{_meant_key(path)}"
     if detail["type"] == "value_error":
-        message = detail["msg"].removeprefix("Value error, ")
-        path = _blamed(message, path, document)
+        message = _message(detail)
         word = message.split(maxsplit=1)[0]
         if dotted(path).endswith(word):
-            return path, dotted(path) + message.removeprefix(word)
-        return path, f"{dotted(path)}: {message}" if path else message
+            return dotted(path) + message.removeprefix(word)
+        return f"{dotted(path)}: {message}" if path else message
     allowed = allowed_at(path)
     expected = "" if allowed is None else f"expected {allowed}"
     if detail["type"] == "missing":
-        return path, f"{dotted(path)}: missing; {expected}"
+        return f"{dotted(path)}: missing; {expected}"
     found = detail["input"]
-    return path, f"{dotted(path)}: found {show(found)}, {expected}{_meant_value(found, allowed)}"
+    return f"{dotted(path)}: found {show(found)}, {expected}{_beyond(detail)}{_meant_value(found, allowed)}"
+
+
+def _beyond(detail: ErrorDetails) -> str:
+    """Return the bound that was reached, if it is one that a description leaves out."""
+    bounds = detail.get("ctx", {})
+    match detail["type"]:
+        case "less_than_equal" if bounds["le"] in (MOST, MOST_COUNT):
+            return f", at most {bounds['le']:,}" if bounds["le"] == MOST_COUNT else f", at most {MOST:g}"
+        case "greater_than_equal" if bounds["ge"] == -MOST_COUNT:
+            return f", at least {-MOST_COUNT:,}"
+        case "string_too_long":
+            return f", at most {bounds['max_length']} characters"
+    return ""
 
 
 def _schema_path(loc: tuple[int | str, ...]) -> Path:

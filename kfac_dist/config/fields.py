@@ -15,8 +15,11 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from kfac_dist.config.schema import Config, Schedule, Section, Target
+from kfac_dist.config.section import MOST, MOST_COUNT
 
 Path = tuple[str | int, ...]
+# Bounds that only a slip or malice reaches.
+_BEYOND_USE = (MOST, MOST_COUNT, -MOST_COUNT)
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,8 @@ def _number(allowed: Allowed) -> str:
     bounds = []
     for constraint in allowed.constraints:
         match constraint:
+            case annotated_types.Ge(ge=bound) | annotated_types.Le(le=bound) if bound in _BEYOND_USE:
+                continue  # told to those who reach them
             case annotated_types.Gt(gt=bound):
                 bounds.append(f"> {bound:g}")
             case annotated_types.Ge(ge=bound):

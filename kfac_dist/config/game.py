@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -46,7 +46,7 @@ class GameConfig(Section):
     align: Flag = False
     discriminator: DiscriminatorConfig = Field(default_factory=DiscriminatorConfig)
     score_samples: Count = 1000
-    grid: Count = 8
+    grid: Annotated[int, Field(ge=1, le=100, strict=True)] = 8
 
     def without_damping(self) -> Self:
         """Return the same game for players without K-FAC."""

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from kfac_dist.config.curvature import DType
 from kfac_dist.config.schedules import Damping, Schedule
-from kfac_dist.config.section import Count, CountOrZero, Flag, Fraction, Section
+from kfac_dist.config.section import MOST, Count, CountOrZero, Flag, Fraction, Section
 from kfac_dist.config.splits import SplitConfig, refuse_idle
 
 
@@ -41,9 +41,9 @@ class AdaptConfig(Section):
     """
 
     every: Count = 10
-    rate: Annotated[float, Field(gt=1, strict=True, allow_inf_nan=False)] = 1.5
+    rate: Annotated[float, Field(gt=1, le=MOST, strict=True, allow_inf_nan=False)] = 1.5
     lowest: Fraction = 0.1
-    highest: Annotated[float, Field(ge=1, strict=True, allow_inf_nan=False)] = 1000.0
+    highest: Annotated[float, Field(ge=1, le=MOST, strict=True, allow_inf_nan=False)] = 1000.0
 
 
 class InversionConfig(Section):

@@ -6,17 +6,24 @@ train.steps=100              an override: as if it were written in a last file
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 
-from kfac_dist.config.document import Document, Dumper, parse, parse_override, show
+from kfac_dist.config.document import MOST_VALUES, Document, Dumper, parse, parse_override, show, told
 from kfac_dist.config.explain import config_error
 from kfac_dist.config.schema import Config
+from kfac_dist.config.section import can_be_path
 from kfac_dist.config.shipped import find_config, meant
+from kfac_dist.config.text import MOST_BYTES, read_text
 from kfac_dist.errors import ConfigError
+
+# Files that a configuration is made of, each counted as often as it is included.
+MOST_FILES = 100
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, top: Iterable[Document] = ()) -> Config:
@@ -46,7 +53,7 @@ def merged(document: Document, overrides: Sequence[str] = (), *, top: Iterable[D
         except ConfigError as error:
             problems.append(str(error))
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(told(problems))
     for layer in top:
         document = document.merged_with(layer)
     try:
@@ -75,35 +82,66 @@ def read_document(path: Path) -> Document:
     Raises:
         ConfigError: A file can't be read, or is no YAML that a configuration can be.
     """
-    return _read(path, ())
+    return _Reading().read(path, ())
 
 
-def _read(path: Path, including: tuple[Path, ...], included_at: str = "") -> Document:
-    """Read one file on top of what it includes; `including` are the files that led here."""
-    if path.resolve() in [file.resolve() for file in including]:
-        chain = " → ".join(str(file) for file in (*including, path))
-        raise ConfigError(f"{included_at}include: files include each other: {chain}")
-    document = parse(_text(path, included_at), str(path))
-    if "include" not in document.values:
-        return document
-    place = f"{document.place(('include',))}: "
-    names = document.values.pop("include")
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"{place}include: found {show(names)}, expected a file name or a list of file names")
-    base: Document | None = None
-    for name in names:
-        layer = _read(path.parent / name, (*including, path), place)
-        base = layer if base is None else base.merged_with(layer)
-    return document if base is None else base.merged_with(document)
+@dataclass
+class _Reading:
+    """Files of one configuration, with bounds on all of them together: files that include files may be many.
+
+    Attributes:
+        files: Read so far.
+        size: Characters of them.
+        values: In them.
+    """
+
+    files: int = 0
+    size: int = 0
+    values: int = 0
+
+    def read(self, path: Path, including: tuple[Path, ...], included_at: str = "") -> Document:
+        """Read one file on top of what it includes; `including` are the files that led here."""
+        if os.path.realpath(path) in map(os.path.realpath, including):
+            chain = " → ".join(str(file) for file in (*including, path))
+            raise ConfigError(f"{included_at}include: files include each other: {chain}")
+        document = parse(self._text(path, included_at), str(path))
+        self.values += len(document.places)
+        self._check(path, included_at)
+        if "include" not in document.values:
+            return document
+        place = f"{document.place(('include',))}: "
+        names = document.values.pop("include")
+        names = [names] if isinstance(names, str) else names
+        wrong = [n for n in names if not _names_file(n)] if isinstance(names, list) else [names]
+        if wrong:
+            raise ConfigError(f"{place}include: found {show(wrong[0])}, expected a file name or a list of file names")
+        base: Document | None = None
+        for name in names:
+            layer = self.read(path.parent / name, (*including, path), place)
+            base = layer if base is None else base.merged_with(layer)
+        return document if base is None else base.merged_with(document)
+
+    def _text(self, path: Path, included_at: str) -> str:
+        try:
+            text = read_text(path)
+        except FileNotFoundError:
+            raise ConfigError(f"{included_at}{path}: no such file{meant(path)}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{included_at}{error}") from error
+        self.files += 1
+        self.size += len(text)
+        self._check(path, included_at)
+        return text
+
+    def _check(self, path: Path, included_at: str) -> None:
+        for what, count, most in (
+            ("files", self.files, MOST_FILES),
+            ("characters", self.size, MOST_BYTES),
+            ("values", self.values, MOST_VALUES),
+        ):
+            if count > most:
+                raise ConfigError(f"{included_at}{path}: with it the configuration has more than {most:,} {what}")
 
 
-def _text(path: Path, included_at: str) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{included_at}{path}: no such file{meant(path)}") from None
-    except OSError as error:
-        raise ConfigError(f"{included_at}{path}: can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}): save the file as UTF-8") from error
+def _names_file(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and can_be_path(value)

@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from kfac_dist.config.curvature import Likelihood, LossTerms
-from kfac_dist.config.section import Section
+from kfac_dist.config.section import MOST_COUNT, Section
 
 
 class LossName(StrEnum):
@@ -46,7 +46,7 @@ class LossConfig(Section):
     """
 
     name: LossName
-    ignore_index: Annotated[int, Field(strict=True)] = -100
+    ignore_index: Annotated[int, Field(ge=-MOST_COUNT, le=MOST_COUNT, strict=True)] = -100
 
     @model_validator(mode="after")
     def _index_belongs_to_labels(self) -> Self:

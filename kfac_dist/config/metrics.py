@@ -26,7 +26,7 @@ class MetricsConfig(Section):
     """
 
     port: Port | None = None
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1, max_length=253)] = "127.0.0.1"
     stale_seconds: Seconds = 600.0
     relative_variance: Flag = False
     spectra: CountOrZero = 20

@@ -15,9 +15,10 @@ names the file, the line, the value found and the values allowed.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kfac_dist.config.checkpoint import CheckpointConfig as CheckpointConfig
 from kfac_dist.config.classes import ClassConditionalConfig as ClassConditionalConfig
@@ -55,7 +56,7 @@ from kfac_dist.config.optimizer import OptimizerConfig as OptimizerConfig
 from kfac_dist.config.optimizer import OptimizerName as OptimizerName
 from kfac_dist.config.schedules import Schedule as Schedule
 from kfac_dist.config.schedules import ScheduleKind as ScheduleKind
-from kfac_dist.config.section import Seconds, Seed
+from kfac_dist.config.section import MOST_NAME, FilePath, Name, Seconds, Seed
 from kfac_dist.config.section import Section as Section
 from kfac_dist.config.solver import CGConfig as CGConfig
 from kfac_dist.config.solver import NewtonConfig as NewtonConfig
@@ -77,7 +78,7 @@ class Target(Section):
         args: The callable's keyword arguments.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
     args: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -97,8 +98,8 @@ class RunConfig(Section):
         timeout_seconds: How long ranks wait for each other before they give up.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    directory: str = "runs"
+    name: Name
+    directory: FilePath = "runs"
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: Seconds = 600.0
@@ -134,6 +135,17 @@ class Config(Section):
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     game: GameConfig | None = None
     compare: dict[str, OptimizerConfig] = Field(default_factory=dict)
+
+    @field_validator("compare")
+    @classmethod
+    def _compared_names_are_folders(cls, compare: dict[str, OptimizerConfig]) -> dict[str, OptimizerConfig]:
+        for name in compare:
+            if len(name) > MOST_NAME or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(
+                    f"found the name {name[:60]!r}, which names the folder of its files: expected at most {MOST_NAME} "
+                    "letters, digits, '.', '_' and '-'"
+                )
+        return compare
 
     @model_validator(mode="after")
     def _engine_takes_growing_batches(self) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -52,7 +52,7 @@ class TrainConfig(Section):
     log_every: Count = 10
     iterate_averaging: BelowOne | None = None
     clip_grad_norm: Positive | None = None
-    loader_workers: CountOrZero = 0
+    loader_workers: Annotated[int, Field(ge=0, le=1024, strict=True)] = 0
     divergence: DivergenceConfig = Field(default_factory=DivergenceConfig)
 
     @model_validator(mode="after")

@@ -22,9 +22,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
+from kfac_dist.config.document import parse
 from kfac_dist.config.schema import DType
 from kfac_dist.config.section import Count, NonNegative, Positive, Section
 from kfac_dist.config.spelling import did_you_mean
+from kfac_dist.config.text import read_text
 from kfac_dist.distributed.rehearsal import Collective
 from kfac_dist.errors import ConfigError
 
@@ -224,13 +226,15 @@ def load_hardware(name: str) -> Hardware:
             "a file that `kfac-dist calibrate --out measured.json` has written"
         )
     try:
-        text = path.read_text()
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hardware: {name} can't be read: {error}") from error
-    except (ValueError, yaml.YAMLError) as error:
+        text = read_text(path)
+        values = json.loads(text) if path.suffix == ".json" else parse(text, name).values
+    except FileNotFoundError:
+        raise ConfigError(f"--hardware: {name} can't be read: no such file") from None
+    except ConfigError as error:
+        raise ConfigError(f"--hardware: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"--hardware: {name} is cut off, or no {path.suffix[1:]} at all ({' '.join(str(error).split())}): measure "
+            f"--hardware: {name} is cut off, or no json at all ({' '.join(str(error).split())}): measure "
             "again with `kfac-dist calibrate --out FILE`"
         ) from error
     return _parse(values, name)

@@ -17,9 +17,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfac_dist.config.document import parse
+from kfac_dist.config.document import parse, told
 from kfac_dist.config.load import dump_yaml, merged
 from kfac_dist.config.schema import Config
+from kfac_dist.config.text import read_text
 from kfac_dist.errors import ConfigError, KFACError
 from kfac_dist.reporting.run_file import RunRecord, State, read_record
 from kfac_dist.slurm.job import Job
@@ -174,18 +175,21 @@ def _busy_job(directory: Path, record: RunRecord | None) -> tuple[str, str] | No
 def _sweep_lines(sweep: Path, configuration: str) -> tuple[str, ...]:
     """Return the overrides of each task, each checked; blank lines and lines that begin with # are left out."""
     try:
-        text = sweep.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--sweep {sweep}: can't be read: {error}") from error
+        text = read_text(sweep)
+    except FileNotFoundError:
+        raise ConfigError(f"--sweep {sweep}: can't be read: no such file") from None
+    except ConfigError as error:
+        raise ConfigError(f"--sweep {error}") from error
+    base = parse(configuration, CONFIG_FILE)
     lines, problems = [], []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            merged(parse(configuration, CONFIG_FILE), shlex.split(line))
+            merged(base, shlex.split(line))
         except (ConfigError, ValueError) as error:
             problems += [f"{sweep}:{number}: {problem}" for problem in str(error).splitlines()]
         lines.append(line.strip())
     if problems or not lines:
-        raise ConfigError("\n".join(problems or [f"--sweep {sweep}: no line has overrides such as train.steps=100"]))
+        raise ConfigError(told(problems or [f"--sweep {sweep}: no line has overrides such as train.steps=100"]))
     return tuple(lines)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from kfac_dist.cli import app
 from tests.config.bad import refused
 
 # Arguments after the file → what the message says.
@@ -259,3 +261,52 @@ ARGUMENTS = {
 @pytest.mark.parametrize(("arguments", "message"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
 def test_a_bad_argument_is_named(good: Path, arguments: list[str], message: str) -> None:
     assert message in refused([str(good), *arguments])
+
+
+NINES = "9" * 32
+NAMES = "expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$, at most 100 characters"
+TOO_MANY = f"found {NINES}, expected a whole number >= 1"
+# Values that no run has → what the message says.
+BEYOND = {
+    f"run.name={'n' * 300}": f"run.name: found '{'n' * 57}...', {NAMES}",
+    f"run.directory={'d' * 300}": f"run.directory: found '{'d' * 57}', expected a path: printable, no name in",
+    f"run.directory={'d/' * 3000}": "expected text, at most 1000 characters",
+    'run.directory="a\\0b"': r"run.directory: found 'a\x00b', expected a path",
+    'checkpoint.resume="a\\nb"': r"checkpoint.resume: found 'a\nb', expected a path",
+    f"model.name={'m' * 300}": "model.name: found 'mmm",
+    f"compare={{{'c' * 300}: {{lr: 1}}}}": f"compare: found the name '{'c' * 60}', which names the folder of its files",
+    "compare={../../x: {lr: 1}}": "compare: found the name '../../x', which names the folder of its files: expected",
+    f"train.steps={NINES}": f"train.steps: {TOO_MANY} or null, at most 1,000,000,000",
+    f"train.batch_size={NINES}": f"train.batch_size: {TOO_MANY}, at most 1,000,000,000",
+    f"train.accumulate={NINES}": f"train.accumulate: {TOO_MANY}, at most 1,000,000,000",
+    f"checkpoint.keep={NINES}": f"checkpoint.keep: {TOO_MANY}, at most 1,000,000,000",
+    f"checkpoint.every=-{NINES}": f"checkpoint.every: found -{NINES}, expected a whole number >= 0",
+    f"optimizer.lr={{value: 1, kind: linear, final: 0, steps: {NINES}}}": "optimizer.lr.steps: found 999",
+    f"loss.ignore_index=-{NINES}": f"found -{NINES}, expected a whole number, at least -1,000,000,000",
+    f"run.seed={NINES}": "run.seed: found 999",
+    f"run.timeout_seconds={NINES}": "run.timeout_seconds: found 999",
+    f"kfac.inversion.splits={{x: {{inputs: {NINES}}}}}": "or null, at most 1,000,000,000",
+    "train.loader_workers=100000": "train.loader_workers: found 100000, expected a whole number >= 0 and <= 1024",
+    "game={grid: 100000}": "game.grid: found 100000, expected a whole number >= 1 and <= 100",
+    "optimizer.lr=1e300": "optimizer.lr.value: found 1e+300, expected a number > 0, at most 1e+30",
+    "optimizer.lr=1e-300": "optimizer.lr.value: found 1e-300, expected a number > 0, at least 1e-30",
+    "kfac.inversion.damping=1e-40": "kfac.inversion.damping.value: found 1e-40, expected a number > 0, at least 1e-30",
+    "optimizer.weight_decay=1e40": "optimizer.weight_decay: found 1e+40, expected a number >= 0, at most 1e+30",
+    "train.divergence.damping_factor=1e40": "expected a number >= 1, at most 1e+30",
+    "kfac.update.kl_clip_lr=1e99": "found 1e+99, expected current or a number > 0, at most 1e+30",
+}
+
+
+@pytest.mark.parametrize(("argument", "message"), BEYOND.items(), ids=[text[:40] for text in BEYOND])
+def test_what_no_run_has_is_refused(good: Path, argument: str, message: str) -> None:
+    lines = refused([str(good), argument, "--check"]).splitlines()
+
+    assert message in lines[0]
+    assert len(lines) == 1
+    assert len(lines[0]) < 600
+
+
+def test_bounds_are_beyond_what_runs_have(good: Path) -> None:
+    fine = ["train.steps=1000000000", f"run.name={'n' * 100}", "optimizer.lr=1e-12", "kfac.inversion.damping=1e+9"]
+
+    assert CliRunner().invoke(app, ["train", str(good), *fine, "--check"]).exit_code == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,24 @@ def test_torn_and_missing_files_are_refused(tmp_path: Path) -> None:
         load_hardware(str(file))
     with pytest.raises(ConfigError, match="did you mean 'h100-ib400'"):
         load_hardware("h100-ib40")
+
+
+def test_files_without_an_end_are_refused(tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text("a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 25)))
+    os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    (tmp_path / "large.json").write_text(" " * 300_000)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name, message in (
+        ("bomb.yaml", r"bomb.yaml:\d+: more than 20,000 values"),
+        ("fifo.json", "fifo.json: is a FIFO, expected a regular file"),
+        ("device.json", "device.json: is a device, expected a regular file"),
+        ("large.json", "large.json: has 300,000 bytes, more than"),
+        ("deep.json", "is cut off, or no json at all"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_hardware(str(tmp_path / name))
 
 
 def test_crowding_slows_ranks_of_a_node_down() -> None:

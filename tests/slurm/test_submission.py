@@ -57,6 +57,7 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(run_file: str, tmp_path:
         (["model.name=transfomer"], "model"),
         (["--time", "4h"], "--time: found '4h', expected minutes"),
         (["--sweep", "nowhere.txt"], "--sweep nowhere.txt: can't be read"),
+        (["--sweep", "/dev/zero"], "--sweep /dev/zero: is a device, expected a regular file"),
     ],
 )
 def test_mistakes_are_told_before_the_job_waits(run_file: str, arguments: list[str], message: str) -> None:
