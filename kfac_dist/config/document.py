@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from kfac_dist.config.fields import Path, expand_shorthand
+from kfac_dist.config.fields import Path, expand_shorthand, may_be_list
 from kfac_dist.errors import ConfigError
 
 # The largest of the shipped runs has 60 values, nested 6 deep; a resolved one has 200.
@@ -120,10 +120,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Document:
-    """Values of a configuration, and the place of each of their paths."""
+    """Values of a configuration, and the place of each of their paths.
+
+    Attributes:
+        values: The mapping of its top level.
+        places: Where a path was written.
+        path: Of a document of one value, an override: where that value goes. A number in it counts into a list.
+    """
 
     values: dict[str, Any]
     places: dict[Path, Place] = field(default_factory=dict)
+    path: tuple[str, ...] = ()
 
     def place(self, path: Path) -> Place:
         """Where the value at a path, or else the nearest thing around it, was written."""
@@ -132,7 +139,13 @@ class Document:
         return self.places[path]
 
     def merged_with(self, top: Document) -> Document:
-        """Lay another document over this one: mappings merge key by key, everything else is replaced."""
+        """Lay another document over this one: mappings merge key by key, everything else is replaced.
+
+        Raises:
+            ConfigError: An override goes into a list that has no such entry, or that isn't there.
+        """
+        if top.path:
+            top = _counted(self.values, top)
         places = dict(self.places)
         values = _merge(self.values, top.values, (), places, top.places)
         return Document(values, places)
@@ -184,7 +197,7 @@ def override(path: tuple[str, ...], text: str, source: str) -> Document:
         reader.places[path[:depth]] = Place(source)
     for key in reversed(path):
         values = {key: values}
-    return Document(values, reader.places)
+    return Document(values, reader.places, path)
 
 
 def plain_value(text: str) -> Any:
@@ -339,7 +352,39 @@ def _short(text: str, most: int = 60) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
+def _counted(base: Any, top: Document) -> Document:
+    """Return an override whose path has numbers where the values below it have lists."""
+    place = top.place(top.path)
+    found, value = base, top.values
+    path: Path = ()
+    for key in top.path:
+        value = value[key]
+        if isinstance(found, list):
+            if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < len(found)):
+                entries = f"entries 0 to {len(found) - 1}" if found else "no entries"
+                raise ConfigError(f"{place}: {dotted(path)} is a list, which has {entries}, not {_short(key)}")
+            path, found = (*path, int(key)), found[int(key)]
+            continue
+        if key.isdecimal() and not isinstance(found, dict) and may_be_list(path):
+            raise ConfigError(
+                f"{place}: there is no list at {dotted(path)} whose entry {_short(key)} could be set: give the whole "
+                f"list, {dotted(path)}=[…]"
+            )
+        found = expand_shorthand(path, found)
+        path, found = (*path, key), found.get(key) if isinstance(found, dict) else None
+    places = {(*path[: len(old)], *old[len(path) :]): where for old, where in top.places.items()}
+    values: Any = value
+    for part in reversed(path):
+        values = {part: values}
+    return Document(values, places, top.path)
+
+
 def _merge(base: Any, top: Any, path: Path, places: dict[Path, Place], top_places: dict[Path, Place]) -> Any:
+    if isinstance(base, list) and isinstance(top, dict) and top and all(isinstance(key, int) for key in top):
+        entries = list(base)
+        for index, value in top.items():
+            entries[index] = _merge(base[index], value, (*path, index), places, top_places)
+        return entries
     if isinstance(top, dict) and not isinstance(base, dict):
         base = expand_shorthand(path, base)
     if isinstance(top, dict) and isinstance(base, dict):

@@ -86,6 +86,14 @@ def allowed_at(path: Path) -> Allowed | None:
     return allowed
 
 
+def may_be_list(path: Path) -> bool:
+    """Whether a list may stand at a path: where the schema says so, or says nothing of what stands there."""
+    allowed = allowed_at(path)
+    if allowed is None or allowed.annotation is Any:
+        return True
+    return any(get_origin(option.annotation) is tuple for option in allowed._options())
+
+
 def all_paths() -> Iterator[tuple[str, ...]]:
     """Every path of the schema that leads to a key with a fixed name."""
 

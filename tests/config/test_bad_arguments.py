@@ -18,6 +18,22 @@ ARGUMENTS = {
     "include": (["include=other.yaml"], "an include belongs in a file"),
     "bad value": (["train.steps=[1"], "command line (train.steps=[1): not valid YAML"),
     "below a number": (["train.steps.x=1"], "command line (train.steps.x=1): train.steps: found a mapping, expected"),
+    "entry that a list hasn't": (
+        ["model.args.dims.2=3"],
+        "command line (model.args.dims.2=3): model.args.dims is a list, which has entries 0 to 1, not 2",
+    ),
+    "name in a list": (["model.args.dims.first=3"], "model.args.dims is a list, which has entries 0 to 1, not first"),
+    "entry before a list": (["model.args.dims.-1=3"], "model.args.dims is a list, which has entries 0 to 1, not -1"),
+    "entry of an empty list": (["model.args.dims=[]", "model.args.dims.0=3"], "which has no entries, not 0"),
+    "entry of a default": (
+        ["optimizer.betas.0=0.8"],
+        "there is no list at optimizer.betas whose entry 0 could be set: give the whole list, optimizer.betas=[…]",
+    ),
+    "entry of nothing": (["model.args.sizes.0=3"], "there is no list at model.args.sizes whose entry 0 could be set"),
+    "entry of a value that is wrong": (
+        ["optimizer.betas=[0.8, 0.9]", "optimizer.betas.1=x"],
+        "command line (optimizer.betas.1=x): optimizer.betas.1: found 'x', expected a number >= 0 and < 1",
+    ),
     "misspelt": (["train.step=1"], "command line (train.step=1): train.step: unknown key; did you mean 'steps'?"),
     "two mistakes": (["train.step=1", "run.sed=1"], "run.sed: unknown key; did you mean 'seed'?"),
     "schedule without its end": (["optimizer.lr.kind=cosine"], "optimizer.lr.kind cosine needs final"),

@@ -69,6 +69,32 @@ def test_overrides_reach_into_shorthands_and_later_ones_win(minimal: Path) -> No
     assert (config.compare["adamw"].lr.value, config.compare["adamw"].weight_decay) == (0.01, 0.1)
 
 
+def test_overrides_count_into_lists(minimal: Path) -> None:
+    write(
+        minimal, MINIMAL.replace("model: autoencoder", "model: {name: autoencoder, args: {dims: [64, [1, {a: 2}], 8]}}")
+    )
+
+    config = load_config(
+        minimal,
+        [
+            "model.args.dims.0=3",
+            "model.args.dims.1.1.a=4",
+            "model.args.dims.1.1.b=[5, 6]",
+            "model.args.dims.1.1.b.1=7",
+            "optimizer={lr: 1, name: adamw, betas: [0.8, 0.9]}",
+            "optimizer.betas.1=0.99",
+            "kfac.curvature.sharing_overrides.0=reduce",
+        ],
+    )
+
+    assert config.model.args == {"dims": [3, [1, {"a": 4, "b": [5, 7]}], 8]}
+    assert config.optimizer is not None
+    assert config.optimizer.betas == (0.8, 0.99)
+    assert config.kfac.curvature.sharing_overrides == {"0": Sharing.REDUCE}
+    whole = load_config(minimal, ["model.args.dims={a: 3}"])
+    assert whole.model.args == {"dims": {"a": 3}}
+
+
 def test_a_scalar_replaces_a_mapping_and_null_takes_a_value_back(minimal: Path) -> None:
     write(minimal, MINIMAL.replace("lr: 1e-3", "lr: {value: 1, kind: linear, final: 0}"))
 
