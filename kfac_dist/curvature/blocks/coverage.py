@@ -20,6 +20,7 @@ from kfac_dist.curvature.blocks.embedding import EmbeddingBlock
 from kfac_dist.curvature.blocks.heads import heads_of
 from kfac_dist.curvature.blocks.linear import LinearBlock
 from kfac_dist.curvature.blocks.norm import NormBlock
+from kfac_dist.curvature.blocks.scaled import ScaledBlock
 from kfac_dist.curvature.blocks.table import block_class
 from kfac_dist.curvature.blocks.tied import TiedBlock
 
@@ -60,6 +61,8 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
         reason = spoken_for.get(id(module), "")
         if id(module) not in spoken_for:
             reason, found = _blocks_of(name, module, own, owners, config)
+            for block in found:  # by the names that the model lists: a bias may be kept elsewhere, too
+                block.parameters = {names[id(parameter)]: parameter for parameter in block.parameters.values()}
             within = module.modules() if inside else ()
             spoken_for |= {id(part): reason for part in (*within, *(part for block in found for part in block.modules))}
         blocks += found
@@ -89,11 +92,23 @@ def _blocks_of(
     if isinstance(module, nn.MultiheadAttention):
         return _attention(name, module, own, owners, config)
     sharers = _unique(
-        [owner for parameter in own.values() for owner in owners[id(parameter)] if owner[1] is not module]
+        [
+            owner
+            for parameter in own.values()
+            for owner in owners[id(parameter)]
+            if owner[1] is not module and not _keeps(owner[1], module)
+        ]
     )
     if not sharers:
         return f"not part of what {kind.__name__} covers", [kind(name, module, _sharing(name, config))]
     return _tied(name, module, sharers, config)
+
+
+def _keeps(holder: nn.Module, layer: nn.Module) -> bool:
+    """Whether a module only keeps a layer's bias by another name, as BERT's heads do, and is no layer itself."""
+    return block_class(holder) is None and all(
+        p is not getattr(layer, "weight", None) for p in holder.parameters(False)
+    )
 
 
 def _attention(
@@ -176,7 +191,8 @@ def _unfit(
     """Say why a module of a type that has a block gets none, or None when it does."""
     if kind is None:
         return f"{type(module).__name__} has no block"
-    weights = [p for key, p in own.items() if key.endswith("weight")]
+    # A scale may have any name.
+    weights = [p for key, p in own.items() if key.endswith("weight") or issubclass(kind, ScaledBlock)]
     if not weights:
         return "its weight is computed from other parameters"
     if any(isinstance(weight, UninitializedParameter) for weight in weights):

@@ -26,8 +26,10 @@ from kfac_dist.errors import ModelError
 class NormBlock(Block):
     """F: one 2×2 matrix (1×1 without a shift) a unit; the gradient matrix has a row a unit."""
 
-    def __init__(self, name: str, module: nn.Module, sharing: Sharing) -> None:
-        super().__init__(name, module, sharing)
+    def __init__(
+        self, name: str, module: nn.Module, sharing: Sharing, *, parameters: dict[str, nn.Parameter] | None = None
+    ) -> None:
+        super().__init__(name, module, sharing, parameters=parameters)
         self.units = next(iter(self.parameters.values())).numel()
         width = len(self.parameters)
         self.factors = (dense(Side.F, width, self.units),)

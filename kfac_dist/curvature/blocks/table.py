@@ -11,6 +11,7 @@ from kfac_dist.curvature.blocks.embedding import EmbeddingBlock
 from kfac_dist.curvature.blocks.linear import InputFirstLinearBlock, LinearBlock
 from kfac_dist.curvature.blocks.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock
 from kfac_dist.curvature.blocks.rms_norm import RMSNormBlock, is_rms_norm
+from kfac_dist.curvature.blocks.scaled import ScaledBlock, is_scaled
 from kfac_dist.curvature.blocks.transposed import TransposedConvolutionBlock
 
 # A class of a package that need not be installed is named by its module and its name.
@@ -38,10 +39,12 @@ BLOCK_TYPES: dict[type[nn.Module] | str, type[Block]] = {
 def block_class(module: nn.Module) -> type[Block] | None:
     """Return the block of a module's type, or of the nearest type that it derives from; None if there is none.
 
-    RMS norms of no known type are recognised by what they compute.
+    RMS norms of no known type, and what scales its outputs otherwise, are recognised by what they compute.
     """
     for base in type(module).__mro__:
         for key in (base, f"{base.__module__}.{base.__qualname__}"):
             if key in BLOCK_TYPES:
                 return BLOCK_TYPES[key]
-    return RMSNormBlock if is_rms_norm(module) else None
+    if is_rms_norm(module):
+        return RMSNormBlock
+    return ScaledBlock if is_scaled(module) else None

@@ -156,6 +156,38 @@ def test_weights_that_no_block_can_share(model: nn.Module, config: dict[str, Any
     assert any(found.startswith(reason) for found in coverage.uncovered.values())
 
 
+class Head(nn.Module):
+    """Keeps its layer's bias, too: BERT's heads, of which some come before the embedding that they are tied to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(3, 5)
+        self.bias = self.decoder.bias
+
+
+@pytest.mark.parametrize("first", ["head", "embedding"])
+def test_a_bias_that_is_kept_elsewhere_leaves_its_layer_tied(first: str) -> None:
+    model = nn.ModuleDict({"head": Head(), "embedding": nn.Embedding(5, 3)})
+    model["head"].decoder.weight = model["embedding"].weight
+    model = nn.ModuleDict(sorted(model.items(), key=lambda item: item[0] != first))
+    coverage = find(model)
+    assert [type(block) for block in coverage.blocks] == [TiedBlock]
+    assert set(coverage.uncovered) == {"head.bias"}
+    assert_partition(model, coverage)
+
+
+def test_a_bias_that_is_kept_elsewhere_is_its_layers() -> None:
+    """Under the name that the model lists; a module of a known kind that holds it is a layer that uses it."""
+    model = nn.ModuleDict({"head": Head()})
+    coverage = find(model)
+    assert {block.name: list(block.parameters) for block in coverage.blocks} == {
+        "head.decoder": ["head.decoder.weight", "head.bias"]
+    }
+    assert coverage.blocks[0].matrix_shape == (1, 5, 4)
+    assert not coverage.uncovered
+    assert_partition(model, coverage)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"kdim": 3, "vdim": 5}, {"bias": False}, {"add_bias_kv": True}])
 @pytest.mark.parametrize("config", [{}, {"exclude": ["*.out_proj"]}, {"exclude": ["*.q"]}, {"exclude": ["*"]}])
 def test_attention_is_four_blocks(kwargs: dict[str, Any], config: dict[str, Any]) -> None:
