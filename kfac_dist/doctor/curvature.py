@@ -8,7 +8,8 @@ whose distance is shown; as it is for a weight that is embedding and head at onc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Config, Fisher, LossTerms, Sharing
 from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.blocks.norm import NormBlock
 from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import complete
@@ -123,6 +125,9 @@ def _compare(
         if any(samples is not Samples.SHARED for samples in found_shared(kfac).values()):
             outputs = _pass(module, inputs, kfac)
         found = _factors(kfac)
+        if config.loss.name.loss_terms is LossTerms.TOKEN:
+            seen = _positions_of_norms(module, inputs, kfac.coverage.blocks)
+            found = {name: (values, float(seen.get(name, rows))) for name, (values, rows) in found.items()}
         symmetry = examine_symmetry(kfac, ranks)
         blocks = [block for block in kfac.coverage.blocks if block.name in found]
         others = [block for block in kfac.coverage.blocks if block.name not in found]
@@ -139,6 +144,31 @@ def _compare(
         ]
         rows.sort(key=lambda row: names.index(row.block) if row.block else 0)
     return tuple(ranks.gather_objects(rows, label="curvature")[0]), symmetry
+
+
+@torch.no_grad()
+def _positions_of_norms(module: nn.Module, inputs: Inputs, blocks: Sequence[Block]) -> dict[str, int]:
+    """Return how often each normalisation is used in a pass: at every position, by every head, in every call.
+
+    For token losses each of these counts as a term of its own; where a term has more of them, as in a norm of queries
+    that all heads share, the block is an approximation.
+    """
+    seen: dict[str, int] = {}
+    handles = []
+    for block in blocks:
+        if isinstance(block, NormBlock):
+
+            def count(
+                _: nn.Module, args: object, output: Tensor, name: str = block.name, units: int = block.units
+            ) -> None:
+                seen[name] = seen.get(name, 0) + output.numel() // units
+
+            handles += [part.register_forward_hook(count) for part in block.modules]
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        forward(module, inputs)
+    return seen
 
 
 def _pass(module: nn.Module, inputs: Inputs, kfac: KFAC) -> Tensor:

@@ -131,3 +131,24 @@ def test_a_diagonal_fisher_is_named_where_it_stands_in() -> None:
     assert coverage.severity is Severity.FINE
     assert "divided by a diagonal Fisher" in coverage.text
     assert report.verdict == "ready"
+
+
+def test_a_norm_with_several_uses_a_token_is_approximate() -> None:
+    """Every head and every call counts as a term, which a token's gradient is the sum of: no error, and said so."""
+    data = {"name": DATA + "tokens", "args": {"length": 3, "vocabulary": 7, "classes": 7}}
+    report = examine(
+        small_config(
+            "/nowhere",
+            kfac=True,
+            model={"name": DATA + "SharedNorms", "args": {}},
+            data=data,
+            loss={"name": "token_cross_entropy"},
+            train={"batch_size": 9},
+        )
+    )
+    assert report.ready, report.findings
+    rows = {row.block: row for row in report.curvature if row.exact}
+    assert set(rows) == {"words", "norm", "heads", "head"}
+    approximate = {row.block: row for row in report.curvature if row.block in ("head_norm", "twice")}
+    assert [(row.exact, row.positions) for row in approximate.values()] == [(False, 6), (False, 6)]
+    assert all(row.error is not None and row.error > 0.01 for row in approximate.values())

@@ -76,3 +76,18 @@ class Opaque(Masked):
     def forward(self, x: Tensor) -> Tensor:
         outputs: Tensor = self.last(_Cube.apply(self.first(x)))
         return outputs
+
+
+class SharedNorms(nn.Module):
+    """Token logits through a norm that two heads share, and one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.heads, self.head_norm = nn.Embedding(7, 6), nn.Linear(6, 6), nn.RMSNorm(3)
+        self.norm, self.twice, self.head = nn.RMSNorm(6), nn.LayerNorm(6), nn.Linear(6, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.heads(self.norm(self.words(tokens)))
+        hidden = self.twice(self.head_norm(hidden.unflatten(-1, (2, 3))).flatten(-2))
+        outputs: Tensor = self.head(self.twice(torch.tanh(hidden)))
+        return outputs
