@@ -1,0 +1,194 @@
+"""One family of the zoo in processes of its own: what `doctor` says, and five steps on one rank and on two.
+
+    examined(name)               the doctor's report, shares of parameters, exactness; then the steps on one rank
+    stepped(name, file, …)       the steps on a rank of a world that meets in a file
+
+Everything that draws random numbers in a model is off in the steps that are compared (evaluation mode); two more steps
+on one rank run in training mode with dropout as the class has it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.zoo_models import SEQUENCES, build, data, families
+from kfac_dist import KFAC
+from kfac_dist.config.load import resolve
+from kfac_dist.config.schema import Config
+from kfac_dist.doctor import Severity, examine
+
+STEPS, TRAINING_STEPS, BATCH, SEED = 5, 2, 8, 1
+LR, DAMPING = 0.02, 0.03
+FLOOR = 1e-3
+"""Parameters smaller than this are compared by it."""
+
+CHECKED = ("Linear", "Conv", "Embedding", "Norm")
+"""What a module's type has to have in its name to count as one that K-FAC should cover or name."""
+
+
+def examined(name: str) -> dict[str, Any]:
+    """Return what there is to say of a family on one rank; `state` are its parameters after the steps."""
+    _quiet()
+    torch.manual_seed(SEED)
+    model = build(name)
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    found |= _doctor(name, model)
+    del model
+    found["training_mode"] = _finite(steps(name, TRAINING_STEPS, training=True)[1])
+    state, losses = steps(name, STEPS)
+    return {**found, "losses": losses, "state": state}
+
+
+def stepped(name: str, rendezvous: str, rank: int, size: int, with_kfac: bool) -> dict[str, Any]:
+    """Return the parameters after the steps as one of several ranks over gloo, or alone with size 1."""
+    _quiet()
+    if size == 1:
+        return {"state": steps(name, STEPS, with_kfac=with_kfac)[0]}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    try:
+        dist.barrier()
+        return {"state": steps(name, STEPS, with_kfac=with_kfac)[0]}
+    finally:
+        dist.destroy_process_group()
+
+
+def steps(
+    name: str, count: int, *, training: bool = False, with_kfac: bool = True
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Train on this rank's part of each global batch; return the parameters and the losses of its part."""
+    family = next(family for family in families() if family.name == name)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    token = family.task in SEQUENCES
+    torch.manual_seed(SEED)
+    model = build(name).train(training)
+    torch.manual_seed(SEED)
+    inputs, targets = data(name).train.tensors
+    # Experts, and parts of a model that the logits don't need, may be left without a gradient.
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if size > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    kfac = None
+    if with_kfac:
+        options: dict[str, Any] = {
+            "curvature": {
+                "factor_every": 2,
+                "decay": 0.8,
+                "likelihood": "categorical",
+                "loss_terms": "token" if token else "sample",
+            },
+            "inversion": {"inverse_every": 2, "damping": DAMPING},
+        }
+        kfac = KFAC(wrapped, options, optimizer=optimizer)
+    losses = []
+    for step in range(count):
+        own = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+        chosen = (torch.arange(BATCH) + step * BATCH // 2) % len(inputs)
+        x, y = inputs[chosen][own], targets[chosen][own]
+        if kfac is not None:
+            kfac.micro_batch(first_sample=own.start, divisor=float(y.numel()), terms=float(y.numel()))
+        optimizer.zero_grad()
+        logits = wrapped(x).float()
+        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        loss.backward()
+        if kfac is not None:
+            kfac.step()
+        optimizer.step()
+        losses.append(loss.item())
+    return {key: value.detach().clone() for key, value in model.named_parameters()}, losses
+
+
+def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    """Return the largest difference of any parameter, relative to the largest value of its tensor, and where."""
+    worst, where = 0.0, ""
+    for key, value in wanted.items():
+        error = float((found[key] - value).abs().max() / value.abs().max().clamp(min=FLOOR)) if value.numel() else 0.0
+        if not error <= worst:  # NaN, too
+            worst, where = error, key
+    return worst, where
+
+
+def configuration(name: str) -> Config:
+    """Return the run that the doctor examines."""
+    family = next(family for family in families() if family.name == name)
+    token = family.task in SEQUENCES
+    return resolve(
+        Config.model_validate(
+            {
+                "run": {"name": name, "directory": "unused", "seed": SEED, "device": "cpu", "timeout_seconds": 60},
+                "model": {"name": "benchmarks.zoo_models:build", "args": {"name": name}},
+                "data": {"name": "benchmarks.zoo_models:data", "args": {"name": name}},
+                "loss": {"name": "token_cross_entropy" if token else "cross_entropy"},
+                "optimizer": {"name": "sgd", "lr": LR},
+                "kfac": {"inversion": {"damping": DAMPING}},
+                "train": {"batch_size": BATCH, "steps": STEPS},
+                "checkpoint": {"every": 0},
+            }
+        )
+    )
+
+
+def _doctor(name: str, model: nn.Module) -> dict[str, Any]:
+    report = examine(configuration(name))
+    modules = dict(model.named_modules())
+    covered: Counter[str] = Counter()
+    values: Counter[str] = Counter()
+    unnamed = []
+    reasons: dict[str, Counter[str]] = {}
+    for row in report.parameters:
+        size = math.prod(row.shape)
+        holder = type(modules[row.name.rpartition(".")[0]]).__name__
+        kind = next((part for part in CHECKED if part.lower() in holder.lower()), "others")
+        values[kind] += size
+        if row.block is not None:
+            covered[kind] += size
+        elif not row.reason:
+            unnamed.append(row.name)
+        else:
+            reason = row.reason.partition(";")[0]
+            reasons.setdefault(reason, Counter()).update(parameters=1, values=size)
+    exact = [row.error for row in report.curvature if row.exact and row.error is not None]
+    cosines = sorted(row.cosine for row in report.curvature if not row.exact and row.cosine is not None)
+    return {
+        "covered": sum(covered.values()) / max(sum(values.values()), 1),
+        "layers": {kind: [covered[kind], values[kind]] for kind in values},
+        "unnamed": unnamed,
+        "reasons": {reason: dict(counts) for reason, counts in reasons.items()},
+        "verdict": report.verdict,
+        "findings": [
+            [str(finding.severity), finding.check, finding.text]
+            for finding in report.findings
+            if finding.severity is not Severity.FINE
+        ],
+        "exact": {"blocks": len(exact), "worst": max(exact, default=None)},
+        "cosine": cosines[len(cosines) // 2] if cosines else None,
+    }
+
+
+def _finite(losses: list[float]) -> bool:
+    return all(map(math.isfinite, losses))
+
+
+def _quiet() -> AbstractContextManager[None]:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        from transformers import logging
+
+        logging.set_verbosity_error()
+    except ImportError:
+        pass
+    return nullcontext()

@@ -1,0 +1,130 @@
+"""The zoo's page in docs/, made from its result file alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
+SHOWN_REASONS = 3
+
+TASKS = {
+    "causal": "Causal language models",
+    "seq2seq": "Sequence to sequence",
+    "masked": "Masked language models",
+    "vision": "Images",
+    "timm": "timm",
+}
+
+_HEAD = """# The zoo
+
+Every class of transformers {transformers} that predicts tokens or classifies images and can be built from its
+configuration alone (small: two layers, 32 wide, random weights), and one model of each family of timm {timm}: what
+[`doctor`](doctor.md) says of it, and five steps with K-FAC on one rank and on two, with the same global batches.
+
+- **covered**: share of the parameters' values that have a block. What has none keeps its plain gradient; why, the next
+  column says, with its share.
+- **exact**: blocks that have to equal the exact Gauss–Newton matrix (one sample, one position), and the largest error.
+- **ranks**: largest difference of a parameter on two ranks from one rank's, after the steps, relative to its tensor's
+  largest value; dropout and everything else that is drawn is off. Where it is not next to zero, the same without K-FAC
+  stands in brackets: then the model itself couples the samples of a batch.
+
+{summary}
+
+Made by `python -m benchmarks.zoo`, which runs each family in processes of its own; everything is in
+[`zoo.json`](../benchmarks/results/zoo.json). On {machine}.
+"""
+
+
+def page(report: dict[str, Any]) -> str:
+    """Return the page in Markdown."""
+    results = report["results"]
+    versions = report["versions"]
+    parts = [
+        _HEAD.format(
+            transformers=versions.get("transformers", ""),
+            timm=versions.get("timm", ""),
+            summary=summary(report),
+            machine=f"{report['machine']['processor']}, {report['machine']['cores']} cores, torch {versions['torch']}",
+        )
+    ]
+    for task, title in TASKS.items():
+        own = {name: found for name, found in results.items() if found["task"] == task}
+        if not own:
+            continue
+        parts.append(f"## {title}\n")
+        rows = {name: found for name, found in own.items() if found["outcome"] == "trained"}
+        parts.append("| | covered | without a block | exact | ranks | `doctor` |\n|---|---:|---|---|---|---|")
+        parts[-1] += "".join("\n" + _row(name, found, report["settings"]["agree"]) for name, found in rows.items())
+        others = {name: found for name, found in own.items() if name not in rows}
+        parts[-1] += "\n"
+        if others:
+            listed = "\n".join(
+                f"- `{name}`: {found['outcome']}: {_short(found['message'])}" for name, found in others.items()
+            )
+            parts.append(f"Not trained:\n\n{listed}\n")
+    return "\n".join(parts)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return the counts in a few sentences."""
+    results, agree = report["results"], report["settings"]["agree"]
+    built = {name: found for name, found in results.items() if found["outcome"] != "not built"}
+    trained = {name: found for name, found in built.items() if found["outcome"] == "trained"}
+    named = {name: found for name, found in trained.items() if not found["unnamed"]}
+    ready = [found for found in trained.values() if not _errors(found)]
+    same = [found for found in trained.values() if found["agreement"] < agree]
+    coupled = [found for found in trained.values() if found["agreement"] >= agree and _without(found) >= agree]
+    kinds = len({found["kind"] for found in built.values()})
+    return (
+        f"{len(built)} classes of {kinds} families could be built, {len(results) - len(built)} could not. "
+        f"**{len(trained)} of {len(built)} train**, and in {len(named)} of these every parameter has a block "
+        "or a reason for having none. "
+        f"`doctor` finds {len(ready)} ready. On two ranks {len(same)} come to the same parameters as on one"
+        + (f", and {len(coupled)} don't with or without K-FAC" if coupled else "")
+        + "."
+    )
+
+
+def _without(found: dict[str, Any]) -> float:
+    value = found.get("agreement without K-FAC", 0.0)
+    return float(value)
+
+
+def _errors(found: dict[str, Any]) -> list[str]:
+    return [f"{check}: {text}" for severity, check, text in found["findings"] if severity == "error"]
+
+
+def _row(name: str, found: dict[str, Any], agree: float) -> str:
+    ranks = f"{found['agreement']:.0e}"
+    if not found["agreement"] < agree:
+        ranks += f" ({_without(found):.0e})"
+    exact = found["exact"]
+    worst = f"{exact['blocks']}, {exact['worst']:.0e}" if exact["blocks"] else "–"
+    warned = Counter(check for severity, check, _ in found["findings"] if severity == "warning")
+    said = "; ".join(map(_short, _errors(found))) or ("ready" + (f" (remarks: {', '.join(warned)})" if warned else ""))
+    return f"| `{name}` | {100 * found['covered']:.0f} % | {_reasons(found)} | {worst} | {ranks} | {said} |"
+
+
+def _reasons(found: dict[str, Any]) -> str:
+    ordered = sorted(found["reasons"].items(), key=lambda pair: -pair[1]["values"])
+    shown = [f"{reason} ({_share(counts['values'], found)})" for reason, counts in ordered[:SHOWN_REASONS]]
+    if len(ordered) > SHOWN_REASONS:
+        rest = sum(counts["values"] for _, counts in ordered[SHOWN_REASONS:])
+        shown.append(f"{len(ordered) - SHOWN_REASONS} more reasons ({_share(rest, found)})")
+    return _cell("; ".join(shown))
+
+
+def _share(values: int, found: dict[str, Any]) -> str:
+    share = 100 * values / found["parameters"]
+    return f"{share:.0f} %" if share >= 1 else f"{share:.1f} %" if share >= 0.05 else "< 0.1 %"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return _cell(line if len(line) <= 160 else line[:157] + "…")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("[", "\\[").replace("_", "\\_")
