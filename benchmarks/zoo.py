@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ def _one(pipe: Connection, function: Callable[..., Any], call: tuple[Any, ...]) 
             found["traceback"] = traceback.format_exc()
             print(found["traceback"], flush=True)
     # Plain bytes: torch's own pickling would share memory with a process that may be gone by then.
-    pipe.send_bytes(pickle.dumps(found))
+    with suppress(BrokenPipeError):  # it took too long, and is no longer waited for
+        pipe.send_bytes(pickle.dumps(found))
 
 
 def _own(frames: Sequence[traceback.FrameSummary]) -> bool:
@@ -145,7 +147,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=["causal", "masked", "seq2seq", "vision", "timm"])
     parser.add_argument("--again", action="store_true", help="run those that are in the file already, too")
     parser.add_argument("--failed", action="store_true", help="run those again that did not train and agree")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for each process")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for each process")
     parser.add_argument("--out", type=Path, default=RESULTS / "zoo.json")
     parser.add_argument("--page", action="store_true", help="only write the page")
     arguments = parser.parse_args()
@@ -157,6 +159,8 @@ def main() -> None:
         and (not arguments.tasks or family.task in arguments.tasks)
         and not arguments.page
     ]
+    if arguments.tasks:
+        chosen.sort(key=lambda family: arguments.tasks.index(family.task))
     for family in chosen:
         there = known.get(family.name)
         if there is not None and not arguments.again and not (arguments.failed and not _good(there)):

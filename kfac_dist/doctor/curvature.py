@@ -7,6 +7,7 @@ whose distance is shown; as it is for a weight that is embedding and head at onc
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from kfac_dist.config.schema import Config, Fisher, LossTerms, Sharing
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.blocks.norm import NormBlock
 from kfac_dist.curvature.broadcast import Samples
+from kfac_dist.curvature.chain import find_all
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import complete
 from kfac_dist.distributed.communicator import Communicator
@@ -135,7 +137,7 @@ def _compare(
     rows: list[CurvatureRow] = []
     if ranks.rank == 0:
         try:
-            rows = _rows(module, loss, inputs, targets, outputs.detach(), found, blocks)
+            rows = _rows(config, module, loss, inputs, targets, outputs.detach(), found, blocks)
         except RuntimeError as error:  # torch can't differentiate this model in the ways that it would take
             rows = [CurvatureRow("", len(targets), 0, None, None, False, f"can't be computed: {error}".splitlines()[0])]
         rows += [
@@ -179,6 +181,7 @@ def _pass(module: nn.Module, inputs: Inputs, kfac: KFAC) -> Tensor:
 
 
 def _rows(
+    config: Config,
     module: nn.Module,
     loss: Loss,
     inputs: Inputs,
@@ -190,7 +193,8 @@ def _rows(
     rows = []
     vectors = hessian_rows(loss, outputs, targets)
     matrices = {name: values for name, (values, _) in found.items()}
-    compared = list(compare(module, blocks, matrices, inputs, vectors, float(loss.count(targets))))
+    terms = float(loss.count(targets))
+    compared = list(compare(module, blocks, matrices, inputs, vectors, terms))
     largest = max((result.exact for _, result in compared if result is not None), default=0.0)
     for block, result in compared:
         positions = round(found[block.name][1] / len(targets))
@@ -204,7 +208,38 @@ def _rows(
             if result.exact <= FAINT**2 * largest:
                 exact, said = False, "anything: next to no gradient, perhaps of rounding alone"
             rows.append(replace(row, error=result.error, cosine=result.cosine, exact=exact, expected=said))
+    wrong = [row.block for row in rows if _differs(row)]
+    if wrong:
+        norms = {block.name: result.exact for block, result in compared if result is not None}
+        in_double = _in_double(config, module, inputs, vectors, matrices, terms, wrong)
+        rounding = {name for name, exact in in_double.items() if exact < norms[name] / 4}
+        said = "anything: its gradient is rounding alone"
+        rows = [replace(row, exact=False, expected=said) if row.block in rounding else row for row in rows]
     return rows
+
+
+def _in_double(
+    config: Config,
+    module: nn.Module,
+    inputs: Inputs,
+    vectors: Sequence[Tensor],
+    matrices: dict[str, tuple[Tensor, ...]],
+    terms: float,
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Return ‖GGN‖² of some blocks by a model of doubles: where that of floats is larger by far, it is rounding."""
+    double = copy.deepcopy(module).double()
+    taken = each(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
+    blocks = [block for block in find_all(double, config.kfac).blocks if block.name in names]
+    try:
+        compared = list(compare(double, blocks, matrices, taken, [vector.double() for vector in vectors], terms))
+    except RuntimeError:  # it computes in floats, whatever it is made of
+        return {}
+    return {block.name: result.exact for block, result in compared if result is not None}
+
+
+def _differs(row: CurvatureRow) -> bool:
+    return row.exact and row.error is not None and not row.error < TOLERANCE
 
 
 def _factors(kfac: KFAC) -> dict[str, tuple[tuple[Tensor, ...], float]]:
@@ -253,7 +288,7 @@ def _expected(block: Block, samples: int, positions: int) -> str:
 
 
 def _judge(rows: tuple[CurvatureRow, ...]) -> list[Finding]:
-    wrong = [row for row in rows if row.exact and row.error is not None and not row.error < TOLERANCE]
+    wrong = [row for row in rows if _differs(row)]
     if wrong:
         first = max(wrong, key=lambda row: row.error or math.inf)
         names = ", ".join(dict.fromkeys(row.block for row in wrong))

@@ -152,3 +152,10 @@ def test_a_norm_with_several_uses_a_token_is_approximate() -> None:
     approximate = {row.block: row for row in report.curvature if row.block in ("head_norm", "twice")}
     assert [(row.exact, row.positions) for row in approximate.values()] == [(False, 6), (False, 6)]
     assert all(row.error is not None and row.error > 0.01 for row in approximate.values())
+
+
+def test_a_gradient_of_rounding_alone_is_not_judged() -> None:
+    report = examine(small_config("/nowhere", kfac=True, model={"name": DATA + "Routed", "args": {}}))
+    [found] = [finding for finding in report.findings if finding.check == "curvature"]
+    assert found.severity is Severity.FINE, found.text
+    assert [row.block for row in report.curvature if row.exact] == ["first", "last"]
