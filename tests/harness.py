@@ -240,9 +240,12 @@ def _run(task: _Task) -> _Result | _Failure:
 def _forget_meshes() -> None:
     """Empties DTensor's caches: they hand out the mesh of an earlier world, whose groups are gone."""
     if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+        from torch.distributed.tensor import DTensor, debug
 
-        _clear_sharding_prop_cache()
+        if hasattr(debug, "_clear_sharding_prop_cache"):
+            debug._clear_sharding_prop_cache()
+        else:  # before torch 2.10
+            DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()  # type: ignore[attr-defined]
 
 
 @atexit.register

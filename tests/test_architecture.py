@@ -21,17 +21,19 @@ MODULES = {file.relative_to(ROOT).as_posix(): file for file in sorted(PACKAGE.rg
 # here where it belongs.
 MAY_IMPORT = {
     "errors": set(),
+    "compat": {"errors"},
     "hooks": set(),
     "inputs": set(),
     "config": {"errors"},
-    "curvature": {"config", "errors", "hooks", "inputs"},
+    "curvature": {"compat", "config", "errors", "hooks", "inputs"},
     "distributed": {"config", "errors"},
-    "engines": {"config", "distributed", "errors"},
+    "engines": {"compat", "config", "distributed", "errors"},
     "preconditioner": {"config", "curvature", "distributed", "engines", "errors", "hooks"},
-    "optimizers": {"config", "distributed", "engines", "errors", "inputs", "preconditioner"},
+    "optimizers": {"compat", "config", "distributed", "engines", "errors", "inputs", "preconditioner"},
     "tasks": {"config", "errors"},
     "reporting": {"config", "errors"},
     "training": {
+        "compat",
         "config",
         "distributed",
         "engines",
@@ -95,6 +97,7 @@ NEVER = [
     ("kfac_dist/distributed/place.py", "torch", "a command line finds its place in milliseconds"),
     ("kfac_dist/config/", "torch", "a configuration is checked in milliseconds"),
     ("kfac_dist/errors.py", "torch", "errors are plain"),
+    ("kfac_dist/compat/", "kfac_dist.curvature", "what other packages keep to themselves is no part of K-FAC"),
     ("kfac_dist/preconditioner/", "kfac_dist.engines.ddp", "K-FAC sees engines through their base class"),
     ("kfac_dist/preconditioner/", "kfac_dist.engines.fsdp2", "K-FAC sees engines through their base class"),
     ("kfac_dist/preconditioner/", "kfac_dist.engines.zero", "K-FAC sees engines through their base class"),
@@ -104,7 +107,7 @@ NEVER = [
 
 # Module → the only paths that import it: optional packages stay behind one door.
 ONLY = {
-    "deepspeed": ("kfac_dist/engines/zero",),
+    "deepspeed": ("kfac_dist/engines/zero", "kfac_dist/compat/deepspeed.py"),
     "mpi4py": ("kfac_dist/distributed/",),
     "typer": ("kfac_dist/cli/",),
     "transformers": ("kfac_dist/integrations/huggingface.py",),
@@ -117,6 +120,11 @@ ONLY = {
     "matplotlib": ("kfac_dist/reporting/",),
     "prometheus_client": ("kfac_dist/reporting/exporter.py",),
 }
+
+# Where names are used that other packages keep to themselves: a release may take them away, and one file has to change.
+PRIVATE = ("kfac_dist/compat/",)
+# `torch._foreach_*` are documented; `os._exit` is public by another name, and a named tuple's methods are too.
+NOT_PRIVATE = ("_foreach_", "_exit", "_replace", "_asdict", "_fields", "_make")
 
 # What the parts below `training` may read of a configuration: values, not files.
 PLAIN_CONFIG = (
@@ -137,6 +145,42 @@ def imports_of(source: str, path: str) -> Iterator[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith(("__", *NOT_PRIVATE)) and name != "_"
+
+
+def private_names_in(source: str) -> Iterator[str]:
+    """Private names of other packages that a source imports, reads off an object, or asks for by `getattr`.
+
+    What the source itself defines, or what belongs to `self`, is its own.
+    """
+    tree = ast.parse(source)
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+    }
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names if any(map(private, alias.name.split("."))))
+            case ast.ImportFrom(module=str(module), names=names) if not module.startswith("kfac_dist"):
+                parts = [*module.split("."), *(alias.name for alias in names)]
+                yield from (f"{module}.{part}" for part in parts if private(part))
+            case ast.Attribute(attr=name) if private(name) and name not in own:
+                yield ast.unparse(node)
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(value=name), *_]):
+                if isinstance(name, str) and private(name) and name not in own:
+                    yield ast.unparse(node)
+            case ast.Subscript(value=ast.Attribute(attr="__dict__"), slice=ast.Constant(value=name)):
+                if isinstance(name, str) and private(name) and name not in own:
+                    yield ast.unparse(node)
+            case _:
+                pass
 
 
 def within(name: str, prefix: str) -> bool:
@@ -215,6 +259,47 @@ def test_optional_packages_have_one_door() -> None:
         if within(name, module) and not path.startswith(doors or ("-",))
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch._dynamo", ["torch._dynamo"]),
+        ("from torch.utils._pytree import tree_leaves", ["torch.utils._pytree._pytree"]),
+        ("from torch.nn.modules.batchnorm import _BatchNorm", ["torch.nn.modules.batchnorm._BatchNorm"]),
+        ("def f(t):\n    return t._base", ["t._base"]),
+        ("torch._C._current_graph_task_id()", ["torch._C._current_graph_task_id", "torch._C"]),
+        ("getattr(engine, '_config', None)", ["getattr(engine, '_config', None)"]),
+        ("engine.__dict__['_take_model_step']", ["engine.__dict__['_take_model_step']"]),
+        ("class C:\n    def f(self, other):\n        return self._x + other._x + other._y", ["other._y"]),
+        ("class C:\n    def f(self):\n        return self._optimizer._step", ["self._optimizer._step"]),
+        ("torch._foreach_add_(a, b)\nx.__class__\nfrom __future__ import annotations", []),
+        ("from kfac_dist.a import _b", []),
+    ],
+)
+def test_private_names_are_found(source: str, found: list[str]) -> None:
+    assert list(private_names_in(source)) == found
+
+
+def test_private_names_of_other_packages_have_one_door() -> None:
+    wrong = [
+        f"{path} uses {name}: give it a function in kfac_dist/compat/"
+        for path, file in MODULES.items()
+        if not path.startswith(PRIVATE)
+        for name in private_names_in(file.read_text())
+    ]
+    assert wrong == []
+
+
+def test_each_package_has_one_module_for_its_private_names() -> None:
+    """A module of `compat` is named after the package whose names it uses, and imports no other that has one."""
+    doors = {Path(path).stem for path in MODULES if path.startswith(PRIVATE)} - {"__init__"}
+    crossing = [
+        f"{path} imports {name}"
+        for path, name in EDGES
+        if path.startswith(PRIVATE) and any(within(name, door) for door in doors - {Path(path).stem, "torch"})
+    ]
+    assert crossing == []
 
 
 def test_every_module_says_what_it_is_about() -> None:

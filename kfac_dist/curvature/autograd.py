@@ -1,15 +1,15 @@
-"""What hooks have to ask autograd: in which pass and checkpointed region they run, and whose view an output is."""
+"""Whose view an output is: the tensor whose gradient stands for it, however it is overwritten later."""
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
-from typing import Any, cast
 
-import torch
 from torch import Tensor
-from torch.utils import checkpoint
+
+from kfac_dist.compat.torch import base_of
+from kfac_dist.compat.torch import checkpointed_region as checkpointed_region
+from kfac_dist.compat.torch import compile_anew as compile_anew
+from kfac_dist.compat.torch import in_backward as in_backward
 
 
 def below_view(
@@ -20,7 +20,7 @@ def below_view(
     Overwriting a view (an in-place activation behind a linear layer on tokens) takes the view's own node out of the
     graph; the node of the tensor below stays, and its gradient is that of the values before they were overwritten.
     """
-    base = output._base
+    base = base_of(output)
     if base is None or not base.requires_grad or base.is_leaf:
         return output, arrange
     if base.numel() != output.numel() or not base.is_contiguous():
@@ -32,41 +32,3 @@ def below_view(
         return own if arrange is None else arrange(own)
 
     return base, view
-
-
-def compile_anew() -> None:
-    """Have torch.compile see that modules have hooks now.
-
-    What was compiled before the hooks were there would never run them, nor would what was compiled for a copy without
-    hooks: by default, compiled code is not asked whether a module had some.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return
-    config = torch._dynamo.config
-    if hasattr(config, "skip_nnmodule_hook_guards"):
-        config.skip_nnmodule_hook_guards = False
-    torch.compiler.reset()
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread, as `torch.utils.checkpoint` asks it."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def checkpointed_region() -> object | None:
-    """Return what identifies the region of non-re-entrant activation checkpointing that runs now, or None.
-
-    `torch.utils.checkpoint` installs hooks on saved tensors that close over the region's frame: the frame itself in the
-    first forward pass, a weak reference to it when the region is computed again. Nothing public tells the region, and
-    an input that a checkpointed layer held would undo what checkpointing saves.
-    """
-    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if not hooks:
-        return None
-    pack = inspect.unwrap(hooks[0])
-    if pack.__module__ != checkpoint.__name__ or not pack.__closure__:
-        return None
-    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
-    if "frame" in cells:
-        return cast(object, cells["frame"].cell_contents)
-    return cast(object, cells["target_frame_ref"].cell_contents()) if "target_frame_ref" in cells else None

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kfac_dist.compat.torch import gradient_shapes
+
 _ELEMENTWISE = ("Add", "Sub", "RSub", "Mul", "Div", "Expand", "Where", "MaskedFill")
 
 Node = Any  # torch.autograd.graph.Node; its metadata has no public name
@@ -124,11 +126,11 @@ def _is(node: Node, kinds: tuple[str, ...]) -> bool:
 
 def _is_opaque(node: Node) -> bool:
     """Whether a node is many operations in one, as what torch.compile makes: its shapes say nothing."""
-    return len(node._input_metadata) != 1 or str(node.name()).startswith("CompiledFunction")
+    return len(gradient_shapes(node)) != 1 or str(node.name()).startswith("CompiledFunction")
 
 
 def _shape(node: Node) -> Shape:
-    return tuple(node._input_metadata[0].shape)
+    return gradient_shapes(node)[0]
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from kfac_dist.compat.torch import break_graph
 from kfac_dist.curvature.autograd import below_view, checkpointed_region, compile_anew, in_backward
 from kfac_dist.curvature.blocks import Block, Use
 from kfac_dist.curvature.blocks.uses import Handle
@@ -117,7 +118,7 @@ class _Recorder:
         if not self.watching:
             return None
         if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break(msg=_NO_FULL_GRAPH)
+            break_graph(_NO_FULL_GRAPH)
         return self._capture.record(self._block, inputs, output, source, arrange)
 
 

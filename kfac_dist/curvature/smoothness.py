@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from kfac_dist.compat.torch import TorchDispatchMode, schema_of, tree_leaves
 from kfac_dist.hooks import after_forward, before_forward
 from kfac_dist.inputs import Inputs, call
 
@@ -161,7 +160,7 @@ class _Watch(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for name in (self._names[id(t)] for t in tensors if id(t) in self._names):
             self.last_use[name] = self._moment
-        operation = func._schema.name.rpartition("::")[2].removesuffix("_")
+        operation = schema_of(func).name.rpartition("::")[2].removesuffix("_")
         origins = frozenset() if operation in _SHAPES else self._origins.of(tensors)
         if any(t.is_floating_point() for t in tensors):
             found = Operation(operation, *self._stack[-1], origins)
@@ -195,7 +194,7 @@ class _Watch(TorchDispatchMode):
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """Yield the tensors that an operation writes into."""
-    for place, argument in enumerate(func._schema.arguments):
+    for place, argument in enumerate(schema_of(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

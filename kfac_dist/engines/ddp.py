@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kfac_dist.compat.torch import uncompiled
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.distributed.cost import all_reduce_bytes
@@ -74,8 +74,3 @@ class DDPEngine(Engine):
         if self._ddp is None:
             return 0
         return all_reduce_bytes(sum(p.numel() * p.element_size() for p in self._trained.values()), size)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module inside of what `torch.compile(model)` returned; it has the same parameters by shorter names."""
-    return cast(nn.Module, model._orig_mod) if type(model).__name__ == "OptimizedModule" else model

@@ -20,11 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from kfac_dist.compat.torch import uncompiled
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
 from kfac_dist.engines.base import Engine
-from kfac_dist.engines.ddp import uncompiled
 from kfac_dist.engines.holding import Holding
 from kfac_dist.errors import ModelError
 

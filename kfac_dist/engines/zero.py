@@ -17,8 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _get_grad_fn_or_grad_acc
 
+from kfac_dist.compat.deepspeed import (
+    BeforeStep,
+    in_engine_backward,
+    manages_accumulation,
+    micro_batch,
+    replace_backward_beginnings,
+)
+from kfac_dist.compat.torch import in_backward, will_be_reached
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
@@ -124,17 +131,15 @@ class ZeroEngine(Engine):
         """
         engine = self._deepspeed
         accumulated = engine.gradient_accumulation_steps()
-        running = engine._running_engine_backward
-        if accumulated > 1 and torch._C._current_graph_task_id() != -1 and not running:
+        if accumulated > 1 and in_backward() and not in_engine_backward(engine):
             raise ModelError(
                 "with gradient_accumulation_steps > 1, call engine.backward(loss) instead of loss.backward(): of the "
                 "latter, DeepSpeed divides the gradients behind the last layer's hooks, so that its factors would have "
                 "another scale than the others'"
             )
         scale = self.gradient_scale / accumulated
-        if not engine.managed_gradient_accumulation():
-            return BackwardPass(scale, max(0, engine._unmanaged_backward_count - int(running)), last=False)
-        return BackwardPass(scale, engine.micro_steps % accumulated, bool(engine.is_gradient_accumulation_boundary()))
+        last = manages_accumulation(engine) and bool(engine.is_gradient_accumulation_boundary())
+        return BackwardPass(scale, micro_batch(engine), last)
 
     def before_step(self, callback: Callable[[], None]) -> Handle:
         """See `Engine.before_step`: before DeepSpeed clips, checks for overflow and steps."""
@@ -143,7 +148,7 @@ class ZeroEngine(Engine):
             callback()
             self._written()
 
-        return _BeforeStep(self._deepspeed, run, self._let_go)
+        return BeforeStep(self._deepspeed, run, self._let_go)
 
     def _let_go(self) -> None:
         """Compare nothing any more: the communicator closes."""
@@ -158,12 +163,7 @@ class ZeroEngine(Engine):
         comm, self._communicator = self._communicator, None
         if comm is None or comm.size == 1:
             return
-        with torch.enable_grad():
-            left_out = {
-                name
-                for p, name in self._names.items()
-                if p.requires_grad and not torch._C._will_engine_execute_node(_get_grad_fn_or_grad_acc(p))
-            }
+        left_out = {name for p, name in self._names.items() if p.requires_grad and not will_be_reached(p)}
         by_rank = comm.gather_objects(left_out)
         for name in self._names.values():
             without = [rank for rank, names in enumerate(by_rank) if name in names]
@@ -200,35 +200,6 @@ class ZeroEngine(Engine):
         return torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()).to(device)
 
 
-class _BeforeStep:
-    """Calls something at the beginning of each of an engine's optimizer steps, until it is removed."""
-
-    def __init__(self, engine: Any, callback: Callable[[], None], removed: Callable[[], None]) -> None:
-        self._engine = engine
-        self._removed = removed
-        self._active = True
-        inner = engine._take_model_step
-
-        def take_model_step(*args: Any, **kwargs: Any) -> Any:
-            if self._active:
-                callback()
-            return inner(*args, **kwargs)
-
-        self._outer = engine.__dict__.get("_take_model_step")
-        self._own = engine._take_model_step = take_model_step
-
-    def remove(self) -> None:
-        """See `Handle.remove`; harmless when repeated."""
-        self._active = False
-        self._removed()
-        if self._engine.__dict__.get("_take_model_step") is not self._own:
-            return  # somebody came later
-        if self._outer is None:
-            del self._engine.__dict__["_take_model_step"]
-        else:
-            self._engine.__dict__["_take_model_step"] = self._outer
-
-
 class _Asides:
     """Lets K-FAC go back from the model's outputs without DeepSpeed noticing.
 
@@ -245,22 +216,24 @@ class _Asides:
         self._engine = engine
         self._active = False
         self._owed = False
-        prologue, per_tensor = engine._backward_prologue, engine._backward_prologue_per_tensor
 
-        def begin() -> None:
-            self._owed = self._active
-            if not self._active:
-                begins()
-                prologue()
+        def put_off(prologue: Callable[[], None], per_tensor: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+            def begin() -> None:
+                self._owed = self._active
+                if not self._active:
+                    begins()
+                    prologue()
 
-        def scale(grad: Tensor) -> Tensor:
-            if self._active:
-                return grad
-            if self._owed:
-                begin()
-            return per_tensor(grad)  # type: ignore[no-any-return]
+            def scale(grad: Tensor) -> Tensor:
+                if self._active:
+                    return grad
+                if self._owed:
+                    begin()
+                return per_tensor(grad)
 
-        engine._backward_prologue, engine._backward_prologue_per_tensor = begin, scale
+            return begin, scale
+
+        replace_backward_beginnings(engine, put_off)
 
     def run(self, vectors: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield each vector for one backward pass."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfac_dist.compat.deepspeed import check, settings_of
 from kfac_dist.errors import ConfigError, ModelError
 
 
@@ -12,12 +13,13 @@ def check_supported(engine: Any) -> None:
 
     Raises:
         ModelError: The engine has no optimizer, or its model is no ordinary one.
-        ConfigError: The configuration has a key with which K-FAC would go wrong.
+        ConfigError: The configuration has a key with which K-FAC would go wrong, or the release lacks what K-FAC needs.
     """
     if engine.optimizer is None or type(engine.optimizer).__name__ in ("DummyOptim", "DeepSpeedZeRoOffload"):
         raise ModelError(
             "the DeepSpeed engine has no optimizer: give deepspeed.initialize one, or name it in its config"
         )
+    check(engine)
     if getattr(engine, "pipeline_parallelism", False):
         raise ModelError("K-FAC doesn't serve DeepSpeed's PipelineModule: use ZeRO, with a model of its own")
     if getattr(engine, "has_moe_layers", False):
@@ -29,7 +31,7 @@ def check_supported(engine: Any) -> None:
 
 def _refused(engine: Any) -> list[tuple[str, bool, str]]:
     """Return keys, whether they are set, and what to write instead."""
-    zero = engine._config.zero_config
+    zero = settings_of(engine).zero_config
     stage = int(engine.zero_optimization_stage())
     offloads = [getattr(zero, "offload_optimizer", None), getattr(zero, "offload_param", None)]
     optimizer = str(engine.optimizer_name() or type(engine.basic_optimizer).__name__).lower()
@@ -61,7 +63,7 @@ def _refused(engine: Any) -> list[tuple[str, bool, str]]:
             "it averages compressed gradients inside of its step; use SGD, AdamW or Lamb",
         ),
         ("gradient_allreduce_op: sum", not engine.gradient_average, "write mean"),
-        ("sparse_gradients", _on(engine._config, "sparse_gradients_enabled"), "set it to false"),
+        ("sparse_gradients", _on(settings_of(engine), "sparse_gradients_enabled"), "set it to false"),
         ("sequence or tensor parallelism", engine.mpu is not None or engine.sequence_parallel_size > 1, "leave it out"),
         ("torch_autocast", bool(engine.torch_autocast_enabled()), "write bf16 or fp16 with enabled: true instead"),
         ("compile.deepcompile", bool(engine.is_deepcompile_enabled()), "set it to false"),

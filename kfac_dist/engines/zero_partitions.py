@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kfac_dist.compat.deepspeed import got_gradient, gradient_of, is_padding, master_of
 from kfac_dist.distributed.layout import Slice
 
 Held = Iterator[tuple[Any, Tensor]]
@@ -156,7 +157,7 @@ class FlatPartitions(Partitions):
                 continue
             flat = getattr(found, "flat_partition", None)
             # The others are padding, some of it between parameters.
-            views = None if flat is not None else [grad for grad in found if not getattr(grad, "_zero_padding", False)]
+            views = None if flat is not None else [grad for grad in found if not is_padding(grad)]
             for position, p in enumerate(parameters):
                 first, numel = self._place(p, index)
                 if optimizer.cpu_offload and optimizer.get_param_id(p) not in optimizer.norm_for_param_grads:
@@ -230,15 +231,14 @@ class ParameterPartitions(Partitions):
 
     def gradients(self) -> Held:
         """See `Partitions.gradients`."""
-        yield from self._held(p for p in self._trained if self._used(p))
+        yield from self._held(p for p in self._trained if got_gradient(self._optimizer, p))
 
     def masters(self) -> Held:
         """See `Partitions.masters`."""
         for p in self._trained:
             start, stop = self._range(p, self.rank)
             if start < stop:
-                value, _ = self._optimizer._get_fp32_opt_state_partition(p, False)
-                yield p, value.detach().narrow(0, 0, stop - start)
+                yield p, master_of(self._optimizer, p).detach().narrow(0, 0, stop - start)
 
     def rewritten(self) -> None:
         """See `Partitions.rewritten`: with offload, clipping reads norms that were taken as gradients came."""
@@ -246,19 +246,14 @@ class ParameterPartitions(Partitions):
         if optimizer.offload_optimizer:
             for p, grad in self.gradients():
                 optimizer.norm_for_param_grads[optimizer.get_param_id(p)] = _norm(grad)
-        for _, grad in self._held(p for p in self._trained if not self._used(p)):
+        for _, grad in self._held(p for p in self._trained if not got_gradient(self._optimizer, p)):
             grad.zero_()  # of an earlier step, preconditioned even: DeepSpeed would step with it again
 
     def _held(self, parameters: Iterable[Any]) -> Held:
         for p in parameters:
             start, stop = self._range(p, self.rank)
             if start < stop:
-                yield p, self._optimizer._get_fp32_grad_state_partition(p, False)[0].narrow(0, 0, stop - start)
-
-    def _used(self, parameter: Any) -> bool:
-        """Return whether a parameter got a gradient in this step; DeepSpeed keeps the last one of those that didn't."""
-        seen = getattr(self._optimizer, "_offload_boundary_param_ids", None)
-        return seen is None or parameter.ds_id in seen
+                yield p, gradient_of(self._optimizer, p).narrow(0, 0, stop - start)
 
     def _range(self, parameter: Any, rank: int) -> tuple[int, int]:
         step, numel = parameter.partition_numel(), parameter.ds_numel

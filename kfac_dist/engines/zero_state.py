@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kfac_dist.compat.deepspeed import use_masters
 from kfac_dist.engines.holding import Holding, holdings_of
 
 # What decides the next loss scale, in DeepSpeed's words.
@@ -43,7 +44,7 @@ def use_restored_weights(engine: Any) -> None:
     for parameter in engine.module.parameters():
         parameter.partition()  # what a forward pass may have left gathered is old
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        use_masters(optimizer, group)
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 

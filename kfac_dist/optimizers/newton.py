@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfac_dist.compat.torch import AnyBatchNorm
 from kfac_dist.errors import ModelError
 from kfac_dist.optimizers.batch_loss import Total
 from kfac_dist.optimizers.levenberg_marquardt import Bounds, GammaSearch, LevenbergMarquardt
@@ -175,7 +175,7 @@ def _refuse_batch_norm(module: nn.Module, fraction: float) -> None:
         ModelError: There is such a layer.
     """
     for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+        if isinstance(layer, AnyBatchNorm) and (layer.training or layer.running_mean is None):
             raise ModelError(
                 f"kfac.newton.products_fraction ({fraction}) must be 1 with {name} ({type(layer).__name__}), which "
                 "normalises by the whole batch: leave it out, or use GroupNorm or LayerNorm"

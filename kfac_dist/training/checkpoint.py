@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemWriter, Metadata
 
+from kfac_dist.compat.torch import load_dcp, save_dcp
 from kfac_dist.distributed.communicator import Communicator, SoloCommunicator, build_communicator
 from kfac_dist.errors import CheckpointError, KFACError
 from kfac_dist.training.agreement import agreed
@@ -193,7 +193,7 @@ class Checkpoints:
         with agreed(self.communicator, CheckpointError, f"can't load {checkpoint.path}"), _readable(checkpoint.path):
             for piece in chain([state], pieces):
                 # Each rank reads for itself: there is nothing to plan together.
-                dcp.load(piece, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
+                load_dcp(piece, storage_reader=reader, planner=SafeLoadPlanner())
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
@@ -208,7 +208,7 @@ class Checkpoints:
                 partial.mkdir(parents=True)
         try:
             with agreed(writers, CheckpointError, f"can't write {partial}"), _first_failure(partial, writers.rank):
-                dcp.save(
+                save_dcp(
                     state,
                     storage_writer=FileSystemWriter(partial, sync_files=True),
                     planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),

@@ -1,13 +1,12 @@
 """Reads DCP checkpoints without trusting them: no pickle of theirs can run code, and misfits are named first.
 
 DCP unpickles its table of contents with plain `pickle` and non-tensor values with `weights_only=False`; here the former
-may name only the types that DCP writes, and the latter are read with `weights_only=True`.
+is read as plain data (see `checkpoint_table`), and the latter are read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,33 +18,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from kfac_dist.errors import CheckpointError
-
-_METADATA_TYPES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-    "pathlib": {"Path", "PosixPath", "WindowsPath"},
-    "collections": {"OrderedDict"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a global that DCP's metadata may name."""
-        allowed = name in _METADATA_TYPES.get(module, ())
-        if allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which no checkpoint needs")
+from kfac_dist.training.checkpoint_table import read_table
 
 
 class SafeReader(FileSystemReader):
@@ -57,13 +30,7 @@ class SafeReader(FileSystemReader):
         Raises:
             CheckpointError: It can't be read.
         """
-        try:
-            with (Path(self.path) / ".metadata").open("rb") as stream:
-                metadata = _MetadataUnpickler(stream).load()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{self.path}: its .metadata holds a {type(metadata).__name__}")
+        metadata = read_table(Path(self.path))
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

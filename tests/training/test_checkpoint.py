@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
 from kfac_dist.errors import CheckpointError
+from kfac_dist.training import checkpoint
 from kfac_dist.training.checkpoint import MANIFEST, Checkpoints, read_manifest
 from kfac_dist.training.checkpoint_reader import SafeReader
 from tests.harness import run_ranks
@@ -153,13 +153,13 @@ def test_damaged_contents_are_found_by_their_hash_and_the_one_before_is_used(
 
 
 def test_training_goes_on_while_a_copy_is_written(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, go_on, write = _state(1.0), threading.Event(), dcp.save
+    state, go_on, write = _state(1.0), threading.Event(), checkpoint.save_dcp
 
     def slow(*args: Any, **kwargs: Any) -> None:
         assert go_on.wait(20)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(dcp, "save", slow)
+    monkeypatch.setattr(checkpoint, "save_dcp", slow)
     checkpoints.save(1, state, {}, wait=False)
     cast(dict[str, Tensor], state["model"])["a.bias"].fill_(9.0)
     assert checkpoints.newest() is None

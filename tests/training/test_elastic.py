@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,11 @@ def _wait(condition: Callable[[], bool], nodes: list[subprocess.Popen[bytes]], o
         time.sleep(0.02)
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("unmeasured")
 def test_a_node_dies_and_another_joins(tmp_path: Path) -> None:
@@ -78,7 +84,7 @@ def test_a_node_dies_and_another_joins(tmp_path: Path) -> None:
 
     port = free_port()
     first = _start_node(config, port)
-    time.sleep(1.0)  # the first node serves the rendezvous, and outlives the second
+    _wait(lambda: _listens(port), [first], output)  # the first node serves the rendezvous, and outlives the second
     second = _start_node(config, port)
     nodes = [first, second]
     try:

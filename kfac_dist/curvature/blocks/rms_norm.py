@@ -9,13 +9,13 @@ as an RMS norm does; no package has to be imported for it.
 
 from __future__ import annotations
 
-import copy
 import inspect
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfac_dist.compat.torch import own_parameters, with_parameters
 from kfac_dist.curvature.blocks.norm import NormBlock
 from kfac_dist.curvature.blocks.rows import batch_first
 from kfac_dist.errors import ModelError
@@ -44,9 +44,9 @@ class RMSNormBlock(NormBlock):
 
 def is_rms_norm(module: nn.Module) -> bool:
     """Whether a module has one vector for a weight, an ε, one input, and answers as an RMS norm does."""
-    weight = module._parameters.get("weight")
-    plain = set(module._parameters) == {"weight"} and not module._buffers and not module._modules
-    if not plain or weight is None or isinstance(weight, UninitializedParameter) or weight.ndim != 1:
+    own = own_parameters(module) or {}
+    weight = own.get("weight")
+    if set(own) != {"weight"} or weight is None or isinstance(weight, UninitializedParameter) or weight.ndim != 1:
         return False
     inputs = inspect.signature(type(module).forward).parameters
     return len(inputs) == 2 and epsilon_of(module) is not None and weight.numel() > 1 and _answers(module, weight)
@@ -65,8 +65,7 @@ def _answers(module: nn.Module, weight: Tensor) -> bool:
     ramp = torch.arange(_ROWS * weight.numel(), device=device).view(_ROWS, -1)
     rows, scale = (0.7 * ramp).sin() + 0.3, 1.5 + ramp[0].cos()
     rows[0] *= 1e-3  # so small that ε shows, and where it stands
-    trial = copy.copy(module)
-    trial._parameters = {"weight": nn.Parameter(scale)}
+    trial = with_parameters(module, {"weight": nn.Parameter(scale)})
     try:
         found = type(module).forward(trial, rows)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfac_dist.compat.torch import break_graph
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.norm import NormBlock
 from kfac_dist.curvature.blocks.rows import batch_first
@@ -45,7 +46,7 @@ class ScaledBlock(NormBlock):
             if not recorder.watching:
                 return None
             if torch.compiler.is_dynamo_compiling():
-                torch._dynamo.graph_break()
+                break_graph("the layer is asked once more without its scale")
             with torch.no_grad():
                 unscaled = type(module).forward(_with(module, torch.ones_like, torch.zeros_like), *args, **kwargs)
             return recorder.record(unscaled, output, source=module)

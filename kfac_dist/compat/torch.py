@@ -1,0 +1,208 @@
+"""Private names of torch, each behind a function that says what it is for; nothing else in the package uses one.
+
+A name that some supported release lacks has a second way here. (`torch._foreach_*` are documented, and not private.)
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, _get_grad_fn_or_grad_acc, saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+__all__ = [
+    "AnyBatchNorm",
+    "TorchDispatchMode",
+    "base_of",
+    "break_graph",
+    "checkpointed_region",
+    "compile_anew",
+    "gradient_shapes",
+    "in_backward",
+    "load_dcp",
+    "own_parameters",
+    "save_dcp",
+    "schema_of",
+    "storage_info_type",
+    "tree_leaves",
+    "uncompiled",
+    "will_be_reached",
+    "with_parameters",
+]
+
+
+# ---- autograd
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread, as `torch.utils.checkpoint` asks it."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def will_be_reached(parameter: Tensor) -> bool:
+    """Whether the backward pass that runs now will bring a parameter a gradient."""
+    with torch.enable_grad():
+        return torch._C._will_engine_execute_node(_get_grad_fn_or_grad_acc(parameter))
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return the tensor whose view this is, None if it is no view."""
+    return tensor._base
+
+
+def gradient_shapes(node: Node) -> list[tuple[int, ...]]:
+    """Return the shapes of the gradients that a node of the graph takes: those of its operation's outputs."""
+    return [tuple(output.shape) for output in cast(Any, node)._input_metadata]
+
+
+def checkpointed_region() -> object | None:
+    """Return what identifies the region of non-re-entrant activation checkpointing that runs now, or None.
+
+    `torch.utils.checkpoint` installs hooks on saved tensors that close over the region's frame: the frame itself in the
+    first forward pass, a weak reference to it when the region is computed again. Nothing public tells the region, and
+    an input that a checkpointed layer held would undo what checkpointing saves.
+    """
+    pack = _top_pack_hook()
+    if pack is None:
+        return None
+    pack = inspect.unwrap(pack)
+    if pack.__module__ != checkpoint.__name__ or not pack.__closure__:
+        return None
+    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
+    if "frame" in cells:
+        return cast(object, cells["frame"].cell_contents)
+    return cast(object, cells["target_frame_ref"].cell_contents()) if "target_frame_ref" in cells else None
+
+
+if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+
+    def _top_pack_hook() -> Any | None:
+        """Return the hook that packs what operations save now, None if there is none."""
+        hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return hooks[0] if hooks else None
+
+else:  # torch 2.6 and 2.7 don't tell which hooks are on top: note it, as they are entered and left
+
+    class _Entered(threading.local):
+        """The pairs of hooks that this thread is inside of, the outermost first."""
+
+        def __init__(self) -> None:
+            self.hooks: list[saved_tensors_hooks] = []
+
+    _entered = _Entered()
+    _enter, _leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+
+    def _noted_enter(self: saved_tensors_hooks) -> None:
+        _enter(self)
+        _entered.hooks.append(self)
+
+    def _noted_leave(self: saved_tensors_hooks, *error: object) -> None:
+        _leave(self, *error)
+        _entered.hooks.pop()
+
+    saved_tensors_hooks.__enter__ = _noted_enter  # type: ignore[method-assign]
+    saved_tensors_hooks.__exit__ = _noted_leave  # type: ignore[method-assign]
+
+    def _top_pack_hook() -> Any | None:
+        """Return the hook that packs what operations save now, None if there is none."""
+        return _entered.hooks[-1].pack_hook if _entered.hooks else None
+
+
+# ---- what torch.compile made
+
+
+# Found out beforehand: this runs inside of what is being compiled.
+_BREAKS_TAKE_REASONS = torch.__version__ >= "2.7"
+
+
+def compile_anew() -> None:
+    """Have torch.compile see that modules have hooks now.
+
+    What was compiled before the hooks were there would never run them, nor would what was compiled for a copy without
+    hooks: by default, compiled code is not asked whether a module had some.
+    """
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds
+        return
+    config = torch._dynamo.config
+    if hasattr(config, "skip_nnmodule_hook_guards"):
+        config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()
+
+
+def break_graph(reason: str) -> None:
+    """End the piece of a model that is being compiled, for a reason that `fullgraph=True` shows."""
+    if _BREAKS_TAKE_REASONS:
+        torch._dynamo.graph_break(msg=reason)
+    else:
+        torch._dynamo.graph_break()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module inside of what `torch.compile(model)` returned; it has the same parameters by shorter names."""
+    return cast(nn.Module, model._orig_mod) if type(model).__name__ == "OptimizedModule" else model
+
+
+# ---- modules, operations, checkpoints
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None] | None:
+    """Return a module's own parameters; None if it has buffers or modules of its own beside them."""
+    return None if module._buffers or module._modules else dict(module._parameters)
+
+
+def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+    """Return a shallow copy of a module that has these parameters instead of its own."""
+    changed = copy.copy(module)
+    changed._parameters = dict(parameters)
+    return changed
+
+
+def schema_of(operation: Any) -> Any:
+    """Return the schema, name and arguments, of an operation that a `TorchDispatchMode` sees."""
+    return operation._schema
+
+
+def storage_info_type() -> type[Any]:
+    """Return the class by which a checkpoint's table of contents says where a value lies."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo
+
+
+def save_dcp(state: dict[str, Any], *, no_dist: bool, process_group: Any, **options: Any) -> None:
+    """Write a checkpoint by `torch.distributed.checkpoint`; `no_dist`: for this process alone."""
+    import torch.distributed.checkpoint as dcp
+
+    if _DCP_CAN_BE_ALONE:
+        dcp.save(state, process_group=process_group, no_dist=no_dist, **options)
+    else:
+        dcp.save_state_dict(state, process_group=process_group, no_dist=no_dist, **options)
+
+
+def load_dcp(state: dict[str, Any], **options: Any) -> None:
+    """Read a checkpoint by `torch.distributed.checkpoint`, each process for itself."""
+    import torch.distributed.checkpoint as dcp
+
+    if _DCP_CAN_BE_ALONE:
+        dcp.load(state, no_dist=True, **options)
+    else:
+        dcp.load_state_dict(state, no_dist=True, **options)
+
+
+# In 2.6 only the functions that `save` and `load` came to replace can be told that a process is alone.
+_DCP_CAN_BE_ALONE = torch.__version__ >= "2.7"
+if not _DCP_CAN_BE_ALONE:
+    # Not around the call: filters belong to all threads, and checkpoints are written in one of their own.
+    for _name in ("save_state_dict", "load_state_dict"):
+        warnings.filterwarnings("ignore", message=f"`{_name}` is deprecated", category=FutureWarning)
