@@ -18,7 +18,9 @@ from kfac_dist.errors import ConfigError
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
 # Of the options of launch/*.sh, `train` and `submit` those that no value follows.
-_FLAGS = frozenset({"--check", "--compare", "--dry-run", "--help", "-h", "--live", "--no-ssh", "--quiet"})
+_FLAGS = frozenset(
+    {"--check", "--compare", "--dry-run", "--help", "-h", "--live", "--no-ssh", "--overwrite", "--quiet"}
+)
 
 
 class LauncherName(StrEnum):

@@ -1,7 +1,8 @@
 """How a command ends: with one line a mistake and a code, on one rank or on many.
 
 Every rank of a launcher runs the command line by itself. A mistake of the user's ends it with code 2 and without a
-traceback; what the doctor found wrong with code 1; Ctrl-C with code 130; a bug keeps its traceback.
+traceback; what the doctor found wrong with code 1; Ctrl-C with code 130, or 0 where a launcher started it, whose own
+code tells of Ctrl-C; a bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 
 import typer
 
-from kfac_dist.distributed.place import Place, find_place
+from kfac_dist.distributed.place import Launcher, Place, find_place
 from kfac_dist.errors import ConfigError, KFACError
 
 NOT_READY = 1
@@ -37,7 +38,19 @@ def exit_codes() -> Iterator[None]:
         _report(error)
         raise typer.Exit(USER_ERROR) from None
     except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(interrupted_code()) from None
+
+
+def interrupted_code() -> int:
+    """Return the code that Ctrl-C ends a command with: a launcher would take another than 0 for a rank's failure."""
+    place = _place()
+    own = place is None or place.launcher in (Launcher.NOBODY, Launcher.ENVIRONMENT, Launcher.SLURM)
+    return INTERRUPTED if own else 0
+
+
+def end_at_once() -> None:
+    """End this process by a second Ctrl-C, whatever it waits for."""
+    os._exit(INTERRUPTED)
 
 
 def insist(error: KFACError) -> None:
@@ -84,6 +97,12 @@ def leads() -> bool:
     """Whether this process speaks for all ranks."""
     place = _place()
     return place is None or place.rank == 0
+
+
+def launched() -> bool:
+    """Whether a launcher started this process."""
+    place = _place()
+    return place is not None and place.launcher is not Launcher.NOBODY
 
 
 def _place() -> Place | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from kfac_dist.cli.configuration import ConfigFile, Overrides, check_targets, load
-from kfac_dist.cli.exits import exit_codes, insist, leads
+from kfac_dist.cli.exits import end_at_once, exit_codes, insist, interrupted_code, launched, leads
 from kfac_dist.cli.report import REPORT_FILE, write_page
 from kfac_dist.errors import ConfigError, KFACError
 from kfac_dist.launching import LauncherName, launch_command, overrides_in
@@ -22,6 +24,9 @@ def train(
         str | None, typer.Option(help="auto: newest good checkpoint of this run; never; or a checkpoint's path.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; its files go to runs/NAME.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete an earlier run of this name instead of moving it.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the result only.")] = False,
     live: Annotated[
         bool, typer.Option("--live", help="Show curves, phases and counts while it trains, on a terminal.")
@@ -38,9 +43,24 @@ def train(
             return
         if live and quiet:
             raise ConfigError("--live shows progress and --quiet hides it: leave one of them out")
+        if overwrite and resolved.checkpoint.resume != "never":
+            raise ConfigError(
+                f"--overwrite deletes the run that --resume {resolved.checkpoint.resume} goes on with: leave one out"
+            )
         from kfac_dist.training.run import train as run
 
-        result = run(resolved, compare=compare, quiet=quiet, live=live, on_lost=insist)
+        result = run(
+            resolved,
+            compare=compare,
+            quiet=quiet,
+            live=live,
+            overwrite=overwrite,
+            go_on=_go_on(),
+            on_lost=insist,
+            on_second_interrupt=end_at_once,
+        )
+        if result.interrupted:
+            raise typer.Exit(interrupted_code())
         if not quiet and result.preempted_at is None and leads():
             if find_spec("plotly") is None:
                 print(
@@ -51,6 +71,21 @@ def train(
                 write_page([result.directory], result.directory / REPORT_FILE)
             except KFACError as error:  # such as a full disk: the run itself is complete and saved
                 print(f"no report: {error}")
+
+
+def _go_on() -> str:
+    """Return the command that goes on with this run; "" under a launcher, which was started by another one."""
+    if launched():
+        return ""
+    words, skips = [], False
+    for word in sys.argv[1:]:
+        # Where it began no longer matters.
+        if not skips and word != "--overwrite" and not word.startswith(("--resume=", "checkpoint.resume=")):
+            skips = word == "--resume"
+            words += [] if skips else [word]
+        else:
+            skips = False
+    return shlex.join(["kfac-dist", *words, "--resume", "auto"])
 
 
 def launch(

@@ -20,6 +20,7 @@ from kfac_dist.errors import KFACError
 from kfac_dist.reporting.restarts import launcher_restarts
 
 STATE_FILE = "state.json"
+INTERRUPTED_REASON = "by Ctrl-C; what was saved before is there"
 
 
 class State(StrEnum):
@@ -27,6 +28,7 @@ class State(StrEnum):
 
     RUNNING = "running"
     PREEMPTED = "preempted"
+    INTERRUPTED = "interrupted"
     FINISHED = "finished"
     FAILED = "failed"
 
@@ -46,6 +48,7 @@ class RunRecord:
         job: SLURM's number of the job; None outside of SLURM.
         restarts: How often torchrun or SLURM has started it again.
         changed: When this was written, in seconds since 1970.
+        earlier: Where this start has moved an earlier run of its name; "" if there was none.
     """
 
     state: State
@@ -58,6 +61,7 @@ class RunRecord:
     job: str | None
     restarts: int
     changed: float
+    earlier: str = ""
 
 
 class RunFile:
@@ -66,9 +70,10 @@ class RunFile:
     Args:
         directory: The run's directory, which exists; None on ranks other than 0, which write nothing.
         ranks: Number of ranks.
+        earlier: Where an earlier run of its name was moved; None if there was none.
     """
 
-    def __init__(self, directory: Path | None, ranks: int) -> None:
+    def __init__(self, directory: Path | None, ranks: int, earlier: Path | None = None) -> None:
         self._path = None if directory is None else directory / STATE_FILE
         self._record = RunRecord(
             State.RUNNING,
@@ -81,6 +86,7 @@ class RunFile:
             job=os.environ.get("SLURM_JOB_ID"),
             restarts=sum(launcher_restarts().values()),
             changed=time.time(),
+            earlier="" if earlier is None else str(earlier),
         )
 
     def running(self, total_steps: int | None = None) -> None:
@@ -95,11 +101,23 @@ class RunFile:
         """Write that the run stopped because it was told to, with its state saved."""
         self._write(State.PREEMPTED, step=step, reason=reason)
 
+    def interrupted(self, step: int | None, reason: str) -> None:
+        """Write that the run stopped because its user did so; at `step`, with its state saved, or without."""
+        self._write(State.INTERRUPTED, step=step, reason=reason)
+
+    def cut_short(self) -> None:
+        """Write that the run's user ended it at once, as far as that can still be written."""
+        with suppress(OSError):
+            self.interrupted(None, INTERRUPTED_REASON)
+
     @contextmanager
     def failures(self) -> Iterator[None]:
         """Write down what ends the block before its end."""
         try:
             yield
+        except KeyboardInterrupt:
+            self.cut_short()
+            raise
         except BaseException as error:
             reason = str(error) if isinstance(error, KFACError) else f"{type(error).__name__}: {error}"
             # A full disk may be what the run failed of: that error is the one to see.

@@ -98,7 +98,7 @@ class Trainer:
         preemption = Preemption(self.outputs.signals, self.communicator, wishes=wishes)
         self._saved_moment = time.monotonic()
         self.stopwatch.start()
-        with self.outputs.watch.explaining(), self._loading():
+        with self.outputs.watch.explaining(), self._loading(), self.outputs.signals.deferring():
             while self.step < self.parts.total_steps:
                 self._at_boundary(preemption)
                 self.outputs.watch.at(f"step {self.step + 1}, loading the batch")
@@ -299,8 +299,9 @@ class Trainer:
 
     def _is_in_trouble(self) -> bool:
         """Whether this rank alone knows of a failure."""
-        writer = self.outputs.writer
-        return self.outputs.checkpoints.failed or (writer is not None and writer.failure is not None)
+        writer, lock = self.outputs.writer, self.outputs.lock
+        failures = [holder.failure for holder in (writer, lock) if holder is not None]
+        return self.outputs.checkpoints.failed or any(failure is not None for failure in failures)
 
     def _wants_to_save(self) -> bool:
         """Whether rank 0's clock asks for a checkpoint."""
@@ -312,8 +313,9 @@ class Trainer:
         """Wait for what is being written, and raise on every rank what failed on any; collective."""
         with agreed(self.communicator, CheckpointError):
             self.outputs.checkpoints.finish()
-            if self.outputs.writer is not None and self.outputs.writer.failure is not None:
-                raise self.outputs.writer.failure
+            for holder in (self.outputs.writer, self.outputs.lock):
+                if holder is not None and holder.failure is not None:
+                    raise holder.failure
 
     def _go_back(self) -> None:
         """Continue from the newest checkpoint, with more damping; collective."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from kfac_dist.distributed.watch import Watch
 from kfac_dist.reporting.progress import ProgressDisplay
+from kfac_dist.reporting.run_lock import RunLock
 from kfac_dist.training.checkpoint import Checkpoints
 from kfac_dist.training.metrics import MetricsWriter
 from kfac_dist.training.monitor import Monitor
@@ -25,6 +26,7 @@ class Outputs:
         signals: What this process has been told by its scheduler.
         watch: Tells other ranks where this one is.
         monitor: Numbers for those who watch the run; None on ranks other than 0, and where nobody does.
+        lock: Whose the run's directory is; None on ranks other than 0.
     """
 
     writer: MetricsWriter | None
@@ -34,3 +36,4 @@ class Outputs:
     signals: StopSignals = field(default_factory=StopSignals)
     watch: Watch = field(default_factory=lambda: Watch(None, 0, 1))
     monitor: Monitor | None = None
+    lock: RunLock | None = None

@@ -5,21 +5,24 @@
       checkpoints/     see `training.checkpoint`       loss.png                      losses per step and second
       result.json      final figures                   compare-<entry>/              the same for each compared run
       relative_variance.json    if wanted: how noisy each parameter's gradient was at the end
-      state.json       running, preempted, finished or failed
+      state.json       running, preempted, interrupted, finished or failed
       curvature.jsonl  spectra of the factors          report.html   all of it on one page, from `kfac-dist train`
 
-A fresh run moves the files of an earlier one of its name to `runs/<name>.previous`; one whose launcher started it again
-goes on with its own (see `training.job`). SIGTERM or SIGUSR1 on any rank
-makes all of them save a checkpoint and return.
+Beside it `runs/<name>.lock` tells whose it is (`reporting.run_lock`). A fresh run moves the files of an earlier one of
+its name to `runs/<name>.previous`, then `.previous.2` and so on, and says so; one whose launcher started it again goes
+on with its own (see `training.job`). SIGTERM, SIGUSR1 or Ctrl-C on any rank makes all of them save a checkpoint and
+return.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +31,18 @@ from rich.console import Console
 
 from kfac_dist.config.load import dump_yaml
 from kfac_dist.config.schema import Config, OptimizerConfig, StepSolver
+from kfac_dist.distributed.agents import AgentWatch
 from kfac_dist.distributed.bootstrap import World, bootstrap
 from kfac_dist.distributed.communicator import Communicator, build_communicator
+from kfac_dist.distributed.place import find_place
 from kfac_dist.distributed.watch import Watch
 from kfac_dist.errors import CheckpointError, CollectiveError, ConfigError
 from kfac_dist.reporting.curves import Curve, draw_losses
 from kfac_dist.reporting.exporter import Exporter
-from kfac_dist.reporting.live import build_progress
-from kfac_dist.reporting.progress import ProgressDisplay
+from kfac_dist.reporting.live import build_progress, others_lines
+from kfac_dist.reporting.progress import ProgressDisplay, SilentProgress
 from kfac_dist.reporting.run_file import RunFile
+from kfac_dist.reporting.run_lock import RunLock
 from kfac_dist.reporting.summary import RunSummary, result_table
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints, read_manifest
@@ -60,11 +66,13 @@ class TrainResult:
         directory: Where its files are.
         runs: The run itself, then those that it was compared with; without those that it didn't come to.
         preempted_at: Step at which it was told to stop, its state saved; None if it is complete.
+        interrupted: Whether it was Ctrl-C that stopped it.
     """
 
     directory: Path
     runs: tuple[RunSummary, ...]
     preempted_at: int | None = None
+    interrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class Session:
     signals: StopSignals
     watch: Watch
     job: Job
+    lock: RunLock | None
     exporter: Exporter | None = None
 
     @property
@@ -91,7 +100,10 @@ def train(
     compare: bool = False,
     quiet: bool = False,
     live: bool = False,
+    overwrite: bool = False,
+    go_on: str = "",
     on_lost: Callable[[CollectiveError], object] | None = None,
+    on_second_interrupt: Callable[[], object] | None = None,
 ) -> TrainResult:
     """Train as configured; called by every rank.
 
@@ -100,45 +112,93 @@ def train(
         compare: Train each optimizer under `compare` too, without K-FAC, on the same data from the same weights.
         quiet: Show no progress.
         live: Show progress as a view of its curves, phases and counts, where standard output is a terminal.
+        overwrite: Delete an earlier run of this name instead of moving it.
+        go_on: The command that goes on with a run that was interrupted, told to the user.
         on_lost: Told at once that other ranks are gone or stand still; what is closed before this function raises may
             wait for them.
+        on_second_interrupt: Ends the process at once; without it, a second Ctrl-C is a KeyboardInterrupt.
 
     Raises:
         KFACError: The run can't start or go on; every rank raises.
+        KeyboardInterrupt: Ctrl-C, while there was nothing to save.
     """
-    with _session(config, quiet=quiet, live=live, on_lost=on_lost) as session:
-        directory = Path(config.run.directory) / config.run.name
+    with _session(config, quiet=quiet, live=live, on_lost=on_lost, end=on_second_interrupt) as session:
+        directory = _directory(config)
         session.watch.at(f"preparing {directory}")
+        earlier = None
         with agreed(session.communicator, what=f"can't prepare {directory}"):
             if session.leads:
-                _prepare(directory, config, session.job)
-        record = RunFile(directory if session.leads else None, session.communicator.size)
+                earlier = _prepare(directory, config, session, overwrite=overwrite)
+        record = RunFile(directory if session.leads else None, session.communicator.size, earlier)
+        session.signals.last_words = record.cut_short
         runs: list[RunSummary] = []
-        with record.failures(), session.watch.explaining():
+        with record.failures(), _interruptible(session), session.watch.explaining():
             try:
                 _train_all(config, compare, directory, session, record, runs)
             except Preempted as stop:
-                return _preempted(stop, directory, session, record, runs)
+                return _preempted(stop, directory, session, record, runs, go_on)
         return TrainResult(directory, tuple(runs))
 
 
 @contextmanager
 def _session(
-    config: Config, *, quiet: bool, live: bool, on_lost: Callable[[CollectiveError], object] | None
+    config: Config,
+    *,
+    quiet: bool,
+    live: bool,
+    on_lost: Callable[[CollectiveError], object] | None,
+    end: Callable[[], object] | None,
 ) -> Iterator[Session]:
-    with bootstrap(config.run.device, config.run.timeout_seconds) as world:
+    place = find_place(os.environ)
+    signals = StopSignals(end, _say if place.rank == 0 else lambda line: None)
+    with AgentWatch(place), signals, bootstrap(config.run.device, config.run.timeout_seconds) as world:
         communicator = build_communicator(config.run.timeout_seconds)
         progress = build_progress(rank=world.rank, quiet=quiet, live=live, run=config.run.name)
         progress.note(world.describe())
         try:
             watch = Watch(world.store, world.rank, world.world_size, on_lost=on_lost)
-            with watch, watch.explaining(), _exporter(config, communicator) as exporter, StopSignals() as signals:
+            with watch, watch.explaining(), _exporter(config, communicator) as exporter:
                 if exporter is not None:
                     progress.note(f"metrics at http://{exporter.address}/metrics")
-                yield Session(world, communicator, progress, signals, watch, find_job(world, communicator), exporter)
+                job = find_job(world, communicator)
+                with _locked(_directory(config), job, communicator, progress.note) as lock:
+                    yield Session(world, communicator, progress, signals, watch, job, lock, exporter)
         finally:
             progress.stop()
             communicator.close()
+
+
+@contextmanager
+def _locked(
+    directory: Path, job: Job, communicator: Communicator, note: Callable[[str], None]
+) -> Iterator[RunLock | None]:
+    """Take the run's directory, on rank 0 for all ranks, before anything in it is touched; collective."""
+    with ExitStack() as stack:
+        lock = None
+        with agreed(communicator, ConfigError, f"can't lock {directory}"):
+            if communicator.rank == 0:
+                lock = stack.enter_context(RunLock(directory, job.name, restarted=job.restarted, note=note))
+        yield lock
+
+
+@contextmanager
+def _interruptible(session: Session) -> Iterator[None]:
+    """Take ranks that are lost after Ctrl-C for those that heard it a moment before."""
+    try:
+        yield
+    except CollectiveError as error:
+        if session.signals.interrupted:
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _say(line: str) -> None:
+    with others_lines(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _directory(config: Config) -> Path:
+    return Path(config.run.directory) / config.run.name
 
 
 @contextmanager
@@ -172,15 +232,19 @@ def _train_all(
 
 
 def _preempted(
-    stop: Preempted, directory: Path, session: Session, record: RunFile, runs: list[RunSummary]
+    stop: Preempted, directory: Path, session: Session, record: RunFile, runs: list[RunSummary], go_on: str
 ) -> TrainResult:
     caught = session.communicator.gather_objects(session.signals.caught, label="preemption")
-    rank, name = next((rank, name) for rank, name in enumerate(caught) if name)
+    # Ctrl-C ends a run for good, whatever else its ranks were told.
+    interrupted = "SIGINT" in caught
+    rank, name = next((rank, name) for rank, name in enumerate(caught) if name and (name == "SIGINT") == interrupted)
     with agreed(session.communicator, what=f"can't write {directory}"):
-        record.preempted(stop.step, f"{name} on rank {rank}")
+        (record.interrupted if interrupted else record.preempted)(stop.step, f"{name} on rank {rank}")
         if session.leads:
-            print(f"{stop} by {name} on rank {rank}; --resume auto continues {directory}", flush=True)
-    return TrainResult(directory, tuple(runs), preempted_at=stop.step)
+            verb = "interrupted" if interrupted else "preempted"
+            command = f"go on with: {go_on}" if go_on and interrupted else f"--resume auto continues {directory}"
+            print(f"{verb} at step {stop.step} by {name} on rank {rank}; {command}", flush=True)
+    return TrainResult(directory, tuple(runs), preempted_at=stop.step, interrupted=interrupted)
 
 
 def _train_one(config: Config, name: str, directory: Path, session: Session, record: RunFile) -> RunSummary:
@@ -204,7 +268,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
                 if session.exporter is not None:
                     monitor = Monitor(session.exporter, name, parts, session.communicator, checkpoints.directory)
                 outputs = Outputs(
-                    writer, checkpoints, session.progress, values, session.signals, session.watch, monitor
+                    writer, checkpoints, session.progress, values, session.signals, session.watch, monitor, session.lock
                 )
                 trainer = Trainer(config, parts, session.communicator, outputs)
                 if start is not None:
@@ -251,6 +315,8 @@ def _train_compared(
     own = directory / f"compare-{name}"
     with agreed(session.communicator, what=f"can't prepare {own}"):
         if session.leads:
+            if own.exists() and _begins_anew(own, compared, session.job):
+                _make_room(own, session.progress)
             own.mkdir(exist_ok=True)
             (own / "config.yaml").write_text(dump_yaml(compared))
     try:
@@ -314,14 +380,67 @@ def _summarize(name: str, trainer: Trainer) -> RunSummary:
     )
 
 
-def _prepare(directory: Path, config: Config, job: Job) -> None:
-    if directory.exists() and config.checkpoint.resume == "never" and not job.began(directory / "checkpoints"):
-        previous = directory.with_name(directory.name + ".previous")
-        if previous.exists():
-            shutil.rmtree(previous)
-        directory.rename(previous)
+def _prepare(directory: Path, config: Config, session: Session, *, overwrite: bool) -> Path | None:
+    """Make room for the run; returns where an earlier one of its name has gone, if there was one to move."""
+    earlier = None
+    if directory.exists() and _begins_anew(directory, config, session.job):
+        earlier = _make_room(directory, session.progress, overwrite=overwrite)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(dump_yaml(config))
+    return earlier
+
+
+def _make_room(directory: Path, progress: ProgressDisplay, *, overwrite: bool = False) -> Path | None:
+    """Move an earlier run out of the way, or delete it; returns where it has gone."""
+    if overwrite:
+        _delete_run(directory)
+        _tell(f"deleted the earlier run in {directory} (--overwrite)", progress)
+        return None
+    earlier = _free_name(directory)
+    directory.rename(earlier)
+    _tell(f"moved the earlier run in {directory} to {earlier}", progress)
+    return earlier
+
+
+def _begins_anew(directory: Path, config: Config, job: Job) -> bool:
+    """Whether what is in a directory is no part of the run that starts."""
+    if job.began(directory / "checkpoints"):
+        return False
+    match config.checkpoint.resume:
+        case "never":
+            return True
+        case "auto":
+            return False
+        case path:  # another run's checkpoint: this run's name may have belonged to a third one
+            return not Path(path).resolve().is_relative_to(directory.resolve())
+
+
+def _free_name(directory: Path) -> Path:
+    """Return the next of `x.previous`, `x.previous.2`, `x.previous.3` …: the last is the newest."""
+    first = directory.with_name(directory.name + ".previous")
+    pattern = re.compile(re.escape(first.name) + r"(?:\.(\d+))?")
+    found = [match for path in directory.parent.iterdir() if (match := pattern.fullmatch(path.name))]
+    number = max((int(match[1] or 1) for match in found), default=0) + 1
+    return first if number == 1 else first.with_name(f"{first.name}.{number}")
+
+
+def _delete_run(directory: Path) -> None:
+    """Delete a run.
+
+    Raises:
+        ConfigError: The directory holds something else, or is a link to elsewhere.
+    """
+    if directory.is_symlink() or not (directory / "config.yaml").is_file():
+        raise ConfigError(f"--overwrite: {directory} holds no run; remove it yourself, or give another --name")
+    shutil.rmtree(directory)
+
+
+def _tell(line: str, progress: ProgressDisplay) -> None:
+    """Say what happened to a run, also to those who asked for quiet."""
+    if isinstance(progress, SilentProgress):
+        _say(line)
+    else:
+        progress.note(line)
 
 
 def _report(config: Config, runs: list[RunSummary], directory: Path, progress: ProgressDisplay) -> None:
