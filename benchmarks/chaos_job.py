@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -38,9 +39,18 @@ class Job:
         ranks: Number of ranks.
         restarts: How often torchrun starts them again by itself.
         environment: For the ranks.
+        sections: What the configuration says otherwise than `_config`.
     """
 
-    def __init__(self, directory: Path, log: Path, ranks: int, restarts: int, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        log: Path,
+        ranks: int,
+        restarts: int,
+        environment: dict[str, str],
+        sections: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> None:
         self.directory = directory
         self.run = directory / "run"
         self.ranks = range(ranks)
@@ -48,7 +58,7 @@ class Job:
         self._restarts = restarts
         self._environment = environment
         self._config = directory / "chaos.yaml"
-        self._config.write_text(yaml.safe_dump(_config(directory)))
+        self._config.write_text(yaml.safe_dump(_config(directory, sections or {})))
         self._log = log
 
     def start(self) -> None:
@@ -108,8 +118,8 @@ class Job:
         self.process.wait()
 
 
-def _config(directory: Path) -> dict[str, object]:
-    return {
+def _config(directory: Path, sections: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    config: dict[str, Any] = {
         "run": {"name": "run", "directory": str(directory), "device": "cpu", "timeout_seconds": TIMEOUT_SECONDS},
         "model": "benchmarks.chaos_workload:Net",
         "data": "benchmarks.chaos_workload:pixels",
@@ -123,6 +133,10 @@ def _config(directory: Path) -> dict[str, object]:
         "train": {"batch_size": 12, "steps": STEPS, "log_every": 1},
         "checkpoint": {"every": EVERY, "keep": 3},
     }
+    for name, section in sections.items():
+        before = config.get(name, {})
+        config[name] = {**({"name": before} if isinstance(before, str) else before), **section}
+    return config
 
 
 def _read(path: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import kfac_dist.preconditioner.solving as solving
 import kfac_dist.training.checkpoint as checkpoint
@@ -28,15 +28,22 @@ CALLS_BEFORE = {"write": 3, "inversion": 12}
 
 
 class Net(nn.Sequential):
-    """Draws from the random generator and keeps buffers; slow enough to be struck in the midst of a run."""
+    """Draws from the random generator and keeps buffers; slow enough to be struck in the midst of a run.
 
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(0.2), nn.Tanh(), nn.Linear(24, 12))
+    Args:
+        seconds: Of a training pass.
+        same_anywhere: Leave out what depends on the number of ranks: dropout, and statistics of a rank's own batch.
+    """
+
+    def __init__(self, seconds: float = STEP_SECONDS, *, same_anywhere: bool = False) -> None:
+        norm = [nn.LayerNorm(24)] if same_anywhere else [nn.BatchNorm1d(24), nn.Dropout(0.2)]
+        super().__init__(nn.Linear(12, 24), *norm, nn.Tanh(), nn.Linear(24, 12))
+        self.seconds = seconds
         _install_pause()
 
     def forward(self, pixels: Tensor) -> Tensor:
         if self.training:
-            time.sleep(STEP_SECONDS)
+            time.sleep(self.seconds)
         outputs: Tensor = super().forward(pixels)
         return outputs
 
@@ -44,6 +51,25 @@ class Net(nn.Sequential):
 def pixels() -> DataSplits:
     values = torch.rand(200, 12, generator=torch.Generator().manual_seed(0)).round()
     return DataSplits(TensorDataset(values[:180], values[:180]), TensorDataset(values[180:], values[180:]))
+
+
+class Listed(Dataset[tuple[Tensor, Tensor]]):
+    """Samples that are brought one by one, by processes that load."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.dataset[index]
+        return inputs, targets
+
+
+def listed_pixels() -> DataSplits:
+    splits = pixels()
+    return DataSplits(Listed(splits.train), Listed(splits.test))  # type: ignore[arg-type]
 
 
 def _install_pause() -> None:

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the launch scripts share; sourced by them, never run.
 
+invocation=("$0" "$@")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -75,44 +76,59 @@ print_command() {
 
 # attend COMMAND...: runs a launcher, and ends as it does.
 #
-#   TERM or USR1 → this script → USR1 → ranks: save, exit 0 → launcher: exit 0 → this script: exit 0
+#   TERM, USR1 or HUP → this script → USR1 → ranks: save, exit 0 → launcher: exit 0 → this script: exit 0
+#   INT (Ctrl-C)      → this script → INT  → ranks: save, exit 0 → launcher: exit 0 → this script: how to go on, exit 130
+#   a second INT      → this script → KILL → launcher and ranks                    → this script: exit 130
 #
-# The launcher hears neither: TERM makes it kill ranks that are slow to save and end with an error, USR1 would end it
-# and leave them behind. Only where it has no ranks here does it get TERM: it waits for other nodes, or began over ssh.
+# The launcher hears of none: TERM and INT make it kill ranks that are slow to save and end with an error, USR1 would end
+# it and leave them behind. Only where it has no ranks here does it get TERM: it waits for other nodes, or began over
+# ssh. A launcher that passes signals on by itself is told alone: `pass_on` does so.
+passes_on=false
+pass_on() { :; }
+
 attend() {
-  # Whoever does not train, or not yet, leaves USR1 to the others. What bash starts with & ignores INT and QUIT.
+  # A session of its own: a terminal tells us alone. Whoever does not train, or not yet, leaves USR1 to the others. What
+  # bash starts with & ignores INT and QUIT.
+  local apart=''
+  ! command -v setsid > /dev/null || apart=setsid
   (
-    trap '' USR1
+    [[ $passes_on == true ]] || trap '' USR1
     trap - INT QUIT
-    exec "$@"
+    # shellcheck disable=SC2086  # one word, or none
+    exec $apart "$@"
   ) &
   agent=$!
-  teller=''
-  trap stop TERM USR1
-  end_with_agent
-}
-
-end_with_agent() {
-  trap : INT # a terminal tells the launcher, too
-  # A signal ends `wait` before the launcher has ended.
-  while kill -0 "$agent" 2> /dev/null; do wait "$agent" || :; done
+  teller='' interrupted=false
+  trap 'stop TERM' TERM HUP
+  trap 'stop USR1' USR1
+  trap interrupt INT
+  trap 'end_at_once' QUIT
+  exec {terminal}>&2
+  # A signal ends `wait` before the launcher has ended. Bash's own word on one that was killed is for nobody.
+  while kill -0 "$agent" 2> /dev/null; do { wait "$agent" || :; } 2> /dev/null; done
   local code=0
-  wait "$agent" || code=$?
-  [[ -z ${teller:-} ]] || kill "$teller" 2> /dev/null || :
+  { wait "$agent" || code=$?; } 2> /dev/null
+  [[ -z $teller ]] || kill "$teller" 2> /dev/null || :
+  [[ $interrupted == false ]] || say_how_to_go_on
   exit "$code"
 }
 
 # shellcheck disable=SC2329  # invoked by a trap
 stop() {
-  [[ -z $teller ]] || return 0
-  printf '%s: told to stop; the run saves its state\n' "$(basename "$0")" >&2
-  tell > /dev/null 2>&1 & # whoever reads our output does not wait for its `sleep`
-  teller=$!
+  if [[ -z $teller ]]; then
+    printf '%s: told to stop; the run saves its state\n' "$(basename "$0")" >&"$terminal"
+    tell "$1" > /dev/null 2>&1 & # whoever reads our output does not wait for its `sleep`
+    teller=$!
+  fi
 }
 
 # shellcheck disable=SC2329  # invoked by `stop`
 tell() {
   local listeners told=false
+  if [[ $passes_on == true ]]; then
+    pass_on "$1"
+    return
+  fi
   # More than once: ranks that have not begun to train do not hear it.
   while kill -0 "$agent"; do
     mapfile -t listeners < <(ranks_of "$agent")
@@ -127,13 +143,73 @@ tell() {
   done
 }
 
+# No `return` here: bash takes it for one of the function that waits, and ends.
+# shellcheck disable=SC2329  # invoked by a trap
+interrupt() {
+  local listeners
+  if [[ $interrupted == true ]]; then
+    end_at_once
+  else
+    interrupted=true
+    printf '%s: Ctrl-C: the run saves its state and ends; once more ends it at once\n' "$(basename "$0")" >&"$terminal"
+    mapfile -t listeners < <(ranks_of "$agent")
+    if [[ -n $teller ]]; then
+      : # the ranks know already
+    elif [[ $passes_on == true ]]; then
+      pass_on INT
+    elif begun "${listeners[@]}"; then
+      kill -INT "${listeners[@]}" 2> /dev/null || :
+    else
+      end_at_once # there is nothing to save
+    fi
+  fi
+}
+
+# The launcher first: it would take the ranks' end for a failure, and start them again.
+# shellcheck disable=SC2329  # invoked by a trap
+end_at_once() {
+  local listeners
+  mapfile -t listeners < <(ranks_of "$agent")
+  kill -KILL -- "-$agent" 2> /dev/null || kill -KILL "$agent" 2> /dev/null || :
+  [[ ${#listeners[@]} -eq 0 ]] || kill -KILL "${listeners[@]}" 2> /dev/null || :
+  interrupted=true
+}
+
+# begun RANK...: there are ranks, and all of them listen to USR1, as ranks do from their start on.
+# shellcheck disable=SC2329  # invoked by `interrupt`
+begun() {
+  local rank caught
+  [[ $# -gt 0 ]] || return 1
+  for rank in "$@"; do
+    caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$rank/status" 2> /dev/null) || return 1
+    [[ -n $caught && $((16#$caught & 1 << ($(kill -l USR1) - 1))) -ne 0 ]] || return 1
+  done
+}
+
+# The command that goes on with the run, ready to paste.
+say_how_to_go_on() {
+  local command=() word skip=false line
+  for word in "${invocation[@]}"; do
+    if [[ $skip == true ]]; then
+      skip=false
+    elif [[ $word == --resume ]]; then
+      skip=true
+    elif [[ $word != --resume=* && $word != checkpoint.resume=* && $word != --overwrite ]]; then
+      command+=("$word")
+    fi
+  done
+  printf -v line '%q ' "${command[@]}" --resume auto
+  printf '%s: interrupted; go on with: %s\n' "$(basename "$0")" "${line% }" >&2
+  exit 130
+}
+
 # Of all that a process has started, those that were given a rank; a line each.
-# shellcheck disable=SC2329  # invoked by `tell`
+# shellcheck disable=SC2329  # invoked by `tell` and others
 ranks_of() {
   local child children
-  read -ra children < <(cat "/proc/$1"/task/*/children) || : # no newline ends it
+  read -ra children < <(cat "/proc/$1"/task/*/children 2> /dev/null) || : # no newline ends it
   for child in "${children[@]}"; do
-    if grep -qz '^LOCAL_RANK=' "/proc/$child/environ"; then
+    if grep -qsz '^LOCAL_RANK=' "/proc/$child/environ"; then
       printf '%s\n' "$child"
     else
       ranks_of "$child"

@@ -74,14 +74,16 @@ case $("$mpirun" --version 2>&1 || true) in
 esac
 command+=("$python" -m kfac_dist train "$config" "${train[@]}")
 [[ $dry_run == false ]] || print_command "${command[@]}"
-if [[ $open_mpi == false ]]; then
-  exec "${command[@]}" # Hydra passes signals on, and waits for the ranks
-fi
-# On TERM Open MPI kills ranks that are slow to save; USR1 it passes on to those of all nodes.
-(
-  trap - INT QUIT
-  exec "${command[@]}"
-) &
-agent=$!
-trap 'trap "" TERM USR1; kill -USR1 "$agent"' TERM USR1 # once: ranks that have saved would die of another
-end_with_agent
+# Hydra passes every signal on, and waits for the ranks. On TERM and INT Open MPI kills ranks that are slow to save; USR1
+# it passes on to those of all nodes: once, because ranks that have saved would die of another.
+passes_on=true
+# shellcheck disable=SC2329  # invoked by `attend`'s traps
+pass_on() {
+  if [[ $open_mpi == false ]]; then
+    kill "-$1" "$agent"
+  else
+    trap '' TERM USR1
+    kill -USR1 "$agent"
+  fi
+}
+attend "${command[@]}"

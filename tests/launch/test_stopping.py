@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,5 +157,138 @@ def test_open_mpi_is_told_by_the_signal_that_it_passes_on(tmp_path: Path) -> Non
     started.send_signal(signal.SIGTERM)
     said, _ = started.communicate(timeout=20)
 
-    assert said == "passes on\n"
+    assert said.endswith("passes on\n")
+    assert said.count("passes on") == 1
     assert started.returncode == 7
+
+
+def _in_terminal(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """Start a command on a terminal of its own, whose keys are what is written to standard input."""
+    program = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", program, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _press_ctrl_c(terminal: subprocess.Popen[str]) -> None:
+    assert terminal.stdin is not None
+    terminal.stdin.write("\x03")
+    terminal.stdin.flush()
+
+
+def _ranks(config: Path) -> list[int]:
+    return [int(process.name) for process in Path("/proc").glob("[0-9]*") if _is_rank(process, config)]
+
+
+def _is_rank(process: Path, config: Path) -> bool:
+    try:
+        return str(config).encode() in _command(process) and b"\0LOCAL_RANK=" in (process / "environ").read_bytes()
+    except OSError:
+        return False
+
+
+def _wait(condition: Callable[[], bool], terminal: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert terminal.poll() is None, terminal.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+LAUNCHES = {
+    "torchrun.sh": ["--nproc-per-node", "2", "--max-restarts", "2"],
+    "deepspeed.sh": ["--num-ranks", "2", "--master-port"],
+    "mpirun.sh": ["-n", "2"],
+}
+DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs pip install 'kfac_dist[deepspeed]'"
+)
+MPI = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or not (Path(sys.executable).parent / "mpirun").exists(),
+    reason="needs pip install 'kfac_dist[mpi]' mpich",
+)
+
+
+def _launch(script: str, config: Path) -> list[str]:
+    words = LAUNCHES[script]
+    words = [*words, _free_port()] if words[-1] == "--master-port" else words
+    return ["bash", str(ROOT / "launch" / script), str(config), *words, "--quiet"]
+
+
+def _slow_run(tmp_path: Path) -> Path:
+    config = tmp_path / "run.yaml"
+    sections: dict[str, Any] = {
+        "data": {"name": "tests.training.test_preemption:slow_pixels"},
+        "train": {"steps": 10_000},
+    }
+    config.write_text(dump_yaml(small_config(tmp_path, **sections)))
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize(
+    "script",
+    ["torchrun.sh", pytest.param("deepspeed.sh", marks=DEEPSPEED), pytest.param("mpirun.sh", marks=MPI)],
+)
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, script: str) -> None:
+    config = _slow_run(tmp_path)
+    command = _launch(script, config)
+    terminal = _in_terminal(command, SECONDS_PER_SAMPLE="0.01")
+    try:
+        _wait(lambda: bool(losses(tmp_path / "small")), terminal)
+        _press_ctrl_c(terminal)
+        said, _ = terminal.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        terminal.kill()
+    assert terminal.returncode == 130, said
+    assert "Traceback" not in said
+    assert f"{script}: interrupted; go on with: {shlex.join(command[1:])} --resume auto" in said.splitlines()
+    record = read_record(tmp_path / "small")
+    assert record is not None
+    assert record.state is State.INTERRUPTED
+    assert record.reason == "SIGINT on rank 0"
+    assert (tmp_path / f"small/checkpoints/step-{record.step:08}").is_dir()
+    assert not _trains(config)
+    assert not (tmp_path / "small.lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_at_once_while_nothing_can_be_saved(tmp_path: Path, times: int) -> None:
+    """Once before the ranks train, twice while they are in a step that takes its time."""
+    config, standstill = _slow_run(tmp_path), tmp_path / "standstill"
+    terminal = _in_terminal(_launch("torchrun.sh", config), SECONDS_PER_SAMPLE="0.01", STANDSTILL=str(standstill))
+    try:
+        if times == 1:
+            _wait(lambda: bool(_ranks(config)), terminal)
+        else:
+            _wait(lambda: bool(losses(tmp_path / "small")), terminal)
+            standstill.touch()
+            time.sleep(0.5)
+            _press_ctrl_c(terminal)
+            time.sleep(1.5)
+        began = time.monotonic()
+        _press_ctrl_c(terminal)
+        said, _ = terminal.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        terminal.kill()
+    assert terminal.returncode == 130, said
+    assert time.monotonic() - began < 20
+    assert "Traceback" not in said
+    _wait_until_gone(config)
+
+
+def _wait_until_gone(config: Path) -> None:
+    deadline = time.monotonic() + 10
+    while _trains(config):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -24,7 +24,7 @@ from kfac_dist.distributed.communicator import SoloCommunicator, build_communica
 from kfac_dist.reporting.run_file import State, read_record
 from kfac_dist.tasks import DataSplits
 from kfac_dist.training import train
-from kfac_dist.training.preemption import POLL_SECONDS, Preemption, StopSignals
+from kfac_dist.training.preemption import POLL_SECONDS, SAME_SECONDS, Preemption, StopSignals
 from tests.harness import run_ranks
 from tests.training.runs import DropoutNet, final_model, launched, losses, random_pixels, small_config
 
@@ -56,6 +56,8 @@ class SlowPixels(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         time.sleep(float(os.environ.get("SECONDS_PER_SAMPLE", "0")))
+        while os.path.exists(os.environ.get("STANDSTILL", "")):
+            time.sleep(0.1)
         return self.pixels[index], self.pixels[index]
 
 
@@ -220,6 +222,29 @@ def test_alone_the_next_boundary_stops() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert preemption.due()
         assert signals.caught == "SIGUSR1"
+
+
+def test_ctrl_c_is_an_exception_only_where_nothing_is_to_be_saved() -> None:
+    now = 0.0
+    with StopSignals(clock=lambda: now) as signals:
+        with signals.deferring():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # the launcher's, after the terminal's
+            assert signals.caught == "SIGINT"
+            assert signals.interrupted
+        now = SAME_SECONDS + 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopSignals() as signals, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.caught is None, "it was not for this process"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_another_thread_leaves_signals_alone() -> None:
