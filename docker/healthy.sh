@@ -18,7 +18,7 @@ started=${STARTED:-$(start_of_first_process)}
 now=$(date +%s)
 for state in "$directory"/*/state.json; do
   [ -f "$state" ] || continue # no run yet
-  case $state in *.previous/state.json) continue ;; esac
+  case $state in *.previous/state.json | *.previous.[0-9]*/state.json) continue ;; esac
   [ "$(stat -c %Y "$state")" -ge "$started" ] || continue
   if grep -q '"state": "failed"' "$state"; then
     echo "$state says failed"

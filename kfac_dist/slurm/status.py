@@ -29,6 +29,7 @@ class Standing(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
     PREEMPTED = "preempted"
+    INTERRUPTED = "interrupted"
     FINISHED = "finished"
     FAILED = "failed"
 
@@ -63,6 +64,7 @@ class RunStatus:
         job: SLURM's number of the job.
         job_state: SLURM's word for it, or `FORGOTTEN`; None where SLURM can't be asked.
         restarts: How often it was started again.
+        earlier: Where its start has moved an earlier run of its name; "" if there was none.
     """
 
     directory: str
@@ -77,6 +79,7 @@ class RunStatus:
     job: str | None
     job_state: str | None
     restarts: int
+    earlier: str = ""
 
     def describe(self) -> str:
         """Return a few lines for a person."""
@@ -94,6 +97,8 @@ class RunStatus:
             again = f", started again {self.restarts} times" if self.restarts else ""
             told = {None: "(no word from SLURM here)", FORGOTTEN: "(SLURM no longer knows it)"}
             lines.append(f"  SLURM job   {self.job} {told.get(self.job_state, self.job_state)}{again}")
+        if self.earlier:
+            lines.append(f"  before it   {self.earlier}")
         return "\n".join(lines)
 
 
@@ -143,6 +148,7 @@ def run_status(directory: Path, job: str | None, job_state: Callable[[str], str 
         job=number,
         job_state=told,
         restarts=0 if record is None else record.restarts,
+        earlier="" if record is None else record.earlier,
     )
 
 
@@ -155,6 +161,8 @@ def _standing(record: RunRecord | None, job: str | None, job_state: str | None) 
             return Standing.FINISHED, ""
         case State.FAILED if job_state not in WAITING:
             return Standing.FAILED, record.reason
+        case State.INTERRUPTED if job_state not in WAITING:
+            return Standing.INTERRUPTED, record.reason
         case State.PREEMPTED:
             again = "; queued again" if job_state in WAITING else ""
             return Standing.PREEMPTED, record.reason + again

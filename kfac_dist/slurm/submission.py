@@ -23,6 +23,7 @@ from kfac_dist.config.schema import Config
 from kfac_dist.config.text import read_text
 from kfac_dist.errors import ConfigError, KFACError
 from kfac_dist.reporting.run_file import RunRecord, State, read_record
+from kfac_dist.reporting.run_lock import living_holder
 from kfac_dist.slurm.job import Job
 from kfac_dist.slurm.queue import UNDER_WAY, WAITING, slurm_state
 from kfac_dist.slurm.script import render, template
@@ -74,7 +75,8 @@ def prepare(config: Config, job: Job, sweep: Path | None = None, *, python: str 
         python: The interpreter that runs the ranks.
 
     Raises:
-        ConfigError: The job, or a line of the sweep, can't be right; or the run is complete, or has a job already.
+        ConfigError: The job, or a line of the sweep, can't be right; or the run is complete, or has a job already, or
+            runs.
     """
     job.check()
     directory = Path(config.run.directory) / config.run.name
@@ -92,6 +94,9 @@ def prepare(config: Config, job: Job, sweep: Path | None = None, *, python: str 
             f"{directory} belongs to job {number}, which SLURM says is {state}: "
             f"scancel {number}, or give another --name"
         )
+    holder = living_holder(directory)
+    if holder is not None:
+        raise ConfigError(f"{directory} is in use by {holder.describe()}: wait for it, or give another --name")
     configuration = dump_yaml(config)
     lines = _sweep_lines(sweep, configuration) if sweep is not None else ()
     script = render(

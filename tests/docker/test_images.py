@@ -130,6 +130,7 @@ def test_what_earlier_containers_left_in_the_volume_is_not_judged(tmp_path: Path
     write_state(tmp_path / "failed", "failed", age=time.time() - 1)
     write_state(tmp_path / "killed", "running", age=time.time() - 1)
     write_state(tmp_path / "slow.previous", "failed")
+    write_state(tmp_path / "slow.previous.12", "failed")
     assert healthy(tmp_path) == (0, "")
     write_state(tmp_path / "ours", "failed")
     assert healthy(tmp_path) == (1, f"{tmp_path}/ours/state.json says failed\n")

@@ -61,6 +61,15 @@ def test_a_finished_run_tells_its_last_step_loss_and_checkpoint(tmp_path: Path) 
     assert status.checkpoint.step == 10, "the newest complete one"
 
 
+def test_an_interrupted_run_says_so_and_where_the_run_before_it_is(tmp_path: Path) -> None:
+    write_record(tmp_path, state="interrupted", reason="SIGINT on rank 0", earlier="runs/a.previous.2")
+    assert standing(tmp_path) == (Standing.INTERRUPTED, "SIGINT on rank 0")
+    assert standing(tmp_path, "PENDING", job="7") == (Standing.QUEUED, "again")
+    said = CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    assert said.startswith(f"{tmp_path}: interrupted (SIGINT on rank 0)\n")
+    assert said.endswith("  before it   runs/a.previous.2\n")
+
+
 def test_a_process_that_is_gone_no_longer_runs(tmp_path: Path) -> None:
     assert standing(write_record(tmp_path / "a")) == (Standing.RUNNING, "")
     dead = write_record(tmp_path / "b", pid=ENDED.pid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from kfac_dist.cli import app
 from kfac_dist.config.load import dump_yaml, load_config
 from kfac_dist.errors import ConfigError
+from kfac_dist.reporting.run_lock import RunLock
 from kfac_dist.slurm.job import Job
 from kfac_dist.slurm.submission import SubmissionError, prepare, submit, submitted
 from tests.slurm.commands import NO_SUCH_JOB, install
@@ -34,6 +36,14 @@ def invoke(*arguments: str) -> tuple[int, str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
+
+
+def test_a_run_that_goes_on_is_left_alone(run_file: str, tmp_path: Path) -> None:
+    with RunLock(tmp_path / "runs/small"):
+        code, said = invoke(run_file, "--dry-run")
+        assert code == 2
+        assert f"{tmp_path}/runs/small is in use by process {os.getpid()} on " in said
+    assert invoke(run_file, "--dry-run")[0] == 0
 
 
 def test_a_dry_run_prints_the_script_and_leaves_nothing(run_file: str, tmp_path: Path) -> None:
