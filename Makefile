@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 	    "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,dev,mlxtend,hf,language,mpi,metrics,docs,report]'
+	@# curvlinops' own needs bring it, and nothing calls it. A torchvision that was built for another torch takes half of
+	@# transformers with it: what there is asks for it, and fails with it.
+	$(BIN)/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision
 	@# Its build needs the torch that is installed by now, and none of its extensions.
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --quiet setuptools wheel ninja
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \

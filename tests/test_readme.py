@@ -105,9 +105,6 @@ def test_the_engine_section_is_one() -> None:
 
 
 def test_a_model_of_ones_own_gives_logits() -> None:
-    from tests.preconditioner import transformer_models
-
-    assert transformer_models.CASES  # imported first: it looks after a torchvision that doesn't fit
     pytest.importorskip("transformers", reason="transformers is not installed: pip install 'kfac_dist[hf]'")
     names: dict[str, Any] = {}
     exec(the_block("python", "LlamaForCausalLM"), names)

@@ -1,4 +1,4 @@
-"""Runs an example as its user would, where torchvision may not fit torch and no compiler need be there."""
+"""Runs an example as its user would, where no compiler need be there."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import os
 import runpy
 import sys
 from pathlib import Path
-
-from tests.preconditioner import transformer_models  # noqa: F401  looks after a torchvision that doesn't fit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +12,6 @@ from tests.preconditioner.models import CLASSES, Case
 from tests.preconditioner.workloads import GLOBAL_BATCH
 
 VOCABULARY, LENGTH, WIDTH = 11, 5, 8
-
-try:
-    import torchvision  # noqa: F401
-except (ImportError, RuntimeError):  # missing, or built for another torch: transformers does without, if it knows
-    sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 
 class Logits(nn.Module):
