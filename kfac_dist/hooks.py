@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from kfac_dist.errors import ModelError
+
 _REDUCE = "__reduce_ex__"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What torch keeps beside them, by the same keys.
@@ -95,6 +97,15 @@ class _Hook:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
+        self.__name__ = "kfac_dist_hook"
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """Refuse `torch.jit.script`, which compiles hooks, and asks for this first."""
+        raise ModelError(
+            "torch.jit.script can't compile the hooks of K-FAC: script a copy, torch.jit.script(copy.deepcopy(model)), "
+            "or call kfac.remove() first"
+        )
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)

@@ -22,7 +22,7 @@ MODULES = {file.relative_to(ROOT).as_posix(): file for file in sorted(PACKAGE.rg
 MAY_IMPORT = {
     "errors": set(),
     "compat": {"errors"},
-    "hooks": set(),
+    "hooks": {"errors"},
     "inputs": set(),
     "processes": set(),
     "config": {"errors"},

@@ -10,10 +10,11 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.autograd.graph import Node, _get_grad_fn_or_grad_acc, saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
@@ -31,6 +32,7 @@ __all__ = [
     "gradient_shapes",
     "in_backward",
     "load_dcp",
+    "of_the_loop",
     "own_parameters",
     "save_dcp",
     "schema_of",
@@ -48,6 +50,31 @@ __all__ = [
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread, as `torch.utils.checkpoint` asks it."""
     return torch._C._current_graph_task_id() != -1
+
+
+def of_the_loop() -> bool:
+    """Whether what runs is a pass of a training loop, rather than of something that only looks at the model.
+
+    `torch.func` transforms (per-sample gradients, Jacobians), `torch.jit.trace`, `torch.export`, `torch.fx` and fake
+    tensors run a model on what isn't a batch, and no gradient of theirs ends in a parameter.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return not (_KNOWS_EXPORTS and torch.compiler.is_exporting())
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and not (torch.compiler.is_exporting() if _KNOWS_EXPORTS else torch.compiler.is_compiling())
+        and not _fx_tracing()
+    )
+
+
+# 2.6 knows of compiling only, and the name of what says that `torch.fx` traces has changed.
+_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
+_fx_tracing: Callable[[], bool] = getattr(
+    torch.fx._symbolic_trace, "is_fx_symbolic_tracing", torch.fx._symbolic_trace.is_fx_tracing
+)
 
 
 def will_be_reached(parameter: Tensor) -> bool:

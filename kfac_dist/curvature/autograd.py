@@ -10,6 +10,7 @@ from kfac_dist.compat.torch import base_of
 from kfac_dist.compat.torch import checkpointed_region as checkpointed_region
 from kfac_dist.compat.torch import compile_anew as compile_anew
 from kfac_dist.compat.torch import in_backward as in_backward
+from kfac_dist.compat.torch import of_the_loop as of_the_loop
 
 
 def below_view(

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from kfac_dist.compat.torch import break_graph
-from kfac_dist.curvature.autograd import below_view, checkpointed_region, compile_anew, in_backward
+from kfac_dist.curvature.autograd import below_view, checkpointed_region, compile_anew, in_backward, of_the_loop
 from kfac_dist.curvature.blocks import Block, Use
 from kfac_dist.curvature.blocks.uses import Handle
 from kfac_dist.curvature.broadcast import Samples, consumers_of, expand, samples_of
@@ -104,7 +104,7 @@ class _Recorder:
     @property
     def watching(self) -> bool:
         """Whether forward passes are measured now."""
-        return self._capture.active and not self._capture.paused and torch.is_grad_enabled()
+        return self._capture.active and not self._capture.paused and torch.is_grad_enabled() and of_the_loop()
 
     def record(
         self,
@@ -217,7 +217,9 @@ class Capture:
             pending.clear()
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.active or self.paused or not torch.is_grad_enabled() or (self.passes and in_backward()):
+        if not self.active or self.paused or not torch.is_grad_enabled() or not of_the_loop():
+            return
+        if self.passes and in_backward():
             return
         self.flush()  # what an earlier micro-batch has left open is its own, not this one's
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
@@ -226,7 +228,7 @@ class Capture:
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Find, once, the layers whose outputs all samples share; see `broadcast`."""
-        if not self._nodes or self.batch_size is None or self.batch_size == 1 or in_backward():
+        if not of_the_loop() or not self._nodes or self.batch_size is None or self.batch_size == 1 or in_backward():
             return
         consumers = consumers_of(output)
         self.samples = {}

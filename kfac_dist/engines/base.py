@@ -91,6 +91,14 @@ class Engine(ABC):
     def parameters(self) -> dict[str, Tensor]:
         """Return the trained parameters in the precision that the optimizer steps, shaped like `gradients`."""
 
+    def trained(self) -> Iterable[nn.Parameter]:
+        """Return the trained parameters as torch holds them on this rank, empty ones included."""
+        return (p for p in self.module.parameters() if p.requires_grad)
+
+    def times_written(self, gradient: Tensor) -> int:
+        """Return how often a gradient of `trained` has been written into, as torch counts it."""
+        return gradient._version
+
     @property
     def gradient_dtype(self) -> torch.dtype:
         """The precision in which `gradients` are held."""

@@ -44,6 +44,10 @@ class DDPEngine(Engine):
         """See `Engine.parameters`."""
         return {name: p.detach() for name, p in self._trained.items()}
 
+    def trained(self) -> Iterable[nn.Parameter]:
+        """See `Engine.trained`."""
+        return self._trained.values()
+
     def unused(self) -> list[str]:
         """See `Engine.unused`: DDP waits, unless it was told to look for them."""
         if self._ddp is None or self._ddp.find_unused_parameters:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,15 @@ class FSDP2Engine(Engine):
     def parameters(self) -> dict[str, Tensor]:
         """See `Engine.parameters`."""
         return self._held(self._trained)
+
+    def trained(self) -> Iterable[nn.Parameter]:
+        """See `Engine.trained`: the sharded ones, also while the module has whole ones."""
+        return cast(Iterable[nn.Parameter], self._trained.values())
+
+    @torch.no_grad()
+    def times_written(self, gradient: Tensor) -> int:
+        """See `Engine.times_written`: what is written into a DTensor and what into its shard is counted apart."""
+        return gradient._version + cast(DTensor, gradient).to_local()._version
 
     @property
     def gradient_dtype(self) -> torch.dtype:

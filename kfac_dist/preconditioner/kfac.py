@@ -30,7 +30,7 @@ from kfac_dist.curvature.chain import find_all
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.engines import Engine, as_engine
-from kfac_dist.errors import ConfigError
+from kfac_dist.errors import ConfigError, ModelError
 from kfac_dist.preconditioner import state
 from kfac_dist.preconditioner.adaptation import DampingAdaptation
 from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
@@ -40,6 +40,7 @@ from kfac_dist.preconditioner.pace import Pace
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.schedule import Cadence
 from kfac_dist.preconditioner.step_length import HasRates, StepLength
+from kfac_dist.preconditioner.turns import Turns
 
 
 class KFAC:
@@ -109,6 +110,7 @@ class KFAC:
         self._build()
         self._pace = Pace(Cadence.of(self.config), self.plan)
         self._begin()
+        self._turns = Turns(self._engine)
         # An engine that drives its optimizer may be stepped by the user's unchanged loop.
         self._done = False
         self._attached = self._engine.before_step(self._step_once)
@@ -119,10 +121,13 @@ class KFAC:
     def step(self) -> None:
         """Precondition the gradients in place. Call it after backward (and `unscale_`), before the optimizer's step.
 
-        With a DeepSpeed engine it needn't be called, and does nothing before the last micro-batch of a step.
+        Before the last micro-batch of a step, as `micro_batch(last=False)` or a DeepSpeed engine tells it, it does
+        nothing. With a DeepSpeed engine it needn't be called.
 
         Raises:
-            ModelError: On every rank: in the first measured step, the loss shows to be a sum where a mean was expected.
+            ModelError: On every rank: it was called again, and no backward has come since; or the optimizer has
+                stepped though another micro-batch was announced; or, in the first measured step, the loss shows to be a
+                sum where a mean was expected.
             ConfigError: `kfac.solver` finds the step instead.
         """
         if self.config.solver is not StepSolver.DIRECT:
@@ -130,12 +135,14 @@ class KFAC:
                 f"kfac.solver is {self.config.solver}, which finds the whole step: call "
                 "kfac_dist.optimizers.build_stepper(kfac, loss).step() instead of kfac.step() and optimizer.step()"
             )
-        if not self._engine.stepping:
+        if not self._engine.stepping or self._out_of_turn():
             return
         self.update_curvature()
         with self.phases(Phase.PRECONDITIONING):
             self._add_weight_decay()
             self._precondition(self._engine.gradients(), self._length)
+        if self._attached is None:
+            self._turns.taken()
         self.advance()
 
     @torch.no_grad()
@@ -200,6 +207,7 @@ class KFAC:
                 empirical Fisher; any without a class lie outside of [0, C). `mc` and `type2` have labels of their own.
                 Labels on the host spare a GPU work.
         """
+        self._turns.check_waited()
         self._measurement.describe(Description(first_sample, divisor, terms, last, classes))
 
     def discard(self) -> None:
@@ -461,10 +469,35 @@ class KFAC:
         return [self._averages, *([] if self._moments is None else [self._moments.averages])]
 
     def _step_once(self) -> None:
-        """Take the step, unless the user's loop has called it already."""
+        """Take the step, unless the user's loop has called it already.
+
+        Raises:
+            ModelError: The engine's optimizer steps, and the loop has announced another micro-batch.
+        """
         if not self._done:
+            if self._measurement.awaits_more and self._engine.stepping:
+                raise ModelError(
+                    "the engine steps after kfac.micro_batch(last=False), which says that another micro-batch comes "
+                    "first: say last=True before the last micro-batch of a step, or leave it to the engine"
+                )
             self.step()
         self._done = False
+
+    def _out_of_turn(self) -> bool:
+        """Whether another micro-batch comes first, so that nothing is done; see `turns` for what is refused."""
+        if self._attached is not None:
+            if self._done:
+                raise ModelError(
+                    "kfac.step() was called twice before the engine's step: the same gradients would be preconditioned "
+                    "twice. Call it once, or leave it to engine.step()"
+                )
+            return self._measurement.awaits_more
+        self._turns.check_waited()
+        if self._measurement.awaits_more or _accumulates(self._optimizer):
+            self._turns.passed_over()
+            return True
+        self._turns.check()
+        return False
 
     def _precondition(self, gradients: dict[str, Tensor], length: StepLength | None) -> None:
         """Collect, precondition, lengthen or shorten, and deliver gradients, in place."""
@@ -541,3 +574,9 @@ class KFAC:
                 "kfac.inversion.structure: block_tridiagonal needs every gradient whole on every rank: train under "
                 "DDP, or set it to block_diagonal"
             )
+
+
+def _accumulates(optimizer: object) -> bool:
+    """Whether an optimizer that Accelerate has prepared takes no step yet, inside of `accumulate`."""
+    state = getattr(optimizer, "gradient_state", None)
+    return not getattr(state, "sync_gradients", True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Likelihood, LossTerms
+from kfac_dist.curvature.autograd import of_the_loop
 from kfac_dist.curvature.blocks import MicroBatch
 from kfac_dist.curvature.scale import gradient_scale
 from kfac_dist.distributed.communicator import Communicator
@@ -183,6 +184,7 @@ class LossScaleWatch:
             or not isinstance(outputs, Tensor)
             or not outputs.requires_grad
             or not outputs.ndim
+            or not of_the_loop()
         ):
             return
         values = outputs.detach().clone() if outputs.numel() < _COPIED else outputs.detach()

@@ -260,6 +260,11 @@ class Measurement:
         return taken if self._moments is None else self._moments.finish(taken)
 
     @property
+    def awaits_more(self) -> bool:
+        """Whether the loop has announced another micro-batch of this step."""
+        return self._description is not None and not self._description.last
+
+    @property
     def _last(self) -> bool:
         """Whether loop or engine has promised that no other backward of this step follows.
 

@@ -28,6 +28,9 @@ Named = tuple[str, nn.Module]
 
 # Why a parameter that isn't trained has no block.
 FROZEN = "frozen"
+_FROZEN_WEIGHT = "its weight is frozen"
+# How the parameters of layers that have a block are called; a class that derives from them may add others (LoRA).
+_OWN_NAMES = ("weight", "bias", "bias_k", "bias_v")
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,21 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
             spoken_for |= {id(part): reason for part in (*within, *(part for block in found for part in block.modules))}
         blocks += found
         covered |= {key for block in found for key in block.parameters}
-        for parameter in own.values():
-            reasons.setdefault(names[id(parameter)], reason if parameter.requires_grad else FROZEN)
+        for key, parameter in own.items():
+            reasons.setdefault(names[id(parameter)], _reason(key, parameter, module, reason))
     modules = dict(model.named_modules())
     for block in blocks:
         block.heads = heads_of(block, modules)
     return Coverage(tuple(blocks), {name: reasons[name] for name in names.values() if name not in covered})
+
+
+def _reason(key: str, parameter: nn.Parameter, module: nn.Module, reason: str) -> str:
+    """Return why one parameter of a module has no block, from what is to be said of its weight."""
+    if not parameter.requires_grad:
+        return FROZEN
+    if reason == _FROZEN_WEIGHT and not key.endswith(_OWN_NAMES):
+        return f"{type(module).__name__} computes with it beside its frozen weight, and no block covers that"
+    return reason
 
 
 def _blocks_of(
@@ -202,7 +214,7 @@ def _unfit(
     if getattr(module, "sparse", False):
         return "its gradients are sparse"
     if not any(weight.requires_grad for weight in weights):
-        return "its weight is frozen"
+        return _FROZEN_WEIGHT
     if config.fisher is Fisher.INPUT_ONLY and issubclass(kind, NormBlock):
         return "input_only measures no output gradients, and a normalisation's Fisher is made of them"
     return None

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 class Handle(Protocol):
     """What takes a hook off."""
@@ -43,9 +45,9 @@ class Use:
 
     @property
     def inputs(self) -> Tensor:
-        """The layer's input as it was passed (under autocast: as autograd keeps it), detached."""
+        """The input as it was passed (under autocast: as autograd keeps it), detached; a sparse one made dense."""
         assert self._inputs is not None
-        return self._inputs
+        return self._inputs.to_dense() if self._inputs.layout in _SPARSE else self._inputs
 
     @property
     def measurable(self) -> bool:
@@ -55,7 +57,8 @@ class Use:
     @property
     def untouched(self) -> bool:
         """Whether nothing has written into the input since."""
-        return self.inputs.is_inference() or self.inputs._version == self._version
+        assert self._inputs is not None
+        return self._inputs.is_inference() or self._inputs._version == self._version
 
     def keep(self, inputs: Tensor) -> None:
         """Take the input."""

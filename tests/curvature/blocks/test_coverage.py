@@ -106,6 +106,26 @@ def test_frozen_parameters() -> None:
     assert_partition(model, coverage)
 
 
+class LowRank(nn.Linear):
+    """A frozen layer with bare parameters beside its weight."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight.requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Parameter(torch.ones(1, inputs)), nn.Parameter(torch.zeros(outputs, 1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) + inputs @ self.lora_a.T @ self.lora_b.T
+
+
+def test_parameters_beside_a_frozen_weight_are_not_called_frozen() -> None:
+    coverage = find(nn.Sequential(LowRank(2, 2), nn.Linear(2, 2)))
+    beside = "LowRank computes with it beside its frozen weight, and no block covers that"
+    assert coverage.uncovered == {
+        "0.weight": "frozen", "0.bias": "its weight is frozen", "0.lora_a": beside, "0.lora_b": beside,
+    }  # fmt: skip
+
+
 def tie(*layers: nn.Module, key: str = "weight") -> nn.Module:
     for layer in layers[1:]:
         setattr(layer, key, getattr(layers[0], key))
