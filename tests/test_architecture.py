@@ -51,6 +51,7 @@ MAY_IMPORT = {
         "distributed",
         "engines",
         "errors",
+        "hooks",
         "inputs",
         "optimizers",
         "preconditioner",

@@ -29,6 +29,7 @@ from kfac_dist.doctor.gauss_newton import ENTRIES, compare, hessian_rows
 from kfac_dist.doctor.measure import factors as measured_factors
 from kfac_dist.doctor.measure import found_shared, measuring
 from kfac_dist.doctor.symmetry import examine_symmetry
+from kfac_dist.hooks import after_forward
 from kfac_dist.inputs import Inputs, each
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.plan import block_units
@@ -165,7 +166,7 @@ def _positions_of_norms(module: nn.Module, inputs: Inputs, blocks: Sequence[Bloc
             ) -> None:
                 seen[name] = seen.get(name, 0) + output.numel() // units
 
-            handles += [part.register_forward_hook(count) for part in block.modules]
+            handles += [after_forward(part, count) for part in block.modules]
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
