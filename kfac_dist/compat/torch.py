@@ -37,6 +37,7 @@ __all__ = [
     "save_dcp",
     "schema_of",
     "storage_info_type",
+    "times_written",
     "tree_leaves",
     "uncompiled",
     "will_be_reached",
@@ -86,6 +87,11 @@ def will_be_reached(parameter: Tensor) -> bool:
 def base_of(tensor: Tensor) -> Tensor | None:
     """Return the tensor whose view this is, None if it is no view."""
     return tensor._base
+
+
+def times_written(tensor: Tensor) -> int:
+    """Return how often a tensor has been written into, through any view; nothing is asked of the device."""
+    return tensor._version
 
 
 def gradient_shapes(node: Node) -> list[tuple[int, ...]]:

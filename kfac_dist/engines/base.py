@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.compat.torch import times_written
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.layout import GradientLayout
@@ -95,9 +96,9 @@ class Engine(ABC):
         """Return the trained parameters as torch holds them on this rank, empty ones included."""
         return (p for p in self.module.parameters() if p.requires_grad)
 
-    def times_written(self, gradient: Tensor) -> int:
-        """Return how often a gradient of `trained` has been written into, as torch counts it."""
-        return gradient._version
+    def times_written(self, tensor: Tensor) -> int:
+        """Return how often one of the `trained` parameters, or its gradient, has been written into."""
+        return times_written(tensor)
 
     @property
     def gradient_dtype(self) -> torch.dtype:

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from kfac_dist.compat.torch import uncompiled
+from kfac_dist.compat.torch import times_written, uncompiled
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicator import Communicator, build_communicator
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
@@ -93,9 +93,9 @@ class FSDP2Engine(Engine):
         return cast(Iterable[nn.Parameter], self._trained.values())
 
     @torch.no_grad()
-    def times_written(self, gradient: Tensor) -> int:
+    def times_written(self, tensor: Tensor) -> int:
         """See `Engine.times_written`: what is written into a DTensor and what into its shard is counted apart."""
-        return gradient._version + cast(DTensor, gradient).to_local()._version
+        return times_written(tensor) + times_written(cast(DTensor, tensor).to_local())
 
     @property
     def gradient_dtype(self) -> torch.dtype:

@@ -48,7 +48,7 @@ class _Left:
             tuple(weakref.ref(grad) for grad in present[:_KNOWN]),
             len(present),
             sum(map(engine.times_written, present)),
-            next(((place, p._version) for place, p in enumerate(trained) if p.grad is not None), None),
+            next(((place, engine.times_written(p)) for place, p in enumerate(trained) if p.grad is not None), None),
         )
 
     def same(self, other: _Left) -> bool:
@@ -63,7 +63,7 @@ class _Left:
             return False
         place, version = self.parameter
         parameter = next(itertools.islice(engine.trained(), place, None), None)
-        return parameter is None or parameter._version != version
+        return parameter is None or engine.times_written(parameter) != version
 
 
 class Turns:
