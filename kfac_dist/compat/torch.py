@@ -10,12 +10,13 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.autograd.graph import Node, _get_grad_fn_or_grad_acc, saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.utils import checkpoint
@@ -25,22 +26,31 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 __all__ = [
     "AnyBatchNorm",
     "TorchDispatchMode",
+    "after_backward",
+    "backward_pass_id",
     "base_of",
     "break_graph",
     "checkpointed_region",
     "compile_anew",
+    "forward_hooks",
     "gradient_shapes",
+    "holds",
     "in_backward",
+    "is_batched",
     "load_dcp",
     "of_the_loop",
     "own_parameters",
+    "parameters_of",
+    "running_node",
     "save_dcp",
+    "saved_names",
     "schema_of",
     "storage_info_type",
     "times_written",
     "tree_leaves",
     "uncompiled",
     "will_be_reached",
+    "will_run",
     "with_parameters",
 ]
 
@@ -50,7 +60,58 @@ __all__ = [
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread, as `torch.utils.checkpoint` asks it."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_pass_id() != -1
+
+
+def backward_pass_id() -> int:
+    """Return the number of the backward pass that runs in this thread, -1 if none does."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Have a function called at the end of the backward pass that runs, as DDP and FSDP have theirs."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many, as under `vmap` and `is_grads_batched=True`, or is one of `torch.func`'s."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def running_node() -> Node | None:
+    """Return the node of the graph that the backward pass is about to run, or runs."""
+    return torch._C._current_autograd_node()
+
+
+def will_run(node: Node) -> bool:
+    """Return whether the backward pass that runs now runs a node.
+
+    Raises:
+        RuntimeError: `torch.autograd.grad` was asked for the gradient of this very leaf.
+    """
+    return torch._C._will_engine_execute_node(node)
+
+
+_SAVED: dict[type, tuple[str, ...]] = {}
+
+
+def saved_names(kind: type) -> tuple[str, ...]:
+    """Return the attributes by which nodes of a kind show the tensors that they have saved."""
+    if kind not in _SAVED:
+        _SAVED[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    return _SAVED[kind]
+
+
+def holds(node: Any, name: str) -> bool:
+    """Whether a node still has a tensor that it saved; what hooks have packed is not unpacked for the answer."""
+    try:
+        saved = getattr(node, name)
+    except RuntimeError:  # custom functions refuse to answer once they are freed
+        return False
+    parts: Iterable[Any] = saved if isinstance(saved, tuple) else (saved,)
+    # Releases before `SavedTensor.data` can't be asked: what was saved counts as still there.
+    return any(getattr(p, "data", True) is not None or getattr(p, "unpack_hook", None) is not None for p in parts)
 
 
 def of_the_loop() -> bool:
@@ -194,11 +255,25 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None] | None:
     return None if module._buffers or module._modules else dict(module._parameters)
 
 
-def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """Return a shallow copy of a module that has these parameters instead of its own."""
+def with_parameters(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter | None], *, own_buffers: bool = False
+) -> nn.Module:
+    """Return a shallow copy of a module that has these parameters instead of its own, and perhaps copies of buffers."""
     changed = copy.copy(module)
     changed._parameters = dict(parameters)
+    if own_buffers:
+        changed._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
     return changed
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's own parameters by name, also those that it registered as None."""
+    return dict(module._parameters)
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the hooks that a module runs before and after its forward."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def schema_of(operation: Any) -> Any:

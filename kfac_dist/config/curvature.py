@@ -62,6 +62,18 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class OnMismatch(StrEnum):
+    """Treatment of a layer whose captured inputs and output gradients don't make its gradient.
+
+    Attributes:
+        PLAIN: It keeps its plain gradient from then on, and is named.
+        ERROR: Training stops with an error that names it.
+    """
+
+    PLAIN = "plain"
+    ERROR = "error"
+
+
 _MOST_DECAY_IN_BF16 = 0.95
 
 
@@ -88,6 +100,9 @@ class CurvatureConfig(Section):
         sample_fraction: Share of rows (samples, or tokens) that enter the factors: 1/k, every k-th row.
         factor_dtype: Precision in which the running averages are kept.
         class_conditional: Keep statistics apart by class, and combine them at a refresh.
+        on_mismatch: A layer whose captured inputs and output gradients don't make its gradient (its class transforms
+            the weight, its weight is also used by hand, ...) keeps its `plain` gradient, or is an `error`. Each layer
+            is judged once, at the first step that measures it.
         seed: Seed of the labels that `mc` draws.
     """
 
@@ -106,6 +121,7 @@ class CurvatureConfig(Section):
     sample_fraction: Annotated[float, Field(ge=1e-6, le=1, strict=True, allow_inf_nan=False)] = 1.0
     factor_dtype: DType = DType.FLOAT32
     class_conditional: ClassConditionalConfig | None = None
+    on_mismatch: OnMismatch = OnMismatch.PLAIN
     seed: Seed = 0
 
     @field_validator("class_conditional", mode="before")

@@ -27,6 +27,7 @@ from kfac_dist.config.curvature import DType as DType
 from kfac_dist.config.curvature import Fisher as Fisher
 from kfac_dist.config.curvature import Likelihood as Likelihood
 from kfac_dist.config.curvature import LossTerms as LossTerms
+from kfac_dist.config.curvature import OnMismatch as OnMismatch
 from kfac_dist.config.curvature import Sharing as Sharing
 from kfac_dist.config.curvature import Uncovered as Uncovered
 from kfac_dist.config.distribution import AssignmentStrategy as AssignmentStrategy

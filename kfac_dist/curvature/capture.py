@@ -1,13 +1,16 @@
 """Hooks that bring each block its inputs and output gradients, and that cost nothing on steps that don't measure.
 
 A block watches its layer and records each call's input and output; the output is asked for its gradient, and when
-backward has brought the gradients of all uses of the layer in this forward pass, the block measures at once and the
-tensors are let go. The gradient is asked of the output *tensor*, so that an in-place activation behind the layer
-doesn't matter.
+backward has brought the gradients of all uses of the layer, the block measures at once and the tensors are let go. The
+gradient is asked of the output *tensor*, so that an in-place activation behind the layer doesn't matter.
 
     plain                     forward: input, output              backward: gradient → measure
     checkpoint, non-entrant   forward: output only                backward: gradient; input, as it is computed again
     checkpoint, re-entrant    forward: nothing (no gradients)     backward: input, output, gradient → measure
+
+Several backward passes through one graph (`retain_graph=True`) add up: a use is measured once its graph is freed, or at
+the end of the step. Only gradients of the loss count, those that reach the layer's parameters: what
+`torch.autograd.grad` was asked for with respect to something else, or what is itself differentiated, enters nothing.
 
 An input is held only as long as autograd holds it, too: under activation checkpointing not at all, under autocast in
 the precision that autograd keeps, and no longer than the graph, so that a forward pass whose outputs are dropped leaves
@@ -19,6 +22,7 @@ ever computed for them, so nothing has to be thrown away. They hold inputs from 
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 import weakref
@@ -31,8 +35,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from kfac_dist.compat.torch import break_graph
-from kfac_dist.curvature.autograd import below_view, checkpointed_region, compile_anew, in_backward, of_the_loop
+from kfac_dist.compat.torch import break_graph, is_batched, of_the_loop
+from kfac_dist.curvature.arbiter import Arbiter
+from kfac_dist.curvature.autograd import (
+    Purpose,
+    Retention,
+    accumulators,
+    after_backward,
+    backward_pass_id,
+    below_view,
+    checkpointed_region,
+    compile_anew,
+    differentiated,
+    in_backward,
+    purpose,
+)
 from kfac_dist.curvature.blocks import Block, Use
 from kfac_dist.curvature.blocks.uses import Handle
 from kfac_dist.curvature.broadcast import Samples, consumers_of, expand, samples_of
@@ -47,23 +64,20 @@ _NO_FULL_GRAPH = (
 
 @dataclass
 class _Pending:
-    """The uses of one block in the current forward pass.
+    """The uses of one block in the forward passes of one micro-batch.
 
     Attributes:
         uses: Calls that were seen.
         regions: The checkpointed region that each call was part of, if its input is still to come.
-        ran_forward: Whether the block was seen in a forward pass proper since `reset`. If so, calls during backward are
-            activation checkpointing computing it again; if not, they are its first with gradients (re-entrant kind).
     """
 
     uses: list[Use] = field(default_factory=list)
     regions: list[weakref.ref[Any] | None] = field(default_factory=list)
-    ran_forward: bool = False
 
     @property
     def complete(self) -> bool:
-        """Whether every use has all it needs."""
-        return bool(self.uses) and all(use.measurable for use in self.uses)
+        """Whether every use has all it needs, and no further gradient can come."""
+        return bool(self.uses) and all(use.measurable and use.settled for use in self.uses)
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -73,7 +87,7 @@ class _Pending:
     def forget(self, use: Use) -> None:
         """Let go of a call whose graph is gone, unless its gradient has come already."""
         for index, other in enumerate(self.uses):
-            if other is use and use.grad is None:
+            if other is use and use.grad is None and not use.queried:
                 del self.uses[index], self.regions[index]
                 return
 
@@ -87,11 +101,58 @@ class _Pending:
         return False
 
 
+class Batch:
+    """The forward passes that belong to one micro-batch, and the uses of all blocks in them.
+
+    That is every pass that one description of the loop covers, or every undescribed one up to its backward pass: two
+    passes whose losses are added up (pairs, a critic's real and fake samples) are uses of the same terms.
+
+    Attributes:
+        description: The loop's word on it, None if it gave none.
+        batch_size: Samples that the model was called with in the pass that backward came to first, in the last one
+            before that; None if it was not called itself.
+        positions: Positions that the layer nearest to the loss has seen, 0 before any gradient.
+        went_back: Whether a backward pass has come to one of its uses.
+        pending: Uses that wait for gradients, by block.
+    """
+
+    def __init__(self, description: object | None) -> None:
+        self.description = description
+        self.batch_size: int | None = None
+        self.positions = 0.0
+        self.went_back = False
+        self.pending: dict[str, _Pending] = {}
+
+    def of(self, block: str) -> _Pending:
+        """Return the uses of a block."""
+        return self.pending.setdefault(block, _Pending())
+
+    def waits_for(self, block: str) -> bool:
+        """Whether uses of a block have not been measured yet."""
+        return block in self.pending and bool(self.pending[block].uses)
+
+
+class _BackwardPass:
+    """One run of autograd's engine: the uses to which it brought gradients, and whether it keeps its graph."""
+
+    def __init__(self) -> None:
+        self.retention: Retention | None = Retention()
+        self.freed = False
+        self.reached: list[tuple[Block, Batch, Use]] = []
+
+    def look(self) -> bool:
+        """Return whether the graph is known to be freed as the pass goes on."""
+        if self.retention is not None and self.retention.freed:
+            self.freed, self.retention = True, None
+        return self.freed
+
+
 class _Graph:
     """Held by the graph of one call and by nothing else: when it goes, no gradient can come any more."""
 
-    def __init__(self, forward_pass: int) -> None:
+    def __init__(self, forward_pass: int, batch_size: int | None) -> None:
         self.forward_pass = forward_pass
+        self.batch_size = batch_size
 
 
 class _Recorder:
@@ -105,6 +166,10 @@ class _Recorder:
     def watching(self) -> bool:
         """Whether forward passes are measured now."""
         return self._capture.active and not self._capture.paused and torch.is_grad_enabled() and of_the_loop()
+
+    def refuse(self, cause: str) -> None:
+        """See `blocks.uses.Recorder.refuse`."""
+        self._capture.refuse(self._block, cause)
 
     def record(
         self,
@@ -133,11 +198,11 @@ class Capture:
 
     Attributes:
         active: Whether forward passes are being watched; the owner sets it once a step.
-        paused: Whether what runs now is none of this capture's business, forward or back.
-        batch_size: Samples that the model was last called with, None if it was not called itself.
+        paused: Whether to ignore the passes that run now, forward and back.
         passes: Forward passes of the model since `reset`.
         passes_back: Those of them that the user's backward has come back to, by number.
         samples: Blocks whose outputs all samples share; None until a forward pass has shown which.
+        arbiter: Compares uses with the gradients that autograd makes of them, while it is set.
     """
 
     def __init__(
@@ -150,15 +215,20 @@ class Capture:
     ) -> None:
         self.active = False
         self.paused = False
-        self.batch_size: int | None = None
         self.passes = 0
         self.passes_back: set[int] = set()
+        self.arbiter: Arbiter | None = None
         self._completed = completed
         self._own_backward = own_backward
         self.samples: dict[str, Samples] | None = None
         self._nodes: list[tuple[str, Any]] = []
-        self._pending: dict[str, _Pending] = {block.name: _Pending() for block in blocks}
         self._blocks = {block.name: block for block in blocks}
+        self._description: object | None = None
+        self._batches: list[Batch] = []
+        # Blocks seen in a forward pass proper since `reset`: their calls during backward are activation checkpointing
+        # computing them again. Those of others are their first with gradients (re-entrant kind).
+        self._ran_forward: set[str] = set()
+        self._backward_passes: dict[int, _BackwardPass] = {}
         self._handles: list[Handle] = [
             before_forward(model, self._forward_begins, with_kwargs=True),
             after_forward(model, self._forward_ended),
@@ -172,22 +242,61 @@ class Capture:
             handle.remove()
         self._handles.clear()
         self.reset()
+        if self.arbiter is not None:
+            self.arbiter.remove()
 
     def reset(self) -> None:
         """Forget uses whose gradients never came, and begin a new optimizer step."""
-        for pending in self._pending.values():
-            pending.clear()
-            pending.ran_forward = False
+        for batch in self._batches:
+            for pending in batch.pending.values():
+                pending.clear()
+        self._batches.clear()
+        self._backward_passes.clear()
+        self._ran_forward.clear()
+        self._description = None
         self.passes = 0
         self.passes_back.clear()
-        self.batch_size = None
         self._nodes.clear()
 
+    @property
+    def batch(self) -> Batch:
+        """The micro-batch of the forward passes that run now."""
+        if not self._batches:
+            self._batches.append(Batch(self._description))
+        return self._batches[-1]
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples that the model was last called with, None if it was not called itself."""
+        return self._batches[-1].batch_size if self._batches else None
+
+    def describe(self, description: object) -> None:
+        """Begin a micro-batch of which the loop says something."""
+        self._flush_settled()  # what the last one has left open is its own
+        self._description = description
+        self._batches.append(Batch(description))
+
+    def waits_for(self, block: str) -> bool:
+        """Whether uses of a block are still to be measured, in any micro-batch of this step."""
+        return any(batch.waits_for(block) for batch in self._batches)
+
     def flush(self) -> None:
-        """Measure blocks of which some uses got a gradient and others never will (outputs that no loss reads)."""
-        for name, pending in self._pending.items():
-            if any(use.measurable for use in pending.uses):
-                self._finish(self._blocks[name], pending)
+        """Measure all uses that have their gradient, whether or not others of their block will ever get one."""
+        for batch in self._batches:
+            for name, pending in batch.pending.items():
+                for use in pending.uses:
+                    use.take_queried()
+                    self._note_positions(self._blocks[name], use)
+                if any(use.measurable for use in pending.uses):
+                    self._finish(self._blocks[name], pending)
+
+    def _flush_settled(self) -> None:
+        """Measure blocks of which some uses got their last gradient and others none (outputs that no loss reads)."""
+        for batch in self._batches:
+            for name, pending in batch.pending.items():
+                ready = [use.settled for use in pending.uses if use.measurable]
+                if ready and all(ready):
+                    self._finish(self._blocks[name], pending)
 
     def backpropagate(
         self, outputs: Tensor, columns: Iterable[Tensor], measure: Callable[[Block, list[Use], bool], None]
@@ -199,7 +308,7 @@ class Capture:
             columns: Vectors of the outputs' shape; one backward pass each.
             measure: Called with a block, its uses and whether this is the first column.
         """
-        live = [(name, use) for name, pending in self._pending.items() for use in pending.uses]
+        live = [(name, use) for batch in self._batches for name, own in batch.pending.items() for use in own.uses]
         edges = [use.edge for _, use in live if use.edge is not None]
         first = True
         for column in columns if edges else ():
@@ -213,17 +322,20 @@ class Capture:
                 with _full_precision(uses):
                     measure(self._blocks[name], uses, first)
             first = False
-        for pending in self._pending.values():
-            pending.clear()
+        for batch in self._batches:
+            for pending in batch.pending.values():
+                pending.clear()
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active or self.paused or not torch.is_grad_enabled() or not of_the_loop():
             return
         if self.passes and in_backward():
             return
-        self.flush()  # what an earlier micro-batch has left open is its own, not this one's
+        if self.batch.went_back:
+            self._flush_settled()  # what an earlier micro-batch has left open is its own, not this one's
+            self._batches.append(Batch(self._description))
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
-        self.batch_size = None if first is None else first.shape[0]
+        self.batch.batch_size = None if first is None else first.shape[0]
         self.passes += 1
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -236,7 +348,9 @@ class Capture:
             samples = samples_of(node, consumers, self.batch_size)
             if samples is not Samples.OWN and self.samples.get(name) is not Samples.SHARED:
                 self.samples[name] = samples
-                self._pending[name].clear()  # what was seen in this pass is of no use
+                self.batch.of(name).clear()  # what was seen in this pass is of no use
+                if self.arbiter is not None:
+                    self.arbiter.postpone(name)
         self._nodes.clear()
         if left := [name for name, samples in self.samples.items() if samples is Samples.SHARED]:
             warnings.warn(
@@ -274,50 +388,126 @@ class Capture:
         source: nn.Module,
         arrange: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        region, pending = checkpointed_region(), self._pending[block.name]
+        region = checkpointed_region()
         if not in_backward():
-            pending.ran_forward = True
-        elif pending.ran_forward:
+            self._ran_forward.add(block.name)
+        elif block.name in self._ran_forward:
             # Computed again for backward: nothing new, except for what was not held the first time.
-            if region is not None and pending.provide(region, inputs, block) and pending.complete:
-                self._finish(block, pending)
+            if region is not None:
+                self._provide(region, inputs, block)
             return
         if output is None or not output.requires_grad:
             return
         if self.samples is None and not in_backward():
             self._nodes.append((block.name, output.grad_fn))
+        batch = self.batch
+        pending = batch.of(block.name)
         written, arrange = below_view(output, arrange)
-        use = Use(source, output.shape, arrange=arrange)
+        found = accumulators(written, block.own_tensors(source))
+        use = Use(source, output.shape, arrange=arrange, owner=next(iter(found.values()), None), batch=batch)
         later = region is not None and not self._own_backward
         if not later:
             use.keep(block.kept(inputs))
         pending.uses.append(use)
         pending.regions.append(weakref.ref(region) if later else None)
+        if self.arbiter is not None:
+            self.arbiter.watch(block, found)
+            if self._own_backward:
+                written.register_hook(functools.partial(self._judge, block, copy.copy(use)))
         if self._own_backward:
             use.edge = get_gradient_edge(written)
         else:
             # The graph may outlive backward; what was measured must not.
-            graph, reference = _Graph(self.passes), weakref.ref(use)
+            graph, reference = _Graph(self.passes, batch.batch_size), weakref.ref(use)
             weakref.finalize(graph, _graph_went, pending, reference).atexit = False
             written.register_hook(functools.partial(self._gradient_came, block, pending, reference, graph))
+
+    def _provide(self, region: object, inputs: Tensor, block: Block) -> None:
+        for batch in self._batches:
+            pending = batch.of(block.name)
+            if pending.provide(region, inputs, block):
+                if pending.complete:
+                    self._finish(block, pending)
+                return
 
     def _gradient_came(
         self, block: Block, pending: _Pending, reference: weakref.ref[Use], graph: _Graph, grad: Tensor
     ) -> None:
         use = reference()
         if self.paused or use is None or not any(use is other for other in pending.uses):
-            return  # a second backward through a graph that was measured already
-        self.passes_back.add(graph.forward_pass)
-        use.take(grad.detach())
-        if pending.complete:
-            self._finish(block, pending)
+            return
+        if is_batched(grad):
+            return
+        if self.arbiter is not None and differentiated():
+            self.arbiter.differentiated = True
+        match purpose(use.owner):
+            case Purpose.OTHER:
+                pass
+            case Purpose.QUERY:
+                use.take_query(grad.detach())
+            case Purpose.LOSS:
+                self.passes_back.add(graph.forward_pass)
+                if not use.batch.went_back:
+                    use.batch.went_back, use.batch.batch_size = True, graph.batch_size
+                use.take(grad.detach())
+                if use.measurable:
+                    self._check_untouched(block, [use])
+                self._note_positions(block, use)
+                self._note(block, use)
+
+    def _note_positions(self, block: Block, use: Use) -> None:
+        """Take the positions of a micro-batch from the layer nearest to the loss, whose gradient comes first."""
+        if not use.batch.positions and use.grad is not None:
+            use.batch.positions = use.grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
+
+    def _note(self, block: Block, use: Use) -> None:
+        """Measure what is complete, or wait until it is known whether another backward pass may follow."""
+        number = backward_pass_id()
+        running = self._backward_passes.get(number)
+        if running is None:
+            running = self._backward_passes[number] = _BackwardPass()
+            after_backward(functools.partial(self._backward_ended, number))
+        running.reached.append((block, use.batch, use))
+        use.settled = False
+        if running.look():
+            self._settle(running)
+
+    def _backward_ended(self, number: int) -> None:
+        running = self._backward_passes.pop(number, None)
+        if running is not None and running.look():
+            self._settle(running)
+
+    def _settle(self, running: _BackwardPass) -> None:
+        reached, running.reached = running.reached, []
+        for _, _, use in reached:
+            use.settled = True
+        for block, batch, _ in reached:
+            pending = batch.of(block.name)
+            if pending.complete:
+                self._finish(block, pending)
+
+    def _judge(self, block: Block, use: Use, grad: Tensor) -> None:
+        """Show the arbiter the loss's gradient where K-FAC's own passes take theirs."""
+        if self.arbiter is None or self.paused or is_batched(grad):
+            return
+        asked = purpose(use.owner)
+        if asked is not Purpose.OTHER:
+            with _full_precision([use]):
+                self.arbiter.captured(block, [use.with_gradient(grad.detach())], asked)
 
     def _finish(self, block: Block, pending: _Pending) -> None:
         uses = [use for use in pending.uses if use.measurable]
         pending.clear()
         self._check_untouched(block, uses)
         with _full_precision(uses):
-            self._completed(block, uses)
+            asked = Purpose.QUERY if all(use.queried for use in uses) else Purpose.LOSS
+            if self.arbiter is None or self.arbiter.captured(block, uses, asked):
+                self._completed(block, uses)
+
+    def refuse(self, block: Block, cause: str) -> None:
+        """Leave a block out; see `blocks.uses.Recorder.refuse`."""
+        if self.arbiter is None or not self.arbiter.refuse(block, cause):
+            raise ModelError(f"layer {block.name}: {cause}; name it in kfac.curvature.exclude")
 
     def _check_untouched(self, block: Block, uses: Sequence[Use]) -> None:
         if not all(use.untouched for use in uses):

@@ -16,8 +16,10 @@ collect, precondition, clip and deliver the gradients.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +27,10 @@ from torch import Tensor, nn
 
 from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schedules import value_at
-from kfac_dist.config.schema import KFACConfig, StepSolver, Structure
+from kfac_dist.config.schema import KFACConfig, OnMismatch, StepSolver, Structure
+from kfac_dist.curvature.arbiter import Arbiter, Mismatch
+from kfac_dist.curvature.blocks import Coverage
+from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.curvature.chain import find_all
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.agreement import agree_on_plan
@@ -38,6 +43,7 @@ from kfac_dist.preconditioner.inspection import RefreshReading
 from kfac_dist.preconditioner.measurement import Description, Measurement
 from kfac_dist.preconditioner.pace import Pace
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
+from kfac_dist.preconditioner.renewal import ParameterWatch, carry, listed, message_of, same_blocks, without
 from kfac_dist.preconditioner.schedule import Cadence
 from kfac_dist.preconditioner.step_length import HasRates, StepLength
 from kfac_dist.preconditioner.turns import Turns
@@ -97,8 +103,9 @@ class KFAC:
         self._check_scale = check_scale
         self._check_whole()
 
-        with self._engine.whole_shapes():
-            self.coverage = find_all(self._engine.module, self.config)
+        self._mismatched: dict[str, Mismatch] = {}
+        self._named_idle: set[str] = set()
+        self.coverage = self._find()
         self._blocks = self.coverage.blocks
         distribution = self.config.distribution
         self.communicator = self._engine.communicator(distribution.timeout_seconds, distribution.backend)
@@ -107,7 +114,8 @@ class KFAC:
         self._device = device_of(self.coverage)
         self.phases = PhaseTimer(self._device)
         self.plan = make_plan(self._engine, self._blocks, self.config, self.communicator, self._device)
-        self._build()
+        self._parameters = ParameterWatch(self._engine.module, self.communicator)
+        self._build(Arbiter(self._blocks))
         self._pace = Pace(Cadence.of(self.config), self.plan)
         self._begin()
         self._turns = Turns(self._engine)
@@ -381,6 +389,10 @@ class KFAC:
         Raises:
             CheckpointError: The state belongs to another model, or to other `max_factor_dim`.
         """
+        self._load(values)
+        self._begin()
+
+    def _load(self, values: Mapping[str, Any]) -> None:
         self.steps = state.load(self._parts(), values)
         self._pace.overdue = state.marked(self._parts(), values, "overdue")
         self._pace.refreshed = state.marked(self._parts(), values, "refreshed")
@@ -388,7 +400,6 @@ class KFAC:
         self._averages.discard()
         if self._moments is not None:
             self._moments.averages.discard()
-        self._begin()
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """Return what this rank holds, for `torch.distributed.checkpoint`; collective like `state_dict`."""
@@ -449,10 +460,12 @@ class KFAC:
     def _measure_and_refresh(self) -> None:
         """Close this step's statistics and, where slots are due, refresh their inverses."""
         with self.phases(Phase.REDUCTION):
-            taken = self._measurement.finish(self._engine.finite_everywhere(self.communicator))
+            finite = self._engine.finite_everywhere(self.communicator)
+            taken = self._measurement.finish(finite, refreshes=bool(self._pace.slots))
         self.measured += 1
         if self._pace.cadence.begins_round(self.steps):
             self._rest.measure(self._measurement.terms, taken)
+        self._follow_model()
         slots, totals = self._pace.slots, self._reduction.totals
         if not slots:
             return
@@ -464,6 +477,67 @@ class KFAC:
         with self.phases(Phase.INVERSION):
             self._refresh.start(slots, totals, self._total_damping, self.steps, lag)
         self._refresh.inspector.read(self.steps)
+        self._name_idle()
+
+    def _follow_model(self) -> None:
+        """Cover the model anew where it has changed, or where the arbiter has found a block wrong; collective."""
+        mismatches = self._measurement.mismatches
+        changed = self._parameters.changed(agree=bool(self._pace.slots), device=self._device)
+        if mismatches and (self.config.curvature.on_mismatch is OnMismatch.ERROR or self._is_chain):
+            raise ModelError(message_of(mismatches))
+        if changed:
+            warnings.warn(self._parameters.message(), stacklevel=4)
+        if mismatches:
+            warnings.warn(message_of(mismatches), stacklevel=4)
+            self._mismatched |= {mismatch.block: mismatch for mismatch in mismatches}
+        if changed:
+            self._parameters.take()
+            fresh = self._find()
+            same = same_blocks(fresh.blocks, self._blocks)
+            self._mismatched = {name: found for name, found in self._mismatched.items() if name in same or mismatches}
+            self._renew(without(fresh, self._mismatched.values()), judged=set())
+        elif mismatches:
+            self._renew(without(self.coverage, mismatches), judged=self._measurement.judged)
+
+    def _renew(self, coverage: Coverage, *, judged: set[str]) -> None:
+        """Plan and build for other blocks; the state of units that remain goes on by name; collective."""
+        before = state.gather(self._parts())
+        checks_scale = self._measurement.checks_scale
+        self._measurement.remove()
+        self._refresh.close()
+        self.coverage, self._blocks = coverage, coverage.blocks
+        agree_on_plan(self.communicator, [(block.name, block.describe()) for block in self._blocks])
+        self.plan = make_plan(self._engine, self._blocks, self.config, self.communicator, self._device)
+        self._check_scale = checks_scale
+        self._build(Arbiter(self._blocks, judged))
+        self._pace = Pace(self._pace.cadence, self.plan)
+        self._load(carry(before, state.gather(self._parts())))
+        self._pace.begin(self.steps)
+
+    def _name_idle(self) -> None:
+        """Name, once, the blocks whose refresh is due and that no backward pass has come to, on any rank."""
+        shared = {name for name, how in self._measurement.samples().items() if how == Samples.SHARED}  # named already
+        found = self._refresh.never_measured(self._pace.slots, self._reduction.totals)
+        idle = [name for name in found if name not in shared]
+        others = [name for name in self.coverage.idle if self.plan.blocks[name].slot not in self._pace.slots]
+        self.coverage = replace(self.coverage, idle=(*others, *idle))
+        names = [name for name in idle if name not in self._named_idle]
+        self._named_idle |= set(names)
+        if names:
+            warnings.warn(
+                f"no backward pass has come through {listed(names)} so far, on any rank: they keep their plain "
+                "gradient until one does. If the model uses their weights by hand, as in F.linear(x, layer.weight), "
+                "call the layers instead",
+                stacklevel=4,
+            )
+
+    def _find(self) -> Coverage:
+        with self._engine.whole_shapes():
+            return find_all(self._engine.module, self.config)
+
+    @property
+    def _is_chain(self) -> bool:
+        return self.config.inversion.structure is Structure.BLOCK_TRIDIAGONAL
 
     def _measured_averages(self) -> list[RunningAverages]:
         return [self._averages, *([] if self._moments is None else [self._moments.averages])]
@@ -538,7 +612,7 @@ class KFAC:
 
     # ---- construction
 
-    def _build(self) -> None:
+    def _build(self, arbiter: Arbiter) -> None:
         parts = assemble(self._engine, self.coverage, self.config, self.communicator, self.plan, self._device)
         self._averages, self._reduction = parts.averages, parts.reduction
         self._groups, self._row, self._rest = parts.groups, parts.row, parts.rest
@@ -566,6 +640,7 @@ class KFAC:
             phases=self.phases,
             drawn=self._rest.drawn,
             check_scale=self._check_scale,
+            arbiter=arbiter,
         )
 
     def _check_whole(self) -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schema import CurvatureConfig, Fisher, LossTerms
+from kfac_dist.curvature.arbiter import Arbiter, Mismatch
 from kfac_dist.curvature.blocks import Block, KroneckerBlock, MicroBatch, Use
 from kfac_dist.curvature.broadcast import Samples
-from kfac_dist.curvature.capture import Capture, warn_of_accumulation
+from kfac_dist.curvature.capture import Batch, Capture, warn_of_accumulation
 from kfac_dist.curvature.chain import NeighbourMoments
 from kfac_dist.curvature.classes import Classes
 from kfac_dist.curvature.factors import Side
@@ -62,6 +63,10 @@ class Measurement:
         phases: Told how long this takes.
         drawn: Takes gradients at drawn labels, for parameters without a block.
         check_scale: Whether to compare the loss's gradient at the model's outputs with that of a plain mean.
+        arbiter: Compares what is captured with the blocks' gradients; by default a new one, of all blocks.
+
+    Attributes:
+        mismatches: Blocks that the last step has shown to be wrong, the same on every rank.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Measurement:
         phases: PhaseTimer,
         drawn: DrawnGradients | None = None,
         check_scale: bool = True,
+        arbiter: Arbiter | None = None,
     ) -> None:
         self._engine = engine
         self._blocks = blocks
@@ -94,12 +100,14 @@ class Measurement:
         self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
         self._capture = Capture(engine.module, blocks, self._measure, own_backward=self._own_backward)
         self._neighbours = NeighbourMoments(blocks)
-        self._scale = LossScaleWatch(engine.module, lambda: self._micro_batch(own=False))
+        self._scale = LossScaleWatch(engine.module, lambda: self._micro_batch(self._capture.batch, own=False))
         if not check_scale:
             self._scale.stop()
+        self._arbiter = Arbiter(blocks) if arbiter is None else arbiter
+        self._judged_before = False
+        self.mismatches: tuple[Mismatch, ...] = ()
         self._step = 0
         self._positions = 0.0
-        self._pass = 0
         self._description: Description | None = None
         self._went_back = False
         self._unlabelled = False
@@ -118,12 +126,14 @@ class Measurement:
         self._step = step
         self._description = None
         self._went_back = self._unlabelled = False
-        self._positions, self._pass = 0.0, 0
+        self._positions = 0.0
+        self.mismatches = ()
         if self._drawn is not None:
             self._drawn.reset()
         self._capture.reset()
         self._neighbours.reset()
         self._capture.active = active
+        self._capture.arbiter = self._arbiter if active and self._arbiter.open else None
         self._scale.begin(active=active)
 
     def samples(self) -> dict[str, int]:
@@ -135,6 +145,16 @@ class Measurement:
         """Take what `samples` returned, so that a resumed run needn't find it out again."""
         known = all(values.get(block.name, 0) for block in self._blocks)
         self._capture.samples = {name: Samples(number) for name, number in values.items()} if known else None
+
+    @property
+    def judged(self) -> set[str]:
+        """Blocks that the arbiter has judged."""
+        return {block.name for block in self._blocks} - self._arbiter.open
+
+    @property
+    def checks_scale(self) -> bool:
+        """Whether the loss's scale is still to be looked at."""
+        return not self._scale.over
 
     @property
     def terms(self) -> float | Tensor:
@@ -149,26 +169,26 @@ class Measurement:
 
     def describe(self, description: Description) -> None:
         """Take the loop's word on its next micro-batch."""
-        self._capture.flush()  # what the last one has left open is still its own
+        self._capture.describe(description)
         self._description = description
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Return a context whose forward and backward passes are not measured."""
         before = self._capture.paused
-        self._capture.paused = True
+        self._capture.paused = self._arbiter.paused = True
         try:
             with self._scale.unwatched():
                 yield
         finally:
-            self._capture.paused = before
+            self._capture.paused = self._arbiter.paused = before
 
     def fisher_backward(self, outputs: Tensor) -> None:
         """Measure by K-FAC's own passes from the model's outputs, if the Fisher needs them and this step measures."""
         if not self.active or not self._own_backward:
             return
         self._positions = outputs.numel() / max(outputs.shape[-1], 1)
-        micro = self._micro_batch(own=True)
+        micro = self._micro_batch(self._capture.batch, own=True)
         # Consumed as columns are: each vector is measured before the next is made.
         classes = iter(self._classes_of_columns(outputs, micro.first_sample))
         current: Classes | None = None
@@ -203,8 +223,12 @@ class Measurement:
             for block in self._blocks:
                 self._reduction.completed(block.name)
 
-    def finish(self, finite: Tensor) -> Tensor:
+    def finish(self, finite: Tensor, *, refreshes: bool) -> Tensor:
         """Close the step's statistics; returns whether all ranks take the step, see `FactorReduction.finish`.
+
+        Args:
+            finite: Whether this rank's gradients are finite, 0-dim bool.
+            refreshes: Whether inverses are refreshed at this step, when blocks seen late are judged, too.
 
         Raises:
             ModelError: The Fisher needs `fisher_backward`, and it wasn't called; or the loss is no mean.
@@ -234,6 +258,8 @@ class Measurement:
                 "had announced as the step's last; what came late was not measured",
                 stacklevel=3,
             )
+        if self._arbiter.open and (refreshes or not self._judged_before):
+            self._judge()
         if not self._scale.over:
             self._scale.judge(
                 self._config.likelihood,
@@ -243,9 +269,25 @@ class Measurement:
             )
         return taken
 
+    def _judge(self) -> None:
+        """Have the arbiter compare blocks with their gradients, and agree; collective.
+
+        A block that any rank finds wrong is wrong. Blocks that no rank has seen stay open.
+        """
+        answers = self._communicator.gather_objects(self._arbiter.judge(), label="agreement")
+        seen = set().union(*(judged for judged, _ in answers))
+        self._arbiter.open -= seen
+        self._judged_before |= bool(seen)
+        worst: dict[str, Mismatch] = {}
+        for mismatch in (found for _, wrong in answers for found in wrong):
+            if mismatch.block not in worst or mismatch.off > worst[mismatch.block].off:
+                worst[mismatch.block] = mismatch
+        self.mismatches = tuple(worst[block.name] for block in self._blocks if block.name in worst)
+
     def discard(self) -> None:
         """Forget what the step has measured; collective where this step reduces."""
         self._capture.reset()
+        self._arbiter.reset()
         self._close(torch.zeros((), dtype=torch.bool, device=self._averages.device))
 
     def remove(self) -> None:
@@ -275,14 +317,11 @@ class Measurement:
         return bool(self._engine.backward_pass().last)
 
     def _measure(self, block: Block, uses: list[Use]) -> None:
-        if self._pass != self._capture.passes:
-            self._pass, self._positions = self._capture.passes, 0.0
-        # The layer nearest to the loss comes first, and is asked whether or not it is its turn to be measured.
-        if not self._positions and uses[0].grad is not None:
-            self._positions = uses[0].grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
         if self._factors and not self._reduction.accepts(block.name):
             return
-        micro = self._micro_batch(own=False)
+        batch = uses[0].batch
+        self._positions = batch.positions
+        micro = self._micro_batch(batch, own=False)
         if block.by_class and self._config.class_slots:
             if micro.classes is None:  # told in `finish`, where no rank waits for another
                 self._unlabelled = True
@@ -295,7 +334,7 @@ class Measurement:
                 self._neighbours.measure(block, uses, micro, self._averages, self._sides)
             if self._moments is not None and isinstance(block, KroneckerBlock):
                 self._moments.measure(block, uses, micro, counted=True)
-        if self._last and self._factors:
+        if self._factors and self._last and not self._capture.waits_for(block.name):
             with self._phases(Phase.REDUCTION):
                 self._reduction.completed(block.name)
 
@@ -338,11 +377,11 @@ class Measurement:
             return None
         return Classes.of(said.classes, config.class_conditional.classes, config.class_slots)
 
-    def _micro_batch(self, *, own: bool) -> MicroBatch:
-        """Return what blocks need to know; gradients of K-FAC's `own` passes carry no divisor and no scale."""
-        said = self._description or Description()
+    def _micro_batch(self, batch: Batch, *, own: bool) -> MicroBatch:
+        """Return the sizes and scales of a micro-batch; K-FAC's `own` gradients carry no divisor and no loss scale."""
+        said = batch.description if isinstance(batch.description, Description) else Description()
         done = self._engine.backward_pass()
-        batch_size, comm = self._capture.batch_size, self._communicator
+        batch_size, comm = batch.batch_size, self._communicator
         first_sample = (done.index * comm.size + comm.rank) * (batch_size or 0)
         stride = round(1 / self._config.sample_fraction)
         return MicroBatch(

@@ -177,6 +177,12 @@ class Refresh:
         empty = {unit.block for unit, weight in zip(self._plan.units, weights, strict=True) if weight <= 0}
         return {self._plan.blocks[block].slot for block in empty} & set(slots)
 
+    def never_measured(self, slots: tuple[int, ...], totals: Tensor) -> list[str]:
+        """Return the blocks of these slots that no rank has measured by the last reduction; waits for the device."""
+        weights = totals[0].tolist()
+        empty = {unit.block for unit, weight in zip(self._plan.units, weights, strict=True) if weight <= 0}
+        return [name for name, block in self._plan.blocks.items() if name in empty and block.slot in slots]
+
     def activate(self, step: int) -> None:
         """Send what has had its time to be solved, load the payloads that are due, and help those on that aren't."""
         for refreshed in self.pending:

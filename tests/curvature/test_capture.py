@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kfac_dist.config.schema import CurvatureConfig
+from kfac_dist.config.schema import CurvatureConfig, Sharing
 from kfac_dist.curvature.blocks import Block, Use, find_blocks
+from kfac_dist.curvature.blocks.linear import LinearBlock
 from kfac_dist.curvature.capture import Capture
 from kfac_dist.errors import ModelError
 from tests.curvature.measured import assert_close, build_kfac, factors
@@ -19,8 +20,10 @@ from tests.curvature.measured import assert_close, build_kfac, factors
 Seen = dict[str, list[list[Use]]]
 
 
-def watch(model: nn.Module, *, own_backward: bool = False, active: bool = True) -> tuple[Capture, Seen]:
-    blocks = find_blocks(model, CurvatureConfig()).blocks
+def watch(
+    model: nn.Module, *, own_backward: bool = False, active: bool = True, blocks: tuple[Block, ...] | None = None
+) -> tuple[Capture, Seen]:
+    blocks = find_blocks(model, CurvatureConfig()).blocks if blocks is None else blocks
     seen: Seen = {block.name: [] for block in blocks}
 
     def completed(block: Block, uses: list[Use]) -> None:
@@ -108,7 +111,8 @@ def test_in_place_on_a_rearranged_output() -> None:
     given.load_state_dict(plain.state_dict())
     x, seen = torch.randn(5, 2, 3), []
     for layer, activate in ((plain, torch.relu), (given, torch.relu_)):
-        capture, found = watch(nn.Sequential(layer))
+        model = nn.Sequential(layer)
+        capture, found = watch(model, blocks=(LinearBlock("0", layer, Sharing.EXPAND),))
         activate(layer(x)).square().sum().backward()
         seen.append(found["0"][0][0].grad)
         capture.remove()
@@ -138,13 +142,60 @@ def test_inplace_residual_after_the_layer() -> None:
     capture.remove()
 
 
-def test_a_second_backward_through_the_same_graph_counts_once() -> None:
+def test_backward_passes_through_one_graph_add_up() -> None:
+    model, x = chain(), inputs()
+    expected = output_gradient(model, x, lambda out: out.sum() + out.square().sum())
+    capture, seen = watch(model)
+    outputs = model(x)
+    outputs.sum().backward(retain_graph=True)
+    assert times(seen) == [0, 0]  # another one may follow
+    outputs.square().sum().backward()
+    assert times(seen) == [1, 1]
+    grad = seen["0"][0][0].grad
+    assert grad is not None
+    assert_close(grad, expected)
+    capture.remove()
+
+
+def test_a_graph_that_is_kept_and_never_used_again_is_measured_at_the_end() -> None:
     model, x = chain(), inputs()
     capture, seen = watch(model)
-    loss = model(x).sum()
-    loss.backward(retain_graph=True)
-    loss.backward()
+    model(x).sum().backward(retain_graph=True)
+    assert times(seen) == [0, 0]
+    capture.flush()
     assert times(seen) == [1, 1]
+    capture.remove()
+
+
+def test_gradients_that_reach_no_weight_are_not_measured() -> None:
+    """Saliency, a derivative by the input, an attack: they go back through the layers, and are not the loss's."""
+    model, x = chain(), inputs().requires_grad_()
+    expected = output_gradient(model, x.detach(), lambda out: out.square().sum())
+    capture, seen = watch(model)
+    outputs = model(x)
+    torch.autograd.grad(outputs.sum(), x, retain_graph=True)
+    torch.autograd.grad(outputs.sum(), x, create_graph=True)
+    outputs.sum().backward(retain_graph=True, inputs=[x])
+    capture.flush()
+    assert times(seen) == [0, 0]
+    outputs.square().sum().backward()
+    assert times(seen) == [1, 1]
+    grad = seen["0"][0][0].grad
+    assert grad is not None
+    assert_close(grad, expected)
+    capture.remove()
+
+
+def test_gradients_that_a_loop_asks_for_and_sets_by_hand_are_the_losss() -> None:
+    model, x = chain(), inputs()
+    expected = output_gradient(model, x, lambda out: out.square().sum())
+    capture, seen = watch(model)
+    torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    capture.flush()
+    assert times(seen) == [1, 1]
+    grad = seen["0"][0][0].grad
+    assert grad is not None
+    assert_close(grad, expected)
     capture.remove()
 
 
@@ -333,8 +384,14 @@ def test_a_layer_that_returns_no_tensor_is_named() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
             return super().forward(x), None
 
-    capture, _ = watch(model := nn.Sequential(WithExtra(3, 2)))
-    with pytest.raises(ModelError, match=r"layer 0 \(WithExtra\) returns tuple.*exclude"):
+    model = nn.Sequential(WithExtra(3, 2))
+    found = find_blocks(model, CurvatureConfig())
+    assert not found.blocks
+    assert found.uncovered["0.weight"] == "WithExtra.forward computes something else than nn.Linear"
+    blocks = (LinearBlock("0", model[0], Sharing.EXPAND),)
+    capture = Capture(model, blocks, lambda block, uses: None, own_backward=False)
+    capture.active = True
+    with pytest.raises(ModelError, match=r"layer 0: WithExtra returns tuple, not a tensor; .*exclude"):
         model(inputs())
     capture.remove()
 

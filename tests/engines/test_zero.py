@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_dist import KFAC
@@ -293,3 +294,33 @@ torch.nn.functional.cross_entropy(model(torch.randn(5, 3)), torch.zeros(5, dtype
 kfac.step()
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def two_backward_passes(stage: int) -> list[dict[str, Tensor]]:
+    """The factors of two losses: of their sum, and of one backward pass after the other through the same graph."""
+    found = []
+    with deepspeed_world():
+        for together in (True, False):
+            run = Run(Case(stage, kfac={"curvature": {"factor_every": 1}, "inversion": {"inverse_every": 1}}))
+            inputs, labels = workloads.global_batch("mlp", 0)
+            part = slice(run.rank * len(inputs) // run.size, (run.rank + 1) * len(inputs) // run.size)
+            outputs = run.engine(inputs[part])
+            first, second = F.cross_entropy(outputs, labels[part]), 3 * outputs.square().sum(1).mean()
+            if together:
+                run.engine.backward(first + second)
+            else:
+                run.engine.backward(first, retain_graph=True)
+                run.engine.backward(second)
+            run.engine.step()
+            units = run.kfac.state_dict()["units"]
+            found.append({name: entry["sum"] / entry["scalars"][0] for name, entry in units.items()})
+            assert len(run.kfac.coverage.blocks) == 3
+            run.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_backward_passes_through_one_graph_add_up(stage: int) -> None:
+    for together, apart in run_ranks(2, two_backward_passes, stage):
+        for name, value in together.items():
+            assert relative({name: apart[name]}, {name: value}) <= 1e-5, name

@@ -86,6 +86,11 @@ class AttentionBlock(KroneckerBlock):
         """The parameter of which this block has rows, as the module has it now."""
         return cast(Tensor, self.module.get_parameter(self.projection.weight))
 
+    def own_tensors(self, source: nn.Module) -> dict[str, Tensor]:
+        """See `Block.own_tensors`: some belong to a module inside."""
+        keys = (self.projection.weight, self.projection.bias)
+        return {name: source.get_parameter(key) for name, key in zip(self.parameters, keys, strict=False)}
+
     def watch(self, recorder: Recorder) -> list[Handle]:
         """See `Block.watch`."""
         return self._calls.watch(self, recorder)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
+from kfac_dist.curvature.blocks.projection import Signs, wide
 from kfac_dist.curvature.blocks.rows import MicroBatch, loss_terms, sample, shared_rows, unscale
 from kfac_dist.curvature.blocks.uses import Handle, Recorder, Use
 from kfac_dist.curvature.classes import Members
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Heads, Side
-from kfac_dist.errors import ModelError
 from kfac_dist.hooks import after_forward
 
 
@@ -85,14 +85,42 @@ class Block(ABC):
             if not recorder.watching:
                 return None
             if output is not None and not isinstance(output, Tensor):
-                raise ModelError(
-                    f"layer {self.name} ({type(module).__name__}) returns {type(output).__name__}, not a tensor: "
-                    "name it in kfac.curvature.exclude"
-                )
-            inputs = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+                recorder.refuse(f"{type(module).__name__} returns {type(output).__name__}, not a tensor")
+                return None
+            inputs = next((value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)), None)
+            if inputs is None:
+                recorder.refuse(f"{type(module).__name__} was called without a tensor")
+                return None
             return recorder.record(inputs, output, source=module)
 
         return [after_forward(module, ran, with_kwargs=True, always_call=True) for module in self.modules]
+
+    def own_tensors(self, source: nn.Module) -> dict[str, Tensor]:
+        """Return the block's parameters by full name, as the module whose call it was shows them now."""
+        return {name: cast(Tensor, getattr(source, name.rpartition(".")[2])) for name in self.parameters}
+
+    @abstractmethod
+    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+        """Project the gradient of the block's parameters that one use makes, Σ ĝᵀa in the gradient matrix's layout.
+
+        The statistics are made of the same rows: where this isn't the gradient that autograd finds, they are wrong.
+
+        Args:
+            use: One call with the gradient at its output, as it came.
+            batch_size: Samples that the model was called with.
+            signs: The random matrices.
+
+        Returns:
+            The projections `[k]`, and the sums of their terms' magnitudes `[k]`, both fp64.
+        """
+
+    def project_gradient(self, name: str, grad: Tensor, signs: Signs) -> Tensor:
+        """Project what a parameter's whole gradient puts into the gradient matrix; returns `[k]`, fp64."""
+        matrix = torch.zeros(self.matrix_shape, device=grad.device, dtype=wide(grad).dtype)
+        tensors = [grad if key == name else grad.new_zeros(()).expand(p.shape) for key, p in self.parameters.items()]
+        for view, place in self.matrix_views(tensors, matrix):
+            place.copy_(view)
+        return signs.project(matrix)
 
     def kept(self, inputs: Tensor) -> Tensor:
         """Return the input as autograd keeps it for the layer's own backward, which under autocast may be a cast copy.
@@ -164,6 +192,12 @@ class KroneckerBlock(Block):
     def use_rows(self, use: Use, batch_size: int | None) -> Tensor:
         """Return the activations of one use; layers whose rows depend on more than their input override it."""
         return self.input_rows(use.inputs, batch_size)
+
+    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+        """See `Block.project`."""
+        assert use.grad is not None
+        rows, grads = self.use_rows(use, batch_size), self.output_rows(use.grad, batch_size)
+        return signs.project_rows(grads.flatten(1, 2), rows.flatten(1, 2), ones=self.has_bias)
 
     def _measure_inputs(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink) -> None:
         rows = [self.use_rows(use, batch.batch_size) for use in uses]

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.base import KroneckerBlock, StatisticsSink, dense, weight_and_bias_views
+from kfac_dist.curvature.blocks.projection import Signs, sum_of
 from kfac_dist.curvature.blocks.rows import MicroBatch, fold_samples
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.correlation import correlation_is_cheaper, patch_gram
 from kfac_dist.curvature.factors import Side
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+# Values of a temporary: unfolded patches.
+_PATCH_VALUES = 2**24
 
 
 class ConvolutionBlock(KroneckerBlock):
@@ -100,6 +104,18 @@ class ConvolutionBlock(KroneckerBlock):
             gram[:, -1, :-1] = border
             gram[:, -1, -1] = images.shape[0] * outputs
         return gram, images.shape[0] * outputs
+
+    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+        """See `Block.project`: a few images at a time, since their patches are many times their size."""
+        if use.inputs.ndim == self._spatial + 1:
+            return super().project(use, batch_size, signs)
+        patches = math.prod(use.shape[2:]) * self.matrix_shape[2] * self.groups
+        few = max(1, _PATCH_VALUES // max(1, patches))
+        parts = [
+            super(ConvolutionBlock, self).project(use.part(slice(first, first + few)), None, signs)
+            for first in range(0, max(1, len(use.inputs)), few)
+        ]
+        return sum_of(parts)
 
     def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.own_views`."""

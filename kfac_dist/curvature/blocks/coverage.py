@@ -21,8 +21,9 @@ from kfac_dist.curvature.blocks.heads import heads_of
 from kfac_dist.curvature.blocks.linear import LinearBlock
 from kfac_dist.curvature.blocks.norm import NormBlock
 from kfac_dist.curvature.blocks.scaled import ScaledBlock
-from kfac_dist.curvature.blocks.table import block_class
+from kfac_dist.curvature.blocks.table import block_class, covered_type
 from kfac_dist.curvature.blocks.tied import TiedBlock
+from kfac_dist.curvature.blocks.trial import refusal
 
 Named = tuple[str, nn.Module]
 
@@ -40,10 +41,12 @@ class Coverage:
     Attributes:
         blocks: The blocks, in the order in which the model lists its modules.
         uncovered: Parameter name to reason, by the names of `model.named_parameters()`.
+        idle: Blocks that no backward pass had come through when their first refresh was due.
     """
 
     blocks: tuple[Block, ...]
     uncovered: dict[str, str] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
 
 
 def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
@@ -112,8 +115,18 @@ def _blocks_of(
         ]
     )
     if not sharers:
-        return f"not part of what {kind.__name__} covers", [kind(name, module, _sharing(name, config))]
-    return _tied(name, module, sharers, config)
+        return _believed(f"not part of what {kind.__name__} covers", [kind(name, module, _sharing(name, config))])
+    return _believed(*_tied(name, module, sharers, config))
+
+
+def _believed(reason: str, blocks: list[Block]) -> tuple[str, list[Block]]:
+    """Keep blocks whose modules compute what the block believes; else say why there is none."""
+    for block in blocks:
+        for base in dict.fromkeys(covered_type(module) for module in block.modules):
+            refused = None if base is None else refusal(block, base)
+            if refused is not None:
+                return refused, []
+    return reason, blocks
 
 
 def _keeps(holder: nn.Module, layer: nn.Module) -> bool:

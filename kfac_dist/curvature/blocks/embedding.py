@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, dense
+from kfac_dist.curvature.blocks.projection import Signs
 from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, loss_terms, unscale
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.classes import Members
@@ -60,9 +61,23 @@ class EmbeddingBlock(Block):
             counts = torch.stack(by_class).sum(0) * (terms / total) if by_class else None
             sink.add_count(self.name, Side.G, terms * (kept / total), counts)
 
+    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+        """See `Block.project`."""
+        assert use.grad is not None
+        return project_lookup(use, use.grad, signs)
+
     def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.own_views`: the table is stored input first."""
         return [(tensors[0].mT, matrix[0])]
+
+
+def project_lookup(use: Use, grad: Tensor, signs: Signs) -> tuple[Tensor, Tensor]:
+    """Project the gradient that one call of an embedding gives its table."""
+    padding = cast(nn.Embedding, use.source).padding_idx
+    tokens, grads = use.inputs.flatten(), grad.flatten(0, -2)
+    if padding is not None:
+        grads = grads * (tokens != padding)[:, None]
+    return signs.project_lookup(grads, tokens)
 
 
 def _frequencies(tokens: Tensor, module: nn.Embedding, members: Members | None) -> Tensor:

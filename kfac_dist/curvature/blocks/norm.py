@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, dense
+from kfac_dist.curvature.blocks.projection import PROJECTIONS, Signs, wide
 from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, fold_samples, loss_terms, sample, unscale
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.factors import Side
@@ -75,6 +76,16 @@ class NormBlock(Block):
             sink.add_values(self.name, Side.F, _moments(kept) * factor**2)
             total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
         sink.add_count(self.name, Side.F, terms * (kept_total / max(total, 1)))
+
+    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+        """See `Block.project`: the matrix is small enough to be made."""
+        assert use.grad is not None
+        shift = wide(self.positions(use.grad, batch_size)).flatten(0, 1)
+        scale = shift * self.positions(self.normalized(wide(use.inputs)), batch_size).flatten(0, 1)
+        columns = [scale, shift][: len(self.parameters)]
+        matrix = torch.stack([column.sum(0) for column in columns], dim=-1)
+        size = torch.stack([column.abs().sum(0) for column in columns], dim=-1)
+        return signs.project(matrix[:, None]), size.double().sum().expand(PROJECTIONS)
 
     def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.own_views`."""

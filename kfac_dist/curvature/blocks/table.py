@@ -41,10 +41,19 @@ def block_class(module: nn.Module) -> type[Block] | None:
 
     RMS norms of no known type, and what scales its outputs otherwise, are recognised by what they compute.
     """
-    for base in type(module).__mro__:
-        for key in (base, f"{base.__module__}.{base.__qualname__}"):
-            if key in BLOCK_TYPES:
-                return BLOCK_TYPES[key]
+    base = covered_type(module)
+    if base is not None:
+        return BLOCK_TYPES.get(base) or BLOCK_TYPES[_full_name(base)]
     if is_rms_norm(module):
         return RMSNormBlock
     return ScaledBlock if is_scaled(module) else None
+
+
+def covered_type(module: nn.Module) -> type[nn.Module] | None:
+    """Return the type in the table that a module is of, or the nearest that it derives from; None if there is none."""
+    kinds = type(module).__mro__
+    return next((base for base in kinds if base in BLOCK_TYPES or _full_name(base) in BLOCK_TYPES), None)
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

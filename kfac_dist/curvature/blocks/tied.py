@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, as_autocast, dense
+from kfac_dist.curvature.blocks.embedding import project_lookup
+from kfac_dist.curvature.blocks.projection import Signs
 from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, loss_terms, unscale
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
@@ -88,6 +90,14 @@ class TiedBlock(Block):
         sink.add_values(self.name, Side.A, weight)
         scaled = inputs * torch.linalg.vector_norm(grads, dim=-1, keepdim=True)
         sink.add_rows(self.name, Side.G, scaled.unsqueeze(0), scale=scale, ones=False)
+
+    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+        """See `Block.project`: the head's rows are the vocabulary's, which the matrix has as columns."""
+        assert use.grad is not None
+        if isinstance(use.source, nn.Embedding):
+            return project_lookup(use, use.grad, signs)
+        inputs, grads = use.inputs.flatten(0, -2), use.grad.flatten(0, -2)
+        return signs.project_rows(inputs[None], grads[None], ones=False)
 
     def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """See `Block.own_views`: width first."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from kfac_dist.curvature.capture import Batch
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -25,19 +28,32 @@ class Use:
     Args:
         source: The module whose call it was.
         shape: Shape of the output.
+        batch: The micro-batch of the forward pass that it was part of.
+        owner: The `AccumulateGrad` node of one of the layer's parameters, if it was found in the graph.
         arrange: Brings the gradient of the recorded output to that of the layer's own output, batch first.
 
     Attributes:
-        grad: Gradient of the loss with respect to the layer's output; None until it arrives.
+        grad: Gradient of the loss with respect to the layer's output, summed over backward passes; None before any.
+        settled: Whether no further gradient can come, since the last one's graph is freed.
         edge: The output's place in the autograd graph, for backward passes of K-FAC's own.
     """
 
     def __init__(
-        self, source: nn.Module, shape: torch.Size, *, arrange: Callable[[Tensor], Tensor] | None = None
+        self,
+        source: nn.Module,
+        shape: torch.Size,
+        *,
+        batch: Batch | None = None,
+        owner: Any | None = None,
+        arrange: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.source = source
         self.shape = shape
+        self._batch = batch
+        self.owner = owner
         self.grad: Tensor | None = None
+        self.settled = False
+        self._queried: Tensor | None = None
         self.edge: torch.autograd.graph.GradientEdge | None = None
         self._arrange = arrange
         self._inputs: Tensor | None = None
@@ -48,6 +64,12 @@ class Use:
         """The input as it was passed (under autocast: as autograd keeps it), detached; a sparse one made dense."""
         assert self._inputs is not None
         return self._inputs.to_dense() if self._inputs.layout in _SPARSE else self._inputs
+
+    @property
+    def batch(self) -> Batch:
+        """The micro-batch of the forward pass that the call was part of."""
+        assert self._batch is not None
+        return self._batch
 
     @property
     def measurable(self) -> bool:
@@ -70,6 +92,23 @@ class Use:
         grad = grad if self._arrange is None else self._arrange(grad)
         self.grad = grad if self.grad is None else self.grad + grad
 
+    @property
+    def queried(self) -> bool:
+        """Whether its gradient is, or may be, one that `torch.autograd.grad` was asked for."""
+        return self._queried is not None
+
+    def take_query(self, grad: Tensor) -> None:
+        """Add a gradient that `torch.autograd.grad` has brought with those of the layer's parameters."""
+        grad = grad if self._arrange is None else self._arrange(grad)
+        self._queried = grad if self._queried is None else self._queried + grad
+
+    def take_queried(self) -> None:
+        """Take the queried gradients as the loss's, if the step had no `backward`: its loop sets `.grad` by hand."""
+        if self.grad is None:
+            self.grad = self._queried
+        else:
+            self._queried = None
+
     def with_gradient(self, grad: Tensor) -> Use:
         """Return the same call with one gradient, for passes that send several."""
         use = copy.copy(self)
@@ -91,6 +130,13 @@ class Recorder(Protocol):
     @property
     def watching(self) -> bool:
         """Whether calls are measured now; hooks that cost something ask first."""
+
+    def refuse(self, cause: str) -> None:
+        """Take note of a call from which the block can't be measured.
+
+        Raises:
+            ModelError: The block has been measured before, so that it can't be left out any more.
+        """
 
     def record(
         self,

@@ -243,7 +243,7 @@ class Scaled(nn.Linear):
         self.scale = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
+        return super().forward(x) + self.scale
 
 
 def test_parameters_that_a_subclass_adds_are_uncovered() -> None:

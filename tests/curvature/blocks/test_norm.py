@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from kfac_dist.errors import ModelError
+from kfac_dist.config.schema import CurvatureConfig
+from kfac_dist.curvature.blocks import find_blocks
 from tests.curvature.measured import assert_close, build_kfac, factors, measure
 
 DAMPING = 0.05
@@ -180,12 +181,11 @@ def test_layer_norms_of_images(shape: tuple[int, ...]) -> None:
     assert_close(measure(nn.Sequential(LayerNorm2d(2)), images, loss)["0/F"], wanted)
 
 
-def test_a_norm_whose_input_does_not_fit_is_named() -> None:
+def test_a_norm_that_turns_its_input_around_has_no_block() -> None:
     class Odd(nn.LayerNorm):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
-    kfac = build_kfac(model := nn.Sequential(Odd(2)))
-    with pytest.raises(ModelError, match=r"layer 0 \(Odd\) was given \[3, 2, 4\].*exclude"):
-        model(torch.randn(3, 2, 4)).sum().backward()
-    kfac.remove()
+    coverage = find_blocks(nn.Sequential(Odd(2), nn.Linear(4, 4)), CurvatureConfig())
+    assert [block.name for block in coverage.blocks] == ["1"]
+    assert coverage.uncovered["0.weight"] == "Odd.forward computes something else than nn.LayerNorm"

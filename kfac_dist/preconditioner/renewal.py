@@ -1,0 +1,188 @@
+"""Changes of a model after K-FAC was made for it, and blocks that turned out not to be what they looked like.
+
+Either way the blocks are found anew, planned and built on every rank, and the state of the units that remain goes on
+under their names.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.curvature.arbiter import Mismatch
+from kfac_dist.curvature.blocks import Block, Coverage
+from kfac_dist.distributed.communicator import Communicator
+
+LABEL = "model changes"
+# Names shown in a message before the rest is counted.
+_NAMES = 8
+
+
+class ParameterWatch:
+    """Notices trained parameters that came, went or were replaced since K-FAC last looked at the model.
+
+    Freezing is no change: a frozen layer has no gradient, and its block waits until it has one again.
+
+    Args:
+        model: The bare model.
+        communicator: The ranks, of which any may have noticed.
+    """
+
+    def __init__(self, model: nn.Module, communicator: Communicator) -> None:
+        self._model = model
+        self._communicator = communicator
+        self.take()
+
+    def take(self) -> None:
+        """Take the model as it is now."""
+        self._named = False
+        self._known = dict(self._model.named_parameters())
+        self._trained = {name for name, parameter in self._known.items() if parameter.requires_grad}
+
+    def changed(self, *, agree: bool, device: torch.device) -> bool:
+        """Return whether the parameters have changed on any rank, as far as ranks may agree now.
+
+        Args:
+            agree: Whether ranks vote: collective, and waits for the device. One rank needs none.
+            device: Where the vote is counted.
+        """
+        own = self._differs()
+        if self._communicator.size == 1:
+            return own
+        if not agree:
+            if own and not self._named:
+                self._named = True
+                warnings.warn(f"{self.message()} at the next refresh of inverses", stacklevel=5)
+            return False
+        votes = torch.tensor([float(own)], device=device)
+        self._communicator.all_reduce(votes, label=LABEL).wait()
+        return bool(votes.item())
+
+    def message(self) -> str:
+        """Say what has changed, and what follows."""
+        said = "; ".join(self.differences()) or "on another rank"
+        return (
+            f"the model's trained parameters have changed since KFAC was made ({said}): its layers are covered anew, "
+            "and what is known of those that remain goes on"
+        )
+
+    def differences(self) -> list[str]:
+        """Return what has changed, a phrase for each kind, with the parameters' names."""
+        now = dict(self._model.named_parameters())
+        trained = {name for name, parameter in now.items() if parameter.requires_grad}
+        kinds = {
+            "new": [name for name in now if name not in self._known],
+            "gone": [name for name in self._known if name not in now],
+            "replaced": [name for name in now if name in self._known and now[name] is not self._known[name]],
+            "unfrozen": [
+                name for name in now if self._known.get(name) is now[name] and name in trained - self._trained
+            ],
+        }
+        return [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
+
+    def _differs(self) -> bool:
+        count = 0
+        for name, parameter in self._model.named_parameters():
+            count += 1
+            if self._known.get(name) is not parameter or (parameter.requires_grad and name not in self._trained):
+                return True
+        return count != len(self._known)
+
+
+def without(coverage: Coverage, mismatches: Iterable[Mismatch]) -> Coverage:
+    """Return a coverage without the blocks that don't make their gradients, and without those that share their weights.
+
+    The rows of one parameter are covered together or not at all.
+    """
+    reasons = {mismatch.block: reason_of(mismatch) for mismatch in mismatches}
+    lost: dict[str, str] = {}
+    for block in coverage.blocks:
+        if block.name in reasons:
+            lost |= dict.fromkeys(block.parameters, reasons[block.name])
+    kept = tuple(block for block in coverage.blocks if block.name not in reasons and not lost.keys() & block.parameters)
+    covered = {name for block in kept for name in block.parameters}
+    for block in coverage.blocks:
+        if block not in kept:
+            lost |= {name: next(iter(lost.values())) for name in block.parameters if name not in lost}
+    return replace(
+        coverage, blocks=kept, uncovered={**coverage.uncovered, **{n: r for n, r in lost.items() if n not in covered}}
+    )
+
+
+def reason_of(mismatch: Mismatch) -> str:
+    """Say why a block that was judged has none any more."""
+    if math.isnan(mismatch.scale):
+        return mismatch.cause
+    off = "by its whole size" if mismatch.off == math.inf else f"by {mismatch.off:.2g} of its norm"
+    return f"what its hooks captured misses its gradient {off}: {mismatch.cause}"
+
+
+def message_of(mismatches: Sequence[Mismatch]) -> str:
+    """Return one message that names every block that was judged wrong."""
+    shown = [f"  {mismatch.block}: {reason_of(mismatch)}" for mismatch in mismatches[:_NAMES]]
+    more = [f"  and {len(mismatches) - _NAMES} more"] if len(mismatches) > _NAMES else []
+    return "\n".join(
+        [
+            "the inputs and output gradients captured of these layers don't make the gradients of their weights, so "
+            "that their K-FAC factors would be wrong; they keep their plain gradient from now on "
+            "(kfac.curvature.on_mismatch: error stops instead)",
+            *shown,
+            *more,
+        ]
+    )
+
+
+def carry(before: Mapping[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of newly built parts, `after`, with all that an older state knows of the same units."""
+    merged = {**before, "units": _common(before["units"], after["units"])}
+    if "moments" in after:
+        merged["moments"] = _common(before.get("moments", {}), after["moments"])
+    if "diagonal" in after:
+        known = before.get("diagonal", {"sums": {}})
+        merged["diagonal"] = {
+            "weight": known.get("weight", after["diagonal"]["weight"]),
+            "sums": {
+                name: known["sums"][name] if name in known["sums"] and known["sums"][name].shape == new.shape else new
+                for name, new in after["diagonal"]["sums"].items()
+            },
+        }
+    else:
+        merged.pop("diagonal", None)
+    # Sums that were totals stay totals: the ranks' shares are those of the parts that take them.
+    return {**merged, "shares": before["shares"]}
+
+
+def _common(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: before[name] if _same(before.get(name), new) else new for name, new in after.items()}
+
+
+def _same(old: Mapping[str, Tensor] | None, new: Mapping[str, Tensor]) -> bool:
+    """Whether an older entry of a unit fits: its values have the same shapes."""
+    if old is None:
+        return False
+    return all(key in old and old[key].shape == value.shape for key, value in new.items())
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a list that stays readable."""
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return ", ".join(names[:_NAMES]) + more
+
+
+def same_blocks(one: Sequence[Block], other: Sequence[Block]) -> set[str]:
+    """Return the names of the blocks that two coverages have in common: the same layers with the same parameters."""
+    known = {block.name: block for block in other}
+    return {
+        block.name
+        for block in one
+        if block.name in known
+        and block.module is known[block.name].module
+        and block.describe() == known[block.name].describe()
+        and all(own is known[block.name].parameters.get(name) for name, own in block.parameters.items())
+    }
