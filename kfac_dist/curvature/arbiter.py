@@ -58,7 +58,7 @@ class _Sides:
         zeros = functools.partial(torch.zeros, PROJECTIONS, dtype=torch.float64, device=device)
         self.signs = Signs(block.name, block.matrix_shape, device)
         self.size = zeros()
-        self.rows = {Purpose.LOSS: zeros(), Purpose.QUERY: zeros()}
+        self.rows = {asked: zeros() for asked in Purpose}
         self.gradient = {Purpose.LOSS: zeros(), Purpose.QUERY: zeros()}
         self.came: set[Purpose] = set()
         self.dtype = torch.float64
@@ -125,7 +125,8 @@ class Arbiter:
         Args:
             block: The block.
             uses: Its calls.
-            asked: The purpose of the backward pass that brought the gradients.
+            asked: The purpose of the pass that brought the gradients: OTHER for those of K-FAC's own, which make none
+                to compare with.
         """
         if block.name not in self.open:
             return True
@@ -153,7 +154,7 @@ class Arbiter:
             values, size = block.project(use, use.batch.batch_size, sides.signs)
             sides.rows[asked] += values
             sides.size += size
-            sides.captured = True
+            sides.captured |= asked is not Purpose.OTHER
             sides.note_dtype(use.grad.dtype)
             sides.note_dtype(use.inputs.dtype)
 

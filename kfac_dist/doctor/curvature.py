@@ -124,9 +124,9 @@ def _compare(
 ) -> tuple[tuple[CurvatureRow, ...], list[Finding]]:
     inputs, targets = micro
     with measuring(module, config.kfac, Fisher.TYPE2, sharing=sharing) as kfac:
-        outputs = _pass(module, inputs, kfac)
+        outputs = _pass(module, loss, micro, kfac)
         if any(samples is not Samples.SHARED for samples in found_shared(kfac).values()):
-            outputs = _pass(module, inputs, kfac)
+            outputs = _pass(module, loss, micro, kfac)
         found = _factors(kfac)
         if config.loss.name.loss_terms is LossTerms.TOKEN:
             seen = _positions_of_norms(module, inputs, kfac.coverage.blocks)
@@ -174,10 +174,14 @@ def _positions_of_norms(module: nn.Module, inputs: Inputs, blocks: Sequence[Bloc
     return seen
 
 
-def _pass(module: nn.Module, inputs: Inputs, kfac: KFAC) -> Tensor:
+def _pass(module: nn.Module, loss: Loss, micro: Micro, kfac: KFAC) -> Tensor:
+    """Measure by K-FAC's own backward; the loss's shows which blocks don't make their gradient, and have none then."""
+    inputs, targets = micro
     outputs = forward(module, inputs)
     kfac.fisher_backward(outputs)
+    (loss.total(outputs, targets) / loss.count(targets)).backward()
     kfac.step()
+    module.zero_grad()
     return outputs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from kfac_dist.config.schema import DType, Fisher, KFACConfig, Sharing, Structur
 from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.engines import Engine
 from kfac_dist.preconditioner.kfac import KFAC
+from kfac_dist.preconditioner.renewal import IDLE, MISMATCHED
 
 
 @contextmanager
@@ -41,6 +43,14 @@ def measuring(
     whole = {"communication_dtype": DType.FLOAT32, "pack_triangles": False}
     distribution = config.distribution.model_copy(update=whole)
     parts = {"curvature": curvature, "inversion": inversion, "distribution": distribution}
+    with warnings.catch_warnings():
+        # Findings say it.
+        for message in (MISMATCHED, IDLE):
+            warnings.filterwarnings("ignore", message=f".*{message}")
+        yield from _attached(model, config, parts)
+
+
+def _attached(model: nn.Module | Engine, config: KFACConfig, parts: dict[str, Any]) -> Iterator[KFAC]:
     kfac = KFAC(model, config.without_solver().model_copy(update={**parts, "update": UpdateConfig(kl_clip=None)}))
     try:
         yield kfac

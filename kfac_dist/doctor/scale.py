@@ -53,12 +53,14 @@ def examine_scale(config: Config, parts: Parts, communicator: Communicator) -> l
         shared = found_shared(kfac)
         if any(samples is not Samples.SHARED for samples in shared.values()):
             whole = _measure_batch(config, parts, communicator, kfac, batch)
+        mismatched = kfac.coverage.mismatched
     with measuring(parts.engine.module, config.kfac, Fisher.EMPIRICAL) as kfac:
         single = _measure_samples(parts, kfac, batch)
     samples = batch.samples
-    ratios = {name: _ratio(entry["scalars"], single[name]["scalars"]) for name, entry in whole.items()}
+    ratios = {name: _ratio(whole[name]["scalars"], single[name]["scalars"]) for name in whole if name in single}
     shared_blocks = [name for name, kind in shared.items() if kind is Samples.SHARED]
     findings = [*_idle_blocks(whole, shared_blocks), *_constant_inputs(kfac, whole, samples)]
+    findings += [Finding("capture", Severity.WARNING, f"{name}: {reason}") for name, reason in mismatched.items()]
     positions = max(targets_of(batch) // max(sum(len(micro.targets) for micro in batch.micro_batches), 1), 1)
     terms = Terms(samples, positions, communicator.size, config.loss.name.loss_terms, scaled=True)
     return [*findings, *_judge(ratios, terms)]
@@ -158,7 +160,10 @@ def _idle_blocks(units: Units, shared: Collection[str]) -> list[Finding]:
         )
         findings.append(Finding("gradients", Severity.WARNING, text))
     if idle := [name for name in idle if _block(name) not in shared]:
-        text = f"{_blocks(idle)}: the loss of these samples doesn't depend on it, so that only damping acts there"
+        text = (
+            f"{_blocks(idle)}: no backward pass comes through its calls, so that it keeps its plain gradient: the loss "
+            "of these samples doesn't depend on it, or its weight is used by hand, as in F.linear(x, layer.weight)"
+        )
         findings.append(Finding("gradients", Severity.WARNING, text))
     return findings
 

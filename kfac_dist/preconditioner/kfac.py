@@ -43,7 +43,7 @@ from kfac_dist.preconditioner.inspection import RefreshReading
 from kfac_dist.preconditioner.measurement import Description, Measurement
 from kfac_dist.preconditioner.pace import Pace
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
-from kfac_dist.preconditioner.renewal import ParameterWatch, carry, listed, message_of, same_blocks, without
+from kfac_dist.preconditioner.renewal import ParameterWatch, carry, idle_message, message_of, same_blocks, without
 from kfac_dist.preconditioner.schedule import Cadence
 from kfac_dist.preconditioner.step_length import HasRates, StepLength
 from kfac_dist.preconditioner.turns import Turns
@@ -524,12 +524,7 @@ class KFAC:
         names = [name for name in idle if name not in self._named_idle]
         self._named_idle |= set(names)
         if names:
-            warnings.warn(
-                f"no backward pass has come through {listed(names)} so far, on any rank: they keep their plain "
-                "gradient until one does. If the model uses their weights by hand, as in F.linear(x, layer.weight), "
-                "call the layers instead",
-                stacklevel=4,
-            )
+            warnings.warn(idle_message(names), stacklevel=4)
 
     def _find(self) -> Coverage:
         with self._engine.whole_shapes():

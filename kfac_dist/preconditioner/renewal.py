@@ -20,6 +20,9 @@ from kfac_dist.curvature.blocks import Block, Coverage
 from kfac_dist.distributed.communicator import Communicator
 
 LABEL = "model changes"
+# How warnings begin.
+MISMATCHED = "the inputs and output gradients captured of these layers don't make the gradients of their weights"
+IDLE = "no backward pass has come through"
 # Names shown in a message before the rest is counted.
 _NAMES = 8
 
@@ -111,7 +114,10 @@ def without(coverage: Coverage, mismatches: Iterable[Mismatch]) -> Coverage:
         if block not in kept:
             lost |= {name: next(iter(lost.values())) for name in block.parameters if name not in lost}
     return replace(
-        coverage, blocks=kept, uncovered={**coverage.uncovered, **{n: r for n, r in lost.items() if n not in covered}}
+        coverage,
+        blocks=kept,
+        mismatched={**coverage.mismatched, **reasons},
+        uncovered={**coverage.uncovered, **{n: r for n, r in lost.items() if n not in covered}},
     )
 
 
@@ -129,8 +135,7 @@ def message_of(mismatches: Sequence[Mismatch]) -> str:
     more = [f"  and {len(mismatches) - _NAMES} more"] if len(mismatches) > _NAMES else []
     return "\n".join(
         [
-            "the inputs and output gradients captured of these layers don't make the gradients of their weights, so "
-            "that their K-FAC factors would be wrong; they keep their plain gradient from now on "
+            f"{MISMATCHED}, so that their K-FAC factors would be wrong; they keep their plain gradient from now on "
             "(kfac.curvature.on_mismatch: error stops instead)",
             *shown,
             *more,
@@ -167,6 +172,14 @@ def _same(old: Mapping[str, Tensor] | None, new: Mapping[str, Tensor]) -> bool:
     if old is None:
         return False
     return all(key in old and old[key].shape == value.shape for key, value in new.items())
+
+
+def idle_message(names: Sequence[str]) -> str:
+    """Say which layers have not been measured by the time when their inverses are due."""
+    return (
+        f"{IDLE} {listed(names)} so far, on any rank: they keep their plain gradient until one does. If the model uses "
+        "their weights by hand, as in F.linear(x, layer.weight), call the layers instead"
+    )
 
 
 def listed(names: Sequence[str]) -> str:

@@ -95,10 +95,10 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "scale",
         "head, first: the output gradients of .* together are 1.5 times those of the samples alone",
     ),
-    "borrowed weight": ({"model": "Borrowed"}, "curvature", "first: A ⊗ G differs from the exact .* name it in kfac"),
 }
 WARNED: dict[str, tuple[dict[str, Any], str, str]] = {
     "constant": ({"data": {"constant": True}}, "inputs", "the input is the same for all"),
+    "borrowed weight": ({"model": "Borrowed"}, "capture", "first: what its hooks captured misses .*name it in kfac"),
     "coupled": ({"model": "Coupled"}, "scale", "samples influence each other"),
 }
 

@@ -46,14 +46,14 @@ UNCOVERED = {
 }
 
 
-def config(model: str) -> Config:
-    data, arguments = MODELS[model]
-    term = arguments.get("labels", "token" if data == "tokens" else "sample")
+def config(model: str, data: tuple[str, dict[str, Any]] | None = None) -> Config:
+    kind, arguments = data or MODELS[model]
+    term = arguments.get("labels", "token" if kind == "tokens" else "sample")
     return small_config(
         "/nowhere",
         kfac=True,
         model={"name": model, "args": {}},
-        data={"name": DATA + data, "args": arguments},
+        data={"name": DATA + kind, "args": arguments},
         loss={"name": "token_cross_entropy" if term == "token" else "cross_entropy"},
         train={"batch_size": 9},
     )
@@ -115,6 +115,17 @@ def test_a_tied_weight_is_divided_by_the_trace(model: str, block: str, reports: 
         assert "tr F" in row.expected
         assert row.error is not None
         assert row.error < 1
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_weights_that_are_used_by_hand_are_found() -> None:
+    report = examine(config(DATA + "UsedByHand", data=("tokens", TOKENS)))
+    [found] = [finding for finding in report.findings if finding.check == "capture"]
+    assert found.severity is Severity.WARNING
+    assert found.text.startswith("embedding: what its hooks captured misses its gradient by ")
+    assert "F.linear(x, layer.weight)" in found.text
+    [idle] = [finding for finding in report.findings if finding.text.startswith("spare: ")]
+    assert "its weight is used by hand" in idle.text
 
 
 def test_a_diagonal_fisher_is_named_where_it_stands_in() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -107,3 +108,15 @@ class Routed(nn.Module):
         sizes = self.router(x)
         outputs: Tensor = self.last(torch.tanh(self.first(x)) * (sizes * sizes.square().rsqrt()))
         return outputs
+
+
+class UsedByHand(nn.Module):
+    """An embedding whose weight is also the head's, by hand, and a layer of which only the weight is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.middle, self.spare = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.middle(self.embedding(tokens)).tanh()
+        return F.linear(F.linear(hidden, self.spare.weight), self.embedding.weight)

@@ -41,12 +41,14 @@ class Coverage:
     Attributes:
         blocks: The blocks, in the order in which the model lists its modules.
         uncovered: Parameter name to reason, by the names of `model.named_parameters()`.
+        mismatched: Blocks that there were until what was captured of them didn't make their gradient, and why.
         idle: Blocks that no backward pass had come through when their first refresh was due.
     """
 
     blocks: tuple[Block, ...]
     uncovered: dict[str, str] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    mismatched: dict[str, str] = field(default_factory=dict)
 
 
 def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
