@@ -151,6 +151,15 @@ def got_gradient(optimizer: Any, parameter: Any) -> bool:
     return seen is None or parameter.ds_id in seen
 
 
+def wait_for_offload_copies(optimizer: Any) -> bool:
+    """Wait for the copies of gradients to the host that stages 1 and 2 have begun; False if none are noted here."""
+    wait = getattr(optimizer, "_wait_for_offload_copies", None)
+    if wait is None or not getattr(optimizer, "_offload_gradient_safety_enabled", False):
+        return False
+    wait()
+    return True
+
+
 def use_masters(optimizer: Any, group: int) -> None:
     """Have stage 3 compute with the fp32 values of a parameter group from now on."""
     optimizer._reassign_or_swap_out_partitioned_parameters(group)

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kfac_dist.compat.deepspeed import got_gradient, gradient_of, is_padding, master_of
+from kfac_dist.compat.deepspeed import got_gradient, gradient_of, is_padding, master_of, wait_for_offload_copies
 from kfac_dist.distributed.layout import Slice
+from kfac_dist.precision import widened
 
 Held = Iterator[tuple[Any, Tensor]]
 
@@ -63,6 +64,21 @@ class Partitions(ABC):
     def masters(self) -> Held:
         """Yield parameters with this rank's part of their values, as the optimizer steps them."""
 
+    def await_copies(self) -> None:
+        """Wait for what DeepSpeed still copies to the host: it lets those copies run beside what comes next.
+
+        It waits for them itself in its step, which is after K-FAC has read the gradients.
+        """
+        if not self._offloads or self.device.type == "cpu":
+            return
+        if not wait_for_offload_copies(self._optimizer):  # stage 3, and releases that note no copy
+            torch.get_device_module(self.device).synchronize(self.device)
+
+    @property
+    def _offloads(self) -> bool:
+        """Whether gradients lie on the host while the model computes elsewhere."""
+        return False
+
     def rewritten(self) -> None:  # noqa: B027  most optimizers compute what they need anew
         """Bring up to date what DeepSpeed has derived from gradients before they were written."""
 
@@ -87,7 +103,7 @@ class WholeGradients(Partitions):
 
     def masters(self) -> Held:
         """See `Partitions.masters`; in bf16 the rounded values, with which the model computes."""
-        yield from ((p, p.detach().float()) for p in self._engine.module.parameters() if p.requires_grad)
+        yield from ((p, widened(p.detach())) for p in self._engine.module.parameters() if p.requires_grad)
 
 
 class HighPrecisionGradients(Partitions):
@@ -140,6 +156,10 @@ class FlatPartitions(Partitions):
         )
         return held
 
+    @property
+    def _offloads(self) -> bool:
+        return bool(self._optimizer.cpu_offload)
+
     def slices(self, parameter: Any) -> Iterable[Slice] | None:
         """See `Partitions.slices`."""
         if parameter not in self._groups:
@@ -149,6 +169,7 @@ class FlatPartitions(Partitions):
 
     def gradients(self) -> Held:
         """See `Partitions.gradients`."""
+        self.await_copies()
         optimizer = self._optimizer
         kept = optimizer.offload_gradient_dict if optimizer.cpu_offload else optimizer.averaged_gradients
         for index, parameters in enumerate(optimizer.params_in_partition):
@@ -223,6 +244,10 @@ class ParameterPartitions(Partitions):
         )
         return held
 
+    @property
+    def _offloads(self) -> bool:
+        return bool(self._optimizer.offload_optimizer)
+
     def slices(self, parameter: Any) -> Iterable[Slice] | None:
         """See `Partitions.slices`."""
         if parameter not in self._known:
@@ -231,6 +256,7 @@ class ParameterPartitions(Partitions):
 
     def gradients(self) -> Held:
         """See `Partitions.gradients`."""
+        self.await_copies()
         yield from self._held(p for p in self._trained if got_gradient(self._optimizer, p))
 
     def masters(self) -> Held:
