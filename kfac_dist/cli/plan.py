@@ -107,6 +107,7 @@ def _world_sizes(text: str) -> list[int]:
 
 def _show_plan(resolved: Config, world_size: int, node_size: int | None, console: Console) -> None:
     from kfac_dist.curvature.chain import find_all
+    from kfac_dist.precision import settled
     from kfac_dist.preconditioner.class_memory import check_class_memory
     from kfac_dist.preconditioner.memory import rank_bytes
     from kfac_dist.preconditioner.plan import build_plan
@@ -115,19 +116,20 @@ def _show_plan(resolved: Config, world_size: int, node_size: int | None, console
 
     model = model_of_shapes(resolved.model)
     coverage = find_all(model, resolved.kfac)
+    config = settled(resolved.kfac, (p for block in coverage.blocks for p in block.parameters.values()))
     shards = resolved.engine.shard_size(world_size)
     planned = build_plan(
         coverage.blocks,
-        resolved.kfac,
+        config,
         world_size=world_size,
         local_world_size=node_size or world_size,
         shard_size=shards,
     )
-    check_class_memory(planned, resolved.kfac)
-    kept = rank_bytes(planned, resolved.kfac, sharded=shards > 1)
+    check_class_memory(planned, config)
+    kept = rank_bytes(planned, config, sharded=shards > 1)
     options = savings(
         coverage.blocks,
-        resolved.kfac,
+        config,
         world_size=world_size,
         local_world_size=node_size or world_size,
         shard_size=shards,

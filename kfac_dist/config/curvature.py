@@ -56,8 +56,10 @@ class Uncovered(StrEnum):
 
 
 class DType(StrEnum):
-    """Floating-point formats that factors may be stored or sent in."""
+    """Floating-point formats that factors and inverses may be stored or sent in; `auto` follows the model."""
 
+    AUTO = "auto"
+    FLOAT64 = "float64"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
@@ -98,7 +100,8 @@ class CurvatureConfig(Section):
         stagger: Parts in which layers take turns inside one `factor_every` window, so that steps take equally long; 1
             measures all in one step. `inversion.stagger` must be a multiple of it.
         sample_fraction: Share of rows (samples, or tokens) that enter the factors: 1/k, every k-th row.
-        factor_dtype: Precision in which the running averages are kept.
+        factor_dtype: Precision in which the running averages are kept. `auto` is float64 if a covered layer has
+            parameters in it, else float32. With float64 everything else is measured and solved in it, too.
         class_conditional: Keep statistics apart by class, and combine them at a refresh.
         on_mismatch: A layer whose captured inputs and output gradients don't make its gradient (its class transforms
             the weight, its weight is also used by hand, ...) keeps its `plain` gradient, or is an `error`. Each layer
@@ -119,7 +122,7 @@ class CurvatureConfig(Section):
     factor_every: Count = 10
     stagger: Count = 1
     sample_fraction: Annotated[float, Field(ge=1e-6, le=1, strict=True, allow_inf_nan=False)] = 1.0
-    factor_dtype: DType = DType.FLOAT32
+    factor_dtype: DType = DType.AUTO
     class_conditional: ClassConditionalConfig | None = None
     on_mismatch: OnMismatch = OnMismatch.PLAIN
     seed: Seed = 0

@@ -69,7 +69,7 @@ class DistributionConfig(Section):
             number that divides W.
         reduction: `all_reduce` gives every rank every factor, `reduce_scatter` only those that it inverts.
         reduce_every: `refresh` reduces when an inverse needs it, `step` at every measurement.
-        communication_dtype: Precision of factors on the wire.
+        communication_dtype: Precision of factors on the wire; `auto` is float64 if they are kept in it, else float32.
         pack_triangles: Send only one triangle of symmetric matrices: half the bytes for two copies; pays on slow links.
         buckets: Number of collectives that one reduction is cut into, so that it overlaps with backward.
         overlap: Start reducing during the backward that the loop has announced as the step's last, by
@@ -84,7 +84,7 @@ class DistributionConfig(Section):
     grad_worker_fraction: Fraction | None = None
     reduction: Reduction = Reduction.ALL_REDUCE
     reduce_every: ReduceEvery = ReduceEvery.REFRESH
-    communication_dtype: DType = DType.FLOAT32
+    communication_dtype: DType = DType.AUTO
     pack_triangles: Flag = False
     buckets: Count = 4
     overlap: Flag = True

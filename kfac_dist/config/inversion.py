@@ -68,8 +68,8 @@ class InversionConfig(Section):
         max_factor_dim: Factors larger than this are cut into near-equal diagonal blocks (Block K-FAC).
         splits: Pattern (`fnmatch`, on module names) to where the factors of these layers are cut, before
             `max_factor_dim`; the first match wins, so that `name: 1` exempts layers from a pattern after it.
-        inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; solved they are
-            in fp32.
+        inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; `auto` is that
+            in which they are solved: float64 if factors are kept in it, else float32.
         offload: Keep inverses in host memory, and bring each group of them to the device when it preconditions: two
             groups are there at a time. Costs their way over the bus in every step; on a CPU it costs and saves nothing.
     """
@@ -85,5 +85,5 @@ class InversionConfig(Section):
     rescale_every: Count | None = None
     max_factor_dim: Annotated[int, Field(ge=2, strict=True)] | None = None
     splits: Annotated[dict[str, SplitConfig], AfterValidator(refuse_idle)] = Field(default_factory=dict)
-    inverse_dtype: DType = DType.FLOAT32
+    inverse_dtype: DType = DType.AUTO
     offload: Flag = False

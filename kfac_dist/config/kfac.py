@@ -104,7 +104,10 @@ class KFACConfig(Section):
             "inversion.max_factor_dim": (self.inversion.max_factor_dim, None),
             "inversion.splits": (self.inversion.splits or None, None),
             "inversion.stagger": (self.inversion.stagger, 1),
-            "inversion.inverse_dtype": (self.inversion.inverse_dtype, DType.FLOAT32),
+            "inversion.inverse_dtype": (
+                self.inversion.inverse_dtype,
+                DType.FLOAT32 if self.inversion.inverse_dtype is DType.BFLOAT16 else self.inversion.inverse_dtype,
+            ),
             "inversion.offload": (self.inversion.offload, False),
             "curvature.class_conditional": (self.curvature.class_conditional, None),
             "distribution.reduction": (self.distribution.reduction, Reduction.ALL_REDUCE),

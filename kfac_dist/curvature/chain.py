@@ -24,6 +24,7 @@ from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side, Unit
 from kfac_dist.curvature.precondition import Group
 from kfac_dist.curvature.tridiagonal import ChainLink, apply_inverse
 from kfac_dist.errors import ModelError
+from kfac_dist.precision import widened
 
 NEXT = {Side.A: Side.A_NEXT, Side.G: Side.G_NEXT}
 
@@ -167,7 +168,7 @@ class NeighbourMoments:
 
 def _input_rows(block: KroneckerBlock, use: Use, batch: MicroBatch) -> tuple[Tensor, float, float]:
     [rows] = shared_rows([block.use_rows(use, batch.batch_size)], block.sharing, mean=True)
-    kept = sample(rows, batch)[0].float()
+    kept = widened(sample(rows, batch)[0])
     if block.has_bias:
         kept = torch.cat([kept, kept.new_ones(len(kept), 1)], dim=1)
     return kept, 1.0, float(len(kept))
@@ -180,7 +181,7 @@ def _output_rows(block: KroneckerBlock, use: Use, batch: MicroBatch) -> tuple[Te
     [rows] = shared_rows([whole], block.sharing, mean=False)
     kept = sample(rows, batch)
     scaled, factor = unscale(kept, terms, batch)
-    return scaled[0].float(), factor, terms * (kept.shape[1] / max(rows.shape[1], 1))
+    return widened(scaled[0]), factor, terms * (kept.shape[1] / max(rows.shape[1], 1))
 
 
 class ChainGroup(Group):
@@ -192,26 +193,34 @@ class ChainGroup(Group):
         blocks: The blocks in the chain's order.
         units: The units of each.
         device: Where they live.
+        working: Precision of everything.
 
     Attributes:
         gradient: Flat workspace of all blocks' gradient matrices, one after the other.
     """
 
-    def __init__(self, blocks: Sequence[Block], units: Sequence[Sequence[Unit]], device: torch.device) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        units: Sequence[Sequence[Unit]],
+        device: torch.device,
+        working: torch.dtype = torch.float32,
+    ) -> None:
+        self.working = working
         self.blocks = tuple(blocks)
         self.units = tuple(unit for own in units for unit in own)
         self._edges = [0, *accumulate(math.prod(block.matrix_shape) for block in blocks)]
-        self.gradient = torch.zeros(self._edges[-1], device=device)
+        self.gradient = torch.zeros(self._edges[-1], device=device, dtype=working)
         self.home = None
         self._matrices: dict[tuple[str, Side], Tensor] = {}
         self._told: dict[tuple[str, Side], Tensor] = {}
         for unit in self.units:
             key = unit.block, unit.side
             if unit.kind is FactorKind.CROSS:
-                self._matrices[key] = torch.zeros(unit.dim, unit.columns, device=device)
+                self._matrices[key] = torch.zeros(unit.dim, unit.columns, device=device, dtype=working)
             else:
-                self._matrices[key] = torch.eye(unit.dim, device=device)
-                self._told[key] = torch.zeros(unit.dim, device=device)
+                self._matrices[key] = torch.eye(unit.dim, device=device, dtype=working)
+                self._told[key] = torch.zeros(unit.dim, device=device, dtype=working)
 
     def matrix(self, buffer: Tensor, index: int) -> Tensor:
         """See `Group.matrix`."""

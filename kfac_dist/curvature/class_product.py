@@ -64,18 +64,19 @@ def summarize(sums: Tensor, weights: Tensor) -> Summary:
         sums: `[C, batch, n, n]`, of which the upper triangle is enough, or `[C, batch, n]` diagonals.
         weights: `[C]`.
     """
+    dtype = torch.promote_types(sums.dtype, weights.dtype)
     scale = torch.where(weights > 0, 1 / weights.clamp(min=torch.finfo(weights.dtype).tiny), 0.0)
     if sums.ndim == 3:
-        diagonals = sums.float() * scale[:, None, None]
+        diagonals = sums.to(dtype) * scale[:, None, None]
         products = diagonals.movedim(0, 1) @ diagonals.movedim(0, 1).mT
         return Summary(products, diagonals.sum(-1).mT)
     classes, batch, n, _ = sums.shape
-    products = sums.new_zeros(batch, classes, classes, dtype=torch.float32)
-    traces = sums.new_zeros(batch, classes, dtype=torch.float32)
+    products = sums.new_zeros(batch, classes, classes, dtype=dtype)
+    traces = sums.new_zeros(batch, classes, dtype=dtype)
     for start in range(0, n, _PANEL):
         stop = min(start + _PANEL, n)
         # ⟨X, Y⟩ = 2⟨triu X, triu Y⟩ − ⟨diag X, diag Y⟩ of symmetric matrices, some rows at a time.
-        panel = (sums[:, :, start:stop, start:].float() * scale[:, None, None, None]).triu()
+        panel = (sums[:, :, start:stop, start:].to(dtype) * scale[:, None, None, None]).triu()
         diagonal = panel.diagonal(dim1=-2, dim2=-1).movedim(0, 1)
         rows = panel.movedim(0, 1).flatten(2)
         products += 2 * rows @ rows.mT - diagonal @ diagonal.mT
@@ -83,13 +84,16 @@ def summarize(sums: Tensor, weights: Tensor) -> Summary:
     return Summary(products, traces)
 
 
-def nearest(products_a: Tensor, products_g: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(
+    products_a: Tensor, products_g: Tensor, frequencies: Tensor, tolerance: float = _TOLERANCE
+) -> tuple[Tensor, Tensor]:
     """Return α and β `[batch, C]` of the Kronecker product `(Σ α_c A_c) ⊗ (Σ β_c G_c)` that is nearest to F.
 
     Args:
         products_a: P `[batch, C, C]`, on the host.
         products_g: Q `[batch, C, C]`.
         frequencies: π `[C]`, adding up to 1.
+        tolerance: Relative change of α below which it has settled.
     """
     p, q, pi = products_a.double(), products_g.double(), frequencies.double()
     alpha, beta = pi.expand(p.shape[:2]), pi.expand(p.shape[:2])
@@ -97,7 +101,7 @@ def nearest(products_a: Tensor, products_g: Tensor, frequencies: Tensor) -> tupl
         previous = alpha
         alpha = _half(q, beta, pi, alpha)
         beta = _half(p, alpha, pi, beta)
-        if bool(((alpha - previous).abs().amax(-1) <= _TOLERANCE * alpha.abs().amax(-1)).all()):
+        if bool(((alpha - previous).abs().amax(-1) <= tolerance * alpha.abs().amax(-1)).all()):
             break
     return alpha, beta
 

@@ -56,7 +56,7 @@ class Members:
             counts = self.shares.new_zeros(self.number)
             counts[self.index] = self.shares.sum()
         else:
-            counts = torch.zeros(self.number + 1, device=self.labels.device)
+            counts = torch.zeros(self.number + 1, device=self.labels.device, dtype=torch.float32)
             counts.index_add_(0, self.labels, torch.ones_like(self.labels, dtype=counts.dtype))
             counts = counts[:-1]
         return to_device(counts, device)
@@ -95,10 +95,10 @@ class Members:
 
     def frequencies(self, tokens: Tensor, number: int) -> Tensor:
         """Return `[C, number]`: how often each token stands in rows of each class, for `tokens: [M]`."""
-        counts = torch.zeros(self.number + 1, number, device=tokens.device)
+        counts = torch.zeros(self.number + 1, number, device=tokens.device, dtype=torch.float32)
         if self.labels is None:
             assert self.shares is not None
-            counts[self.index].index_add_(0, tokens, self.shares)
+            counts[self.index].index_add_(0, tokens, self.shares.to(counts.dtype))
         else:
             ones = torch.ones_like(tokens, dtype=counts.dtype)
             counts.view(-1).index_add_(0, to_device(self.labels, tokens.device) * number + tokens, ones)

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from kfac_dist.precision import widened
+
 Pair = tuple[int, int]
 # Terms of one sum in fp32.
 _POSITIONS = 8192
@@ -39,9 +41,9 @@ def patch_gram(images: Tensor, kernel: Pair, padding: tuple[Pair, Pair]) -> Tens
         padding: Rows before and after, columns before and after; each at most the kernel's size less one.
 
     Returns:
-        `[groups, C·kh·kw, C·kh·kw]` with the channel as the slowest index, as `F.unfold` orders it; fp32.
+        `[groups, C·kh·kw, C·kh·kw]` with the channel as the slowest index, as `F.unfold` orders it; fp32, or fp64.
     """
-    images = images.float()
+    images = widened(images)
     gram = _toeplitz(_correlations(images, kernel), kernel)
     for rows, columns, excluded in _ring(images, kernel, padding):
         # rows and columns are the kernel positions that touch the image here; the others see zeros.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kfac_dist.config.schema import Likelihood
 from kfac_dist.errors import ModelError
+from kfac_dist.precision import widened
 
 # More columns than this means so many backward passes that `type2` was surely not meant.
 MAX_COLUMNS = 1024
@@ -36,7 +37,7 @@ def label_gradient(likelihood: Likelihood, outputs: Tensor, *, seed: int, step: 
         A tensor of the outputs' shape and dtype: the gradient of each term's own negative log-likelihood.
     """
     outputs = outputs.detach()
-    values = outputs.float()
+    values = widened(outputs)
     match likelihood:
         case Likelihood.CATEGORICAL:
             probability = values.softmax(-1)
@@ -68,7 +69,7 @@ def hessian_columns(likelihood: Likelihood, outputs: Tensor) -> Iterator[Tensor]
     Raises:
         ModelError: The outputs have more than `MAX_COLUMNS` columns.
     """
-    values = outputs.detach().float()
+    values = widened(outputs.detach())
     flat = values if likelihood is Likelihood.CATEGORICAL else values.flatten(1)
     columns = flat.shape[-1]
     if columns > MAX_COLUMNS:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kfac_dist.precision import at_least_single
+
 # Panels by size: k of them multiply (k+1)/2k of the full product, and cost k calls.
 _PANELS = ((512, 8), (256, 4))
 
@@ -33,7 +35,7 @@ def accumulate_gram(
     """Set `out ← beta·out + alpha·[rows, 1]ᵀ D [rows, 1]` in place, upper block-triangle only.
 
     Args:
-        out: `[batch, n, n]`, fp32; a strided view is fine as long as its last dimension is contiguous.
+        out: `[batch, n, n]`, fp32 or fp64; a strided view is fine as long as its last dimension is contiguous.
         rows: `[batch, M, d]` with d = n, or n − 1 when `ones` is set.
         alpha: Scale of the new term.
         beta: Scale of what is there; 0 ignores it, even when it is not finite.
@@ -42,10 +44,15 @@ def accumulate_gram(
         weights: `[M]`, the diagonal of D; one for every row by default.
     """
     width = rows.shape[-1]
-    halves = rows.dtype is torch.bfloat16 and weights is None and multiplies_halves(rows.device)
+    halves = (
+        rows.dtype is torch.bfloat16
+        and out.dtype is torch.float32
+        and weights is None
+        and multiplies_halves(rows.device)
+    )
     if not halves:
         rows = rows.to(out.dtype)
-    weighted = rows if weights is None else rows * weights[:, None]
+    weighted = rows if weights is None else rows * weights.to(rows.dtype)[:, None]
     for start, stop in _panels(width):
         panel = out[:, start:stop, start:width]
         left, right = weighted[..., start:stop].mT, rows[..., start:]
@@ -91,7 +98,7 @@ def _adds_up_exactly(device: torch.device) -> bool:
     rows = (torch.arange(2 * 500 * 24, device=device) % 31 - 15).view(2, 500, 24).bfloat16()
     right = True
     for batch in (1, 2):
-        left, panel = rows[:batch, :, 4:12], torch.ones(2, 24, 24, device=device)[:batch, 4:12, 4:]
+        left, panel = rows[:batch, :, 4:12], torch.ones(2, 24, 24, device=device, dtype=torch.float32)[:batch, 4:12, 4:]
         expected = 1 + left.double().mT @ rows[:batch, :, 4:].double()
         try:
             _add_product_of_halves(panel, left.mT, rows[:batch, :, 4:], alpha=1.0, beta=1.0)
@@ -140,6 +147,6 @@ def traces(matrix: Tensor) -> Tensor:
 def gram(rows: Tensor) -> Tensor:
     """Return the complete Gram matrix `[batch, d, d]` of `[batch, M, d]` rows."""
     batch, _, width = rows.shape
-    out = rows.new_zeros(batch, width, width, dtype=torch.float32)
+    out = rows.new_zeros(batch, width, width, dtype=at_least_single(rows.dtype))
     accumulate_gram(out, rows, alpha=1.0, beta=0.0)
     return complete(out)

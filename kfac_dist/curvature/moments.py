@@ -28,11 +28,12 @@ from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.blocks.base import KroneckerBlock
 from kfac_dist.curvature.blocks.rows import MicroBatch, loss_terms, sample, unscale
 from kfac_dist.curvature.blocks.uses import Use
+from kfac_dist.precision import at_least_single, widened
 
 # Values of a temporary: per-sample gradients, or the patches of a convolution.
 _VALUES = 2**22
-# Eigenvalues below this share of the largest are rounding.
-_NULL = 1e-5
+# Eigenvalues below this share of the largest are rounding: some hundred or thousand times that of one value.
+_NULL = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 Pieces = Sequence[Tensor]
 
@@ -50,12 +51,12 @@ def second_moments(
         g: Q_G, likewise.
 
     Returns:
-        `[batch, d_out, d_in(+1)]` in fp32, and its weight.
+        `[batch, d_out, d_in(+1)]` in fp32 (fp64 for a layer in it), and its weight.
     """
     rows = block.output_rows(_gradient(uses[0]), batch.batch_size)
     terms = loss_terms(rows, batch)
     apart = batch.loss_terms is LossTerms.TOKEN and block.sharing is Sharing.EXPAND
-    total = torch.zeros(block.matrix_shape, device=rows.device)
+    total = torch.zeros(block.matrix_shape, device=rows.device, dtype=at_least_single(rows.dtype))
     kept = 0
     for inputs, grads in _positions(block, uses, batch) if apart else _samples(block, uses, batch):
         scaled, factor = unscale(grads, terms, batch)
@@ -78,7 +79,8 @@ def level(moments: Tensor, d_a: Tensor, d_g: Tensor) -> Tensor:
 
 
 def _level(moments: Tensor, eigenvalues: Tensor) -> Tensor:
-    null = (eigenvalues <= _NULL * eigenvalues.amax(-1, keepdim=True))[:, None, :]
+    null = eigenvalues <= _NULL[eigenvalues.dtype] * eigenvalues.amax(-1, keepdim=True)
+    null = (null & (eigenvalues >= 0))[:, None, :]  # below are those that nobody knows yet
     mean = (moments * null).sum(-1, keepdim=True) / null.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(null, mean, moments)
 
@@ -98,7 +100,7 @@ def turn(moments: Tensor, a: Sequence[tuple[Tensor, Tensor]], g: Sequence[tuple[
 
 
 def _overlap(old: Tensor, new: Tensor) -> Tensor:
-    return (old.float().mT @ new.float()).square()
+    return (widened(old).mT @ widened(new)).square()
 
 
 def _positions(block: KroneckerBlock, uses: Sequence[Use], batch: MicroBatch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,7 +141,8 @@ def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor
 
 def _squares(inputs: Tensor, grads: Tensor, a: Pieces, g: Pieces, *, ones: bool) -> Tensor:
     """Return `Σ_b (Q_Gᵀ (Σ_t ĝ_bt a_btᵀ) Q_A)²` for rows `[batch, B, T, d]`; `ones` adds the bias's coordinate."""
-    inputs, grads = inputs.float(), grads.float()
+    dtype = at_least_single(torch.promote_types(inputs.dtype, grads.dtype))
+    inputs, grads = inputs.to(dtype), grads.to(dtype)
     groups, samples, positions, width = inputs.shape
     if ones:
         inputs = torch.cat([inputs, inputs.new_ones(groups, samples, positions, 1)], dim=-1)

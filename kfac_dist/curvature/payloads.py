@@ -4,7 +4,8 @@
                           matrix  [k·batch, n, n]; equal ones (heads) are one [k·batch, p, n, n]
                           vector  [k·batch, n], of eigenvalues or a diagonal
 
-Before its first refresh a payload is the identity.
+Before its first refresh a payload is the identity; where it is an eigendecomposition, its eigenvalues are `UNKNOWN`, so
+that no damping is added to what was never measured.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from torch import Tensor
 from kfac_dist.config.schema import Solver
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
-from kfac_dist.curvature.solvers import payload_numel
+from kfac_dist.curvature.solvers import is_eigen, payload_numel
 
 if TYPE_CHECKING:
     from kfac_dist.curvature.offload import Offload
+
+
+UNKNOWN = -1.0
+"""The eigenvalues of a factor that was never solved; those of one that was are never negative."""
 
 
 @dataclass
@@ -56,18 +61,19 @@ def pieces_of(units: Sequence[Unit]) -> list[list[Unit]]:
     return found
 
 
-def stored_bytes(units: Sequence[Unit], solver: Solver, itemsize: int) -> list[int]:
+def stored_bytes(units: Sequence[Unit], solver: Solver, itemsize: int, working: int = 4) -> list[int]:
     """Return the bytes of each tensor that a block's payloads are stored in: a piece's matrices, its vectors.
 
     Args:
         units: The block's units.
         solver: What makes the payloads.
-        itemsize: Bytes of a matrix's value; vectors are fp32.
+        itemsize: Bytes of a matrix's value.
+        working: Bytes of a vector's.
     """
     sizes = []
     for piece in pieces_of(units):
         dense = sum(unit.numel for unit in piece if unit.kind is FactorKind.DENSE)
-        sizes += [itemsize * dense, 4 * (sum(payload_numel(unit, solver) for unit in piece) - dense)]
+        sizes += [itemsize * dense, working * (sum(payload_numel(unit, solver) for unit in piece) - dense)]
     return [size for size in sizes if size]
 
 
@@ -79,11 +85,18 @@ class BlockDiagonal:
         rows: k times the independent matrices of a block.
         solver: What made the payloads.
         device: Where they live.
-        dtype: Of the matrices; vectors are fp32.
+        dtype: Of the matrices.
+        working: Of the vectors.
     """
 
     def __init__(
-        self, units: Sequence[Unit], rows: int, solver: Solver, device: torch.device, dtype: torch.dtype
+        self,
+        units: Sequence[Unit],
+        rows: int,
+        solver: Solver,
+        device: torch.device,
+        dtype: torch.dtype,
+        working: torch.dtype,
     ) -> None:
         self.pieces: list[Piece] = []
         self._places: dict[tuple[int, int], tuple[Piece, int | None]] = {}
@@ -95,7 +108,8 @@ class BlockDiagonal:
                 lead = (rows,) if len(ranges) == 1 else (rows, len(ranges))
                 matrix = torch.eye(unit.dim, device=device, dtype=dtype).expand(*lead, -1, -1).clone()
             if unit.kind is FactorKind.DIAGONAL or payload_numel(unit, solver) > unit.numel:
-                vector = torch.ones(rows, stop - start, device=device)
+                first = UNKNOWN if is_eigen(unit, solver) else 1.0
+                vector = torch.full((rows, stop - start), first, device=device, dtype=working)
             piece = Piece(start, stop, matrix, vector)
             self.pieces.append(piece)
             for index, place in enumerate(ranges):
@@ -152,12 +166,14 @@ class Payloads:
         units: The units of each block, alike in everything but their names.
         solver: What made the payloads.
         device: Where they live.
-        dtype: Precision in which matrices are kept and multiplied; vectors and sums are fp32.
+        dtype: Precision in which matrices are kept and multiplied.
+        working: That of everything else: vectors, gradients, payloads on their way.
 
     Attributes:
         blocks: The blocks.
         units: All their units.
         sides: What is held, by side.
+        working: Precision of gradients and of payloads on their way.
         home: Keeps the payloads elsewhere between uses, if anybody does.
     """
 
@@ -168,7 +184,9 @@ class Payloads:
         solver: Solver,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        working: torch.dtype = torch.float32,
     ) -> None:
+        self.working = working
         self.blocks = tuple(blocks)
         self.units = tuple(unit for own in units for unit in own)
         self.home: Offload | None = None
@@ -177,7 +195,7 @@ class Payloads:
         # A norm's F has one matrix a unit of the layer: as many as the gradient matrix has.
         self._batch = blocks[0].matrix_shape[0]
         self.sides = {
-            side: BlockDiagonal(list(own), len(blocks) * self._batch, solver, device, dtype)
+            side: BlockDiagonal(list(own), len(blocks) * self._batch, solver, device, dtype, working)
             for side, own in itertools.groupby(units[0], key=lambda unit: unit.side)
         }
 
@@ -198,10 +216,10 @@ class Payloads:
             self._put(vector, payload[unit.numel :].view(unit.batch, unit.dim))
 
     def payload(self, unit: Unit) -> Tensor:
-        """Return a unit's flat fp32 payload; a view where there is one, so that looking costs nothing."""
+        """Return a unit's flat payload in the working precision; a view where there is one: looking costs nothing."""
         if self.home is not None:
             self.home.settle()
-        parts = [part.flatten().to(self._device).float() for part in self._place(unit) if part is not None]
+        parts = [part.flatten().to(self._device, self.working) for part in self._place(unit) if part is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def basis(self, block: str, side: Side) -> tuple[Tensor, ...]:

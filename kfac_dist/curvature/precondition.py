@@ -1,7 +1,8 @@
 """Preconditioning: blocks of equal shape are one batch, and the caller doesn't know which solver made the inverses.
 
 A `Group` stacks the payloads of k like blocks, so that each side of `G⁻¹ ∇ A⁻¹` is one batched product. Before its
-first refresh a block's payload is the identity: it keeps the plain gradient.
+first refresh a block's payload is the identity: it keeps the plain gradient, exactly, whatever the solver and λ. So
+does a block of which one factor was never measured, such as a layer that is called but has no part in the loss.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ class Group(Payloads, ABC):
         solver: Solver,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        working: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(blocks, units, solver, device, dtype)
+        super().__init__(blocks, units, solver, device, dtype, working)
         batch, d_out, d_in = blocks[0].matrix_shape
-        self.gradient = torch.zeros(len(blocks) * batch, d_out, d_in, device=device)
+        self.gradient = torch.zeros(len(blocks) * batch, d_out, d_in, device=device, dtype=working)
         self._dtype = dtype
 
     def matrix(self, buffer: Tensor, index: int) -> Tensor:
@@ -60,7 +62,7 @@ class InverseGroup(Group):
             gradient = (gradient * right.vectors()[:, None, :]).to(gradient.dtype)
         else:
             gradient = right.right(gradient)
-        return (self.sides[Side.G].left(gradient) if Side.G in self.sides else gradient).float()
+        return (self.sides[Side.G].left(gradient) if Side.G in self.sides else gradient).to(self.working)
 
 
 class EigenGroup(Group):
@@ -72,14 +74,22 @@ class EigenGroup(Group):
         dtype = self.gradient.dtype if a.diagonal and g is None else self._dtype
         rotated = a.right(self.gradient.to(dtype))
         rotated = rotated if g is None else g.left(rotated, transposed=True)
-        rotated = (rotated / (self._curvature() + damping)).to(dtype)
+        rotated = (rotated / (self._curvature() + damping * self._known())).to(dtype)
         rotated = a.right(rotated, transposed=True)
-        return (rotated if g is None else g.left(rotated)).float()
+        return (rotated if g is None else g.left(rotated)).to(self.working)
 
     def _curvature(self) -> Tensor:
         """Return the diagonal of the Fisher in the eigenbasis, `[k·batch, d_out, d_in]` or a shape that broadcasts."""
         d_a = self.sides[Side.A].vectors()[:, None, :]
-        return self.sides[Side.G].vectors()[:, :, None] * d_a if Side.G in self.sides else d_a
+        if Side.G not in self.sides:
+            return d_a.abs()
+        return self.sides[Side.G].vectors()[:, :, None] * d_a  # of two unknown sides: 1
+
+    def _known(self) -> Tensor:
+        """Return, of each matrix `[k·batch, 1, 1]`, 1 if its eigenvalues are known, else 0."""
+        first = self.sides[Side.A].pieces[0].vector
+        assert first is not None
+        return (first[:, :1, None] >= 0).to(first.dtype)
 
 
 class RescaledGroup(EigenGroup):
@@ -92,8 +102,9 @@ class RescaledGroup(EigenGroup):
         solver: Solver,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        working: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(blocks, units, solver, device, dtype)
+        super().__init__(blocks, units, solver, device, dtype, working)
         self._moments = torch.ones_like(self.gradient)
 
     def rescale(self, block: str, moments: Tensor, known: Tensor) -> None:
@@ -107,6 +118,7 @@ class RescaledGroup(EigenGroup):
         own = self.moments(block)
         d_a, d_g = self.eigenvalues(block, Side.A), self.eigenvalues(block, Side.G)
         measured = level(moments.view_as(own), d_a, d_g)
+        known = known & (d_a[:, :1, None] >= 0)  # else the product of two unknown sides, which is 1
         torch.where(known, measured, d_g[:, :, None] * d_a[:, None, :], out=own)
 
     def moments(self, block: str) -> Tensor:
@@ -124,6 +136,7 @@ def build_groups(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     largest: int | None = None,
+    working: torch.dtype = torch.float32,
 ) -> list[Group]:
     """Return groups of blocks that share one batched product, in order of first appearance.
 
@@ -134,22 +147,31 @@ def build_groups(
         device: Where the groups live.
         dtype: Precision of matrices.
         largest: Bytes of payloads above which a group is cut in several; by default none is.
+        working: Precision of everything else.
     """
     alike: dict[tuple[object, ...], list[Block]] = {}
     for block in blocks:
         shape = tuple((u.side, u.start, u.stop, u.first, u.batch, u.kind) for u in units[block.name])
         alike.setdefault((block.matrix_shape, shape, block.per_sample), []).append(block)
     groups: list[Group] = []
-    for members in [part for like in alike.values() for part in _cut(like, units, solver, dtype, largest)]:
+    for members in [
+        part
+        for like in alike.values()
+        for part in _cut(like, units, solver, (dtype.itemsize, working.itemsize), largest)
+    ]:
         own = [units[block.name] for block in members]
-        groups.append(_kind(members[0], own[0], solver)(members, own, solver, device, dtype))
+        groups.append(_kind(members[0], own[0], solver)(members, own, solver, device, dtype, working))
     return groups
 
 
 def _cut(
-    like: list[Block], units: dict[str, tuple[Unit, ...]], solver: Solver, dtype: torch.dtype, largest: int | None
+    like: list[Block],
+    units: dict[str, tuple[Unit, ...]],
+    solver: Solver,
+    itemsizes: tuple[int, int],
+    largest: int | None,
 ) -> list[list[Block]]:
-    each = sum(stored_bytes(units[like[0].name], solver, dtype.itemsize))
+    each = sum(stored_bytes(units[like[0].name], solver, *itemsizes))
     count = group_size(len(like), each, largest)
     return [like[first : first + count] for first in range(0, len(like), count)]
 

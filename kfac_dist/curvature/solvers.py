@@ -9,7 +9,8 @@ A *payload* is what the owner of a unit computes and the others receive, one fla
     unit-wise F,   any solver                 (F + λI)⁻¹                  batch·n²
 
 A factorisation that fails is retried in float64, then with ten times the damping, up to a limit; what still fails keeps
-the unit's last good payload, and is counted.
+the unit's last good payload, and is counted. A factor that isn't positive definite with its own damping is told of:
+Gram matrices are, up to rounding, so that something is wrong with it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _RAISES = (1.0, 10.0, 100.0, 1000.0)
 _LARGEST_BATCHED = 256
 _NEWTON_SCHULZ_STEPS = 60
 _NEWTON_SCHULZ_TRIAL = 3
+# How near an inverse has to come before the last step, which squares the rest.
 _NEWTON_SCHULZ_RESIDUAL = 1e-4
 
 
@@ -46,6 +48,7 @@ class Task:
         damping: δ, added to the factor's diagonal; unused by `eigen` on Kronecker factors.
         previous: Last good payload of the unit, or None.
         weight: What the sums are divided by.
+        dtype: Precision in which it is solved.
         coefficients: `[C, batch]` if the sums are of C classes, `[C·batch, n, n]`: what each is multiplied by first.
     """
 
@@ -55,9 +58,11 @@ class Task:
     previous: Tensor | None
     weight: float = 1.0
     coefficients: Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
-    def factor(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def factor(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the factor itself, a new tensor."""
+        dtype = self.dtype if dtype is None else dtype
         if self.coefficients is None:
             return self.sums.to(dtype) / self.weight
         out = self.sums.new_zeros(self.unit.shape, dtype=dtype)
@@ -95,7 +100,10 @@ def tikhonov(trace_a: float, dim_a: int, trace_g: float, dim_g: int, damping: fl
 
 
 def solve(
-    tasks: Sequence[Task], solver: Solver, asymmetries: dict[str, Tensor] | None = None
+    tasks: Sequence[Task],
+    solver: Solver,
+    asymmetries: dict[str, Tensor] | None = None,
+    raised: dict[str, str] | None = None,
 ) -> tuple[list[Tensor | None], int]:
     """Solve every task, equal sizes in one batch.
 
@@ -103,28 +111,31 @@ def solve(
         tasks: What is to be solved.
         solver: How.
         asymmetries: Told how far each dense unit's inverse was from symmetric, before it was made so; 0-dim tensors.
+        raised: Told, by unit name, what was done about a factor that wasn't positive definite with its damping.
 
     Returns:
         The flat payloads in the order of the tasks, None where nothing good could be computed and nothing good was
         known before; and the number of units that failed.
     """
+    raised = {} if raised is None else raised
     payloads: list[Tensor | None] = [None] * len(tasks)
     batches: dict[tuple[bool, int, int], list[int]] = {}
     for index, task in enumerate(tasks):
         if task.unit.kind is FactorKind.DIAGONAL:
-            factor = task.factor()
-            diagonal = factor if is_eigen(task.unit, solver) else 1 / (factor + task.damping)
-            finite = torch.isfinite(factor.sum() + diagonal.sum())
-            payloads[index] = diagonal.flatten() if bool(finite) else None
+            batches[True, 0, index] = [index]
         else:
             alone = task.sums.device.type == "cpu" and task.unit.dim > _LARGEST_BATCHED
             key = (is_eigen(task.unit, solver), task.unit.dim, index if alone else -1)
             batches.setdefault(key, []).append(index)
     for (eigen, _, _), members in batches.items():
+        first = tasks[members[0]]
         # Under `eigen`, unit-wise blocks are still inverted.
         method = solver if solver not in _EIGEN else Solver.EIGEN if eigen else Solver.CHOLESKY
         try:
-            _solve_batch([tasks[index] for index in members], members, payloads, method, asymmetries)
+            if first.unit.kind is FactorKind.DIAGONAL:
+                payloads[members[0]] = _solve_diagonal(first, raised, eigen=is_eigen(first.unit, solver))
+                continue
+            _solve_batch([tasks[index] for index in members], members, payloads, method, asymmetries, raised)
         except RuntimeError as error:  # out of memory above all: raised on one rank, it would leave the others waiting
             warnings.warn(
                 f"inverting {len(members)} factors failed: {error}; the last good inverses stay", stacklevel=2
@@ -143,6 +154,7 @@ def _solve_batch(
     payloads: list[Tensor | None],
     solver: Solver,
     asymmetries: dict[str, Tensor] | None,
+    raised: dict[str, str],
 ) -> None:
     """Solve dense units of one size; leaves None where the result isn't finite."""
     sizes = [task.unit.batch for task in tasks]
@@ -151,13 +163,17 @@ def _solve_batch(
         complete(matrices)
     if solver is Solver.EIGEN:
         values, vectors, good = _eigen(matrices)
+        _clamp_spectra(values, tasks, raised)
         parts = zip(torch.split(vectors, sizes), torch.split(values, sizes), torch.split(good, sizes), strict=True)
         for position, (q, d, ok) in zip(positions, parts, strict=True):
             if bool(ok.all()):
                 payloads[position] = torch.cat([q.flatten(), d.flatten()])
         return
     damping = torch.cat([torch.full((task.unit.batch,), task.damping, dtype=torch.float64) for task in tasks])
-    inverse, good = _inverse(matrices, damping.to(matrices.device), tasks, solver)
+    inverse, good, factors = _inverse(matrices, damping.to(matrices.device), tasks, solver)
+    for task, own in zip(tasks, factors.split(sizes), strict=True):
+        if (factor := float(own.max())) > 1:
+            raised[task.unit.name] = f"inverted with {factor:g} times its damping {task.damping:.3g}"
     if asymmetries is not None:
         asymmetries |= {task.unit.name: asymmetry(part) for task, part in zip(tasks, inverse.split(sizes), strict=True)}
     if solver is Solver.NEWTON_SCHULZ:
@@ -173,16 +189,49 @@ def _stack(parts: list[Tensor]) -> Tensor:
 
 def _stack_previous(tasks: list[Task]) -> Tensor:
     known = [
-        task.sums.new_zeros(task.unit.shape, dtype=torch.float32)
+        task.sums.new_zeros(task.unit.shape, dtype=task.dtype)
         if task.previous is None
-        else task.previous.view(task.unit.shape)
+        else task.previous.view(task.unit.shape).to(task.dtype)
         for task in tasks
     ]
     return torch.cat(known)
 
 
-def _inverse(matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solver) -> tuple[Tensor, Tensor]:
-    """Return `(M + δI)⁻¹` for `[k, n, n]` and which of them are good, escalating for those that aren't.
+def _solve_diagonal(task: Task, raised: dict[str, str], *, eigen: bool) -> Tensor | None:
+    """Return the payload of a diagonal unit; None if nothing good can be computed."""
+    factor = task.factor()
+    if eigen:
+        if not bool(torch.isfinite(factor.sum())):
+            return None
+        _clamp_spectra(factor, [task], raised)
+        return factor.flatten()
+    lowest, finite = torch.stack([factor.amin(), factor.sum()]).tolist()
+    for times in _RAISES if math.isfinite(finite) else ():
+        if lowest + times * task.damping > 0:
+            if times > 1:
+                raised[task.unit.name] = f"inverted with {times:g} times its damping {task.damping:.3g}"
+            inverse = 1 / (factor + times * task.damping)
+            return inverse.flatten() if bool(torch.isfinite(inverse.sum())) else None
+    return None
+
+
+def _clamp_spectra(values: Tensor, tasks: Sequence[Task], raised: dict[str, str]) -> None:
+    """Make eigenvalues `[k, n]` of some units' matrices ≥ 0, in place; tell of what rounding doesn't explain."""
+    rounding = torch.finfo(values.dtype).eps * values.shape[-1] + torch.finfo(tasks[0].sums.dtype).eps
+    lowest, largest = values.amin(-1), values.abs().amax(-1)
+    wrong = lowest < -rounding * largest
+    if bool(wrong.any()):
+        sizes = [task.unit.batch for task in tasks]
+        for task, bad, low in zip(tasks, wrong.split(sizes), lowest.split(sizes), strict=True):
+            if bool(bad.any()):
+                raised[task.unit.name] = f"its eigenvalue {float(low.min()):.3g} taken for 0"
+    values.clamp_(min=0)
+
+
+def _inverse(matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solver) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `(M + δI)⁻¹` for `[k, n, n]`, which of them are good, and by what their δ was multiplied, on the host.
+
+    It escalates for those that aren't good.
 
     The matrices are overwritten; those that fail are made again from their tasks, in float64.
     """
@@ -195,8 +244,9 @@ def _inverse(matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solve
     else:
         inverse, good = _cholesky_inverse(matrices)
     good &= finite
+    factors = torch.ones(len(matrices), dtype=torch.float64)
     if bool(good.all()):
-        return inverse, good
+        return inverse, good, factors
     exact = _stack([task.factor(torch.float64) for task in tasks])
     for factor in _RAISES:
         failed = (~good).nonzero().flatten()
@@ -204,11 +254,12 @@ def _inverse(matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solve
         retry.diagonal(dim1=-2, dim2=-1).add_(damping[failed, None] * factor)
         redone, ok = _cholesky_inverse(retry)
         ok &= finite[failed]
+        factors[failed[ok].cpu()] = factor
         inverse[failed[ok]] = redone[ok].to(inverse.dtype)
         good[failed[ok]] = True
         if bool(good.all()):
             break
-    return inverse, good
+    return inverse, good, factors
 
 
 def _cholesky_inverse(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,12 +292,15 @@ def newton_schulz(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     inverse, good = start, torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
     warm = ~good
     size = torch.linalg.matrix_norm(matrices)
-    for step in range(_NEWTON_SCHULZ_STEPS):
+    steps, tolerance = _NEWTON_SCHULZ_STEPS, _NEWTON_SCHULZ_RESIDUAL
+    if matrices.dtype is torch.float64:  # twice as many digits
+        steps, tolerance = 2 * steps, tolerance**2
+    for step in range(steps):
         residual = eye - matrices @ inverse
         distance = torch.linalg.matrix_norm(residual)
         # A product of M and X can't come closer to I than rounding lets it: κ·ε, as for any other solver.
         rounding = 4 * torch.finfo(matrices.dtype).eps * size * torch.linalg.matrix_norm(inverse)
-        enough = rounding.clamp(max=0.1) + _NEWTON_SCHULZ_RESIDUAL * math.sqrt(matrices.shape[-1])
+        enough = rounding.clamp(max=0.1) + tolerance * math.sqrt(matrices.shape[-1])
         good = distance <= enough
         inverse = torch.baddbmm(inverse, inverse, residual)
         if step >= _NEWTON_SCHULZ_TRIAL:
@@ -258,12 +312,12 @@ def newton_schulz(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _eigen(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return eigenvalues (clamped to ≥ 0), eigenvectors and which of `[k, n, n]` are good."""
+    """Return eigenvalues, eigenvectors and which of `[k, n, n]` are good."""
     finite = torch.isfinite(matrices.sum((-2, -1)))
     if bool(finite.all()):
         try:
             values, vectors = torch.linalg.eigh(matrices)
-            return values.clamp(min=0), vectors, finite
+            return values, vectors, finite
         except torch.linalg.LinAlgError:
             if matrices.dtype is torch.float32:
                 values, vectors, good = _eigen(matrices.double())

@@ -1,6 +1,6 @@
 """Running averages of the factors: a weighted sum and its weight, for every unit, in flat persistent buffers.
 
-    window   fp32, what the current optimizer step has measured so far       (sum, weight) of this step
+    window   what the current optimizer step has measured so far       (sum, weight) of this step
     average  S ← βS + (1−β)·window,  w ← βw + (1−β)·count                     (sum, weight) since the start
 
 A factor is S/w: zero-initialised and bias-corrected by its own weight, and linear in everything measured. That is what
@@ -93,12 +93,14 @@ class RunningAverages:
         held: The units whose averages live on this rank; the others are only measured here.
         decay: β.
         device: Where the layers live.
-        dtype: Precision of the averages; the window is always fp32.
+        dtype: Precision of the averages.
+        working: Precision of the window and of weights and traces.
         transient_window: Free the window between measurements (saves memory, costs an allocation each time).
 
     Attributes:
         layout: Place of every unit in the window.
         held: Place of every held unit in the averages.
+        working: Precision of the window.
         average: Flat sums of the held units.
         scalars: `[2 + C, units]` weights and traces that belong to the averages, then weights by class.
         window_scalars: `[2 + C, units]` weights and traces of the window; valid once a span is closed.
@@ -114,16 +116,18 @@ class RunningAverages:
         decay: float,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        working: torch.dtype = torch.float32,
         transient_window: bool = False,
     ) -> None:
         self.layout = FlatUnits(units)
         self.held = FlatUnits(held)
         self.decay = decay
         self.device = device
+        self.working = working
         self.average = torch.zeros(self.held.numel, device=device, dtype=dtype)
         classes = max((unit.classes for unit in units), default=0)
-        self.scalars = torch.zeros(2 + classes, len(units), device=device)
-        self.window_scalars = torch.zeros(2 + classes, len(units), device=device)
+        self.scalars = torch.zeros(2 + classes, len(units), device=device, dtype=working)
+        self.window_scalars = torch.zeros_like(self.scalars)
         self.dropped = torch.zeros((), dtype=torch.int64, device=device)
         self.not_finite = torch.zeros(len(units), dtype=torch.int64, device=device)
         self._bad = torch.zeros(len(units), dtype=torch.bool, device=device)
@@ -146,7 +150,7 @@ class RunningAverages:
         """Flat sums of the current step."""
         if self._window is None:
             # Zeros, not empty: what lies below the diagonal blocks is never written, but is summed and sent.
-            self._window = torch.zeros(self.layout.numel, device=self.device)
+            self._window = torch.zeros(self.layout.numel, device=self.device, dtype=self.working)
         return self._window
 
     def add_rows(
@@ -231,7 +235,7 @@ class RunningAverages:
 
     def _weights(self, span: Span) -> Tensor:
         counts = self._counts[span.units]
-        host = torch.tensor([0.0 if isinstance(c, Tensor) else c for c in counts])
+        host = torch.tensor([0.0 if isinstance(c, Tensor) else c for c in counts], dtype=self.working)
         weights = to_device(host, self.device)
         for index, count in enumerate(counts):
             if isinstance(count, Tensor):
@@ -269,13 +273,13 @@ class RunningAverages:
             taken: 0-dim bool.
             new: The sums of the span's *held* units; by default the window's.
         """
-        weight = scalar((1 - self.decay) * taken.float())
+        weight = scalar((1 - self.decay) * taken.to(self.working))
         values = self.window[span.values] if new is None else new
         average = self.average[self._held_values(span)]
-        if average.dtype is torch.float32:
+        if average.dtype is values.dtype:
             average.lerp_(values, weight)
         else:
-            average.copy_(average.float().lerp_(values, weight))
+            average.copy_(average.to(self.working).lerp_(values.to(self.working), weight))
         self.scalars[:, span.units].lerp_(self.window_scalars[:, span.units], weight)
 
     def release(self) -> None:

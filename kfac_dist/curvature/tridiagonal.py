@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# 1 − s_A s_G can't be smaller than this in fp32 and still mean something.
-_LEAST = 1e-6
+# 1 − s_A s_G can't be smaller than this and still mean something.
+_LEAST = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ChainLink:
 
     def conditional(self, matrix: Tensor) -> Tensor:
         """Return `Σ⁻¹ vec(V)` as a matrix, for V `[m, n]`."""
-        left = (1 - self.told_g[:, None] * self.told_a).clamp_(min=_LEAST)
+        left = (1 - self.told_g[:, None] * self.told_a).clamp_(min=_LEAST[matrix.dtype])
         inner = (self.root_g.mT @ matrix @ self.root_a) / left
         return self.root_g @ inner @ self.root_a.mT
 

@@ -151,7 +151,7 @@ class TorchCommunicator(Communicator):
     @override
     def barrier(self) -> None:
         # A sum, read on the host: on NCCL only that holds the host back, not its barrier's wait.
-        flag = torch.zeros(1, device=self.device)
+        flag = torch.zeros(1, device=self.device, dtype=torch.float32)
         self.all_reduce(flag, label="barrier").wait()
         flag.item()
 

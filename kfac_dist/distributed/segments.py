@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kfac_dist.distributed.communicator import Communicator, Work
 from kfac_dist.distributed.cost import all_gather_bytes, broadcast_bytes
+from kfac_dist.precision import widened
 
 MOST_BROADCASTS = 4
 """Owners up to which each broadcasts its part.
@@ -254,7 +255,7 @@ class PendingReduce:
         self._follow = follow
 
     def wait(self) -> Tensor:
-        """This rank's part, 1-D, summed over the ranks in fp32 whatever travelled; empty where it owns nothing.
+        """This rank's part, 1-D, summed over the ranks in fp32 at least, whatever travelled; empty if it owns nothing.
 
         Collective where the sums were made elsewhere: all ranks wait for their reductions in the same order.
         """
@@ -265,17 +266,17 @@ class PendingReduce:
 
 
 def _folded(parts: Tensor) -> Tensor:
-    """Return the sum of `[W, n]` over the ranks in fp32, halving them log2 W times; the parts are overwritten.
+    """Return the sum of `[W, n]` over the ranks in fp32 or fp64, halving them log2 W times; the parts are overwritten.
 
     Elementwise and in an order that W alone gives: the same bits however parts arrived, and in whichever pieces.
     """
     count = len(parts)
     while count > 1:
         kept = (count + 1) // 2
-        first = parts[:kept].float()
+        first = widened(parts[:kept])
         first[: count - kept].add_(parts[kept:count])
         parts, count = first, kept
-    return parts[0].float()
+    return widened(parts[0])
 
 
 def reduce_to_owners(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *, label: str) -> PendingReduce:

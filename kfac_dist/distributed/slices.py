@@ -18,9 +18,10 @@ def gather_slices(
     local: Mapping[str, Tensor],
     *,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     label: str,
 ) -> dict[str, Tensor]:
-    """Give every rank every parameter of a layout whole, in fp32, in few collectives, however many parameters.
+    """Give every rank every parameter of a layout whole, in one precision, in few collectives, however many parameters.
 
     Args:
         comm: The ranks of the layout.
@@ -28,6 +29,7 @@ def gather_slices(
         local: By parameter name, what this rank holds of it: its slice, or all of what is replicated. What it holds
             nothing of may be missing.
         device: Where the tensors live.
+        dtype: Their precision.
         label: Name of the traffic.
 
     Returns:
@@ -35,15 +37,15 @@ def gather_slices(
     """
     held = [(parameter, piece) for parameter in layout.parameters for piece in parameter.slices or ()]
     segments = SegmentLayout([Segment(f"{p.rank}/{of.name}", p.numel, p.rank) for of, p in held], layout.size)
-    buffer = torch.zeros(segments.sharing_numel, device=device)
+    buffer = torch.zeros(segments.sharing_numel, device=device, dtype=dtype)
     for parameter, piece in held:
         if piece.rank == comm.rank:
             segments.view(buffer, f"{piece.rank}/{parameter.name}").copy_(local[parameter.name])
     share_segments(comm, buffer, segments, label=label).wait()
     whole = {
-        parameter.name: local[parameter.name].float().clone().view(parameter.shape)
+        parameter.name: local[parameter.name].to(dtype).clone().view(parameter.shape)
         if parameter.is_replicated
-        else torch.zeros(parameter.shape, device=device)
+        else torch.zeros(parameter.shape, device=device, dtype=dtype)
         for parameter in layout.parameters
     }
     for parameter, piece in held:

@@ -11,6 +11,7 @@ preconditioned gradients: the check for overflow, the gradient norm, clipping, t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -62,6 +63,12 @@ class ZeroEngine(Engine):
         self._deepspeed = deepspeed
         self._names = {p: name for name, p in self.module.named_parameters()}
         self._partitions: Partitions = partitions_of(deepspeed)
+        if self._partitions.sharded and any(p.dtype is torch.float64 for p in self._names):
+            warnings.warn(
+                "the model is float64, but DeepSpeed keeps what ZeRO averages and steps in float32: steps are as exact "
+                "as a float32 model's. Train it under DDP or FSDP2 for float64 steps",
+                stacklevel=4,
+            )
         self.sharded = self._partitions.sharded
         self._communicator: Communicator | None = None
         self._asides = _Asides(deepspeed, self._agree_on_use)

@@ -124,7 +124,7 @@ class DissectedAdam(Optimizer, ABC):
         for parameter in parameters:
             state = self.state[parameter]
             if "step" not in state:
-                state["step"] = torch.zeros(())
+                state["step"] = torch.zeros((), dtype=torch.float32)
                 state |= {name: torch.zeros_like(parameter) for name in self.averages}
             found.setdefault((int(state["step"]), parameter.device, parameter.dtype), []).append(parameter)
         return found.values()

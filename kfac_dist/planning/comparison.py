@@ -18,6 +18,7 @@ from kfac_dist.planning.network import check_network
 from kfac_dist.planning.prediction import Prediction, predict
 from kfac_dist.planning.rows import count_rows
 from kfac_dist.planning.strategies import AXES, Strategy, crossed, distributions
+from kfac_dist.precision import settled
 
 # A strategy that gains less than this isn't worth a change of the configuration.
 WORTH = 0.03
@@ -107,6 +108,8 @@ def compare(
     """
     check_network(hardware, sizes)
     coverage = find_all(model, config.kfac)
+    kfac = settled(config.kfac, (p for block in coverage.blocks for p in block.parameters.values()))
+    config = config.model_copy(update={"kfac": kfac})
     rows, unknown = count_rows(model, coverage.blocks, config.data)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     uncovered = {name: trained[name] for name in coverage.uncovered if name in trained}

@@ -14,6 +14,7 @@ from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.statistics import FlatUnits
 from kfac_dist.distributed.exchange import ExchangePlan, plan_exchange
 from kfac_dist.distributed.layout import GradientLayout, ParameterSlices, Slice
+from kfac_dist.precision import working
 from kfac_dist.preconditioner.memory import RankBytes, rank_bytes
 from kfac_dist.preconditioner.moments import moments_distribution
 from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
@@ -154,7 +155,9 @@ class Job:
     @cached_property
     def reduction(self) -> ReductionLayout:
         """How factors are reduced."""
-        return ReductionLayout(self.plan, self.config.distribution, FlatUnits(self.plan.units), self.world_size)
+        return ReductionLayout(
+            self.plan, self.config.distribution, FlatUnits(self.plan.units), self.world_size, working(self.config)
+        )
 
     @cached_property
     def moments(self) -> tuple[Plan, ReductionLayout] | None:
@@ -163,7 +166,7 @@ class Job:
         if not plan.units:
             return None
         distribution = moments_distribution(self.config.distribution)
-        return plan, ReductionLayout(plan, distribution, FlatUnits(plan.units), self.world_size)
+        return plan, ReductionLayout(plan, distribution, FlatUnits(plan.units), self.world_size, working(self.config))
 
     @cached_property
     def gradients(self) -> GradientLayout:

@@ -20,6 +20,7 @@ from kfac_dist.distributed.segments import SegmentLayout, share_segments
 from kfac_dist.distributed.traffic import Traffic
 from kfac_dist.engines.base import FINITE
 from kfac_dist.planning.job import Job, StepKind
+from kfac_dist.precision import working
 from kfac_dist.preconditioner import adaptation, class_combination, diagonal, moments, reduction, refresh, step_length
 from kfac_dist.preconditioner import transport as gradients
 from kfac_dist.preconditioner.moments import moments_wire
@@ -102,7 +103,7 @@ class _Step:
     ) -> None:
         reduced = layout.at(slots, measured)
         for span, wire in reduced.buckets:
-            buffer = _meta(span.stop - span.start) if wire is None else wire.buffer(layout.dtype, META)
+            buffer = self._meta(span.stop - span.start) if wire is None else wire.buffer(layout.dtype, META)
             layout.send(self._comm, buffer, wire, label=label).wait()
         if reduced.buckets:
             classes = max((unit.classes for unit in plan.units), default=0)
@@ -144,9 +145,9 @@ class _Step:
             if self._row.size > 1:
                 self._share(update_layout(job.plan), gradients.LABEL, self._row)
             return
-        dtype = torch.bfloat16 if job.exchanges_bf16 else torch.float32
+        dtype = torch.bfloat16 if job.exchanges_bf16 else working(self._config)
         for plan in job.exchanges(self._row.rank):
-            pieces, shards = (_meta(sum(splits), dtype) for splits in (plan.piece_splits, plan.shard_splits))
+            pieces, shards = (self._meta(sum(splits), dtype) for splits in (plan.piece_splits, plan.shard_splits))
             for there, here, into, out_of in (
                 (pieces, shards, plan.piece_splits, plan.shard_splits),
                 (shards, pieces, plan.shard_splits, plan.piece_splits),
@@ -154,11 +155,10 @@ class _Step:
                 self._row.all_to_all(there, here, into, out_of, label=gradients.LABEL)
 
     def _share(self, layout: SegmentLayout, label: str, comm: Communicator) -> None:
-        share_segments(comm, _meta(layout.sharing_numel), layout, label=label).wait()
+        share_segments(comm, self._meta(layout.sharing_numel), layout, label=label).wait()
 
     def _sum(self, numel: int, label: str, comm: Communicator) -> None:
-        comm.all_reduce(_meta(numel), label=label).wait()
+        comm.all_reduce(self._meta(numel), label=label).wait()
 
-
-def _meta(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(numel, dtype=dtype, device=META)
+    def _meta(self, numel: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(numel, dtype=dtype or working(self._config), device=META)

@@ -30,17 +30,24 @@ class DampingAdaptation:
         config: How; None leaves the damping alone.
         communicator: The ranks, which decide together.
         device: Where ν is.
+        dtype: Its precision.
 
     Attributes:
         factor: What the configured damping is multiplied by.
     """
 
-    def __init__(self, config: AdaptConfig | None, communicator: Communicator, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: AdaptConfig | None,
+        communicator: Communicator,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._config = config
         self._communicator = communicator
         self.factor = 1.0
         self._steps = 0
-        self._scales = torch.zeros((), device=device)
+        self._scales = torch.zeros((), device=device, dtype=dtype)
 
     @property
     def active(self) -> bool:

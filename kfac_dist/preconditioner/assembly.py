@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfac_dist.config.schema import CostModel, DType, KFACConfig, Placement, Structure, Uncovered
+from kfac_dist.config.schema import CostModel, KFACConfig, Placement, Structure, Uncovered
 from kfac_dist.curvature.blocks import Block, Coverage
 from kfac_dist.curvature.chain import ChainGroup
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
@@ -22,6 +22,7 @@ from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.cost import measure_costs
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ConfigError, ModelError
+from kfac_dist.precision import torch_dtype, working
 from kfac_dist.preconditioner.chain_refresh import ChainRefresh
 from kfac_dist.preconditioner.class_memory import check_class_memory
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
@@ -33,7 +34,6 @@ from kfac_dist.preconditioner.reduction import FactorReduction
 from kfac_dist.preconditioner.refresh import Refresh
 from kfac_dist.preconditioner.transport import ReplicatedTransport, ShardedTransport, Transport
 
-_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
 # Parameters whose reason is shown when none has a block.
 _REASONS = 5
 
@@ -101,16 +101,17 @@ def assemble(
     Raises:
         ConfigError: The engine doesn't give what `uncovered` needs.
     """
-    distribution, curvature = config.distribution, config.curvature
+    distribution, curvature, precision = config.distribution, config.curvature, working(config)
     uncovered = _uncovered(engine, coverage, config)
-    drawn = _drawn(engine, uncovered, device) if curvature.uncovered.draws and uncovered else None
+    drawn = _drawn(engine, uncovered, device, precision) if curvature.uncovered.draws and uncovered else None
     lean = keeps_own_factors_only(config, comm.size)
     averages = RunningAverages(
         plan.units,
         plan.owned(comm.rank) if lean else plan.units,
         decay=curvature.decay,
         device=device,
-        dtype=_DTYPES[curvature.factor_dtype],
+        dtype=torch_dtype(curvature.factor_dtype),
+        working=precision,
         transient_window=lean,
     )
     row = _split(comm, plan.grid.rows())
@@ -140,9 +141,9 @@ def assemble(
     transport: Transport
     if engine.sharded:
         names = [[name for part in bucket for name in part] for bucket in zip(*columns, strict=True)]
-        transport = ShardedTransport(engine, coverage.blocks, buckets, names, plan, row, device)
+        transport = ShardedTransport(engine, coverage.blocks, buckets, names, plan, row, device, precision)
     else:
-        transport = ReplicatedTransport(coverage.blocks, groups, plan, row)
+        transport = ReplicatedTransport(coverage.blocks, groups, plan, row, precision)
     rest = DiagonalFisher(
         engine,
         uncovered,
@@ -151,6 +152,7 @@ def assemble(
         communicator=comm,
         row=row,
         device=device,
+        dtype=precision,
     )
     return Assembly(
         averages,
@@ -173,13 +175,13 @@ def _uncovered(engine: Engine, coverage: Coverage, config: KFACConfig) -> list[s
     return [name for name in coverage.uncovered if name in trained]
 
 
-def _drawn(engine: Engine, names: Sequence[str], device: torch.device) -> DrawnGradients:
+def _drawn(engine: Engine, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> DrawnGradients:
     if engine.sharded or engine.optimizer is not None:
         raise ConfigError(
             f"kfac.curvature.uncovered: diagonal_mc sends drawn labels back to whole parameters, which "
             f"{type(engine).__name__} doesn't have: use uncovered: diagonal"
         )
-    return DrawnGradients(engine.module, names, device)
+    return DrawnGradients(engine.module, names, device, dtype)
 
 
 def _groups_of(
@@ -190,22 +192,23 @@ def _groups_of(
     inversion = config.inversion
     if inversion.structure is Structure.BLOCK_TRIDIAGONAL:
         chain = [block for block in blocks if block.name in units]
-        return [ChainGroup(chain, [units[block.name] for block in chain], device)]
-    dtype = _DTYPES[inversion.inverse_dtype]
+        return [ChainGroup(chain, [units[block.name] for block in chain], device, working(config))]
+    dtype = torch_dtype(inversion.inverse_dtype)
     largest = GROUP_BYTES if inversion.offload else None
-    return build_groups([by_name[name] for name in names], units, inversion.solver, device, dtype, largest)
+    chosen = [by_name[name] for name in names]
+    return build_groups(chosen, units, inversion.solver, device, dtype, largest, working(config))
 
 
 def _bases_elsewhere(
     blocks: Sequence[Block], plan: Plan, held: Mapping[str, Payloads], config: KFACConfig, device: torch.device
 ) -> dict[str, Payloads]:
     """Return room for the eigenbases, by unit name, of EKFAC's blocks that other columns precondition."""
-    inversion = config.inversion
+    inversion, dtype = config.inversion, torch_dtype(config.inversion.inverse_dtype)
     found: dict[str, Payloads] = {}
     for block in blocks:
         own = plan.blocks[block.name]
         if own.moments is not None and own.units[0].name not in held:
-            bases = Payloads([block], [own.units], inversion.solver, device, _DTYPES[inversion.inverse_dtype])
+            bases = Payloads([block], [own.units], inversion.solver, device, dtype, working(config))
             found |= dict.fromkeys((unit.name for unit in own.units), bases)
     return found
 
@@ -214,10 +217,14 @@ def _measured_costs(
     blocks: Sequence[Block], config: KFACConfig, comm: Communicator, device: torch.device
 ) -> dict[int, float]:
     """Return the seconds of one inversion by size, agreed by the ranks."""
+    dtype = working(config)
 
     def trial(dim: int) -> None:
         unit = Unit("trial", Side.A, 0, 0, dim, 1, FactorKind.DENSE)
-        solve([Task(unit, torch.eye(dim, device=device)[None], 1.0, None)], config.inversion.solver)
+        solve(
+            [Task(unit, torch.eye(dim, device=device, dtype=dtype)[None], 1.0, None, dtype=dtype)],
+            config.inversion.solver,
+        )
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

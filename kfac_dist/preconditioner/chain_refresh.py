@@ -66,7 +66,7 @@ class ChainRefresh(Refresh):
             weight = self._weight(unit, weights)
             if unit.kind is not FactorKind.CROSS and weight > 0:
                 delta = self._share(unit.block, unit.side, weights, traces, damping)
-                yield Task(unit, self._averages.sums(unit), delta, None, weight)
+                yield Task(unit, self._averages.sums(unit), delta, None, weight, dtype=self._averages.working)
 
     def _payload(self, unit: Unit, weights: list[float], traces: list[float], damping: float) -> Tensor | None:
         """Return K and s, or Ψ; None while something that it takes was never measured."""
@@ -84,9 +84,9 @@ class ChainRefresh(Refresh):
         if unit.kind is FactorKind.CROSS:
             assert after is not None
             assert cross is not None
-            return regression(after, cross).flatten().float()
+            return regression(after, cross).flatten().to(self._averages.working)
         root, told = root_and_told(self._damped(unit.block, side, weights, traces, damping), after, cross)
-        return torch.cat([root.flatten(), told]).float()
+        return torch.cat([root.flatten(), told]).to(self._averages.working)
 
     def _damped(self, block: str, side: Side, weights: list[float], traces: list[float], damping: float) -> Tensor:
         """Return a factor with its share of the damping (§6.3), in float64."""

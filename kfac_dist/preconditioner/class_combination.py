@@ -22,6 +22,8 @@ from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 
 LABEL = "classes"
+# By precision of the sums: when the iteration has come as near as they let it.
+_SETTLED = {torch.float32: 1e-7, torch.float64: 1e-14}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def combine(
     weights = {unit.name: host[2 : 2 + unit.classes, averages.layout.index(unit)] for unit in units}
     found: dict[str, Combined] = {}
     for _, members in itertools.groupby(units, key=lambda unit: unit.block):
-        found |= _combine_block(list(members), summaries, weights)
+        found |= _combine_block(list(members), summaries, weights, _SETTLED[averages.working])
     return found
 
 
@@ -69,7 +71,7 @@ def _exchange(
     units: Sequence[Unit], own: set[str], averages: RunningAverages, weights: dict[str, Tensor], column: Communicator
 ) -> dict[str, Summary]:
     sizes = [Summary.numel(unit.batch, unit.classes) for unit in units]
-    message = torch.zeros(sum(sizes), device=averages.device)
+    message = torch.zeros(sum(sizes), device=averages.device, dtype=averages.working)
     for unit, place in zip(units, message.split(sizes), strict=True):
         if unit.name in own:
             sums = averages.sums(unit).unflatten(0, (unit.classes, unit.batch))
@@ -80,14 +82,16 @@ def _exchange(
     return {u.name: Summary.of_flat(part, u.batch, u.classes) for u, part in zip(units, parts, strict=True)}
 
 
-def _combine_block(units: list[Unit], summaries: dict[str, Summary], weights: dict[str, Tensor]) -> dict[str, Combined]:
+def _combine_block(
+    units: list[Unit], summaries: dict[str, Summary], weights: dict[str, Tensor], tolerance: float
+) -> dict[str, Combined]:
     sides = {side: [unit for unit in units if unit.side is side] for side in (Side.A, Side.G)}
     # A factor that was cut is block-diagonal: its inner products are the sums of its pieces'.
     products = {side: torch.stack([summaries[u.name].products for u in own]).sum(0) for side, own in sides.items()}
     terms = weights[sides[Side.G][0].name]
     measured = bool((terms > 0).any()) and bool((weights[sides[Side.A][0].name] > 0).any())
     frequencies = terms / terms.sum() if measured else torch.zeros_like(terms)
-    coefficients = dict(zip(sides, nearest(products[Side.A], products[Side.G], frequencies), strict=True))
+    coefficients = dict(zip(sides, nearest(products[Side.A], products[Side.G], frequencies, tolerance), strict=True))
     found = {}
     for unit in units:
         scale, own = coefficients[unit.side], weights[unit.name]

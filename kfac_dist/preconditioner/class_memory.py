@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from kfac_dist.config.schema import DType, KFACConfig
+from kfac_dist.config.schema import KFACConfig
 from kfac_dist.curvature.factors import Unit
 from kfac_dist.errors import ConfigError
+from kfac_dist.precision import itemsize, working
 from kfac_dist.preconditioner.memory import keeps_own_factors_only
 from kfac_dist.preconditioner.plan import Plan
 
-_WINDOW = 4
 _GIB = 2**30
 # Layers that a refusal names.
 _NAMED = 3
@@ -20,8 +20,8 @@ _NAMED = 3
 def class_bytes(plan: Plan, config: KFACConfig) -> int:
     """Return the most bytes that a rank gives to statistics by class while it measures: averages and window."""
     ranks = range(plan.grid.world_size)
-    average = 2 if config.curvature.factor_dtype is DType.BFLOAT16 else 4
-    window = _WINDOW * _numel(plan.units)
+    average = itemsize(config.curvature.factor_dtype)
+    window = working(config).itemsize * _numel(plan.units)
     if keeps_own_factors_only(config, plan.grid.world_size):
         return window + average * max(_numel(plan.owned(rank)) for rank in ranks)
     return window + average * _numel(plan.units)

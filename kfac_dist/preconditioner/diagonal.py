@@ -45,6 +45,7 @@ class DiagonalFisher:
         communicator: The ranks that average gradients.
         row: The ranks that together hold each gradient once, if the engine is sharded.
         device: Where the gradients live.
+        dtype: Precision of the average.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class DiagonalFisher:
         communicator: Communicator,
         row: Communicator,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.names = tuple(names)
         self.drawn = drawn
@@ -73,8 +75,8 @@ class DiagonalFisher:
         self._shapes = {
             name: (piece.numel,) if engine.sharded else self._layout[name].shape for name, piece in self._pieces.items()
         }
-        self._sum = torch.zeros(sum(piece.numel for piece in self._pieces.values()), device=device)
-        self._weight = torch.zeros((), device=device)
+        self._sum = torch.zeros(sum(piece.numel for piece in self._pieces.values()), device=device, dtype=dtype)
+        self._weight = torch.zeros((), device=device, dtype=dtype)
         self.gradient = torch.zeros_like(self._sum)
 
     def measure(self, terms: float | Tensor, taken: Tensor) -> None:
@@ -89,7 +91,7 @@ class DiagonalFisher:
         new, known = self._by_average(terms) if self.drawn is None else self._by_drawn(self.drawn.total)
         known = known & taken
         zero_unless(known, new)
-        rate = (1 - self._decay) * known.float()
+        rate = (1 - self._decay) * known.to(self._weight.dtype)
         self._sum.lerp_(new, rate)
         self._weight.lerp_(torch.ones_like(rate), rate)
 
@@ -146,7 +148,9 @@ class DiagonalFisher:
     def state_dict(self) -> dict[str, Any]:
         """Return the average by parameter name, whole and the same on every rank; collective where it is sharded."""
         views = self._views(self._sum)
-        sums = gather_slices(self._row, self._layout, views, device=self._sum.device, label=LABEL_STATE)
+        sums = gather_slices(
+            self._row, self._layout, views, device=self._sum.device, dtype=self._sum.dtype, label=LABEL_STATE
+        )
         return {"weight": self._weight.clone(), "sums": sums}
 
     def load_state_dict(self, values: dict[str, Any] | None) -> None:

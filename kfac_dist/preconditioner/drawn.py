@@ -20,13 +20,14 @@ class DrawnGradients:
         module: The model, which holds its parameters whole.
         names: The parameters.
         device: Where they are.
+        dtype: Precision of the sums.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
         parameters = dict(module.named_parameters())
         self._parameters = [parameters[name] for name in names]
         # The sums, and the number of terms that they run over, for one all-reduce.
-        self.total = torch.zeros(sum(p.numel() for p in self._parameters) + 1, device=device)
+        self.total = torch.zeros(sum(p.numel() for p in self._parameters) + 1, device=device, dtype=dtype)
 
     def reset(self) -> None:
         """Begin a step."""

@@ -6,6 +6,7 @@ and changes nothing that the run computes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -110,9 +111,14 @@ class Inspector:
             return
         (seconds, tasks), self._solved = self._solved, None
         self._wanted -= {task.unit.name for task in tasks}
+        factors: list[FactorReading] = []
         with self._outside():
-            factors = tuple(self._read(task, step) for task in tasks)
-        self._readings.append(RefreshReading(step, self._rank, seconds, factors))
+            for task in tasks:
+                try:
+                    factors.append(self._read(task, step))
+                except RuntimeError as error:  # raised on one rank, the others would wait; nothing depends on it
+                    warnings.warn(f"the spectrum of {task.unit.name} can't be read: {error}", stacklevel=2)
+        self._readings.append(RefreshReading(step, self._rank, seconds, tuple(factors)))
 
     def _read(self, task: Task, step: int) -> FactorReading:
         unit = task.unit
@@ -161,7 +167,7 @@ def _largest(task: Task) -> float:
     """Return the largest eigenvalue by power iteration."""
     factor = task.factor()
     complete(factor)
-    vector = torch.ones(*factor.shape[:-1], 1, device=factor.device)
+    vector = factor.new_ones(*factor.shape[:-1], 1)
     for _ in range(_POWER_STEPS):
         vector = factor @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(1e-30))
     return float(torch.linalg.vector_norm(vector, dim=-2).max())

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.options import parse_kfac
-from kfac_dist.config.schedules import value_at
 from kfac_dist.config.schema import KFACConfig, OnMismatch, StepSolver, Structure
 from kfac_dist.curvature.arbiter import Arbiter, Mismatch
 from kfac_dist.curvature.blocks import Coverage
@@ -36,9 +35,11 @@ from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.agreement import agree_on_plan
 from kfac_dist.engines import Engine, as_engine
 from kfac_dist.errors import ConfigError, ModelError
+from kfac_dist.precision import settled, working
 from kfac_dist.preconditioner import state
 from kfac_dist.preconditioner.adaptation import DampingAdaptation
 from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
+from kfac_dist.preconditioner.damping import Damping
 from kfac_dist.preconditioner.inspection import RefreshReading
 from kfac_dist.preconditioner.measurement import Description, Measurement
 from kfac_dist.preconditioner.pace import Pace
@@ -90,14 +91,14 @@ class KFAC:
         total_steps: int | None = None,
         check_scale: bool = True,
     ) -> None:
-        self.config = parse_kfac(config)
+        self.config = self._asked = parse_kfac(config)
         self.steps = 0
         self.discarded = 0
         self.measured = 0
-        self._damping_factor = 1.0
-        self._own_damping: float | None = None
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._total_steps = total_steps
+        # Step whose own statistics every inverse was solved from, all in one; None if its refreshes were of some.
+        self._solved_whole: int | None = None
         self._engine = as_engine(model)
         self._optimizer: HasRates | None = self._engine.optimizer if optimizer is None else optimizer
         self._check_scale = check_scale
@@ -107,6 +108,7 @@ class KFAC:
         self._named_idle: set[str] = set()
         self.coverage = self._find()
         self._blocks = self.coverage.blocks
+        self._settle()
         distribution = self.config.distribution
         self.communicator = self._engine.communicator(distribution.timeout_seconds, distribution.backend)
         # Compared before anything can fail on one rank alone: with other layers, or with none.
@@ -244,31 +246,44 @@ class KFAC:
     @property
     def damping(self) -> float:
         """λ of the current step, without the weight decay that is part of the loss."""
-        configured = value_at(self.config.inversion.damping, self.steps, self._total_steps) * self._adaptation.factor
-        return self._damping_factor * (configured if self._own_damping is None else self._own_damping)
+        return self._damping.at(self.steps)
 
     @property
     def damping_factor(self) -> float:
         """What `multiply_damping` has set."""
-        return self._damping_factor
+        return self._damping.factor
 
-    def set_damping(self, value: float) -> None:
+    def set_damping(self, value: float | None) -> None:
         """Damp by this from now on, in place of what is configured; `multiply_damping` still multiplies it.
 
-        Inverses take it up when they are refreshed next. It is no part of `state_dict`: who sets it sets it again after
-        loading one.
+        Inverses take it up when they are refreshed next. It is part of `state_dict`: a resumed run goes on with it.
 
         Args:
-            value: λ, without the weight decay that is part of the loss. The same on every rank.
+            value: λ, without the weight decay that is part of the loss. The same on every rank. None goes back to what
+                is configured.
+
+        Raises:
+            ConfigError: It is no positive number.
         """
-        self._own_damping = value
+        self._damping.set(value)
 
     @torch.no_grad()
     def refresh_again(self) -> None:
         """Solve all inverses anew from the same statistics with the present damping, for use at once; collective.
 
         Between `update_curvature` and `advance` of a step at which every inverse is due.
+
+        Raises:
+            ConfigError: On every rank, before anything is sent: this step has not refreshed every inverse. The others'
+                sums and weights are of other steps, and don't belong together.
         """
+        if self._solved_whole != self.steps:
+            raise ConfigError(
+                f"kfac.refresh_again() at step {self.steps}, which has not refreshed every inverse from its own "
+                "statistics: call it between kfac.update_curvature() and kfac.advance() of a step that refreshes all, "
+                "with kfac.curvature.stagger and kfac.inversion.stagger 1 at a multiple of "
+                f"kfac.inversion.inverse_every ({self.config.inversion.inverse_every})"
+            )
         with self.phases(Phase.INVERSION):
             self._refresh.start(self._pace.every_slot, self._reduction.totals, self._total_damping, self.steps)
         with self.phases(Phase.SHARING):
@@ -287,13 +302,16 @@ class KFAC:
     def multiply_damping(self, factor: float, *, refresh: bool = False) -> None:
         """Multiply the configured damping from now on, such as after steps that had to be skipped.
 
-        It is no part of `state_dict`: who sets it sets it again after loading one.
+        It is part of `state_dict`, and so are refreshes that are still owed: a resumed run goes on with them.
 
         Args:
             factor: Of the configured damping; 1 at first. The same on every rank.
             refresh: Whether every inverse is refreshed at the next step that measures, rather than when it is due.
+
+        Raises:
+            ConfigError: The factor is no positive number.
         """
-        self._damping_factor = factor
+        self._damping.multiply(factor)
         if refresh:
             self._pace.owe_everything()
             self._begin()
@@ -301,8 +319,10 @@ class KFAC:
     def metrics(self) -> dict[str, float]:
         """Return numbers worth logging; waits for the device, and for no other rank.
 
-        All but `failed_inversions`, `dropped_statistics`, `bytes_sent` and `asymmetry` are the same on every rank: the
-        first three are its own and add up, the last is the largest of its `asymmetries`; left out before there is any.
+        All but `failed_inversions`, `raised_dampings`, `dropped_statistics`, `bytes_sent` and `asymmetry` are the same
+        on every rank: the first four are its own and add up, the last is the largest of its `asymmetries`; left out
+        before there is any. `raised_dampings` counts factors that weren't positive definite with their damping, so that
+        more of it was added (or, in an eigenbasis, negative eigenvalues were taken for 0); a warning names the first.
         """
         traffic = self.communicator.traffic
         asymmetries = self.asymmetries()
@@ -312,6 +332,7 @@ class KFAC:
             "predicted_kl": float(self._length.predicted_kl),
             "refreshes": self._refresh.refreshes,
             "failed_inversions": self._refresh.failures,
+            "raised_dampings": self._refresh.raised,
             "dropped_statistics": int(self.dropped),
             "collectives": traffic.total_calls,
             "bytes_sent": traffic.total_bytes,
@@ -324,7 +345,10 @@ class KFAC:
 
         The step's other ranks keep theirs, and averages stay right; they grow old if it goes on.
         """
-        return sum((averages.dropped for averages in self._measured_averages()), torch.zeros((), device=self._device))
+        return sum(
+            (averages.dropped for averages in self._measured_averages()),
+            torch.zeros((), dtype=torch.int64, device=self._device),
+        )
 
     def not_finite(self) -> list[str]:
         """Return the blocks whose statistics this rank has found not to be finite, in taken steps; waits for it."""
@@ -380,20 +404,30 @@ class KFAC:
         """Return everything by unit name, the same on every rank; collective, so call it on all of them.
 
         Reduces the running averages, which changes them by rounding at most.
+
+        Raises:
+            CollectiveError: Another rank doesn't call it. After some seconds a warning says which call waits.
         """
+        state.meet(self.communicator, "state_dict")
         return state.gather(self._parts())
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Take a state that `state_dict` returned, also one of another number of ranks or another placement.
 
+        Collective: every rank loads the same state.
+
         Raises:
-            CheckpointError: The state belongs to another model, or to other `max_factor_dim`.
+            CheckpointError: The state belongs to another model, or to other `max_factor_dim`, on this rank or another;
+                or ranks load states of different steps.
+            CollectiveError: Another rank doesn't call it. After some seconds a warning says which call waits.
         """
+        state.agree_to_load(self._parts(), values)
         self._load(values)
         self._begin()
 
     def _load(self, values: Mapping[str, Any]) -> None:
         self.steps = state.load(self._parts(), values)
+        self._solved_whole = None
         self._pace.overdue = state.marked(self._parts(), values, "overdue")
         self._pace.refreshed = state.marked(self._parts(), values, "refreshed")
         self._measurement.load_samples(state.samples(self._parts(), values))
@@ -403,6 +437,7 @@ class KFAC:
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """Return what this rank holds, for `torch.distributed.checkpoint`; collective like `state_dict`."""
+        state.meet(self.communicator, "sharded_state_dict")
         return state.held(self._parts())
 
     def load_sharded_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -435,7 +470,7 @@ class KFAC:
             communicator=self.communicator,
             lagged=self._pace.cadence.lag > 0,
             rest=self._rest,
-            adaptation=self._adaptation,
+            damping=self._damping,
             step=self.steps,
             overdue=self._pace.overdue,
             refreshed=self._pace.refreshed,
@@ -473,9 +508,10 @@ class KFAC:
             self._pace.skip()
             return
         lag = self._pace.take(self.steps, self._refresh.unmeasured(slots, totals) if self._pace.first else ())
-        self._adaptation.judge()
+        self._damping.adaptation.judge()
         with self.phases(Phase.INVERSION):
             self._refresh.start(slots, totals, self._total_damping, self.steps, lag)
+        self._solved_whole = self.steps if slots == self._pace.every_slot else None
         self._refresh.inspector.read(self.steps)
         self._name_idle()
 
@@ -506,6 +542,7 @@ class KFAC:
         self._measurement.remove()
         self._refresh.close()
         self.coverage, self._blocks = coverage, coverage.blocks
+        self._settle()
         agree_on_plan(self.communicator, [(block.name, block.describe()) for block in self._blocks])
         self.plan = make_plan(self._engine, self._blocks, self.config, self.communicator, self._device)
         self._check_scale = checks_scale
@@ -586,7 +623,7 @@ class KFAC:
         self._rest.deliver(gradients, rest, scale)
         if length is not None:
             length.replace_plain(gradients)
-            self._adaptation.note(length.kl_scale)
+            self._damping.adaptation.note(length.kl_scale)
 
     def _add_weight_decay(self) -> None:
         l2 = self.config.update.l2 * self._engine.gradient_scale
@@ -607,13 +644,19 @@ class KFAC:
 
     # ---- construction
 
+    def _settle(self) -> None:
+        """Let every precision that is `auto` follow the covered layers."""
+        self.config = settled(self._asked, (p for block in self._blocks for p in block.parameters.values()))
+
     def _build(self, arbiter: Arbiter) -> None:
         parts = assemble(self._engine, self.coverage, self.config, self.communicator, self.plan, self._device)
         self._averages, self._reduction = parts.averages, parts.reduction
         self._groups, self._row, self._rest = parts.groups, parts.row, parts.rest
         self._refresh, self._moments = parts.refresh, parts.moments
         self._transport, self._offload = parts.transport, parts.offload
-        self._adaptation = DampingAdaptation(self.config.inversion.adapt, self.communicator, self._device)
+        inversion = self.config.inversion
+        adaptation = DampingAdaptation(inversion.adapt, self.communicator, self._device, working(self.config))
+        self._damping = Damping(inversion.damping, adaptation, self._total_steps, self.config.update.l2)
         self._length = StepLength(
             self.config.update,
             self._engine,
@@ -622,6 +665,7 @@ class KFAC:
             self._rest,
             [name for name in self.coverage.uncovered if name not in self._rest.names],
             self._device,
+            working(self.config),
         )
         self._measurement = Measurement(
             self._engine,

@@ -406,7 +406,7 @@ class Measurement:
     def _inverse_scale(self, scale: float) -> float | Tensor | None:
         """Return what undoes an AMP loss scale, or the engine's own; None where there is none."""
         if self._scaler is not None:
-            return self._scaler.scale(torch.ones((), device=self._averages.device)).reciprocal()
+            return self._scaler.scale(torch.ones((), device=self._averages.device, dtype=torch.float32)).reciprocal()
         return None if scale == 1.0 else 1.0 / scale
 
 

@@ -17,16 +17,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kfac_dist.config.schema import DType, KFACConfig, ReduceEvery, Reduction
+from kfac_dist.config.schema import KFACConfig, ReduceEvery, Reduction
 from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.offload import GROUP_BYTES, aligned
 from kfac_dist.curvature.payloads import stored_bytes
 from kfac_dist.curvature.precondition import group_size
 from kfac_dist.distributed.segments import sharing_numel
+from kfac_dist.precision import itemsize, working
 from kfac_dist.preconditioner.plan import BlockPlan, Plan, exchange_buckets
-
-_FLOAT = 4
-_BYTES = {DType.FLOAT32: 4, DType.BFLOAT16: 2}
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankByt
     """
     grid = plan.grid
     own = keeps_own_factors_only(config, grid.world_size)
-    average = _BYTES[config.curvature.factor_dtype]
-    everything = _numel(plan.units) * (average + _FLOAT)
+    average, value = itemsize(config.curvature.factor_dtype), working(config).itemsize
+    everything = _numel(plan.units) * (average + value)
     owned = _numel_by_owner(plan)
     moments = _moment_bytes(plan, config)
     columns = _column_bytes(plan, config, sharded=sharded)
@@ -83,7 +81,7 @@ def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankByt
 
 def _column_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankBytes]:
     """Return what the ranks of each column keep, but for factors."""
-    columns = plan.grid.columns
+    columns, value = plan.grid.columns, working(config).itemsize
     matrices = {name: math.prod(block.matrix_shape) for name, block in plan.blocks.items()}
     payloads = {name: _payload_bytes(block, config) for name, block in plan.blocks.items()}
     # EKFAC measures every block in its basis, wherever it is preconditioned.
@@ -95,14 +93,14 @@ def _column_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[Rank
     buckets = exchange_buckets(plan, config.distribution.buckets if sharded else 1)
     found = []
     for column, names in enumerate(blocks):
-        gradients = _FLOAT * elements[column]
+        gradients = value * elements[column]
         if sharded:  # the workspace, what comes from the row's other ranks and what goes to them
             others = (columns - 1) / columns
-            gradients += math.ceil(others * gradients + (_FLOAT * sum(elements) - gradients) / columns)
+            gradients += math.ceil(others * gradients + (value * sum(elements) - gradients) / columns)
         elif columns > 1:  # the results of all columns
-            gradients += _FLOAT * shared
+            gradients += value * shared
         inverses, host = bases + sum(payloads[name] for name in names if name not in rescaled), 0
-        inverses += _FLOAT * sum(matrices[name] for name in names if name in rescaled)
+        inverses += value * sum(matrices[name] for name in names if name in rescaled)
         if config.inversion.offload:
             groups = _groups(plan, config, buckets[column])
             inverses, host = min(2, len(groups)) * max(groups, default=0), sum(groups)
@@ -128,10 +126,10 @@ def _groups(plan: Plan, config: KFACConfig, buckets: Sequence[Sequence[str]]) ->
 def _moment_bytes(plan: Plan, config: KFACConfig) -> list[int]:
     """Return the bytes of EKFAC's running averages by rank, and of their window where it stays between steps."""
     moments = plan.of_moments()
-    average = _BYTES[config.curvature.factor_dtype]
+    average, value = itemsize(config.curvature.factor_dtype), working(config).itemsize
     if config.distribution.reduction is Reduction.REDUCE_SCATTER and plan.grid.world_size > 1:
         return [numel * average for numel in _numel_by_owner(moments)]
-    return [_numel(moments.units) * (average + _FLOAT)] * plan.grid.world_size
+    return [_numel(moments.units) * (average + value)] * plan.grid.world_size
 
 
 def _numel_by_owner(plan: Plan) -> list[int]:
@@ -150,4 +148,6 @@ def _payload_bytes(block: BlockPlan, config: KFACConfig) -> int:
 
 
 def _stored(units: Sequence[Unit], config: KFACConfig) -> list[int]:
-    return stored_bytes(units, config.inversion.solver, _BYTES[config.inversion.inverse_dtype])
+    return stored_bytes(
+        units, config.inversion.solver, itemsize(config.inversion.inverse_dtype), working(config).itemsize
+    )

@@ -20,7 +20,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kfac_dist.config.schema import DistributionConfig, DType, KFACConfig, ReduceEvery, Reduction
+from kfac_dist.config.schema import DistributionConfig, KFACConfig, ReduceEvery, Reduction
 from kfac_dist.curvature.blocks import KroneckerBlock, MicroBatch, Use
 from kfac_dist.curvature.factors import Side, Unit
 from kfac_dist.curvature.moments import level, second_moments, turn
@@ -30,12 +30,12 @@ from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.segments import share_segments
 from kfac_dist.errors import CheckpointError
+from kfac_dist.precision import torch_dtype, working
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.reduction import FactorReduction
 from kfac_dist.preconditioner.wire import UnitWire
 
 LABEL = "moments"
-_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
 
 
 class Moments:
@@ -69,7 +69,8 @@ class Moments:
             self.plan.owned(comm.rank) if scatters else self.plan.units,
             decay=config.curvature.decay,
             device=device,
-            dtype=_DTYPES[config.curvature.factor_dtype],
+            dtype=torch_dtype(config.curvature.factor_dtype),
+            working=working(config),
             transient_window=scatters,
         )
         distribution = moments_distribution(config.distribution)
@@ -169,8 +170,7 @@ class Moments:
                     "another kfac.inversion.solver than ekfac, or belongs to another model"
                 )
             self.reduction.restore(unit, entry.get("sum"), entry["scalars"], 1.0)
-            if bool(entry["ready"]):
-                self._ready.add(unit.block)
+            (self._ready.add if bool(entry["ready"]) else self._ready.discard)(unit.block)
             if unit.block in self._groups:
                 own = self._groups[unit.block].moments(unit.block)
                 own.copy_(entry["payload"].view_as(own))
@@ -180,13 +180,15 @@ class Moments:
     def _level(self, name: str) -> None:
         bases, sums = self._bases[name], self._sums(name)
         if sums is not None:
-            sums.copy_(level(sums.float(), bases.eigenvalues(name, Side.A), bases.eigenvalues(name, Side.G)))
+            sums.copy_(
+                level(sums.to(self.averages.working), bases.eigenvalues(name, Side.A), bases.eigenvalues(name, Side.G))
+            )
 
     def _turn(self, name: str, old: Mapping[Side, Sequence[Tensor]]) -> None:
         bases, sums = self._bases[name], self._sums(name)
         if sums is not None:
             pairs = {side: list(zip(before, bases.basis(name, side), strict=True)) for side, before in old.items()}
-            sums.copy_(turn(sums.float(), pairs[Side.A], pairs[Side.G]))
+            sums.copy_(turn(sums.to(self.averages.working), pairs[Side.A], pairs[Side.G]))
 
     def _sums(self, name: str) -> Tensor | None:
         """Return a block's running sum `[batch, d_out, d_in]`, a view; None where another rank keeps it."""
@@ -200,10 +202,10 @@ class Moments:
 
     def _quotient(self, unit: Unit) -> Tensor:
         weight = self._weight(unit)
-        return self.averages.sums(unit).float() / torch.where(weight > 0, weight, 1.0)
+        return self.averages.sums(unit).to(self.averages.working) / torch.where(weight > 0, weight, 1.0)
 
     def _share(self, wire: UnitWire) -> None:
-        buffer = wire.sharing_buffer(torch.float32, self.averages.device)
+        buffer = wire.sharing_buffer(self.averages.working, self.averages.device)
         for unit in wire.units:
             if self.plan.assignment.owners[unit.name] == self._rank:
                 wire.put(buffer, unit, self._quotient(unit))

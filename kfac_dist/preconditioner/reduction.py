@@ -13,7 +13,7 @@ refresh every rank keeps 1/W of the total, so that the ranks' averages still add
 
 The flat window is cut into a few buckets of whole blocks. With `overlap`, a bucket leaves as soon as backward has
 completed its blocks, always in the same order on every rank; what is left leaves in `finish`. Weights, traces and each
-rank's vote on the step travel together in one small fp32 sum.
+rank's vote on the step travel together in one small sum.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class FactorReduction:
         self._plan = plan
         self._comm = comm
         self._label = label
-        self._layout = ReductionLayout(plan, config, averages.layout, comm.size)
+        self._layout = ReductionLayout(plan, config, averages.layout, comm.size, averages.working)
         self._overlap = config.overlap and comm.size > 1
         self._current: _Measurement | None = None
         # On the device: whether a measuring step was taken is known there first.
@@ -194,7 +194,7 @@ class FactorReduction:
     def _exchange_scalars(self, spans: list[Span], taken: Tensor) -> Tensor:
         """Add up the weights and traces of what was sent (what stays local must not be touched), and the votes."""
         scalars = [self._averages.window_scalars[:, span.units] for span in spans]
-        message = torch.cat([*(part.flatten() for part in scalars), (~taken).float().view(1)])
+        message = torch.cat([*(part.flatten() for part in scalars), (~taken).to(scalars[0].dtype).view(1)])
         self._comm.all_reduce(message, label=self._label).wait()
         sizes = [part.numel() for part in scalars]
         for part, total in zip(scalars, torch.split(message[:-1], sizes), strict=True):

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_dist.config.schema import DistributionConfig, DType, ReduceEvery, Reduction
+from kfac_dist.config.schema import DistributionConfig, ReduceEvery, Reduction
 from kfac_dist.curvature.factors import FactorKind, Unit
 from kfac_dist.curvature.statistics import FlatUnits, Span
 from kfac_dist.distributed.communicator import Communicator, Work
 from kfac_dist.distributed.segments import PendingReduce, reduce_to_owners, split_buckets
+from kfac_dist.precision import torch_dtype
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.wire import UnitWire
-
-_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class ReductionLayout:
         config: What is sent, when and how.
         window: Where the units' statistics lie.
         size: Ranks that measure.
+        working: Precision of the window.
 
     Attributes:
         blending: Whether averages are local between refreshes.
@@ -58,10 +58,18 @@ class ReductionLayout:
         dtype: What travels.
     """
 
-    def __init__(self, plan: Plan, config: DistributionConfig, window: FlatUnits, size: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        config: DistributionConfig,
+        window: FlatUnits,
+        size: int,
+        working: torch.dtype = torch.float32,
+    ) -> None:
         self.blending = config.reduce_every is ReduceEvery.REFRESH
         self.scattering = config.reduction is Reduction.REDUCE_SCATTER and size > 1
-        self.dtype = _DTYPES[config.communication_dtype]
+        self.dtype = torch_dtype(config.communication_dtype)
+        self._working = working
         self._plan = plan
         self._pack = config.pack_triangles
         self._count = config.buckets
@@ -128,7 +136,7 @@ class ReductionLayout:
 
     def _wire(self, units: Sequence[Unit]) -> UnitWire | None:
         """Return the staging of a bucket, or None when the window itself can be summed in place."""
-        if not self.scattering and self.dtype is torch.float32 and not self._pack:
+        if not self.scattering and self.dtype is self._working and not self._pack:
             return None
         owners = [self._plan.assignment.owners[unit.name] if self.scattering else 0 for unit in units]
         return UnitWire(

@@ -15,6 +15,7 @@ A unit that can't be solved is sent as it was: the last good inverse stays, and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ from kfac_dist.preconditioner.solving import Given, Outcome, UnitSolver
 from kfac_dist.preconditioner.wire import UnitWire
 
 LABEL = "inverses"
+# Factors that a warning names.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Refresh:
     Attributes:
         refreshes: Refreshes that this rank took part in.
         failures: Units that this rank could not solve, and left as they were.
+        raised: Units that weren't positive definite with their damping, so that more was added.
         pending: Payloads on their way.
         inspector: Reads spectra of what is solved here, if somebody has asked.
         asymmetries: `[2, units]`: how far this rank's factors, and their inverses, were from symmetric when they were
@@ -121,9 +125,10 @@ class Refresh:
     ) -> None:
         self.refreshes = 0
         self.failures = 0
+        self.raised = 0
         self.pending: list[Refreshed] = []
         self.inspector = Inspector(rank)
-        self.asymmetries = torch.full((2, len(plan.units)), -1.0, device=averages.device)
+        self.asymmetries = torch.full((2, len(plan.units)), -1.0, device=averages.device, dtype=torch.float32)
         self.holders = holders
         self._averages = averages
         self._plan = plan
@@ -152,13 +157,7 @@ class Refresh:
             column = None if self._sharing.size == self._plan.grid.world_size else self._plan.grid.column_of(self._rank)
             self._wires[slots] = payload_wire(self._plan, slots, column, self._solver, pack=self._pack)
         wire = self._wires[slots]
-        # What is still on its way for these slots is older than what comes now.
-        names = {unit.name for unit in wire.units}
-        late = [other for other in self.pending if names & {unit.name for unit in other.units}]
-        self.pending = [other for other in self.pending if other not in late]
-        for other in late:
-            if other.solving is None:  # what has been sent is received by everyone
-                self.arrived(other)
+        self._bring_forward({unit.name for unit in wire.units})
         own = [unit for unit in wire.units if self._plan.assignment.owners[unit.name] == self._rank]
         combined = combine(wire.units, own, self._averages, totals, self._sharing)
         self.refreshes += 1
@@ -190,15 +189,7 @@ class Refresh:
                 self._conclude(refreshed, refreshed.solving)
         due = [refreshed for refreshed in self.pending if refreshed.due <= step]
         self.pending = [refreshed for refreshed in self.pending if refreshed.due > step]
-        for refreshed in due:
-            arrived = [(unit, payload) for unit, payload in self.arrived(refreshed) if unit.name in self.holders]
-            if self._moments is not None:
-                self._moments.load(arrived, self.holders)
-                continue
-            for unit, payload in arrived:
-                self.holders[unit.name].load(unit, payload)
-        if self._moments is not None and due:
-            self._moments.publish()
+        self._use([pair for refreshed in due for pair in self.arrived(refreshed)])
         for refreshed in self.pending:
             if refreshed.travelling is not None and not refreshed.new:
                 refreshed.travelling[2].go_on()
@@ -224,6 +215,31 @@ class Refresh:
         """End what works beside training."""
         self._side.close()
 
+    def _bring_forward(self, names: set[str]) -> None:
+        """Use at once what is on its way for units that are solved anew now; collective if there is any.
+
+        So nothing that was solved is lost, each unit has one payload on its way at most, and the new one starts from
+        the last. What came with them for other units stays due when it was.
+        """
+        for other in self.pending:
+            if names.isdisjoint(unit.name for unit in other.units):
+                continue
+            arrived = self.arrived(other)
+            self._use([(unit, payload) for unit, payload in arrived if unit.name in names])
+            other.payloads = [(unit, payload) for unit, payload in arrived if unit.name not in names]
+            other.units = [unit for unit, _ in other.payloads]
+        self.pending = [other for other in self.pending if other.units]
+
+    def _use(self, arrived: Sequence[tuple[Unit, Tensor]]) -> None:
+        """Precondition with payloads from now on, as far as this rank does; collective for EKFAC if there are any."""
+        own = [(unit, payload) for unit, payload in arrived if unit.name in self.holders]
+        if self._moments is None:
+            for unit, payload in own:
+                self.holders[unit.name].load(unit, payload)
+        elif arrived:
+            self._moments.load(own, self.holders)
+            self._moments.publish()
+
     def _conclude(self, refreshed: Refreshed, solving: Solving) -> None:
         """Take what the side thread has solved, and send it."""
         outcome = solving.job.result(lambda done: done.tensors)
@@ -237,7 +253,7 @@ class Refresh:
         if self._sharing.size == 1:
             refreshed.payloads = solved
             return
-        buffer = wire.sharing_buffer(torch.float32, self._averages.device)
+        buffer = wire.sharing_buffer(self._averages.working, self._averages.device)
         for unit, payload in solved:
             wire.put(buffer, unit, payload)
         refreshed.new = True
@@ -266,9 +282,23 @@ class Refresh:
 
     def _take_note(self, outcome: Outcome) -> None:
         self.failures += outcome.failures
+        self._say_raised(outcome.raised)
         self.inspector.note(outcome.seconds, outcome.tasks)
         for name, values in outcome.asymmetries.items():
             self._note_asymmetry(name, *values)
+
+    def _say_raised(self, raised: Mapping[str, str]) -> None:
+        """Count units whose damping didn't do, and warn of the first ones."""
+        if raised and not self.raised:
+            shown = ", ".join(f"{name} ({how})" for name, how in list(raised.items())[:_NAMED])
+            more = f" and {len(raised) - _NAMED} more" if len(raised) > _NAMED else ""
+            warnings.warn(
+                f"K-FAC factors are not positive definite with their damping: {shown}{more}. From now on "
+                "`raised_dampings` in the metrics counts them. Raise kfac.inversion.damping; keep factors in float32 "
+                "or float64 (kfac.curvature.factor_dtype)",
+                stacklevel=3,
+            )
+        self.raised += len(raised)
 
     def _note_asymmetry(self, name: str, *values: Tensor | None) -> None:
         """Note how far a unit's factor, and its inverse, are from symmetric."""

@@ -44,6 +44,7 @@ class Outcome:
     Attributes:
         payloads: Of each unit.
         failures: Units that keep what they had.
+        raised: By unit name, how a factor was changed that wasn't positive definite with its damping.
         asymmetries: By unit name, of the factor and of the inverse.
         tasks: What was solved, for who reads spectra.
         seconds: The host's time for it.
@@ -51,6 +52,7 @@ class Outcome:
 
     payloads: list[Tensor]
     failures: int
+    raised: Mapping[str, str]
     asymmetries: Mapping[str, tuple[Tensor | None, Tensor | None]]
     tasks: list[Task]
     seconds: float
@@ -82,21 +84,23 @@ class UnitSolver:
     def solve(self, given: Given) -> Outcome:
         """Solve units; reads nothing that training changes, besides what it is given."""
         weights, traces = self._quotients(given.totals, given.combined)
+        unmeasured = self._unmeasured(weights)
         tasks: list[Task] = []
         kept: list[Tensor | None] = []
         for unit, sums, previous in zip(given.units, given.sums, given.previous, strict=True):
             weight = weights[self._layout.index(unit)]
-            if weight <= 0:  # never measured on any rank: the plain gradient stays
+            if unit.block in unmeasured:
                 kept.append(previous)
                 continue
             delta = self._damping(unit, weights, traces, given.damping)
             classes = given.combined.get(unit.name)
             coefficients = None if classes is None else classes.coefficients
-            tasks.append(Task(unit, sums, delta, previous, weight, coefficients))
+            tasks.append(Task(unit, sums, delta, previous, weight, coefficients, self._averages.working))
             kept.append(None)
         inverses: dict[str, Tensor] = {}
         started = time.perf_counter()
-        solved, failures = solve(tasks, self._solver, inverses)
+        raised: dict[str, str] = {}
+        solved, failures = solve(tasks, self._solver, inverses, raised)
         seconds = time.perf_counter() - started
         fresh = iter(
             payload if payload is task.previous else self._fold_identity(task.unit, payload, weights, traces, given)
@@ -104,12 +108,23 @@ class UnitSolver:
             if payload is not None
         )
         payloads = [next(fresh) if previous is None else previous for previous in kept]
-        return Outcome(payloads, failures, self._asymmetries(tasks, inverses), tasks, seconds)
+        return Outcome(payloads, failures, raised, self._asymmetries(tasks, inverses), tasks, seconds)
+
+    def _unmeasured(self, weights: Sequence[float]) -> set[str]:
+        """Return the blocks of which a factor has no statistics on any rank.
+
+        They keep what they have: at first their plain gradients, whatever the solver, as half a curvature is none.
+        """
+        return {unit.block for unit in self._plan.units if weights[self._layout.index(unit)] <= 0}
 
     def asymmetry(self, unit: Unit, sums: Tensor) -> Tensor | None:
         """Return how far a unit's sums are from symmetric, a 0-dim tensor; None where nothing tells."""
-        tells = unit.kind is FactorKind.DENSE and not self._mirrored
-        return self._averages.asymmetry(unit, sums) if tells else None
+        if unit.kind is not FactorKind.DENSE or self._mirrored:
+            return None
+        try:
+            return self._averages.asymmetry(unit, sums)
+        except RuntimeError:  # no memory for a number that is only shown: raised on one rank, the others would wait
+            return None
 
     def _asymmetries(
         self, tasks: Sequence[Task], inverses: Mapping[str, Tensor]

@@ -9,6 +9,7 @@
     units/<name>/refreshed          whether it has ever been refreshed
     units/<name>/samples            how samples share its layer's output (`broadcast.Samples`), 0 if not known yet
     units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
+    damping                         what the run has set the damping to, and multiplied it by
     adaptation                      how the damping has followed the trust region, if it does
     diagonal                        the diagonal Fisher of parameters without a block, if there is one
     moments/<name>                  EKFAC's second moments, under scalars, sum and payload; whether they are `ready`
@@ -20,6 +21,8 @@ or sent are waited for: they are what is pending.
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +34,8 @@ from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments
-from kfac_dist.errors import CheckpointError
-from kfac_dist.preconditioner.adaptation import DampingAdaptation
+from kfac_dist.errors import CheckpointError, CollectiveError
+from kfac_dist.preconditioner.damping import Damping
 from kfac_dist.preconditioner.diagonal import DiagonalFisher
 from kfac_dist.preconditioner.moments import Moments
 from kfac_dist.preconditioner.plan import Plan
@@ -41,6 +44,8 @@ from kfac_dist.preconditioner.refresh import Refresh, Refreshed
 
 LABEL = "checkpoint"
 _NEVER = -1
+# Seconds after which a rank says that it waits for others in a call that all of them have to make.
+PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Parts:
     communicator: Communicator
     lagged: bool
     rest: DiagonalFisher
-    adaptation: DampingAdaptation
+    damping: Damping
     step: int
     overdue: set[int]
     refreshed: set[int]
@@ -64,6 +69,73 @@ class Parts:
     def owns(self, unit: Unit) -> bool:
         """Whether this rank inverts the unit."""
         return self.plan.assignment.owners[unit.name] == self.communicator.rank
+
+
+def meet(communicator: Communicator, call: str, said: Any = None) -> list[Any]:
+    """Come together with the other ranks in a method of `KFAC` that all of them have to call.
+
+    Args:
+        communicator: The ranks.
+        call: The method's name.
+        said: What the other ranks are told.
+
+    Returns:
+        What each rank said.
+
+    Raises:
+        CollectiveError: Another rank hasn't come in time, or has called another method.
+    """
+    if communicator.size == 1:
+        return [said]
+    what = f"KFAC.{call}(), which every rank has to call"
+
+    def impatient() -> None:
+        warnings.warn(
+            f"rank {communicator.rank} of {communicator.size} has waited {PATIENCE:g} s for the others in {what}: "
+            "call it outside of `if rank == 0`, and write the file inside",
+            stacklevel=2,
+        )
+
+    timer = threading.Timer(PATIENCE, impatient)
+    timer.daemon = True
+    timer.start()
+    try:
+        answers = communicator.gather_objects((call, said), label=LABEL)
+    except CollectiveError as error:
+        raise CollectiveError(
+            f"rank {communicator.rank} of {communicator.size} was alone in {what}: {error}"
+        ) from error
+    finally:
+        timer.cancel()
+    for rank, (other, _) in enumerate(answers):
+        if other != call:
+            raise CollectiveError(
+                f"rank {communicator.rank} called KFAC.{call}(), rank {rank} KFAC.{other}(): every rank has to call "
+                "the same, in the same order"
+            )
+    return [answer for _, answer in answers]
+
+
+def agree_to_load(parts: Parts, values: Mapping[str, Any]) -> None:
+    """Refuse a state that doesn't fit on some rank, or isn't the same step's on all; collective.
+
+    Raises:
+        CheckpointError: On every rank.
+    """
+    try:
+        _check(parts, values)
+        problem, step = None, int(values["step"])
+    except CheckpointError as error:
+        problem, step = error, -1
+    answers = meet(parts.communicator, "load_state_dict", (None if problem is None else str(problem), step))
+    if problem is not None:
+        raise problem
+    for rank, (reason, _) in enumerate(answers):
+        if reason is not None:
+            raise CheckpointError(f"rank {rank}: {reason}")
+    steps = [step for _, step in answers]
+    if len(set(steps)) > 1:
+        raise CheckpointError(f"ranks load K-FAC states of different steps: {steps}, by rank; load one state on all")
 
 
 def held(parts: Parts) -> dict[str, Any]:
@@ -92,9 +164,10 @@ def held(parts: Parts) -> dict[str, Any]:
         "shares": torch.tensor(parts.reduction.shares),
         "refreshes": torch.tensor(parts.refresh.refreshes),
         "units": units,
+        "damping": parts.damping.state_dict(),
         **({"diagonal": parts.rest.state_dict()} if parts.rest.names else {}),
         **({} if parts.moments is None else {"moments": parts.moments.held()}),
-        **({"adaptation": parts.adaptation.state_dict()} if parts.adaptation.active else {}),
+        **({"adaptation": parts.damping.adaptation.state_dict()} if parts.damping.adaptation.active else {}),
     }
 
 
@@ -120,8 +193,9 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
         CheckpointError: A unit is missing or has another shape.
     """
     _check(parts, values)
+    parts.damping.load_state_dict(values.get("damping"))
     parts.rest.load_state_dict(values.get("diagonal"))
-    parts.adaptation.load_state_dict(values.get("adaptation"))
+    parts.damping.adaptation.load_state_dict(values.get("adaptation"))
     scale = float(values["shares"]) / parts.reduction.shares
     holders = parts.refresh.holders
     parts.refresh.refreshes = int(values["refreshes"])
@@ -132,8 +206,10 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
         parts.reduction.restore(unit, entry.get("sum"), entry["scalars"], scale)
         if unit.name in holders:
             holders[unit.name].load(unit, entry["payload"].to(parts.averages.device))
-            if parts.lagged and "due" in entry and int(entry["due"]) != _NEVER:
-                coming.setdefault(int(entry["due"]), []).append((unit, entry["pending"].to(parts.averages.device)))
+            if "due" in entry and int(entry["due"]) != _NEVER:
+                # Without a lag, what was on its way is used at once.
+                due = int(entry["due"]) if parts.lagged else int(values["step"])
+                coming.setdefault(due, []).append((unit, entry["pending"].to(parts.averages.device)))
     parts.refresh.pending.extend(
         Refreshed(due, [unit for unit, _ in payloads], payloads) for due, payloads in sorted(coming.items())
     )
@@ -187,7 +263,7 @@ def _gather_key(parts: Parts, plan: Plan, units: dict[str, dict[str, Tensor]], k
     layout = SegmentLayout(
         [Segment(unit.name, numel[unit.name], owners[unit.name]) for unit in plan.units], parts.communicator.size
     )
-    dtype = parts.averages.average.dtype if key == "sum" else torch.float32
+    dtype = parts.averages.average.dtype if key == "sum" else parts.averages.working
     buffer = torch.empty(layout.sharing_numel, dtype=dtype, device=parts.averages.device)
     for unit in plan.units:
         if owners[unit.name] == parts.communicator.rank:

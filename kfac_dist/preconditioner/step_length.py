@@ -47,6 +47,7 @@ class StepLength:
         rest: The parameters without a block that have a diagonal Fisher.
         plain: Those that have none.
         device: Where preconditioning happens.
+        dtype: In which precision.
 
     Attributes:
         kl_scale: ν, by which the trust region shortened the last step, 0-dim.
@@ -65,6 +66,7 @@ class StepLength:
         rest: DiagonalFisher,
         plain: Sequence[str],
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         if config.kl_clip is not None and config.kl_clip_lr == "current" and optimizer is None:
             raise ModelError(
@@ -79,8 +81,8 @@ class StepLength:
         self._plain = plain
         self._device = device
         self._sums: list[Tensor] = []
-        self.kl_scale = torch.ones((), device=device)
-        self.predicted_kl = torch.zeros((), device=device)
+        self.kl_scale = torch.ones((), device=device, dtype=dtype)
+        self.predicted_kl = torch.zeros((), device=device, dtype=dtype)
 
     @property
     def _grafts_together(self) -> bool:
@@ -117,7 +119,7 @@ class StepLength:
         clip, together = self._config.kl_clip, self._grafts_together
         if clip is None and not together:
             return None
-        total = torch.zeros(3 if together else 1, device=self._device)
+        total = torch.zeros(3 if together else 1, device=self._device, dtype=self.kl_scale.dtype)
         total += torch.stack(sums).sum(0) if sums else 0.0
         for product in self._rest.products(rest):
             total[0] += product

@@ -79,9 +79,12 @@ class ReplicatedTransport(Transport):
         groups: The groups of this rank's column.
         plan: Which column preconditions which block.
         row: The ranks that hand each other preconditioned gradients.
+        dtype: Precision of these.
     """
 
-    def __init__(self, blocks: Sequence[Block], groups: Sequence[Group], plan: Plan, row: Communicator) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], groups: Sequence[Group], plan: Plan, row: Communicator, dtype: torch.dtype
+    ) -> None:
         self._blocks = {block.name: block for block in blocks}
         self._groups = groups
         self._row = row
@@ -92,7 +95,7 @@ class ReplicatedTransport(Transport):
             self._layout = update_layout(plan)
             # Every rank may precondition nothing (more columns than blocks) and still receives everything.
             device = next(iter(blocks[0].parameters.values())).device
-            self._buffer = torch.zeros(self._layout.sharing_numel, device=device)
+            self._buffer = torch.zeros(self._layout.sharing_numel, device=device, dtype=dtype)
 
     def collect(self, gradients: dict[str, Tensor]) -> None:
         """See `Transport.collect`."""
@@ -176,6 +179,7 @@ class ShardedTransport(Transport):
         plan: Which column preconditions which block.
         row: The ranks that together hold each gradient once; the position in it is the column.
         device: Where preconditioning happens.
+        dtype: In which precision.
     """
 
     def __init__(
@@ -187,11 +191,12 @@ class ShardedTransport(Transport):
         plan: Plan,
         row: Communicator,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         layout = engine.layout(dict.fromkeys(name for block in blocks for name in block.parameters))
         by_name = {block.name: block for block in blocks}
         # Gradients in bf16 are rounded to it anyway when the results come back; half precision would overflow.
-        wire = torch.bfloat16 if engine.gradient_dtype is torch.bfloat16 else torch.float32
+        wire = torch.bfloat16 if engine.gradient_dtype is torch.bfloat16 else dtype
         self._buckets = []
         for groups, inside in zip(buckets, names, strict=True):
             parts = {name: exchange_parts(by_name[name], layout, plan) for name in inside}
@@ -265,7 +270,7 @@ def _places(
     staged: list[tuple[Tensor, Tensor]] = []
     for group in groups:
         for index, block in enumerate(group.blocks):
-            apart = [torch.empty(part.shape, device=group.gradient.device) for part in parts[block.name]]
+            apart = [group.gradient.new_empty(part.shape) for part in parts[block.name]]
             pairs = list(block.own_views(apart, group.matrix(group.gradient, index)))
             for part, own, (view, place) in zip(parts[block.name], apart, pairs, strict=True):
                 # The views' dimensions, brought to the order in which the part's elements follow each other.
@@ -279,6 +284,14 @@ def _places(
 
 
 def _gradients_of(block: Block, gradients: dict[str, Tensor]) -> list[Tensor] | None:
-    """Return the block's gradients in matrix order; None if no rank used the layer in this step."""
-    found = [gradients[name] for name in block.parameters if name in gradients]
-    return found if len(found) == len(block.parameters) else None
+    """Return the block's gradients in matrix order; None if no rank used the layer in this step.
+
+    One that is missing, of a bias that the loss doesn't know, is zero, as it is where ranks hold slices.
+    """
+    known = next((gradients[name] for name in block.parameters if name in gradients), None)
+    if known is None:
+        return None
+    return [
+        gradients[name] if name in gradients else known.new_zeros(parameter.shape)
+        for name, parameter in block.parameters.items()
+    ]

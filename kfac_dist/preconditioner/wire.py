@@ -1,6 +1,6 @@
 """Units on the wire: one flat buffer in which everything that has the same owner is contiguous.
 
-Matrices travel whole or as packed triangles, in fp32 or bf16; whoever packs and unpacks doesn't know what for.
+Matrices travel whole or as packed triangles, in fp64, fp32 or bf16; whoever packs and unpacks doesn't know what for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from kfac_dist.curvature.factors import Unit
 from kfac_dist.distributed.cost import triangle_numel
 from kfac_dist.distributed.packing import pack_symmetric, unpack_symmetric
 from kfac_dist.distributed.segments import Segment, SegmentLayout
+from kfac_dist.precision import widened
 
 
 class UnitWire:
@@ -64,7 +65,7 @@ class UnitWire:
             place.copy_(values.flatten())
 
     def get(self, place: Tensor, unit: Unit) -> Tensor:
-        """Return a unit's flat fp32 values from its place in a buffer."""
+        """Return a unit's flat values, of fp32 at least, from its place in a buffer."""
         if not self._packed[unit.name]:
-            return place.float()
-        return unpack_symmetric(place.float().view(unit.batch, -1), unit.dim).flatten()
+            return widened(place)
+        return unpack_symmetric(widened(place).view(unit.batch, -1), unit.dim).flatten()

@@ -28,7 +28,6 @@ from kfac_dist.config.schema import StepSolver
 from kfac_dist.engines import Engine
 from kfac_dist.engines.holding import Holding
 from kfac_dist.errors import CheckpointError
-from kfac_dist.optimizers import Stepper
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.state import check_units
 from kfac_dist.training.agreement import agreed
@@ -107,9 +106,12 @@ def restore_state(
         "own": {f"rank{rank}": _like_saved(own, held, f"own.rank{rank}.")} if own else {},
         **straight(wanted, saved),
     }
+    same_solver = _is_same_solver(checkpoints, checkpoint, parts)
     if kfac is not None:
         state["kfac"] = kfac.sharded_state_dict()
-    if stepper is not None and _is_its_solver(checkpoints, checkpoint, stepper):
+        if not same_solver or not any(name.startswith("kfac.") and ".damping." in f".{name}" for name in saved):
+            _drop(state["kfac"], "damping")
+    if stepper is not None and same_solver:
         state["solver"] = stepper.state_dict()
     checkpoints.load(checkpoint, state, piecewise(wanted, saved))
     engine.restored()
@@ -126,13 +128,24 @@ def restore_state(
     return restored
 
 
-def _is_its_solver(checkpoints: Checkpoints, checkpoint: Checkpoint, stepper: Stepper) -> bool:
-    """Return whether a checkpoint was written with this solver; solvers' states have names in common, such as λ's."""
+def _is_same_solver(checkpoints: Checkpoints, checkpoint: Checkpoint, parts: Parts) -> bool:
+    """Return whether a checkpoint was written with the run's solver.
+
+    Solvers' states have names in common, such as λ's, and what one has set the damping to is no other's.
+    """
     before = checkpoint.facts["config"].get("kfac", {}).get("solver", StepSolver.DIRECT)
-    now = stepper.kfac.config.solver
-    if before != now:
+    now = parts.kfacs[0].config.solver if parts.kfacs else before
+    if before != now and parts.stepper is not None:
         checkpoints.notice(f"{checkpoint.path}: written with kfac.solver {before}; {now} starts afresh")
     return bool(before == now)
+
+
+def _drop(state: dict[str, Any], key: str) -> None:
+    """Take a key out of nested dictionaries: a `KFAC`'s own, or each player's."""
+    state.pop(key, None)
+    for value in state.values():
+        if isinstance(value, dict) and "units" in value:
+            value.pop(key, None)
 
 
 def _buffers(engine: Engine) -> dict[str, Any]:

@@ -349,3 +349,32 @@ def test_newton_schulz_uses_the_previous_payload_of_solve() -> None:
     first = solve_one(matrix.clone(), Solver.NEWTON_SCHULZ, 0.1)
     again = solve_one(matrix.clone(), Solver.NEWTON_SCHULZ, 0.1, previous=first)
     assert_close(again.view(2, 6, 6), damped_inverse(matrix, 0.1), 1e-5)
+
+
+@pytest.mark.parametrize("solver", [*INVERTERS, *DECOMPOSERS])
+@pytest.mark.parametrize("kind", [FactorKind.DENSE, FactorKind.DIAGONAL])
+def test_what_is_not_positive_definite_with_its_damping_is_told_of(solver: Solver, kind: FactorKind) -> None:
+    values = torch.tensor([[2.0, -0.5, 1.0]])
+    sums = torch.diag_embed(values) if kind is FactorKind.DENSE else values
+    good = torch.diag_embed(values.abs()) if kind is FactorKind.DENSE else values.abs()
+    raised: dict[str, str] = {}
+    tasks = [Task(unit_of(3, kind=kind), sums, 0.01, None), Task(unit_of(3, kind=kind, index=1), good, 0.01, None)]
+    (payload, _), failures = solve(tasks, solver, None, raised)
+    assert failures == 0
+    assert payload is not None
+    assert list(raised) == ["layer/A/0"]
+    if solver in INVERTERS:
+        assert raised["layer/A/0"] == "inverted with 100 times its damping 0.01"
+        found = payload.view(3, 3).diagonal() if kind is FactorKind.DENSE else payload
+        torch.testing.assert_close(found, 1 / (values[0] + 1.0))
+    else:
+        assert raised["layer/A/0"] == "its eigenvalue -0.5 taken for 0"
+        assert (payload[-3:] >= 0).all()
+
+
+@pytest.mark.parametrize("solver", [*INVERTERS, *DECOMPOSERS])
+def test_rounding_is_not_told_of(solver: Solver) -> None:
+    rows = torch.randn(1, 5, 40, generator=torch.Generator().manual_seed(0))
+    raised: dict[str, str] = {}
+    solve([Task(unit_of(40), rows.mT @ rows, 1e-3, None)], solver, None, raised)
+    assert raised == {}

@@ -43,7 +43,7 @@ def tensors_of(root: object) -> Iterator[Tensor]:
 def bookkeeping(kfac: KFAC) -> list[Tensor]:
     """A number or a few a unit: weights, traces, places; the planner counts none of them."""
     matrices = {"average", "window", "_window"}
-    kept = (kfac._averages, kfac._reduction, kfac._refresh, kfac._length, kfac._adaptation, kfac._rest)
+    kept = (kfac._averages, kfac._reduction, kfac._refresh, kfac._length, kfac._damping.adaptation, kfac._rest)
     moments = () if kfac._moments is None else (kfac._moments.averages, kfac._moments.reduction)
     return [
         value

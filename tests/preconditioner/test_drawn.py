@@ -93,7 +93,7 @@ def test_the_formula(fisher: str) -> None:
 
 def test_its_mean_is_the_fisher_and_its_variance_twice_the_square() -> None:
     model, x = Scaled(), batch(0)[0].repeat(5, 1)
-    drawn, found = DrawnGradients(model, ["scale"], torch.device("cpu")), []
+    drawn, found = DrawnGradients(model, ["scale"], torch.device("cpu"), torch.float32), []
     outputs = model(x)
     for step in range(3000):
         drawn.reset()

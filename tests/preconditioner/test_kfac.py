@@ -503,3 +503,87 @@ def after_remove() -> str:
 
 def test_a_removed_kfac_does_not_talk_on_the_groups_of_others() -> None:
     assert all("closed" in message for message in run_ranks(2, after_remove))
+
+
+def refreshing_again() -> list[str]:
+    """What `refresh_again` says at each step of layers that take turns, and of ones that don't."""
+    said = []
+    for stagger in (2, 1):
+        inversion = {"inverse_every": 2, "stagger": stagger, "early_refresh": 0, "damping": 0.05}
+        run = Run("mlp", {"curvature": {"factor_every": 1}, "inversion": inversion})
+        for step in range(4):
+            run.gradients(step)
+            run.kfac.update_curvature()
+            before = run.kfac.communicator.traffic.total_calls
+            try:
+                run.kfac.set_damping(0.5)
+                run.kfac.refresh_again()
+                said.append("")
+            except ConfigError as error:
+                said.append(str(error))
+                assert run.kfac.communicator.traffic.total_calls == before
+            run.kfac.advance()
+        run.close()
+    return said
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_only_what_was_refreshed_whole_is_refreshed_again(size: int) -> None:
+    for said in run_ranks(size, refreshing_again):
+        turns, together = said[:4], said[4:]
+        assert turns[0] == together[0] == together[2] == ""
+        for step, text in [*enumerate(turns[1:], 1), (1, together[1]), (3, together[3])]:
+            assert f"kfac.refresh_again() at step {step}, which has not refreshed every inverse" in text
+            assert "kfac.inversion.stagger 1" in text
+
+
+def test_a_bias_without_a_gradient_counts_as_zero() -> None:
+    """The weight is preconditioned and clipped with the rest of its block, as where ranks hold slices."""
+    runs = [Run("mlp", {**EVERY_STEP, "update": {"kl_clip": 1e-4}}) for _ in range(2)]
+    for run, missing in zip(runs, (True, False), strict=True):
+        run.gradients(0)
+        for name in ("0.bias", "4.bias"):
+            bias = run.model.get_parameter(name)
+            bias.grad = None if missing else torch.zeros_like(bias)
+        run.kfac.step()
+    one, other = runs
+    assert float(one.kfac._length.kl_scale) < 1
+    assert torch.equal(one.kfac._length.kl_scale, other.kfac._length.kl_scale)
+    for name, parameter in one.model.named_parameters():
+        if name in ("0.bias", "4.bias"):
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, other.model.get_parameter(name).grad)
+    for run in runs:
+        run.close()
+
+
+class HalfSeen(nn.Module):
+    """A layer that K-FAC never sees, one whose output the loss doesn't know, and one as usual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head, self.idle = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(4, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.idle(inputs)
+        return self.head(torch.tanh(self.hidden(inputs)))
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "newton_schulz", "eigen", "ekfac"])
+def test_what_was_never_measured_keeps_its_plain_gradient(solver: str) -> None:
+    torch.manual_seed(0)
+    model, idle = HalfSeen(), ("idle.weight", "idle.bias")
+    inversion: dict[str, Any] = {"solver": solver, "inverse_every": 1, "damping": 0.5}
+    kfac = KFAC(model, {"curvature": {"factor_every": 1}, "inversion": inversion, "update": {"kl_clip": None}})
+    plain = {name: torch.randn_like(model.get_parameter(name)) for name in idle}
+    for _ in range(3):
+        model.zero_grad()
+        F.cross_entropy(model(torch.randn(7, 4)), torch.arange(7) % 3).backward()
+        seen = model.head.weight.grad.clone()
+        for name in idle:
+            model.get_parameter(name).grad = plain[name].clone()
+        kfac.step()
+        assert all(torch.equal(plain[name], model.get_parameter(name).grad) for name in idle)
+        assert not torch.allclose(model.head.weight.grad, seen)
+    kfac.remove()

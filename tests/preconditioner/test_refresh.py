@@ -149,3 +149,101 @@ def test_a_layer_is_measured_in_its_turn_alone() -> None:
         assert not torch.allclose(found[unit.name], wanted[7 - measured][unit.name])
     every.close()
     turns.close()
+
+
+SLOTS: dict[str, Any] = {
+    "curvature": {"factor_every": 1, "decay": 0.5},
+    "inversion": {"inverse_every": 8, "stagger": 4, "early_refresh": 0, "damping": 0.05},
+}
+
+
+def owed(solver: str, lag: int) -> tuple[list[dict[str, Tensor]], dict[str, int], bool]:
+    """What preconditions after each step, where all refreshes are owed at step 17; each layer's slot.
+
+    At last: whether a run that is resumed in the midst of it goes on with the same.
+    """
+    inversion = {**SLOTS["inversion"], "inverse_lag": lag, "solver": solver}
+    run = Run("conv", {**SLOTS, "inversion": inversion}, lr=0.0)
+    found, same = [], True
+    again: Run | None = None
+    for step in range(26):
+        if step == 17:
+            run.kfac.multiply_damping(10.0, refresh=True)
+        run.step(step)
+        found.append(run.kfac.inverses())
+        if again is not None:
+            again.step(step)
+            same = same and all(torch.equal(value, found[-1][name]) for name, value in again.kfac.inverses().items())
+        if step == 18:
+            again = Run("conv", {**SLOTS, "inversion": inversion}, lr=0.0)
+            again.kfac.load_state_dict(run.kfac.state_dict())
+    slots = {unit.name: run.kfac.plan.blocks[unit.block].slot for unit in run.kfac.plan.units}
+    run.close()
+    assert again is not None
+    again.close()
+    return found, slots, same
+
+
+def late_and_owed(solver: str) -> Any:
+    once, slots, _ = owed(solver, 0)
+    late, _, same = owed(solver, LAG)
+    return once, late, slots, same
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("solver", ["cholesky", "eigen"])
+def test_a_refresh_loses_none_that_are_on_their_way_for_others(size: int, solver: str) -> None:
+    for once, late, slots, resumed in run_ranks(size, late_and_owed, solver, timeout=120):
+        assert resumed
+        assert set(slots.values()) == {0, 1, 2, 3}
+        for name, slot in slots.items():
+            assert not torch.equal(once[17][name], once[16][name]), "all are owed at step 17"
+            # Slot 1 is due at step 18 anyway, when it goes over to what is on its way.
+            first = 18 if slot == 1 else 20
+            assert not torch.equal(late[first - 1][name], once[17][name])
+            assert torch.equal(late[first][name], once[17][name])
+            regular = 16 + 2 * slot if slot else 24
+            for step in range(first, 26):
+                begun = regular if regular + LAG <= step else 17
+                assert torch.equal(late[step][name], once[begun][name]), (name, step)
+
+
+def spoiled(solver: str, lag: int) -> tuple[list[str], float, bool]:
+    """Warnings, counts and whether inverses are finite, where a layer's factor has a negative eigenvalue."""
+    inversion = {"solver": solver, "inverse_every": 2, "inverse_lag": lag, "early_refresh": 0, "damping": 1e-4}
+    run = Run("mlp", {"curvature": {"factor_every": 1, "decay": 0.5}, "inversion": inversion}, lr=0.0)
+    run.step(0)
+    unit = next(unit for unit in run.kfac.plan.units if unit.block == "0" and str(unit.side) == "A")
+    said = []
+    for step in range(1, 8):
+        sums = run.kfac._averages.sums(unit)
+        values, vectors = torch.linalg.eigh(sums[0].triu() + sums[0].triu(1).T)
+        values[0] = -20.0  # so much that half of it outweighs what the step measures
+        sums[0].copy_(vectors @ values.diag() @ vectors.T)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.step(step)
+        said += [str(warning.message) for warning in caught if "positive definite" in str(warning.message)]
+    finite = all(bool(torch.isfinite(value).all()) for value in run.kfac.inverses().values())
+    count = run.kfac.metrics()["raised_dampings"]
+    owner = run.kfac.plan.assignment.owners[unit.name] == run.rank
+    run.close()
+    return (said, count, finite) if owner else (["another's"], count, finite)
+
+
+def all_spoiled() -> list[tuple[list[str], float, bool]]:
+    return [spoiled(solver, lag) for solver in ("cholesky", "newton_schulz", "eigen", "ekfac") for lag in (0, 1)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_factors_that_are_not_positive_definite_are_counted_and_told_of_once(size: int) -> None:
+    by_rank = run_ranks(size, all_spoiled, timeout=120)
+    for index in range(len(by_rank[0])):
+        said, count, finite = next(own[index] for own in by_rank if own[index][0] != ["another's"])
+        assert finite
+        assert len(said) == 1
+        assert "0/A/0 (" in said[0]
+        assert "kfac.inversion.damping" in said[0]
+        assert count >= 3
+        for others, none, _ in (own[index] for own in by_rank if own[index][0] == ["another's"]):
+            assert (others, none) == (["another's"], 0)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
 from kfac_dist import KFAC
-from kfac_dist.errors import CheckpointError
+from kfac_dist.errors import CheckpointError, CollectiveError, KFACError
+from kfac_dist.preconditioner import state
 from tests.harness import run_ranks
 from tests.preconditioner.workloads import Run, mlp, relative
 
@@ -146,3 +149,137 @@ def test_refreshes_are_counted_over_resumes() -> None:
     assert again.kfac.metrics()["refreshes"] == run.kfac.metrics()["refreshes"] == 4
     again.train(2, first=BEFORE)
     assert again.kfac.metrics()["refreshes"] == 5
+
+
+def damped(*, old: bool = False) -> list[bool]:
+    """Whether a resumed run goes on as the other does, whose damping was set and multiplied, with refreshes owed."""
+    same = []
+    for own in (None, 0.2):
+        run = Run("mlp", BASE)
+        run.train(BEFORE)
+        run.kfac.set_damping(own)
+        run.kfac.multiply_damping(10.0, refresh=True)
+        saved = save(run)
+        if old:
+            del saved["kfac"]["damping"]
+        again = resume(BASE, saved)
+        same.append(again.kfac.damping == run.kfac.damping == 10 * (own or 0.05))
+        wanted, found = run.train(AFTER, BEFORE), again.train(AFTER, BEFORE)
+        same.append(all(torch.equal(found[name], value) for name, value in wanted.items()))
+        again.kfac.set_damping(None)
+        same.append(again.kfac.damping == again.kfac.damping_factor * 0.05)
+        run.close()
+        again.close()
+    return same
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_a_run_has_made_of_its_damping_is_resumed(size: int) -> None:
+    for same in run_ranks(size, damped, timeout=120):
+        assert same == [True] * 6
+
+
+def test_a_state_from_before_dampings_were_saved_leaves_them() -> None:
+    run = Run("mlp", BASE)
+    run.train(3)
+    saved = save(run)
+    del saved["kfac"]["damping"]
+    again = Run("mlp", BASE)
+    again.kfac.multiply_damping(4.0)
+    again.kfac.load_state_dict(saved["kfac"])
+    assert again.kfac.damping == pytest.approx(0.2)
+    run.close()
+    again.close()
+
+
+def alone(call: str) -> tuple[str, list[str]]:
+    """What rank 0 says that calls something alone, while rank 1 is elsewhere."""
+    patience, state.PATIENCE = state.PATIENCE, 0.2
+    run = Run("mlp", with_distribution(timeout_seconds=1.0))
+    run.train(1)
+    saved = run.kfac.state_dict()
+    said = ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if run.rank:
+            time.sleep(1.5)
+        else:
+            try:
+                method = getattr(run.kfac, call)
+                method(saved) if call.startswith("load") else method()
+            except CollectiveError as error:
+                said = str(error)
+    state.PATIENCE = patience
+    return said, [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("call", ["state_dict", "sharded_state_dict", "load_state_dict"])
+def test_a_rank_that_is_alone_in_a_collective_call_says_so_soon(call: str) -> None:
+    (said, warned), (nothing, quiet) = run_ranks(2, alone, call)
+    assert f"rank 0 of 2 was alone in KFAC.{call}(), which every rank has to call" in said
+    assert [text for text in warned if f"rank 0 of 2 has waited 0.2 s for the others in KFAC.{call}()" in text]
+    assert (nothing, [text for text in quiet if "KFAC" in text]) == ("", [])
+
+
+def differing() -> list[str]:
+    """What each rank is told of calls that don't fit together; nobody waits."""
+    run = Run("mlp", BASE)
+    states = []
+    for step in range(2):
+        run.step(step)
+        states.append(copy.deepcopy(run.kfac.state_dict()))
+    broken = {key: value for key, value in states[0].items() if key != "units"}
+    calls = [
+        lambda: run.kfac.load_state_dict(states[0]) if run.rank else run.kfac.state_dict(),
+        lambda: run.kfac.load_state_dict(states[run.rank]),
+        lambda: run.kfac.load_state_dict(broken if run.rank else states[0]),
+    ]
+    said = []
+    for call in calls:
+        try:
+            call()
+            said.append("")
+        except KFACError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    run.kfac.load_state_dict(states[1])
+    run.close()
+    return said
+
+
+def test_ranks_that_load_different_states_are_told_on_all_of_them() -> None:
+    mine, theirs = run_ranks(2, differing)
+    assert mine[0].startswith("CollectiveError: rank 0 called KFAC.state_dict(), rank 1 KFAC.load_state_dict()")
+    assert theirs[0].startswith("CollectiveError: rank 1 called KFAC.load_state_dict(), rank 0 KFAC.state_dict()")
+    different = "CheckpointError: ranks load K-FAC states of different steps: [1, 2], by rank; load one state on all"
+    assert mine[1] == theirs[1] == different
+    assert theirs[2].startswith("CheckpointError: the K-FAC state has no unit")
+    assert mine[2].startswith("CheckpointError: rank 1: the K-FAC state has no unit")
+
+
+def test_what_was_on_its_way_is_used_at_once_where_there_is_no_lag() -> None:
+    """Saved after step 4, whose refresh of slot 0 a run with a lag of 3 uses from step 7 on."""
+    inversion = {"inverse_every": 4, "damping": 0.05, "early_refresh": 0}
+    run = Run("mlp", {**BASE, "inversion": {**inversion, "inverse_lag": 3}}, lr=0.0)
+    run.train(5)
+    again = resume({**BASE, "inversion": inversion}, save(run))
+    old = run.kfac.inverses()
+    run.train(3, 5)
+    again.step(5)
+    for name, value in run.kfac.inverses().items():
+        assert not torch.equal(value, old[name])
+        assert torch.equal(again.kfac.inverses()[name], value)
+    run.close()
+    again.close()
+
+
+def test_a_state_from_before_the_first_refresh_forgets_the_bases() -> None:
+    config = {**BASE, "inversion": {"solver": "ekfac", "inverse_every": 4, "damping": 0.05}}
+    run = Run("mlp", config)
+    first = save(run)
+    wanted = run.train(4)
+    run.model.load_state_dict(first["model"])
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9)
+    run.kfac.load_state_dict(first["kfac"])
+    found = run.train(4)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    run.close()

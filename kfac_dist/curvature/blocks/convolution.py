@@ -17,6 +17,7 @@ from kfac_dist.curvature.blocks.rows import MicroBatch, fold_samples
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.correlation import correlation_is_cheaper, patch_gram
 from kfac_dist.curvature.factors import Side
+from kfac_dist.precision import widened
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -95,7 +96,7 @@ class ConvolutionBlock(KroneckerBlock):
         (vertical, horizontal), kernel = padding_of(module), module.kernel_size
         grouped = torch.unflatten(images, 1, (self.groups, -1)).permute(1, 2, 0, 3, 4)
         gram = patch_gram(grouped, (kernel[0], kernel[1]), (vertical, horizontal))
-        total = F.pad(grouped.float().sum(dim=2), (*horizontal, *vertical))
+        total = F.pad(widened(grouped).sum(dim=2), (*horizontal, *vertical))
         outputs = (total.shape[-2] - kernel[0] + 1) * (total.shape[-1] - kernel[1] + 1)
         if self.has_bias:
             border = F.unfold(total, kernel).sum(dim=-1)

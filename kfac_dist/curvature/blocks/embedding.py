@@ -84,7 +84,7 @@ def _frequencies(tokens: Tensor, module: nn.Embedding, members: Members | None) 
     if members is not None:
         counts = members.frequencies(tokens, module.num_embeddings)
     else:
-        counts = torch.zeros(1, module.num_embeddings, device=tokens.device)
+        counts = torch.zeros(1, module.num_embeddings, device=tokens.device, dtype=torch.float32)
         counts[0].index_add_(0, tokens, torch.ones_like(tokens, dtype=counts.dtype))
     if module.padding_idx is not None:
         counts[:, module.padding_idx] = 0

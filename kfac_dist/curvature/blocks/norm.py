@@ -22,6 +22,7 @@ from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, fold_sample
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.factors import Side
 from kfac_dist.errors import ModelError
+from kfac_dist.precision import widened
 
 
 class NormBlock(Block):
@@ -38,7 +39,7 @@ class NormBlock(Block):
 
     def kept(self, inputs: Tensor) -> Tensor:
         """See `Block.kept`: autocast normalises in fp32, on a copy of an input of less."""
-        return inputs.detach().float() if torch.is_autocast_enabled(inputs.device.type) else inputs
+        return widened(inputs.detach()) if torch.is_autocast_enabled(inputs.device.type) else inputs
 
     @abstractmethod
     def normalized(self, inputs: Tensor) -> Tensor:
@@ -60,8 +61,8 @@ class NormBlock(Block):
                 continue
             grad = self.positions(use.grad, batch.batch_size)
             terms = loss_terms(grad.unsqueeze(0), batch)
-            shift, factor = unscale(grad.float(), terms, batch)
-            scale = shift * self.positions(self.normalized(use.inputs.float()), batch.batch_size)
+            shift, factor = unscale(widened(grad), terms, batch)
+            scale = shift * self.positions(self.normalized(widened(use.inputs)), batch.batch_size)
             columns = [scale, shift] if len(self.parameters) > 1 else [scale]
             token = batch.loss_terms is LossTerms.TOKEN
             parts.append(torch.stack([c.flatten(0, 1) if token else c.sum(dim=1) for c in columns]))

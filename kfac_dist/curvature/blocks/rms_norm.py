@@ -62,7 +62,7 @@ def epsilon_of(module: nn.Module) -> float | None:
 def _answers(module: nn.Module, weight: Tensor) -> bool:
     """Run the module's code on fixed rows with a weight of our own; its own may be sharded, or hold no values yet."""
     device = torch.device("cpu") if weight.is_meta else weight.device
-    ramp = torch.arange(_ROWS * weight.numel(), device=device).view(_ROWS, -1)
+    ramp = torch.arange(_ROWS * weight.numel(), device=device, dtype=torch.float32).view(_ROWS, -1)
     rows, scale = (0.7 * ramp).sin() + 0.3, 1.5 + ramp[0].cos()
     rows[0] *= 1e-3  # so small that ε shows, and where it stands
     trial = with_parameters(module, {"weight": nn.Parameter(scale)})

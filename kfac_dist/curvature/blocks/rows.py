@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.classes import Classes, Members
+from kfac_dist.precision import at_least_single, widened
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def unscale(grad: Tensor, terms: float | Tensor, batch: MicroBatch) -> tuple[Ten
     if batch.inverse_scale is not None:
         divisor = batch.inverse_scale * divisor
     if isinstance(divisor, Tensor):
-        return grad.float() * divisor, 1.0
+        return widened(grad) * divisor, 1.0
     return grad, divisor
 
 
@@ -117,7 +118,7 @@ def shared_rows(rows: Sequence[Tensor], sharing: Sharing, *, mean: bool) -> list
         return [use.mean(dim=2) if mean else use.sum(dim=2) for use in rows]
     if len(rows) == 1 and rows[0].shape[2] == 1:
         return [rows[0].squeeze(2)]
-    total = torch.stack([use.sum(dim=2, dtype=torch.float32) for use in rows]).sum(0)
+    total = torch.stack([use.sum(dim=2, dtype=at_least_single(use.dtype)) for use in rows]).sum(0)
     return [total / sum(use.shape[2] for use in rows) if mean else total]
 
 

@@ -26,6 +26,7 @@ from kfac_dist.curvature.blocks.projection import Signs
 from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, loss_terms, unscale
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
+from kfac_dist.precision import widened
 
 # Values of a temporary: the square of output gradients over a vocabulary is as large as the logits themselves.
 _CHUNK = 2**24
@@ -59,13 +60,13 @@ class TiedBlock(Block):
             terms = loss_terms(grads.unsqueeze(0), batch)
             rows = slice(batch.first_row(grads.shape[1]), None, batch.stride)
             sampled = grads.flatten(0, 1)[rows]
-            scaled, factor = unscale(sampled.float(), terms, batch)
+            scaled, factor = unscale(widened(sampled), terms, batch)
             if isinstance(use.source, nn.Embedding):
                 tokens = batch_first(use.inputs.unsqueeze(-1), batch.batch_size).flatten()[rows]
                 self._add_lookup(use.source, tokens, scaled, factor**2, sink)
             else:
                 inputs = batch_first(use.inputs, batch.batch_size).flatten(0, 1)[rows]
-                self._add_head(inputs.float(), scaled, factor**2, sink)
+                self._add_head(widened(inputs), scaled, factor**2, sink)
             kept, total = kept + sampled.shape[0], total + grads.shape[0] * grads.shape[1]
         if total:
             for side in (Side.A, Side.G):
