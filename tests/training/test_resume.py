@@ -17,6 +17,7 @@ import yaml
 
 from kfac_dist.config.load import dump_yaml
 from kfac_dist.errors import CheckpointError
+from kfac_dist.preconditioner import state
 from kfac_dist.training import train
 from kfac_dist.training.metrics import read_metrics
 from tests.harness import run_ranks
@@ -56,6 +57,20 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, optimizer: str, kfac: boo
     assert after[:4] == before[:4], "the first steps, to the microsecond: they were not run again"
     seconds = [record["seconds"] for record in after]
     assert seconds == sorted(seconds), "training time goes on counting"
+
+
+def test_a_checkpoint_from_before_dampings_were_saved_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"train": {"steps": 6, "log_every": 3}, "checkpoint": {"every": 3, "keep": 9}}
+    held = state.held
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "held", lambda parts: {k: v for k, v in held(parts).items() if k != "damping"})
+        train(small_config(tmp_path / "whole", kfac=True, **sections), quiet=True)
+    _continue_from(tmp_path / "resumed/small", tmp_path / "whole/small", 3)
+    sections["checkpoint"] |= {"resume": "auto"}
+    train(small_config(tmp_path / "resumed", kfac=True, **sections), quiet=True)
+    assert losses(tmp_path / "resumed/small") == losses(tmp_path / "whole/small")
 
 
 def _save_by_the_clock(directory: str) -> None:

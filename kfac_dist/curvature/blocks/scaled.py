@@ -86,7 +86,7 @@ def is_scaled(module: nn.Module) -> bool:
 def _answers(module: nn.Module, scale: Tensor, inputs: int) -> bool:
     """Run the module's code, in training mode, on fixed rows with a γ and a β of our own."""
     device = torch.device("cpu") if scale.is_meta else scale.device
-    ramp = torch.arange(_ROWS * scale.numel(), device=device).view(_ROWS, *scale.shape)
+    ramp = torch.arange(_ROWS * scale.numel(), device=device, dtype=torch.float32).view(_ROWS, *scale.shape)
     rows = [(0.7 * ramp).sin() + 0.3, (0.3 * ramp).cos()][:inputs]
     gamma, beta = 1.5 + ramp[0].cos(), ramp[0].sin()
 
