@@ -2,19 +2,22 @@
 
 Autograd brings such an output the *sum* of the samples' gradients. Squared, a sum depends on how the batch was cut into
 ranks and micro-batches, so that nothing right can be measured from it. The graph of a forward pass tells where it
-happens: an addition (or another elementwise operation) that is larger than the output in the samples' dimension.
+happens: an addition (or another elementwise operation) that is larger than the output in the samples' dimension; or,
+for an output that no sample has entered (see `constants`), any operation that isn't one of row by row.
 
     positions [T, d] ─────────────┐
                                   ├─ add [B, T, d]        the output enters directly: measured expanded to [B, T, d]
     tokens [B, T] ── [B, T, d] ───┘
     bias [q, k, h] ── permute ── add [B, h, q, k]         not directly: the layer keeps its plain gradient
+    relative positions [2k, d] ── bmm [B·h, q, 2k]        nor here, or where it is gathered or repeated
 
 Inside of what torch.compile has compiled nothing can be seen: there, expand such inputs over the batch by hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Container, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from kfac_dist.compat.torch import gradient_shapes
 
+_VIEWS = ("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Clone", "ToCopy")
 _ELEMENTWISE = ("Add", "Sub", "RSub", "Mul", "Div", "Expand", "Where", "MaskedFill")
 
 Node = Any  # torch.autograd.graph.Node; its metadata has no public name
@@ -61,16 +65,20 @@ def consumers_of(outputs: object) -> dict[Node, list[Node]]:
     return found
 
 
-def samples_of(node: Node, consumers: Consumers, batch_size: int) -> Samples:
+def samples_of(node: Node, consumers: Consumers, batch_size: int, constants: Container[Node] = ()) -> Samples:
     """Say whether samples have rows of their own in a node's result.
 
     Args:
         node: What made a layer's output.
         consumers: The graph, from `consumers_of`.
         batch_size: B.
+        constants: The nodes whose results no sample has entered.
     """
     readers = consumers.get(node, [])
-    if _is_opaque(node) or not _is_shared(node, consumers, batch_size):
+    if _is_opaque(node):
+        return Samples.OWN
+    meets = node in constants and _meets_samples(node, consumers, batch_size, constants)
+    if not meets and not _is_shared(node, consumers, batch_size):
         return Samples.OWN
     shape = _shape(node)
     spread = {_shape(reader) if _is(reader, _ELEMENTWISE) else () for reader in readers}
@@ -103,6 +111,35 @@ def _is_shared(node: Node, consumers: Consumers, batch_size: int) -> bool:
     return False
 
 
+def _meets_samples(node: Node, consumers: Consumers, batch_size: int, constants: Container[Node]) -> bool:
+    """Whether a constant meets the samples in another way than row by row; follows it as far as it is constant."""
+    if _has_samples(_shape(node), batch_size):
+        return False  # expanded before the layer
+    todo, seen = [node], {node}
+    while todo:
+        node = todo.pop()
+        for reader in consumers.get(node, []):
+            if _is_compiled(reader):
+                continue
+            if reader not in constants:
+                if not _is(reader, _ELEMENTWISE) or _shape(node) != _shape(reader):
+                    return True
+            elif _multiplies(node, reader, batch_size):
+                return True
+            elif reader not in seen:
+                seen.add(reader)
+                todo.append(reader)
+    return False
+
+
+def _multiplies(node: Node, reader: Node, batch_size: int) -> bool:
+    """Whether samples appear in a constant otherwise than by a view of it: it is expanded, or looked up for each."""
+    own, spread = _shape(node), _shape(reader)
+    return not _is(reader, _VIEWS) and (
+        _has_samples(spread, batch_size) or math.prod(spread) == batch_size * math.prod(own)
+    )
+
+
 def _spreads(own: Shape, spread: Shape, batch_size: int, *, elementwise: bool) -> bool:
     if elementwise and len(own) < len(spread) and spread[0] == batch_size:
         return True  # [T, d] beside [B, T, d]
@@ -126,7 +163,11 @@ def _is(node: Node, kinds: tuple[str, ...]) -> bool:
 
 def _is_opaque(node: Node) -> bool:
     """Whether a node is many operations in one, as what torch.compile makes: its shapes say nothing."""
-    return len(gradient_shapes(node)) != 1 or str(node.name()).startswith("CompiledFunction")
+    return len(gradient_shapes(node)) != 1 or _is_compiled(node)
+
+
+def _is_compiled(node: Node) -> bool:
+    return str(node.name()).startswith("CompiledFunction")
 
 
 def _shape(node: Node) -> Shape:

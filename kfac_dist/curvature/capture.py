@@ -53,6 +53,7 @@ from kfac_dist.curvature.autograd import (
 from kfac_dist.curvature.blocks import Block, Use
 from kfac_dist.curvature.blocks.uses import Handle
 from kfac_dist.curvature.broadcast import Samples, consumers_of, expand, samples_of
+from kfac_dist.curvature.constants import Constants
 from kfac_dist.errors import ModelError
 from kfac_dist.hooks import after_forward, before_forward
 
@@ -221,7 +222,8 @@ class Capture:
         self._completed = completed
         self._own_backward = own_backward
         self.samples: dict[str, Samples] | None = None
-        self._nodes: list[tuple[str, Any]] = []
+        self._nodes: list[tuple[str, Any, Any]] = []
+        self._constants: list[Constants | None] = []  # of the forward passes that are under way
         self._blocks = {block.name: block for block in blocks}
         self._description: object | None = None
         self._batches: list[Batch] = []
@@ -231,7 +233,7 @@ class Capture:
         self._backward_passes: dict[int, _BackwardPass] = {}
         self._handles: list[Handle] = [
             before_forward(model, self._forward_begins, with_kwargs=True),
-            after_forward(model, self._forward_ended),
+            after_forward(model, self._forward_ended, always_call=True),
             *(handle for block in blocks for handle in block.watch(_Recorder(self, block))),
         ]
         compile_anew()
@@ -329,6 +331,15 @@ class Capture:
                 pending.clear()
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._note_pass(args, kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return
+        looks = self.active and not self.paused and self.samples is None and (self.batch_size or 1) > 1
+        self._constants.append(Constants(module) if looks and torch.is_grad_enabled() and of_the_loop() else None)
+        if (constants := self._constants[-1]) is not None:
+            constants.begin()
+
+    def _note_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active or self.paused or not torch.is_grad_enabled() or not of_the_loop():
             return
         if self.passes and in_backward():
@@ -342,12 +353,20 @@ class Capture:
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Find, once, the layers whose outputs all samples share; see `broadcast`."""
+        constants = None
+        if not torch.compiler.is_dynamo_compiling() and self._constants:
+            constants = self._constants.pop()
+        if constants is not None:
+            constants.end()
+        if output is None:
+            return  # an exception has ended the pass
         if not of_the_loop() or not self._nodes or self.batch_size is None or self.batch_size == 1 or in_backward():
             return
         consumers = consumers_of(output)
         self.samples = {}
-        for name, node in self._nodes:
-            samples = samples_of(node, consumers, self.batch_size)
+        for name, own, below in self._nodes:
+            node = own if own in consumers else below  # an activation in place takes a view's own node out of the graph
+            samples = samples_of(node, consumers, self.batch_size, () if constants is None else constants)
             if samples is not Samples.OWN and self.samples.get(name) is not Samples.SHARED:
                 self.samples[name] = samples
                 self.batch.of(name).clear()  # what was seen in this pass is of no use
@@ -400,11 +419,11 @@ class Capture:
             return
         if output is None or not output.requires_grad:
             return
-        if self.samples is None and not in_backward():
-            self._nodes.append((block.name, output.grad_fn))
         batch = self.batch
         pending = batch.of(block.name)
         written, arrange = below_view(output, arrange)
+        if self.samples is None and not in_backward():
+            self._nodes.append((block.name, output.grad_fn, written.grad_fn))
         found = accumulators(written, block.own_tensors(source))
         use = Use(source, output.shape, arrange=arrange, owner=next(iter(found.values()), None), batch=batch)
         later = region is not None and not self._own_backward

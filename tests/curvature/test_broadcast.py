@@ -128,3 +128,96 @@ def test_a_resumed_run_knows_what_is_shared(after: int) -> None:
         kfac.remove()
     for name, value in factors(kfacs[0]).items():
         assert torch.equal(value.nan_to_num(-1), factors(kfacs[1])[name].nan_to_num(-1)), name
+
+
+class Relative(nn.Module):
+    """Attention scores with a table of relative positions that goes through a linear layer once for all samples."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor], rows: int = 6, *, data: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(rows, WIDTH))
+        self.register_buffer("index", torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)[None] + LENGTH - 1)
+        self.query, self.position = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2)
+        self.use, self.data = use, data
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        table = inputs.flatten(0, 1) if self.data else self.table
+        weights = self.use(self.query(inputs), self.position(self.norm(table)))
+        return self.head(inputs + weights.reshape(*inputs.shape[:2], -1).sum(-1, keepdim=True))
+
+
+INDEX = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)[None] + LENGTH - 1
+
+USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": lambda q, p: q @ p.T,
+    "linear": lambda q, p: nn.functional.linear(q, p),
+    "mm": lambda q, p: q.flatten(0, 1) @ p.T,
+    "bmm": lambda q, p: torch.bmm(q, p.T.repeat(len(q), 1, 1)),
+    "einsum": lambda q, p: torch.einsum("btd,rd->btr", q, p),
+    "merged": lambda q, p: torch.bmm(q.flatten(0, 1).expand(1, -1, -1), p.T[None]),
+    "gather": lambda q, p: (q @ p.T).gather(2, INDEX.expand(len(q), -1, -1)),
+    "selected": lambda q, p: q[:, :, None] * p.index_select(0, INDEX.flatten()).view(LENGTH, LENGTH, WIDTH),
+    "indexed": lambda q, p: (q[:, :, None] * torch.sigmoid(p[INDEX])).sum(-1),
+    "looked up": lambda q, p: q + nn.functional.embedding(torch.zeros(len(q), LENGTH, dtype=torch.long), p),
+    "halves": lambda q, p: torch.cat([(q @ half.T) for half in p.chunk(2)], -1),
+    "attention": lambda q, p: nn.functional.scaled_dot_product_attention(q[:, None], p[None, None], p[None, None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("samples", [2, SAMPLES])
+def test_tables_that_samples_share_are_found_however_they_are_used(use: str, samples: int) -> None:
+    model = Relative(USES[use])
+    kfac = build_kfac(model)
+    inputs = torch.randn(samples, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="the outputs of position, norm are shared|the outputs of norm, position are"):
+        outputs = model(inputs)
+    outputs.square().sum(-1).mean().backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    kfac.step()
+    kept = {n for n, p in model.named_parameters() if torch.equal(p.grad, plain[n])}
+    assert kept == {"table", "norm.weight", "norm.bias", "position.weight", "position.bias"}
+
+
+class Biased(nn.Module):
+    """A bias of relative positions by a network of its own, whose hidden layer is overwritten by its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("places", torch.randn(1, 5, 2))
+        self.bias = nn.Sequential(nn.Linear(2, 8), nn.ReLU(inplace=True), nn.Linear(8, 1))
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        bias = self.bias(self.places).view(-1)[INDEX]
+        return torch.softmax(inputs @ inputs.mT + bias, -1) @ self.head(inputs)
+
+
+def test_every_layer_of_a_shared_network_is_found() -> None:
+    model = Biased()
+    kfac = build_kfac(model)
+    with pytest.warns(UserWarning, match=r"the outputs of bias\.0, bias\.2 are shared"):
+        model(torch.randn(SAMPLES, LENGTH, WIDTH)).square().sum().div(SAMPLES).backward()
+    kfac.remove()
+
+
+OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "in the samples' order": lambda q, p: q * p.view_as(q),
+    "scores of a sample's own": lambda q, p: torch.bmm(q, p.view_as(q).mT),
+    "turned": lambda q, p: q.flatten(0, 1) * p,
+}
+
+
+@pytest.mark.parametrize("use", OWN)
+def test_rows_of_samples_are_none_that_they_share(use: str) -> None:
+    model = Relative(OWN[use], data=True)
+    kfac = build_kfac(model)
+    inputs = torch.randn(SAMPLES, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(inputs).square().sum(-1).mean().backward()
+        kfac.step()
+    assert set(kfac._measurement.samples().values()) == {Samples.OWN}

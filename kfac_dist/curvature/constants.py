@@ -1,0 +1,135 @@
+"""Which tensors of a forward pass no sample has entered: tables of positions, and all that is computed from them.
+
+Such a tensor is the same for every sample of the batch, whatever its shape looks like, and so are the outputs of the
+layers that it passes through. One forward pass is looked at, function by function:
+
+    parameter, buffer, arange(T)  ──┐
+                                    ├─ constant
+    f(constant, constant)         ──┘
+    f(constant, tokens), unknown  ──── not
+
+What isn't known (a kernel's output, a compiled function's) counts as the samples' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+# Their tensors lend a shape, a type or a device, no values.
+_SHAPE_ALONE = ("expand_as", "view_as", "reshape_as", "type_as")
+_NO_VALUE = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor")
+# What is in them comes from elsewhere, perhaps from a kernel that no function shows.
+_UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_WRITERS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
+class Constants(TorchFunctionMode):
+    """Sees a forward pass, and knows afterwards what no sample has entered.
+
+    Args:
+        model: The model; its parameters and buffers are constant.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._entered = ExitStack()
+        self._storages: dict[int, StorageWeakRef] = {}
+        self._nodes: set[Any] = set()
+        for tensor in (*model.buffers(), *_plain_tensors(model)):
+            self._add(tensor)
+
+    def begin(self) -> None:
+        """Look at what runs from now on."""
+        self._entered.enter_context(self)
+
+    def end(self) -> None:
+        """Look no longer."""
+        self._entered.close()
+
+    def __contains__(self, node: object) -> bool:
+        """Whether a node of the graph makes a constant."""
+        return node in self._nodes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch, and take note of what it made."""
+        result = func(*args, **(kwargs or {}))
+        if not torch.compiler.is_dynamo_compiling():
+            self._note(getattr(func, "__name__", ""), [*args, *(kwargs or {}).values()], result)
+        return result
+
+    def _note(self, name: str, args: list[Any], result: Any) -> None:
+        given = list(_tensors(args))
+        if (name.endswith("_") and not name.endswith("__")) or name in _WRITERS:
+            if given and not all(map(self._is_constant, given[1:])):
+                self._remove(given[0])
+            elif given and self._is_constant(given[0]):
+                self._mark(given[0].grad_fn)
+            return
+        made = list(_tensors(result))
+        if not made or name in _UNWRITTEN:
+            return
+        if name in _NO_VALUE:
+            given = []
+        elif name in _SHAPE_ALONE:
+            given = given[:1]
+        if all(map(self._is_constant, given)):
+            for tensor in made:
+                self._add(tensor)
+                self._mark(tensor.grad_fn)
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        if isinstance(tensor, nn.Parameter):  # wherever an engine keeps its values just now
+            return True
+        key = _key(tensor)
+        return key is not None and key in self._storages
+
+    def _add(self, tensor: Tensor) -> None:
+        key = _key(tensor)
+        if key is not None and not isinstance(tensor, nn.Parameter):
+            self._storages[key] = StorageWeakRef(tensor.untyped_storage())
+
+    def _remove(self, tensor: Tensor) -> None:
+        key = _key(tensor)
+        if key is not None:
+            self._storages.pop(key, None)
+
+    def _mark(self, node: Any) -> None:
+        todo = [node]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in self._nodes:
+                self._nodes.add(node)
+                todo += [source for source, _ in node.next_functions]
+
+
+def _key(tensor: Tensor) -> int | None:
+    """Return the identity of a tensor's memory, which a weak reference keeps from being used again; None without."""
+    try:
+        return int(StorageWeakRef(tensor.untyped_storage()).cdata)
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors that have none
+        return None
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor) and not value.requires_grad)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
