@@ -553,7 +553,8 @@ class KFAC:
 
     def _name_idle(self) -> None:
         """Name, once, the blocks whose refresh is due and that no backward pass has come to, on any rank."""
-        shared = {name for name, how in self._measurement.samples().items() if how == Samples.SHARED}  # named already
+        # Named already, or measured from the next step on.
+        shared = {name for name, how in self._measurement.samples().items() if how not in (0, Samples.OWN)}
         found = self._refresh.never_measured(self._pace.slots, self._reduction.totals)
         idle = [name for name in found if name not in shared]
         others = [name for name in self.coverage.idle if self.plan.blocks[name].slot not in self._pace.slots]

@@ -102,10 +102,11 @@ def test_what_cannot_be_told_apart_keeps_its_plain_gradient() -> None:
     assert all(bool((value == 0).all() | value.isnan().all()) for value in found.values())
 
 
-def test_nothing_is_said_of_models_without() -> None:
+@pytest.mark.parametrize("lookup", ["each", "one", "none"])
+def test_nothing_is_said_of_models_that_are_measured(lookup: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        two_steps("each", (4,))
+        two_steps(lookup, (4,))
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
