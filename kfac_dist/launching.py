@@ -1,7 +1,7 @@
 """From `kfac-dist launch --with LAUNCHER` to a command: the same scripts that a shell runs.
 
-torchrun, mpi, deepspeed    launch/<script>.sh CONFIG ARGUMENTS…
-slurm                       kfac-dist submit CONFIG ARGUMENTS…
+torchrun, mpirun (or mpi), deepspeed    launch/<script>.sh CONFIG ARGUMENTS…
+slurm                                   kfac-dist submit CONFIG ARGUMENTS…
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kfac_dist.errors import ConfigError
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
 # Of the options of launch/*.sh, `train` and `submit` those that no value follows.
 _FLAGS = frozenset(
-    {"--check", "--compare", "--dry-run", "--help", "-h", "--live", "--no-ssh", "--overwrite", "--quiet"}
+    {"--build", "--check", "--compare", "--dry-run", "--help", "-h", "--live", "--no-ssh", "--overwrite", "--quiet"}
 )
 
 
@@ -29,6 +29,7 @@ class LauncherName(StrEnum):
     TORCHRUN = "torchrun"
     SLURM = "slurm"
     MPI = "mpi"
+    MPIRUN = "mpirun"
     DEEPSPEED = "deepspeed"
 
 
@@ -64,7 +65,7 @@ def launch_command(launcher: LauncherName, config: Path, arguments: Sequence[str
     match launcher:
         case LauncherName.TORCHRUN:
             words = ("bash", str(_script("torchrun.sh")))
-        case LauncherName.MPI:
+        case LauncherName.MPI | LauncherName.MPIRUN:
             words = ("bash", str(_script("mpirun.sh")))
         case LauncherName.DEEPSPEED:
             words = ("bash", str(_script("deepspeed.sh")))

@@ -151,6 +151,62 @@ def test_check_trains_nothing(run_file: str, recorder: Recorder) -> None:
     assert recorder.config is None
 
 
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a model that leaves a trace when it is called."""
+    (tmp_path / "traced.py").write_text(
+        "from pathlib import Path\n"
+        "from torch import nn\n"
+        "def model(width=64):\n"
+        "    Path('called').touch()\n"
+        "    return nn.Linear(64, width)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "traced", raising=False)
+    return tmp_path / "called"
+
+
+def test_check_calls_no_code_of_the_users_unless_told_to(run_file: str, own_code: Path) -> None:
+    code, output = invoke("train", run_file, "model=traced:model", "--check")
+    assert (code, output) == (0, f"{run_file}: fine; traced:model was found, and not called: --build does\n")
+    assert invoke("submit", run_file, "model=traced:model", "--dry-run")[0] == 0
+    code, output = invoke("train", run_file, "model={name: 'traced:model', args: {widht: 3}}", "--check")
+    assert code == 2
+    assert "model.args.widht: traced:model takes no such argument; did you mean 'width'?; it takes width\n" in output
+    assert not own_code.exists()
+
+    assert invoke("train", run_file, "model=traced:model", "--check", "--build") == (0, f"{run_file}: fine\n")
+    assert own_code.exists()
+    assert invoke("train", run_file, "--build") == (
+        2,
+        "error: --build belongs to --check: a run builds its model anyway\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [["train"], ["train", "--check", "--build"], ["doctor"], ["plan"], ["submit", "--dry-run"]]
+)
+@pytest.mark.usefixtures("own_code")
+def test_what_makes_no_model_is_called_by_no_command(run_file: str, tmp_path: Path, command: list[str]) -> None:
+    for kind in ("model", "data"):
+        if kind == "data" and command == ["plan"]:
+            continue  # it doesn't ask for data
+        override = f"{kind}={{name: 'os:system', args: {{command: touch called}}}}"
+        code, output = invoke(command[0], run_file, override, *command[1:])
+        assert code == 2
+        assert f"error: {kind}.name: found 'os:system', which no " in output
+        assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "doctor", "plan", "submit", "launch"])
+def test_help_says_that_configurations_run_code(command: str) -> None:
+    code, output = invoke(command, "--help")
+
+    assert code == 0
+    assert "It may name code, which is imported and run: use files that you trust." in " ".join(output.split())
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

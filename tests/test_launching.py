@@ -23,6 +23,7 @@ CONFIG = ROOT / "configs" / "digits_autoencoder.yaml"
     [
         (LauncherName.TORCHRUN, ("bash", str(ROOT / "launch" / "torchrun.sh"))),
         (LauncherName.MPI, ("bash", str(ROOT / "launch" / "mpirun.sh"))),
+        (LauncherName.MPIRUN, ("bash", str(ROOT / "launch" / "mpirun.sh"))),
         (LauncherName.DEEPSPEED, ("bash", str(ROOT / "launch" / "deepspeed.sh"))),
         (LauncherName.SLURM, (sys.executable, "-m", "kfac_dist", "submit")),
     ],

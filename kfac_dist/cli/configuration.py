@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 ConfigFile = Annotated[
     Path,
     typer.Argument(
-        metavar="CONFIG", help="YAML file of the run, or the name of a shipped one (kfac-dist init --list)."
+        metavar="CONFIG",
+        help="YAML file of the run, or the name of a shipped one (kfac-dist init --list). It may name code, which is "
+        "imported and run: use files that you trust.",
     ),
 ]
 Overrides = Annotated[
@@ -38,18 +40,27 @@ def load(path: Path, overrides: list[str] | None, options: dict[str, str | None]
     return resolve(load_config(path, overrides or (), top=top))
 
 
-def check_targets(config: Config) -> None:
-    """Find the data, build the model and check the engine: that needs no data's files and no weights' memory."""
+def check_targets(config: Config, *, build: bool = False) -> None:
+    """Find model and data and check the engine: that needs no data's files and no weights' memory.
+
+    Args:
+        config: The run.
+        build: Whether to call a model of the user's own, too; else only its signature is looked at. Shipped ones are
+            built.
+    """
     import torch
+    from torch import nn
 
     from kfac_dist.config.targets import load_target
     from kfac_dist.engines import check_sections
-    from kfac_dist.tasks import DATA
+    from kfac_dist.tasks import DATA, MODELS, DataSplits
 
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     check_sections(config.engine, config.train, on_cpu=on_cpu)
-    load_target(config.data, DATA, "data")
-    model_of_shapes(config.model)
+    load_target(config.data, DATA, "data", DataSplits)
+    load_target(config.model, MODELS, "model", nn.Module)
+    if build or not config.model.is_code:
+        model_of_shapes(config.model)
 
 
 def model_of_shapes(target: Target) -> nn.Module:

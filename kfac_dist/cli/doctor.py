@@ -31,7 +31,10 @@ def doctor(
     ] = 0.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Say what K-FAC does with each parameter, and check data, loss and curvature; code 1 if something is wrong."""
+    """Say what K-FAC does with each parameter, and check data, loss and curvature; code 1 if something is wrong.
+
+    Builds model and data and runs them: code that the configuration names is called.
+    """
     with exit_codes():
         resolved = load(config, overrides, {})
         from kfac_dist.doctor import Wish, examine

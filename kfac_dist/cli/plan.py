@@ -57,7 +57,8 @@ def plan(
     """Show who would measure, invert and precondition what, and what strategies cost, from shapes alone.
 
     One number of ranks has the plan block by block and rank by rank. Several, --strategies or --hardware have a table
-    of strategies: bytes, flops, balance, memory and predicted milliseconds, and the best one to paste.
+    of strategies: bytes, flops, balance, memory and predicted milliseconds, and the best one to paste. Builds the
+    model: code that the configuration names is called.
     """
     with exit_codes():
         sizes = _world_sizes(world_size)

@@ -31,16 +31,25 @@ def train(
     live: Annotated[
         bool, typer.Option("--live", help="Show curves, phases and counts while it trains, on a terminal.")
     ] = False,
-    check: Annotated[bool, typer.Option("--check", help="Check the configuration, and train nothing.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Check the configuration, and train nothing. Code that it names is not called."),
+    ] = False,
+    build: Annotated[
+        bool, typer.Option("--build", help="With --check: build the model, also if that calls code of your own.")
+    ] = False,
 ) -> None:
     """Train a model. Start it under torchrun, srun or mpirun (see `launch`) to train on several ranks."""
     with exit_codes():
         resolved = load(config, overrides, {"checkpoint.resume": resume, "run.name": name})
         if check:
-            check_targets(resolved)
+            check_targets(resolved, build=build)
             if not quiet:
-                print(f"{config}: fine")
+                left = f"; {resolved.model.name} was found, and not called: --build does" if not build else ""
+                print(f"{config}: fine{left if resolved.model.is_code else ''}")
             return
+        if build:
+            raise ConfigError("--build belongs to --check: a run builds its model anyway")
         if live and quiet:
             raise ConfigError("--live shows progress and --quiet hides it: leave one of them out")
         if overwrite and resolved.checkpoint.resume != "never":

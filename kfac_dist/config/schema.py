@@ -82,6 +82,11 @@ class Target(Section):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     args: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def is_code(self) -> bool:
+        """Whether it is code of the user's own, not shipped."""
+        return ":" in self.name
+
     @model_validator(mode="before")
     @classmethod
     def _string_is_name(cls, data: Any) -> Any:

@@ -1,17 +1,23 @@
 """`model` and `data`: from a name in the configuration to a callable, and the call.
 
 A name is a shipped one, or `package.module:callable` of the user's own code, looked up from the working directory as
-`python -m` does; so a user's model needs no registration and no fork.
+`python -m` does; so a user's model needs no registration and no fork. That makes a configuration a program: looking a
+name up imports its module, and building it calls it. What can't make a model or data, such as os:system, is not called.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
+import types
+import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from kfac_dist.config.schema import Target
@@ -21,15 +27,24 @@ from kfac_dist.errors import ConfigError, KFACError
 Kind = Literal["model", "data"]
 
 
-def load_target(target: Target, shipped: Mapping[str, Callable[..., Any]], kind: Kind) -> Callable[..., Any]:
-    """Find the callable that a target names, and check that it takes the target's arguments.
+def load_target(
+    target: Target, shipped: Mapping[str, Callable[..., Any]], kind: Kind, makes: type = object
+) -> Callable[..., Any]:
+    """Find the callable that a target names, and check that it takes the target's arguments; calls nothing.
+
+    Args:
+        target: The target; its module is imported.
+        shipped: The callables that a name stands for.
+        kind: Of what the target is part.
+        makes: What the callable should return.
 
     Raises:
         ConfigError: An unknown name, a module or attribute that is missing or fails to import, something that can't
-            be called, or arguments that its signature refuses.
+            be called or can't return what it should, or arguments that its signature refuses.
     """
-    if ":" in target.name:
+    if target.is_code:
         found = _imported(target.name, kind)
+        _check_product(found, target, kind, makes)
     elif target.name in shipped:
         found = shipped[target.name]
     else:
@@ -41,13 +56,13 @@ def load_target(target: Target, shipped: Mapping[str, Callable[..., Any]], kind:
     return found
 
 
-def build_target(target: Target, shipped: Mapping[str, Callable[..., Any]], kind: Kind) -> Any:
-    """Find the callable that a target names and call it with the target's arguments.
+def build_target(target: Target, shipped: Mapping[str, Callable[..., Any]], kind: Kind, makes: type = object) -> Any:
+    """Find the callable that a target names and call it with the target's arguments; see `load_target`.
 
     Raises:
         ConfigError: See `load_target`; also if the callable raises: its message, and the line for a user's own.
     """
-    factory = load_target(target, shipped, kind)
+    factory = load_target(target, shipped, kind, makes)
     try:
         return factory(**target.args)
     except KFACError:
@@ -55,7 +70,10 @@ def build_target(target: Target, shipped: Mapping[str, Callable[..., Any]], kind
     except Exception as error:  # a wrong argument may show as anything, and the run can't start either way
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if target.name in shipped else f" ({type(error).__name__} in {frame.filename}:{frame.lineno})"
-        raise ConfigError(f"{kind}.args: {target.name} refuses them: {error}{where}") from error
+        said = f"{error}{where}".strip()
+        if not target.args:  # then it isn't they that are wrong
+            raise ConfigError(f"{kind}.name: {target.name} fails: {said}") from error
+        raise ConfigError(f"{kind}.args: {target.name} refuses them: {said}") from error
 
 
 def _imported(name: str, kind: Kind) -> Callable[..., Any]:
@@ -75,7 +93,8 @@ def _imported(name: str, kind: Kind) -> Callable[..., Any]:
             f"{where}, but there is no module {error.name!r}: modules are looked up in {folder} and among the "
             "installed packages"
         ) from None
-    except Exception as error:  # the user's own code: whatever it raises, the run can't start, and this says where
+    # The user's own code: whatever it raises, the run can't start, and this says where. A script may end itself.
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{where}, but importing {module_name} raises {type(error).__name__}: {error}") from error
     found: Any = module
     owner = module_name
@@ -88,6 +107,56 @@ def _imported(name: str, kind: Kind) -> Callable[..., Any]:
         raise ConfigError(f"{where}, which is {type(found).__name__}, not something to call")
     target: Callable[..., Any] = found
     return target
+
+
+def _check_product(found: Callable[..., Any], target: Target, kind: Kind, makes: type) -> None:
+    """Refuse what can be told not to return what it should before it is called."""
+    if makes is object or _needs_positions(found):
+        return
+    where = f"{kind}.name: found {target.name!r}"
+    expected = f"{makes.__module__.partition('.')[0]}'s {makes.__qualname__}"
+    source = found.func if isinstance(found, functools.partial) else found
+    if isinstance(source, types.BuiltinFunctionType) or _is_standard(source):
+        raise ConfigError(f"{where}, which no {expected} can come from, and which is not called: it is part of Python")
+    made: object = source if isinstance(source, type) else _promised(source)
+    if not isinstance(made, type) or issubclass(made, makes) or issubclass(makes, made):
+        return
+    if made is source and isinstance(made.__new__, types.FunctionType):
+        return  # it may make anything
+    verb = "makes" if made is source else "says that it returns"
+    raise ConfigError(f"{where}, which {verb} {made.__module__}.{made.__qualname__}, expected what makes {expected}")
+
+
+def _needs_positions(found: Callable[..., Any]) -> bool:
+    """Whether a callable can't be called from a configuration anyway, which is the better thing to say."""
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters)
+
+
+def _is_standard(found: object) -> bool:
+    """Whether something comes with Python: its module does, and isn't one of the user's of the same name."""
+    name = str(getattr(found, "__module__", "")).partition(".")[0]
+    if name not in sys.stdlib_module_names:
+        return False
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        return True
+    below = Path(file).resolve().parts
+    standard = Path(sysconfig.get_path("stdlib")).resolve().parts
+    return below[: len(standard)] == standard and not {"site-packages", "dist-packages"} & set(below[len(standard) :])
+
+
+def _promised(found: Callable[..., Any]) -> object:
+    """Return the class that a callable's annotation says that it returns; None if it doesn't say, or says several."""
+    try:
+        promised = typing.get_type_hints(found).get("return")
+    except Exception:  # names that only a type checker knows; then it says nothing
+        return None
+    origin = typing.get_origin(promised) or promised
+    return None if origin in (Any, typing.Union, types.UnionType) else origin
 
 
 def _check_arguments(found: Callable[..., Any], target: Target, kind: Kind) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +18,10 @@ from kfac_dist.engines.holding import Holding
 from kfac_dist.engines.zero import ZeroEngine
 from kfac_dist.engines.zero_config import deepspeed_settings, import_deepspeed
 from kfac_dist.engines.zero_state import load_zero_counters, use_restored_weights, zero_counters, zero_holdings
+
+# DeepSpeed calls torch's collectives by their old names, in every step and on every rank: that is no one's business who
+# trains. Not around the calls: filters belong to all threads.
+_OLD_NAMES = r"`torch\.distributed\.\w+` is deprecated"
 
 _DTYPES = {Precision.BFLOAT16: torch.bfloat16, Precision.FLOAT16: torch.float16}
 
@@ -88,6 +93,7 @@ def build_zero(
     build_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
 ) -> tuple[ZeroLoopEngine, torch.optim.Optimizer]:
     """Initialise DeepSpeed with a section that has been checked; collective."""
+    warnings.filterwarnings("ignore", message=_OLD_NAMES, category=FutureWarning)
     deepspeed: Any = import_deepspeed(config, on_cpu=world.device.type == "cpu")
     settings = deepspeed_settings(config, train, dist.get_world_size())
     optimizer = build_optimizer(model.parameters())

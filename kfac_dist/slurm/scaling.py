@@ -147,7 +147,7 @@ def _timing(path: Path) -> Timing:
         records: list[dict[str, Any]] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         first, *_, last = (record for record in records if "loss" in record)
         seconds = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise KFACError(f"{path}: not a finished run of at least two logged steps: {error}") from error
     return Timing(ScalingRun(match[1], int(match[2]), batch), seconds)
 

@@ -65,6 +65,7 @@ class RunStatus:
         job_state: SLURM's word for it, or `FORGOTTEN`; None where SLURM can't be asked.
         restarts: How often it was started again.
         earlier: Where its start has moved an earlier run of its name; "" if there was none.
+        unreadable: Why what it logged can't be read; empty if it can.
     """
 
     directory: str
@@ -80,6 +81,7 @@ class RunStatus:
     job_state: str | None
     restarts: int
     earlier: str = ""
+    unreadable: str = ""
 
     def describe(self) -> str:
         """Return a few lines for a person."""
@@ -87,7 +89,9 @@ class RunStatus:
         if self.logged is not None:
             of = f" of {self.total_steps}, {self.logged.step / self.total_steps:.0%}" if self.total_steps else ""
             lines.append(f"  step        {self.logged.step}{of}")
-            lines.append(f"  loss        {self.loss:.5g}, logged {duration(self.logged.age)} ago")
+            lines.append(f"  loss        {_loss(self.loss)}, logged {duration(self.logged.age)} ago")
+        if self.unreadable:
+            lines.append(f"  metrics     {self.unreadable}")
         saved = self.checkpoint
         age = "none" if saved is None else f"step {saved.step}, saved {duration(saved.age)} ago"
         lines.append(f"  checkpoint  {age}")
@@ -134,7 +138,11 @@ def run_status(directory: Path, job: str | None, job_state: Callable[[str], str 
     told = None if number is None else (job_state or slurm_state)(number)
     standing, reason = _standing(record, number, told)
     metrics = directory / "metrics.jsonl"
-    losses = [entry for entry in read_metrics(metrics) if "loss" in entry]
+    losses, unreadable = [], ""
+    try:
+        losses = [entry for entry in read_metrics(metrics) if "loss" in entry]
+    except KFACError as error:  # how the run stands doesn't depend on it
+        unreadable = str(error)
     return RunStatus(
         directory=str(directory),
         standing=standing,
@@ -149,6 +157,7 @@ def run_status(directory: Path, job: str | None, job_state: Callable[[str], str 
         job_state=told,
         restarts=0 if record is None else record.restarts,
         earlier="" if record is None else record.earlier,
+        unreadable=unreadable,
     )
 
 
@@ -193,6 +202,11 @@ def _newest(checkpoints: Path) -> Logged | None:
         except (CheckpointError, FileNotFoundError):  # being written, or being removed
             continue
     return None
+
+
+def _loss(loss: object) -> str:
+    """Write a loss; JSON has null for one that wasn't finite."""
+    return f"{loss:.5g}" if isinstance(loss, int | float) else "not finite"
 
 
 def _age(path: Path) -> float:

@@ -49,7 +49,7 @@ def build_model(target: Target) -> nn.Module:
         ConfigError: There is no such model, or it refuses its arguments.
         ModelError: What was built is no `torch.nn.Module`.
     """
-    model = build_target(target, MODELS, "model")
+    model = build_target(target, MODELS, "model", nn.Module)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model.name: {target.name} returned {type(model).__name__}, expected a torch.nn.Module")
     return model
@@ -62,7 +62,7 @@ def build_data(target: Target) -> data.DataSplits:
         ConfigError: There is no such data, or it refuses its arguments.
         DataError: What was built is no `DataSplits`, or a package that it needs is missing.
     """
-    splits = build_target(target, DATA, "data")
+    splits = build_target(target, DATA, "data", data.DataSplits)
     if not isinstance(splits, data.DataSplits):
         raise DataError(
             f"data.name: {target.name} returned {type(splits).__name__}, "

@@ -17,6 +17,7 @@ hashes, so a directory that was copied halfway or altered is no checkpoint eithe
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import warnings
@@ -247,24 +248,36 @@ class Checkpoints:
             return None
 
     def _remove_partial(self) -> None:
-        for path in self._by_age():
-            if path.name.endswith(WRITING):
-                shutil.rmtree(path)
+        for path in self._ending_in(WRITING):
+            _remove_tree(path)
 
     def _remove_old(self) -> None:
-        for path in self._by_age():
-            if path.name.endswith(ASIDE):
-                shutil.rmtree(path)
+        for path in self._ending_in(ASIDE):
+            _remove_tree(path)
         complete = [path for path in self._by_age() if NAME.fullmatch(path.name)]
         for path in complete[self.keep :]:
             self._remove(path)
 
+    def _ending_in(self, suffix: str) -> list[Path]:
+        """Return what would be in the way of a name: directories, and whatever else has been put there."""
+        if not self.directory.is_dir():
+            return []
+        return [path for path in self.directory.iterdir() if path.name.endswith(suffix)]
+
     def _remove(self, path: Path) -> None:
-        if path.exists():
+        if os.path.lexists(path):
             # Under the other name first: a kill in the midst of removing must not leave half a checkpoint.
             doomed = path.with_name(path.name + WRITING)
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove_tree(doomed)
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove a directory, or a file or link in its place; never what a link leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def on_host(state: dict[str, Any]) -> dict[str, Any]:
@@ -333,9 +346,9 @@ def _files_of(partial: Path, rank: int) -> Iterator[Path]:
 def _complete(partial: Path, final: Path, facts: dict[str, Any], files: dict[str, FileFacts]) -> None:
     write_manifest(partial, facts, files)
     replaced = final.with_name(f"{final.name}.replaced{WRITING}")
-    if final.exists():  # the same step, saved once more
+    if os.path.lexists(final):  # the same step, saved once more
         final.rename(replaced)
     partial.rename(final)
     sync_directory(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    if os.path.lexists(replaced):
+        _remove_tree(replaced)

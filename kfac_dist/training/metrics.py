@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,14 +129,34 @@ def _continued(path: Path, last_step: int) -> TextIO:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a `metrics.jsonl`; a last line that a kill tore is left out, and no file is no records."""
-    if not path.exists():
+    """Return the records of a `metrics.jsonl`; a last line that a kill tore is left out, and no file is no records.
+
+    Raises:
+        KFACError: It can't be read, or a line is no record: names the line.
+    """
+    if not os.path.lexists(path):
         return []
+    if not path.is_file():
+        raise KFACError(f"{path}: is no regular file: move it away")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise KFACError(f"{path}: can't be read: {error.strerror}") from error
     records = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            reason = "no UTF-8 text" if isinstance(error, UnicodeDecodeError) else "no JSON"
+            raise KFACError(_no_record(path, number, reason)) from error
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise KFACError(_no_record(path, number, "no JSON object with a step"))
+        records.append(record)
     return records
+
+
+def _no_record(path: Path, number: int, reason: str) -> str:
+    return f"{path}:{number}: {reason}: remove the line, or move the file away, and with it what was logged"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -143,6 +143,35 @@ def test_every_task_of_a_sweep_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     assert (second.directory, second.job, second.standing) == (f"{directory}-1", "9_1", Standing.RUNNING)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\n", "metrics.jsonl:1: no UTF-8 text"),
+        (b'{"step": 4, "loss": 2.5}\nnonsense\n', "metrics.jsonl:2: no JSON"),
+    ],
+)
+def test_how_a_run_stands_is_told_though_its_metrics_are_not_readable(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    directory = write_record(tmp_path / "run", state="finished")
+    (directory / "metrics.jsonl").write_bytes(content)
+
+    ended = CliRunner().invoke(app, ["status", str(directory)], catch_exceptions=False)
+
+    assert ended.exit_code == 0
+    assert ended.output.startswith(f"{directory}: finished\n")
+    assert f"  metrics     {directory}/{message}: remove the line" in ended.output
+    told = json.loads(CliRunner().invoke(app, ["status", str(directory), "--json"], catch_exceptions=False).output)
+    assert message in told[0]["unreadable"]
+
+
+def test_a_loss_that_was_not_finite_is_told(tmp_path: Path) -> None:
+    directory = write_record(tmp_path / "run", state="finished")
+    (directory / "metrics.jsonl").write_text('{"step": 4, "loss": null}\n')
+
+    assert "  loss        not finite, logged" in run_status(directory, None).describe()
+
+
 def test_no_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KFACError, match="no run is here; expected a run's directory"):
         run_statuses(tmp_path)

@@ -17,10 +17,19 @@ def test_shipped_names_and_the_users_own() -> None:
     assert sum(parameter.numel() for parameter in own.parameters()) == 9
 
 
+def nothing_of_the_kind():  # type: ignore[no-untyped-def]
+    return {}
+
+
 def test_what_is_no_model_or_no_data_is_named() -> None:
-    with pytest.raises(ModelError, match=r"builtins:dict returned dict, expected a torch\.nn\.Module"):
+    name = f"{__name__}:nothing_of_the_kind"
+    with pytest.raises(ModelError, match=r"nothing_of_the_kind returned dict, expected a torch\.nn\.Module"):
+        build_model(Target(name=name))
+    with pytest.raises(DataError, match=r"nothing_of_the_kind returned dict, expected kfac_dist\.tasks\.DataSplits"):
+        build_data(Target(name=name))
+    with pytest.raises(ConfigError, match=r"model.name: found 'builtins:dict', which no torch's Module can come from"):
         build_model(Target(name="builtins:dict"))
-    with pytest.raises(DataError, match=r"builtins:dict returned dict, expected kfac_dist\.tasks\.DataSplits"):
+    with pytest.raises(ConfigError, match=r"data.name: .* is not called: it is part of Python"):
         build_data(Target(name="builtins:dict"))
 
 

@@ -66,6 +66,29 @@ def test_a_step_may_be_saved_again(checkpoints: Checkpoints) -> None:
     assert len(list(checkpoints.directory.iterdir())) == 1
 
 
+def test_links_and_files_in_the_way_go_and_what_links_lead_to_stays(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("mine")
+    checkpoints.directory.mkdir()
+    folder = checkpoints.directory
+    (folder / "step-00000002.writing").symlink_to(elsewhere)
+    (folder / "step-00000003.writing").symlink_to(tmp_path / "nowhere")
+    (folder / "step-00000004.writing").write_text("a file")
+    (folder / "step-00000001.aside").symlink_to(elsewhere)
+    (folder / "step-00000001").symlink_to(elsewhere)
+    (folder / "step-00000003").symlink_to(tmp_path / "nowhere")
+
+    for step in (2, 3, 4):
+        checkpoints.save(step, _state(), {})
+
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]
+    assert (elsewhere / "precious").read_text() == "mine"
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.step == 4
+
+
 def test_torn_directories_are_ignored_with_a_line_each(checkpoints: Checkpoints, notices: list[str]) -> None:
     good = checkpoints.save(1, _state(), {})
     checkpoints.keep = 9

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kfac_dist.config.load import dump_yaml
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import CheckpointError, ConfigError
 from kfac_dist.training import train
@@ -211,3 +214,20 @@ def test_sharded_engines_ask_for_a_launcher(tmp_path: Path) -> None:
         ConfigError, match=r"engine.name: zero2 needs ranks that a launcher started, if only one: torch"
     ):
         train(small_config(tmp_path, engine={"name": "zero2"}), quiet=True)
+
+
+def test_deepspeeds_old_names_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(dump_yaml(small_config(tmp_path, kfac=True, engine={"name": "zero3"})))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "kfac_dist"]
+
+    ended = subprocess.run(
+        [sys.executable, *launcher, "train", str(tmp_path / "run.yaml"), "train.steps=2", "--quiet"],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert "FutureWarning" not in ended.stderr

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from kfac_dist.errors import KFACError
 from kfac_dist.training.metrics import MetricsWriter, peak_memory_bytes, read_metrics
 
 
@@ -100,3 +102,37 @@ def test_what_is_not_finite_is_null_and_every_line_strict_json(tmp_path: Path) -
         [line] = (tmp_path / name).read_text().splitlines()
         json.loads(line, parse_constant=refuse)
     assert read_metrics(tmp_path / "curvature.jsonl")[0]["factors"] == [{"condition": None, "spectrum": [None, 2.0]}]
+
+
+NO_RECORDS = {
+    "text": (b"hello", ":2: no JSON: remove the line, or move the file away"),
+    "binary": (b"\xff\xfe\x00", ":2: no UTF-8 text: remove the line"),
+    "latin-1": (b'{"step": 2, "note": "\xe9"}', ":2: no UTF-8 text: remove the line"),
+    "a number": (b"3", ":2: no JSON object with a step: remove"),
+    "null": (b"null", ":2: no JSON object with a step: remove"),
+    "no step": (b'{"loss": 1.0}', ":2: no JSON object with a step: remove"),
+    "no number for a step": (b'{"step": "2"}', ":2: no JSON object with a step: remove"),
+    "deep": (b"[" * 100_000, ":2: no JSON: remove"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), NO_RECORDS.values(), ids=NO_RECORDS.keys())
+@pytest.mark.parametrize("name", ["metrics.jsonl", "curvature.jsonl"])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, name: str, line: bytes, message: str) -> None:
+    content = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
+    (tmp_path / name).write_bytes(content)
+
+    for read in (lambda: read_metrics(tmp_path / name), lambda: MetricsWriter(tmp_path, first_step=3)):
+        with pytest.raises(KFACError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{tmp_path / name}{message}")
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(KFACError, match=r"metrics.jsonl: is no regular file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(KFACError, match="fifo: is no regular file"):
+        read_metrics(tmp_path / "fifo")

@@ -130,7 +130,7 @@ def _thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
-    losses = [record["loss"] for record in records if "loss" in record]
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
     skipped = sum(record.get("skipped", 0) for record in records)
     return records[-1] | ({"loss": sum(losses) / len(losses)} if losses else {}) | {"skipped": skipped}
 
