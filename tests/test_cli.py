@@ -14,6 +14,7 @@ import kfac_dist.training.run
 from kfac_dist.cli import app, exits
 from kfac_dist.config.schema import Config, Likelihood
 from kfac_dist.errors import CollectiveError, ConfigError
+from kfac_dist.training import TrainResult
 
 # base.yaml holds what the others share; it is no run by itself.
 SHIPPED = [file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")) if file.name != "base.yaml"]
@@ -47,10 +48,11 @@ class Recorder:
     config: Config | None = None
     options: dict[str, Any] | None = None
 
-    def __call__(self, config: Config, **options: Any) -> None:
+    def __call__(self, config: Config, **options: Any) -> TrainResult:
         self.config, self.options = config, options
         if self.raises is not None:
             raise self.raises
+        return TrainResult(Path("runs") / config.run.name, ())
 
 
 @pytest.fixture
@@ -80,7 +82,11 @@ def test_a_view_is_shown_or_hidden(run_file: str, recorder: Recorder) -> None:
     assert recorder.options["live"]
 
 
-def test_train_hands_over_a_resolved_configuration(run_file: str, recorder: Recorder) -> None:
+def test_train_hands_over_a_resolved_configuration(
+    run_file: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "mine.yaml", "train.steps=7", "--overwrite", "--resume", "never", "--resume=auto"]
+    monkeypatch.setattr(sys, "argv", ["kfac-dist", *words])
     code, output = invoke(
         "train", run_file, "train.steps=7", "--compare", "--quiet", "--name", "it's", "kfac.inversion.damping=1e-2"
     )
@@ -90,7 +96,15 @@ def test_train_hands_over_a_resolved_configuration(run_file: str, recorder: Reco
     code, _ = invoke("train", run_file, "train.steps=7", "--compare", "--quiet", "--name", "other", "--resume", "auto")
 
     assert code == 0
-    assert recorder.options == {"compare": True, "quiet": True, "live": False, "on_lost": exits.insist}
+    assert recorder.options == {
+        "compare": True,
+        "quiet": True,
+        "live": False,
+        "overwrite": False,
+        "go_on": "kfac-dist train mine.yaml train.steps=7 --resume auto",
+        "on_lost": exits.insist,
+        "on_second_interrupt": exits.end_at_once,
+    }
     assert recorder.config is not None
     assert (recorder.config.run.name, recorder.config.train.steps) == ("other", 7)
     assert recorder.config.checkpoint.resume == "auto"
@@ -279,6 +293,47 @@ def test_plan_shows_that_what_a_rank_keeps_shrinks(run_file: str) -> None:
     code, output = invoke("plan", run_file, "engine.name=fsdp2", "engine.fsdp2.replicas=2", "--world-size=3")
     assert code == 2
     assert output.startswith("error: engine.fsdp2.replicas: 2 copies don't divide 3 ranks evenly")
+
+
+def test_a_plan_of_a_cluster_is_ten_lines_unless_all_is_asked_for(run_file: str) -> None:
+    code, output = invoke("plan", run_file, "--world-size=1024", "kfac.curvature.exclude=[linear4]")
+    lines = output.splitlines()
+
+    assert code == 0
+    assert len(lines) <= 12
+    assert lines[0].startswith("3 blocks, 6 units, 1024 ranks. Inversion load, largest over mean: ")
+    assert lines[1].startswith("Inverts most: rank ")
+    assert lines[1].endswith("; 1018 ranks have nothing to invert")
+    assert lines[2].startswith("Keeps most: rank ")
+    assert f"  linear1: A 65 G 12, {4 * (65**2 + 12**2):,} bytes, {65**3 + 12**3:.2e} n³" in lines
+    assert any(line.startswith("Spares most memory: ") for line in lines)
+    assert "Plain gradient for 2 of the parameters: linear4.weight, linear4.bias" in lines
+    assert lines[-1] == "Every block, every rank and every option: --all"
+
+    code, whole = invoke("plan", run_file, "--world-size=1024", "--all")
+    assert code == 0
+    assert len(whole.splitlines()) > 1024
+    assert {str(rank) for rank in range(1024)} <= {line.split()[0] for line in whole.splitlines() if line.strip()}
+    assert invoke("plan", run_file, "--world-size=4")[1] == invoke("plan", run_file, "--world-size=4", "--all")[1]
+
+
+def test_a_summary_names_blocks_that_differ_by_a_number_together() -> None:
+    code, output = invoke("plan", "byte_gpt", "--world-size=64")
+    lines = output.splitlines()
+
+    assert code == 0
+    assert len(lines) <= 12
+    assert any(line.startswith("  blocks.0.contract … blocks.3.contract, 4 blocks: A 513 G 128, ") for line in lines)
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "100001", "2,x"])
+def test_no_plan_is_made_of_more_ranks_than_there_are(run_file: str, size: str) -> None:
+    code, output = invoke("plan", run_file, f"--world-size={size}")
+
+    assert code == 2
+    assert output.startswith("error: --world-size: found '")
+    assert output.endswith("expected numbers of ranks from 1 on, such as 8 or 8,64,512; at most 100,000\n")
+    assert len(output) < 250
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)

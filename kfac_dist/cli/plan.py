@@ -13,6 +13,7 @@ import typer
 
 from kfac_dist.cli.configuration import ConfigFile, Overrides, load, model_of_shapes
 from kfac_dist.cli.exits import exit_codes
+from kfac_dist.config.document import show
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import ConfigError
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 CALIBRATION_SECONDS = 600.0
 PIPE_WIDTH = 160
+# Of a plan that is to be read; the largest clusters have fewer GPUs.
+MOST_RANKS = 100_000
 # What strategies are compared on unless something else is named.
 HARDWARE = "h100-ib400"
 
@@ -44,7 +47,8 @@ def plan(
         str, typer.Option(metavar="W[,W…]", help="Ranks that share the work; several compare strategies on each.")
     ] = "2",
     node_size: Annotated[
-        int | None, typer.Option(min=1, help="Ranks of one node; all of them, or the hardware's, by default.")
+        int | None,
+        typer.Option(min=1, max=MOST_RANKS, help="Ranks of one node; all of them, or the hardware's, by default."),
     ] = None,
     strategies: Annotated[
         bool, typer.Option("--strategies", help="Compare strategies on one number of ranks.")
@@ -53,12 +57,15 @@ def plan(
         str | None,
         typer.Option(help="Compare strategies on this: a profile such as h100-ib400, or a file of `calibrate`."),
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show every block and every rank of a large plan, or every strategy.")
+    ] = False,
 ) -> None:
     """Show who would measure, invert and precondition what, and what strategies cost, from shapes alone.
 
-    One number of ranks has the plan block by block and rank by rank. Several, --strategies or --hardware have a table
-    of strategies: bytes, flops, balance, memory and predicted milliseconds, and the best one to paste. Builds the
-    model: code that the configuration names is called.
+    One number of ranks has the plan: block by block and rank by rank if it is small or with --all, else a summary.
+    Several, --strategies or --hardware have a table of strategies: bytes, flops, balance, memory and predicted
+    milliseconds, and the best one to paste. Builds the model: code that the configuration names is called.
     """
     with exit_codes():
         sizes = _world_sizes(world_size)
@@ -73,9 +80,10 @@ def plan(
 
             machine = load_hardware(hardware or HARDWARE)
             model = model_of_shapes(resolved.model).to("meta")
-            console.print(view(compare(resolved, model, machine, sizes, node_size or machine.node_size)))
+            compared = compare(resolved, model, machine, sizes, node_size or machine.node_size)
+            console.print(view(compared, everything=everything))
             return
-        _show_plan(resolved, sizes[0], node_size, console)
+        _show_plan(resolved, sizes[0], node_size, console, everything=everything)
 
 
 def calibrate(
@@ -101,18 +109,21 @@ def calibrate(
 
 def _world_sizes(text: str) -> list[int]:
     found = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) for part in found):
-        raise ConfigError(f"--world-size: found {text!r}, expected numbers of ranks from 1 on, such as 8 or 8,64,512")
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 and 0 < int(part) <= MOST_RANKS for part in found):
+        raise ConfigError(
+            f"--world-size: found {show(text)}, expected numbers of ranks from 1 on, such as 8 or 8,64,512; at most "
+            f"{MOST_RANKS:,}"
+        )
     return list(dict.fromkeys(int(part) for part in found))
 
 
-def _show_plan(resolved: Config, world_size: int, node_size: int | None, console: Console) -> None:
+def _show_plan(resolved: Config, world_size: int, node_size: int | None, console: Console, *, everything: bool) -> None:
     from kfac_dist.curvature.chain import find_all
     from kfac_dist.precision import settled
     from kfac_dist.preconditioner.class_memory import check_class_memory
     from kfac_dist.preconditioner.memory import rank_bytes
     from kfac_dist.preconditioner.plan import build_plan
-    from kfac_dist.preconditioner.plan_table import plan_view
+    from kfac_dist.preconditioner.plan_table import is_small, plan_summary, plan_view
     from kfac_dist.preconditioner.savings import savings
 
     model = model_of_shapes(resolved.model)
@@ -137,7 +148,11 @@ def _show_plan(resolved: Config, world_size: int, node_size: int | None, console
         micro=_micro_rows(resolved, model, coverage.blocks, world_size),
     )
     treatment = resolved.kfac.curvature.uncovered
-    console.print(plan_view(planned, kept, coverage.uncovered, treatment, options))
+    if everything or is_small(planned):
+        console.print(plan_view(planned, kept, coverage.uncovered, treatment, options))
+    else:
+        for line in plan_summary(planned, kept, coverage.uncovered, treatment, options):
+            console.print(line, soft_wrap=True)
 
 
 def _micro_rows(resolved: Config, model: nn.Module, blocks: Sequence[Block], world_size: int) -> MicroRows:

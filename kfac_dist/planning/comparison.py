@@ -17,7 +17,7 @@ from kfac_dist.planning.job import Job, Model
 from kfac_dist.planning.network import check_network
 from kfac_dist.planning.prediction import Prediction, predict
 from kfac_dist.planning.rows import count_rows
-from kfac_dist.planning.strategies import AXES, Strategy, crossed, distributions
+from kfac_dist.planning.strategies import AXES, Changes, Strategy, crossed, distributions
 from kfac_dist.precision import settled
 
 # A strategy that gains less than this isn't worth a change of the configuration.
@@ -163,7 +163,12 @@ def words(strategy: Strategy) -> str:
     """Return what a strategy changes in a line."""
     if strategy.configured:
         return "as configured"
-    return ", ".join(f"{key} {_shown(value)}" for own in strategy.changes.values() for key, value in own.items())
+    return words_of(strategy.changes)
+
+
+def words_of(changes: Changes) -> str:
+    """Return changes in a line."""
+    return ", ".join(f"{key} {_shown(value)}" for own in changes.values() for key, value in own.items())
 
 
 def _shown(value: object) -> str:

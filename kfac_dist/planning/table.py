@@ -8,20 +8,27 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from kfac_dist.planning.comparison import Comparison, fragment, words
+from kfac_dist.planning.comparison import Comparison, fragment, words, words_of
 from kfac_dist.planning.hardware import Hardware
 from kfac_dist.planning.prediction import PHASES, Prediction
+from kfac_dist.planning.strategies import Changes, Strategy
 
 _BOTTLENECKS = 5
-_ROWS = 6
+# Strategies of each kind, those that take the same steps and others; those that are named come on top.
+_ROWS = 3
 _SI = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
-def view(comparisons: Sequence[Comparison]) -> Group:
-    """Return the tables of all numbers of ranks, ready for rich to print."""
+def view(comparisons: Sequence[Comparison], *, everything: bool = False) -> Group:
+    """Return the tables of all numbers of ranks, ready for rich to print.
+
+    Args:
+        comparisons: A comparison for each.
+        everything: Whether to show all strategies, not just the quickest.
+    """
     parts: list[Table | str] = [_heading(comparisons[0].hardware), ""]
     for comparison in comparisons:
-        parts += [*_one(comparison), ""]
+        parts += [*_one(comparison, everything=everything), ""]
     return Group(*parts)
 
 
@@ -35,14 +42,17 @@ def _heading(hardware: Hardware) -> str:
     return f"Predicted for {hardware.name} ({hardware.device}): {origin}{notes}"
 
 
-def _one(comparison: Comparison) -> list[Table | str]:
+def _one(comparison: Comparison, *, everything: bool) -> list[Table | str]:
+    rows = list(comparison.predictions) if everything else _rows(comparison)
+    shared = _shared([row.strategy for row in rows])
     best, configured, quicker = comparison.best, comparison.configured, comparison.quicker
-    hidden = len(comparison.predictions) - len(_rows(comparison))
+    hidden = len(comparison.predictions) - len(rows)
     parts: list[Table | str] = [
         f"{comparison.world_size} ranks, {configured.job.node_size} a node, {configured.samples:g} samples a rank and "
         f"step; ms are what K-FAC adds to a step, bytes and flops those of the rank with the most to invert",
-        _table(comparison),
-        *([f"{hidden} other strategies are slower than those of their kind."] if hidden else []),
+        *([f"Every row but * has {words_of(shared)}; the rows name what else they change."] if shared else []),
+        _table(comparison, rows, shared),
+        *([f"{hidden} other strategies are slower than those of their kind: --all shows them."] if hidden else []),
         *([comparison.note] if comparison.note else []),
         *_bottlenecks(configured),
         "",
@@ -73,18 +83,48 @@ def _rows(comparison: Comparison) -> list[Prediction]:
     return [found for found in comparison.predictions if any(found is one for one in shown)]
 
 
-def _table(comparison: Comparison) -> Table:
+def _shared(strategies: Sequence[Strategy]) -> Changes:
+    """Return the changes that all strategies but the configured one have, if there are several to tell apart."""
+    changed = [strategy.changes for strategy in strategies if not strategy.configured]
+    if len(changed) < 2:
+        return {}
+    found = {
+        section: {
+            key: value for key, value in own.items() if all(_has(other, section, key, value) for other in changed)
+        }
+        for section, own in changed[0].items()
+    }
+    return {section: own for section, own in found.items() if own}
+
+
+def _has(changes: Changes, section: str, key: str, value: object) -> bool:
+    own = changes.get(section, {})
+    return key in own and own[key] == value
+
+
+def _name(strategy: Strategy, shared: Changes) -> str:
+    """Return what a row changes beside what all rows do."""
+    if strategy.configured:
+        return words(strategy)
+    own = {
+        section: {key: value for key, value in changes.items() if not _has(shared, section, key, value)}
+        for section, changes in strategy.changes.items()
+    }
+    return words_of(own) or "nothing else"
+
+
+def _table(comparison: Comparison, rows: Sequence[Prediction], shared: Changes) -> Table:
     table = Table("", "strategy", box=box.SIMPLE_HEAD, pad_edge=False)
     headings = ("ms", "worst step", "sent", "worst step", "collectives", "flops", "load max/mean", "kept at most")
     for heading in headings:
         table.add_column(heading, justify="right")
-    for found in _rows(comparison):
+    for found in rows:
         mark = "→" if found is comparison.best else "*" if found.strategy.configured else ""
         other = "" if found.strategy.same_mathematics else " (other steps)"
         kept = _si(found.memory.total) + ("" if comparison.fits(found) else " !")
         table.add_row(
             mark,
-            words(found.strategy) + other,
+            _name(found.strategy, shared) + other,
             _ms(found.seconds),
             _ms(found.worst_seconds),
             _si(found.bytes_sent),

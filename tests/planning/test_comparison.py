@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -53,6 +54,41 @@ def test_what_is_recommended_can_be_pasted(tmp_path: Path) -> None:
     assert "Recommended: as configured" in again
     table = planned(str(run), "--world-size", "64", "--node-size", "8")
     assert "64 ranks. Inversion load" in table
+
+
+def test_rows_name_what_they_differ_by() -> None:
+    arguments = (str(CONFIGS / "byte_gpt.yaml"), "--world-size", "64", "--hardware", "h100-ib400")
+    output = planned(*arguments)
+    rows = table_rows(output)
+
+    assert len(rows) == len(set(rows))
+    shared = re.findall(r"^Every row but \* has (.*); the rows name what else they change", output, flags=re.MULTILINE)
+    assert len(shared) == 1
+    for change in shared[0].split(", "):
+        assert not any(change in row for row in rows)
+    assert "as configured" in rows
+    assert len(rows) <= 9
+
+    whole = planned(*arguments, "--all")
+    assert len(table_rows(whole)) == len(set(table_rows(whole))) > len(rows)
+    assert "--all shows them" in output
+    assert "--all shows them" not in whole
+
+
+def table_rows(output: str) -> list[str]:
+    """The names in the column `strategy`, each in one line."""
+    lines = output.splitlines()
+    start = next(number for number, line in enumerate(lines) if set(line.strip()) == {"─"}) + 1
+    names: list[str] = []
+    for line in lines[start:]:
+        if not line.strip():
+            return names
+        name, _, numbers = line[5:].partition("   ")
+        if numbers.strip():
+            names.append(name.strip())
+        else:
+            names[-1] += f" {name.strip()}"
+    raise AssertionError("the table has no end")
 
 
 @pytest.mark.parametrize(
