@@ -112,7 +112,7 @@ class NewtonStepper(Stepper):
 
     def _propose(self, gradient: Tensor) -> tuple[Sequence[float], list[Tensor], list[dict[str, Tensor]]]:
         """Return the γ to choose from, what each proposes, and its inverses where there is a choice."""
-        if not self.search.due(self.kfac.steps):
+        if not (self.search.due(self.kfac.steps) and self.kfac.can_refresh_again):
             return (self.search.gamma,), [-self.precondition(gradient)], []
         gammas = self.search.candidates()
         proposals: list[Tensor] = []

@@ -267,6 +267,11 @@ class KFAC:
         """
         self._damping.set(value)
 
+    @property
+    def can_refresh_again(self) -> bool:
+        """Whether this step has refreshed every inverse from its own statistics; a step that is skipped hasn't."""
+        return self._solved_whole == self.steps
+
     @torch.no_grad()
     def refresh_again(self) -> None:
         """Solve all inverses anew from the same statistics with the present damping, for use at once; collective.
@@ -277,7 +282,7 @@ class KFAC:
             ConfigError: On every rank, before anything is sent: this step has not refreshed every inverse. The others'
                 sums and weights are of other steps, and don't belong together.
         """
-        if self._solved_whole != self.steps:
+        if not self.can_refresh_again:
             raise ConfigError(
                 f"kfac.refresh_again() at step {self.steps}, which has not refreshed every inverse from its own "
                 "statistics: call it between kfac.update_curvature() and kfac.advance() of a step that refreshes all, "

@@ -146,6 +146,22 @@ def test_a_search_takes_the_gamma_whose_own_inverses_give_the_lowest_model() -> 
     torch.testing.assert_close(-stepper.precondition(gradient), tried[best][1])
 
 
+def test_a_step_that_is_skipped_searches_no_gamma() -> None:
+    """Its statistics are dropped, so that no inverse could be solved from them."""
+    case = _case()
+    stepper = _stepper(case, damping_every=0, gamma_every=2)
+    for _ in range(2):
+        _backward(case, stepper)
+        assert stepper.step()
+    gamma = stepper.search.gamma
+    _backward(case, stepper)
+    next(case.model.parameters()).grad[0, 0] = math.inf
+    assert not stepper.step()
+    assert stepper.search.gamma == gamma
+    _backward(case, stepper)
+    assert stepper.step()
+
+
 def test_products_may_be_taken_over_a_share_of_the_batch() -> None:
     case = _case()
     stepper = _stepper(case, products_fraction=0.25, momentum=False)
