@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
@@ -23,6 +24,8 @@ from kfac_dist.curvature.moments import level
 from kfac_dist.curvature.solvers import tikhonov
 from kfac_dist.precision import settled, working
 from tests.harness import run_ranks
+from tests.preconditioner.models import train
+from tests.preconditioner.test_models import CASES as CASES_BY_LAYER
 from tests.preconditioner.workloads import build, global_batch, part, place, relative, wrap
 
 DAMPING = 1e-8
@@ -348,6 +351,20 @@ def test_single_models_do_not_mind_the_default_dtype(size: int) -> None:
     for same in run_ranks(size, both, timeout=120):
         assert len(same) > 20
         assert all(same)
+
+
+@pytest.mark.parametrize("name", ["traps, reduce", "transposed convolution", "attention", "tied, sampled"])
+def test_every_kind_of_layer_may_be_double(name: str) -> None:
+    case = replace(CASES_BY_LAYER[name], steps=3)
+    single = train(case)
+
+    def inputs(generator: torch.Generator) -> Tensor:
+        values = case.inputs(generator)
+        return values.double() if values.is_floating_point() else values
+
+    double = train(replace(case, make=lambda: case.make().double(), inputs=inputs))
+    assert {value.dtype for value in double.values()} == {torch.float64}
+    assert 0 < relative({key: value.float() for key, value in double.items()}, single) < 1e-5
 
 
 def test_auto_follows_the_model_and_what_is_said_stays() -> None:
