@@ -43,6 +43,7 @@ from kfac_dist.preconditioner.reduction import FactorReduction
 from kfac_dist.preconditioner.refresh import Refresh, Refreshed
 
 LABEL = "checkpoint"
+_LOAD = "load_state_dict"
 _NEVER = -1
 # Seconds after which a rank says that it waits for others in a call that all of them have to make.
 PATIENCE = 5.0
@@ -127,7 +128,7 @@ def agree_to_load(parts: Parts, values: Mapping[str, Any]) -> None:
         problem, step = None, int(values["step"])
     except CheckpointError as error:
         problem, step = error, -1
-    answers = meet(parts.communicator, "load_state_dict", (None if problem is None else str(problem), step))
+    answers = meet(parts.communicator, _LOAD, (None if problem is None else str(problem), step))
     if problem is not None:
         raise problem
     for rank, (reason, _) in enumerate(answers):
@@ -136,6 +137,11 @@ def agree_to_load(parts: Parts, values: Mapping[str, Any]) -> None:
     steps = [step for _, step in answers]
     if len(set(steps)) > 1:
         raise CheckpointError(f"ranks load K-FAC states of different steps: {steps}, by rank; load one state on all")
+
+
+def refuse_to_load(communicator: Communicator, problem: CheckpointError) -> None:
+    """Tell the ranks that are in `agree_to_load`, or come there, what keeps this one from loading; collective."""
+    meet(communicator, _LOAD, (str(problem), -1))
 
 
 def held(parts: Parts) -> dict[str, Any]:
