@@ -21,7 +21,16 @@ from kfac_dist.distributed.traffic import Traffic
 from kfac_dist.engines.base import FINITE
 from kfac_dist.planning.job import Job, StepKind
 from kfac_dist.precision import working
-from kfac_dist.preconditioner import adaptation, class_combination, diagonal, moments, reduction, refresh, step_length
+from kfac_dist.preconditioner import (
+    adaptation,
+    class_combination,
+    diagonal,
+    moments,
+    reduction,
+    refresh,
+    renewal,
+    step_length,
+)
 from kfac_dist.preconditioner import transport as gradients
 from kfac_dist.preconditioner.moments import moments_wire
 from kfac_dist.preconditioner.plan import Plan
@@ -76,7 +85,7 @@ class _Step:
         measured = tuple(slot for slot in kind.measured if slot in inhabited)
         slots = tuple(slot for slot in kind.slots if slot in inhabited)
         if self._job.sharded and (measured or kind.moments):
-            self._sum(1, FINITE, self._comm)
+            self._vote(FINITE)
         if measured:
             self._reduce(self._job.reduction, slots, reduction.LABEL, self._job.plan, measured)
         if kind.moments and self._job.moments is not None:
@@ -86,6 +95,7 @@ class _Step:
         if kind.rest and (measured or kind.moments):
             self._measure_rest()
         if slots:
+            self._vote(renewal.LABEL)
             self._refresh(slots)
         self._transport()
         update = self._config.update
@@ -156,6 +166,9 @@ class _Step:
 
     def _share(self, layout: SegmentLayout, label: str, comm: Communicator) -> None:
         share_segments(comm, self._meta(layout.sharing_numel), layout, label=label).wait()
+
+    def _vote(self, label: str) -> None:
+        self._comm.all_reduce(self._meta(1, torch.float32), label=label).wait()
 
     def _sum(self, numel: int, label: str, comm: Communicator) -> None:
         comm.all_reduce(self._meta(numel), label=label).wait()

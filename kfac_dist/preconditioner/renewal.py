@@ -63,7 +63,7 @@ class ParameterWatch:
                 self._named = True
                 warnings.warn(f"{self.message()} at the next refresh of inverses", stacklevel=5)
             return False
-        votes = torch.tensor([float(own)], device=device)
+        votes = torch.tensor([float(own)], dtype=torch.float32, device=device)
         self._communicator.all_reduce(votes, label=LABEL).wait()
         return bool(votes.item())
 
