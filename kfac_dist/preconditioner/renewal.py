@@ -116,6 +116,7 @@ def without(coverage: Coverage, mismatches: Iterable[Mismatch]) -> Coverage:
     return replace(
         coverage,
         blocks=kept,
+        idle=tuple(block.name for block in kept if block.name in coverage.idle),
         mismatched={**coverage.mismatched, **reasons},
         uncovered={**coverage.uncovered, **{n: r for n, r in lost.items() if n not in covered}},
     )

@@ -323,6 +323,24 @@ def test_a_layer_that_is_never_called_is_named_at_the_first_refresh() -> None:
     kfac.remove()
 
 
+def test_a_layer_that_was_idle_and_is_found_wrong_is_only_wrong() -> None:
+    model = Unread()
+    model.spare.register_forward_hook(lambda module, args, output: output * 0.1)
+    _, kfac, _ = train(model, CONFIG)
+    assert kfac.coverage.idle == ("spare",)
+    model.calls = True
+    x, labels = batch()
+    F.cross_entropy(model(x), labels).backward()
+    plain = model.spare.weight.grad.clone()  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is named
+        kfac.step()
+    assert kfac.coverage.idle == ()
+    assert set(kfac.coverage.mismatched) == {"spare"}
+    assert torch.equal(model.spare.weight.grad, plain)  # type: ignore[arg-type]
+    kfac.remove()
+
+
 # ---- models that change
 
 

@@ -224,6 +224,8 @@ def _unfit(
         return "its weight is computed from other parameters"
     if any(isinstance(weight, UninitializedParameter) for weight in weights):
         return "its shape is not known yet: run a forward pass before making KFAC"
+    if not all(weight.numel() for weight in weights):
+        return "its weight has no values"
     if any(weight.is_complex() for weight in weights):
         return "its weight is complex"
     if getattr(module, "sparse", False):

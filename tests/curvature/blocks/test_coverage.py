@@ -275,10 +275,12 @@ def test_types_without_a_block_are_named() -> None:
 
 def test_layers_that_cannot_be_measured_say_why() -> None:
     model = nn.Sequential(
-        nn.LazyLinear(3), nn.Embedding(3, 3, sparse=True), nn.Linear(2, 2, dtype=torch.complex64), nn.Linear(2, 2)
-    )
+        nn.LazyLinear(3), nn.Embedding(3, 3, sparse=True), nn.Linear(2, 2, dtype=torch.complex64), nn.Linear(2, 2),
+        nn.Linear(2, 0),
+    )  # fmt: skip
     coverage = find(model)
     assert names(coverage) == ["3"]
+    assert coverage.uncovered["4.bias"] == "its weight has no values"
     assert "run a forward pass" in coverage.uncovered["0.weight"]
     assert coverage.uncovered["1.weight"] == "its gradients are sparse"
     assert coverage.uncovered["2.bias"] == "its weight is complex"
