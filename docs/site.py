@@ -1,17 +1,23 @@
-"""What the site adds to the pages: README as its first, and the files of the repository that pages link to.
+"""What the site adds to the pages: README as its first, the files of the repository that pages link to, and formulas.
 
-A page links to `../configs/byte_gpt.yaml` as it would on a forge; on the site that file lies beside the pages.
+A page links to `../configs/byte_gpt.yaml` as it would on a forge; on the site that file lies beside the pages. Formulas
+become MathML, which browsers draw by themselves, without a script from elsewhere.
 """
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+_FORMULA = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\\(?P<open>[(\[])(?P<formula>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+)
 SHOWN = (
     "benchmarks/results/*.json",
     "benchmarks/results/*.png",
@@ -39,3 +45,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Take one `../` from links that lead out of docs/."""
     depth = page.file.src_uri.count("/")
     return re.sub(rf"\]\((?:\.\./){{{depth + 1}}}(?=\w)", "](" + "../" * depth, markdown)
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
+    """Turn formulas, which the Markdown extension leaves as LaTeX, into MathML."""
+    return _FORMULA.sub(_mathml, content)
+
+
+def _mathml(found: re.Match[str]) -> str:
+    display = "block" if found["open"] == "[" else "inline"
+    return convert(html.unescape(found["formula"]), display=display)

@@ -172,3 +172,29 @@ def test_the_reference_has_every_public_name_and_section_once() -> None:
     for kind in (*public, *sections):
         if kind is not schema.Section:
             assert kind.__module__ in modules or kind.__name__ in objects, kind
+
+
+def test_the_site_has_every_page_in_one_group() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    groups = {name: pages for group in site["nav"] for name, pages in group.items()}
+    listed = [page if isinstance(page, str) else next(iter(page.values())) for own in groups.values() for page in own]
+
+    assert list(groups) == ["Start", "Use", "Cluster", "Methods", "Reference", "Project"]
+    assert listed[:2] == ["index.md", "start.md"]
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(listed) == sorted(pages | {"index.md", "CHANGELOG.md", "CONTRIBUTING.md"})
+
+
+def test_the_site_can_be_searched_and_asks_no_other_host(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'kfac_dist[docs]'")
+    pytest.importorskip("latex2mathml", reason="latex2mathml is not installed: pip install 'kfac_dist[docs]'")
+    run([sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")], ROOT)
+
+    index = (tmp_path / "site/search/search_index.js").read_text()
+    assert "Choosing a strategy" in index
+    for page in ("index.html", "methods/newton.html"):
+        text = (tmp_path / "site" / page).read_text()
+        assert 'class="md-search__input"' in text
+        assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(?:https?:)?//[^"]*', text)
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in text
+    assert "arithmatex" not in text
