@@ -7,13 +7,15 @@ factor a trace; G's is quadratic in ĝ. Equal traces mean the right scale; a rat
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from kfac_dist.config.schema import Config, Fisher
 from kfac_dist.curvature.broadcast import Samples
@@ -21,6 +23,7 @@ from kfac_dist.curvature.factors import Side
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
 from kfac_dist.doctor.measure import factors, found_shared, measuring
+from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.inputs import each
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.loss_scale import Terms, explain_scale
@@ -34,6 +37,8 @@ from kfac_dist.training.setup import Parts
 
 SAMPLES_A_RANK = 8
 TOLERANCE = 0.02
+# Traces below this are sums of squares that fp32 can't hold to the last digit.
+FAINT = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 
 Units = Mapping[str, Mapping[str, Tensor]]
 
@@ -55,9 +60,11 @@ def examine_scale(config: Config, parts: Parts, communicator: Communicator) -> l
             whole = _measure_batch(config, parts, communicator, kfac, batch)
         mismatched = kfac.coverage.mismatched
     with measuring(parts.engine.module, config.kfac, Fisher.EMPIRICAL) as kfac:
-        single = _measure_samples(parts, kfac, batch)
+        single = _measure_samples(parts, parts.engine.module, kfac, batch)
     samples = batch.samples
     ratios = {name: _ratio(whole[name]["scalars"], single[name]["scalars"]) for name in whole if name in single}
+    if any(map(_off, ratios.values())) and isinstance(parts.engine, DDPEngine):  # elsewhere the module isn't whole
+        ratios |= dict.fromkeys(_of_rounding_alone(config, parts, single, batch))
     shared_blocks = [name for name, kind in shared.items() if kind is Samples.SHARED]
     findings = [*_idle_blocks(whole, shared_blocks), *_constant_inputs(kfac, whole, samples)]
     findings += [Finding("capture", Severity.WARNING, f"{name}: {reason}") for name, reason in mismatched.items()]
@@ -89,12 +96,30 @@ def _measure_batch(config: Config, parts: Parts, communicator: Communicator, kfa
     return factors(kfac)
 
 
-def _measure_samples(parts: Parts, kfac: KFAC, batch: StepBatch) -> Units:
-    loss, module = parts.loss, parts.engine.module
+def _of_rounding_alone(config: Config, parts: Parts, single: Units, batch: StepBatch) -> list[str]:
+    """Return the units whose gradients are others in a model of doubles, so that nothing can be told from them."""
+    double = copy.deepcopy(parts.engine.module).double()
+    try:
+        with measuring(double, config.kfac, Fisher.EMPIRICAL) as kfac:
+            exact = _measure_samples(parts, double, kfac, batch)
+    except RuntimeError:  # it computes in floats, whatever it is made of
+        return []
+    return [name for name in single if name in exact and _differs(single[name]["scalars"], exact[name]["scalars"])]
+
+
+def _differs(single: Tensor, exact: Tensor) -> bool:
+    """Whether doubles have another trace than floats, or none at all."""
+    return _off(_ratio(single, exact)) or float(exact[1]) < FAINT < float(single[1])
+
+
+def _measure_samples(parts: Parts, module: nn.Module, kfac: KFAC, batch: StepBatch) -> Units:
+    loss, dtype = parts.loss, next(module.parameters()).dtype
     for micro in batch.micro_batches:
         for index in range(len(micro.targets)):
             cut = itemgetter(slice(index, index + 1))
             inputs, targets = each(cut, micro.inputs), cut(micro.targets)
+            if dtype is torch.float64:
+                inputs = each(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
             last = micro is batch.micro_batches[-1] and index == len(micro.targets) - 1
             terms = loss.count(targets) if loss.counts_on_device else None
             kfac.micro_batch(first_sample=micro.first_sample + index, divisor=1.0, terms=terms, last=last)
@@ -105,9 +130,14 @@ def _measure_samples(parts: Parts, kfac: KFAC, batch: StepBatch) -> Units:
 
 
 def _ratio(whole: Tensor, single: Tensor) -> float | None:
-    """Return the factor's trace by the batch over that by single samples; None where nothing was measured."""
+    """Return the factor's trace by the batch over that by single samples; None where nothing was measured.
+
+    Nor where there is next to nothing: squares of fp32 numbers round to few digits there.
+    """
     (w1, t1), (w2, t2) = whole.tolist(), single.tolist()
-    return (t1 / w1) / (t2 / w2) if min(w1, t1, w2, t2) > 0 else None
+    if min(w1, t1, w2, t2) <= 0 or max(t1 / w1, t2 / w2) < FAINT:
+        return None
+    return float((t1 / w1) / (t2 / w2))
 
 
 def _judge(ratios: Mapping[str, float | None], terms: Terms) -> list[Finding]:

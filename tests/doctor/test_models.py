@@ -170,3 +170,11 @@ def test_a_gradient_of_rounding_alone_is_not_judged() -> None:
     [found] = [finding for finding in report.findings if finding.check == "curvature"]
     assert found.severity is Severity.FINE, found.text
     assert [row.block for row in report.curvature if row.exact] == ["first", "last"]
+    [scale] = [finding for finding in report.findings if finding.check == "scale"]
+    assert scale.severity is Severity.FINE, scale.text
+
+
+def test_the_scale_of_a_gradient_next_to_nothing_is_not_judged() -> None:
+    report = examine(small_config("/nowhere", kfac=True, model={"name": DATA + "Faint", "args": {}}))
+    [scale] = [finding for finding in report.findings if finding.check == "scale"]
+    assert scale.severity is Severity.FINE, scale.text
