@@ -120,15 +120,3 @@ class UsedByHand(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.middle(self.embedding(tokens)).tanh()
         return F.linear(F.linear(hidden, self.spare.weight), self.embedding.weight)
-
-
-class Faint(nn.Module):
-    """A layer whose gradients are so small that their squares have few digits, or none, in floats."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.faint, self.first, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = self.last(torch.tanh(self.first(x)) + 2e-22 * self.faint(x))
-        return outputs
