@@ -27,6 +27,8 @@ from kfac_dist.compat.torch import gradient_shapes
 
 _VIEWS = ("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Clone", "ToCopy")
 _ELEMENTWISE = ("Add", "Sub", "RSub", "Mul", "Div", "Expand", "Where", "MaskedFill")
+# What puts rows into their places among others': of one row these make B without spreading it.
+_PLACING = ("Cat", "IndexAdd", "IndexCopy", "IndexPut", "MaskedScatter", "Scatter", "ScatterAdd", "SliceScatter")
 
 Node = Any  # torch.autograd.graph.Node; its metadata has no public name
 Consumers = Mapping[Node, list[Node]]
@@ -99,7 +101,7 @@ def _is_shared(node: Node, consumers: Consumers, batch_size: int) -> bool:
         node = todo.pop()
         own = _shape(node)
         for reader in consumers.get(node, []):
-            if _is_opaque(reader):
+            if _is_opaque(reader) or _is(reader, _PLACING) or str(reader.name()) == "CopySlices":
                 continue
             spread = _shape(reader)
             if _spreads(own, spread, batch_size, elementwise=_is(reader, _ELEMENTWISE)):

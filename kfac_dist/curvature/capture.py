@@ -54,6 +54,7 @@ from kfac_dist.curvature.blocks import Block, Use
 from kfac_dist.curvature.blocks.uses import Handle
 from kfac_dist.curvature.broadcast import Samples, consumers_of, expand, samples_of
 from kfac_dist.curvature.constants import Constants
+from kfac_dist.curvature.samples import UNBATCHED, PassShapes, Place, count_samples, shapes_of
 from kfac_dist.errors import ModelError
 from kfac_dist.hooks import after_forward, before_forward
 
@@ -110,19 +111,24 @@ class Batch:
 
     Attributes:
         description: The loop's word on it, None if it gave none.
-        batch_size: Samples that the model was called with in the pass that backward came to first, in the last one
-            before that; None if it was not called itself.
+        shapes: The forward pass that backward came to first, the last one before that.
         positions: Positions that the layer nearest to the loss has seen, 0 before any gradient.
         went_back: Whether a backward pass has come to one of its uses.
         pending: Uses that wait for gradients, by block.
     """
 
-    def __init__(self, description: object | None) -> None:
+    def __init__(self, description: object | None, count: Callable[[PassShapes], int | None]) -> None:
         self.description = description
-        self.batch_size: int | None = None
+        self.shapes = PassShapes()
+        self._count = count
         self.positions = 0.0
         self.went_back = False
         self.pending: dict[str, _Pending] = {}
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples, None if nothing tells."""
+        return self._count(self.shapes)
 
     def of(self, block: str) -> _Pending:
         """Return the uses of a block."""
@@ -151,9 +157,9 @@ class _BackwardPass:
 class _Graph:
     """Held by the graph of one call and by nothing else: when it goes, no gradient can come any more."""
 
-    def __init__(self, forward_pass: int, batch_size: int | None) -> None:
+    def __init__(self, forward_pass: int, shapes: PassShapes) -> None:
         self.forward_pass = forward_pass
-        self.batch_size = batch_size
+        self.shapes = shapes
 
 
 class _Recorder:
@@ -166,7 +172,7 @@ class _Recorder:
     @property
     def watching(self) -> bool:
         """Whether forward passes are measured now."""
-        return self._capture.active and not self._capture.paused and torch.is_grad_enabled() and of_the_loop()
+        return self._capture.watching
 
     def refuse(self, cause: str) -> None:
         """See `blocks.uses.Recorder.refuse`."""
@@ -196,6 +202,7 @@ class Capture:
         blocks: The blocks to watch.
         completed: Called with a block and its uses as soon as all their gradients are there.
         own_backward: The gradients come from `backpropagate`, not from the user's backward.
+        count_samples: Returns the number of samples of a pass, as far as its shapes tell.
 
     Attributes:
         active: Whether forward passes are being watched; the owner sets it once a step.
@@ -213,6 +220,7 @@ class Capture:
         completed: Callable[[Block, list[Use]], None],
         *,
         own_backward: bool,
+        count_samples: Callable[[PassShapes], int | None] = count_samples,
     ) -> None:
         self.active = False
         self.paused = False
@@ -221,6 +229,9 @@ class Capture:
         self.arbiter: Arbiter | None = None
         self._completed = completed
         self._own_backward = own_backward
+        self._count_samples = count_samples
+        self._ahead: Place | None = None
+        self._batch_size: int | None = None
         self.samples: dict[str, Samples] | None = None
         self._nodes: list[tuple[str, Any, Any]] = []
         self._constants: list[Constants | None] = []  # of the forward passes that are under way
@@ -258,25 +269,36 @@ class Capture:
         self._description = None
         self.passes = 0
         self.passes_back.clear()
+        self._batch_size = None
         self._nodes.clear()
+
+    @property
+    def watching(self) -> bool:
+        """Whether forward passes that run now are measured."""
+        return self.active and not self.paused and torch.is_grad_enabled() and of_the_loop()
 
     @property
     def batch(self) -> Batch:
         """The micro-batch of the forward passes that run now."""
         if not self._batches:
-            self._batches.append(Batch(self._description))
+            self._batches.append(Batch(self._description, self._count_samples))
         return self._batches[-1]
 
     @property
+    def batches(self) -> Sequence[Batch]:
+        """All micro-batches of this step."""
+        return self._batches
+
+    @property
     def batch_size(self) -> int | None:
-        """Samples that the model was last called with, None if it was not called itself."""
+        """Samples of the last forward pass, None if nothing tells."""
         return self._batches[-1].batch_size if self._batches else None
 
     def describe(self, description: object) -> None:
         """Begin a micro-batch of which the loop says something."""
         self._flush_settled()  # what the last one has left open is its own
         self._description = description
-        self._batches.append(Batch(description))
+        self._batches.append(Batch(description, self._count_samples))
 
     def waits_for(self, block: str) -> bool:
         """Whether uses of a block are still to be measured, in any micro-batch of this step."""
@@ -334,45 +356,52 @@ class Capture:
         self._note_pass(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
             return
-        looks = self.active and not self.paused and self.samples is None and (self.batch_size or 1) > 1
-        self._constants.append(Constants(module) if looks and torch.is_grad_enabled() and of_the_loop() else None)
+        looks = self.watching and self.samples is None and self.batch_size != 1
+        self._constants.append(Constants(module) if looks else None)
         if (constants := self._constants[-1]) is not None:
             constants.begin()
 
     def _note_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.active or self.paused or not torch.is_grad_enabled() or not of_the_loop():
-            return
-        if self.passes and in_backward():
+        if not self.watching or (self.passes and in_backward()):
             return
         if self.batch.went_back:
             self._flush_settled()  # what an earlier micro-batch has left open is its own, not this one's
-            self._batches.append(Batch(self._description))
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
-        self.batch.batch_size = None if first is None else first.shape[0]
+            self._batches.append(Batch(self._description, self._count_samples))
+        self.batch.shapes = shapes = PassShapes(shapes_of((args, kwargs)))
+        # Known before the outputs are: by the place at which the inputs of an earlier pass had it.
+        ahead = None if self._ahead is None else shapes.read(self._ahead)
+        self._batch_size = self._count_samples(shapes) if ahead is None else ahead
         self.passes += 1
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Find, once, the layers whose outputs all samples share; see `broadcast`."""
+        """Complete the pass's shapes; find, once, the layers whose outputs all samples share, see `broadcast`."""
         constants = None
         if not torch.compiler.is_dynamo_compiling() and self._constants:
             constants = self._constants.pop()
         if constants is not None:
             constants.end()
-        if output is None:
-            return  # an exception has ended the pass
-        if not of_the_loop() or not self._nodes or self.batch_size is None or self.batch_size == 1 or in_backward():
+        if output is None or not self.watching or in_backward():
+            return  # without an output, an exception has ended the pass
+        shapes = self.batch.shapes
+        shapes.outputs = shapes_of(output, trained=True)
+        batch_size = self._count_samples(shapes)
+        firsts = [shape[0] for shape in shapes.inputs]
+        self._ahead = Place("inputs", firsts.index(batch_size)) if batch_size in firsts else None
+        nodes, self._nodes = self._nodes, []
+        if not nodes or batch_size is None or batch_size == 1:
             return
         consumers = consumers_of(output)
         self.samples = {}
-        for name, own, below in self._nodes:
+        for name, own, below in nodes:
             node = own if own in consumers else below  # an activation in place takes a view's own node out of the graph
-            samples = samples_of(node, consumers, self.batch_size, () if constants is None else constants)
+            samples = samples_of(node, consumers, batch_size, () if constants is None else constants)
+            if self._ahead is None and samples in (Samples.EXPAND, Samples.PREPEND):
+                samples = Samples.SHARED  # no input tells how often to expand
             if samples is not Samples.OWN and self.samples.get(name) is not Samples.SHARED:
                 self.samples[name] = samples
                 self.batch.of(name).clear()  # what was seen in this pass is of no use
                 if self.arbiter is not None:
                     self.arbiter.postpone(name)
-        self._nodes.clear()
         if left := [name for name, samples in self.samples.items() if samples is Samples.SHARED]:
             warnings.warn(
                 f"the outputs of {', '.join(left)} are shared by all samples of a batch, so that no sample has a "
@@ -391,13 +420,13 @@ class Capture:
     ) -> Tensor | None:
         """Take note of one call of a block's layer; see `blocks.uses.Recorder.record`."""
         samples = Samples.OWN if self.samples is None else self.samples.get(block.name, Samples.OWN)
-        if samples is Samples.SHARED:
-            return None
-        if samples is Samples.OWN or self.batch_size is None:
+        if samples is Samples.OWN:
             self._take_note(block, inputs, output, source, arrange)
             return None
-        inputs = expand(inputs, self.batch_size, samples)
-        output = None if output is None else expand(output, self.batch_size, samples)
+        if samples is Samples.SHARED or self._batch_size is None:
+            return None
+        inputs = expand(inputs, self._batch_size, samples)
+        output = None if output is None else expand(output, self._batch_size, samples)
         self._take_note(block, inputs, output, source, arrange)
         return output
 
@@ -420,6 +449,7 @@ class Capture:
         if output is None or not output.requires_grad:
             return
         batch = self.batch
+        batch.shapes.layers.append(UNBATCHED if block.unbatched(inputs) else tuple(inputs.shape))
         pending = batch.of(block.name)
         written, arrange = below_view(output, arrange)
         if self.samples is None and not in_backward():
@@ -439,7 +469,7 @@ class Capture:
             use.edge = get_gradient_edge(written)
         else:
             # The graph may outlive backward; what was measured must not.
-            graph, reference = _Graph(self.passes, batch.batch_size), weakref.ref(use)
+            graph, reference = _Graph(self.passes, batch.shapes), weakref.ref(use)
             weakref.finalize(graph, _graph_went, pending, reference).atexit = False
             written.register_hook(functools.partial(self._gradient_came, block, pending, reference, graph))
 
@@ -469,7 +499,7 @@ class Capture:
             case Purpose.LOSS:
                 self.passes_back.add(graph.forward_pass)
                 if not use.batch.went_back:
-                    use.batch.went_back, use.batch.batch_size = True, graph.batch_size
+                    use.batch.went_back, use.batch.shapes = True, graph.shapes
                 use.take(grad.detach())
                 if use.measurable:
                     self._check_untouched(block, [use])

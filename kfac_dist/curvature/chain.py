@@ -19,7 +19,7 @@ from kfac_dist.config.schema import KFACConfig, Structure
 from kfac_dist.curvature.blocks import Block, Coverage, MicroBatch, Use, find_blocks
 from kfac_dist.curvature.blocks.base import KroneckerBlock, StatisticsSink
 from kfac_dist.curvature.blocks.linear import LinearBlock
-from kfac_dist.curvature.blocks.rows import loss_terms, sample, shared_rows, unscale
+from kfac_dist.curvature.blocks.rows import sample, shared_rows, unscale
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side, Unit
 from kfac_dist.curvature.precondition import Group
 from kfac_dist.curvature.tridiagonal import ChainLink, apply_inverse
@@ -177,11 +177,10 @@ def _input_rows(block: KroneckerBlock, use: Use, batch: MicroBatch) -> tuple[Ten
 def _output_rows(block: KroneckerBlock, use: Use, batch: MicroBatch) -> tuple[Tensor, float, float | Tensor]:
     assert use.grad is not None
     whole = block.output_rows(use.grad, batch.batch_size)
-    terms = loss_terms(whole, batch)
     [rows] = shared_rows([whole], block.sharing, mean=False)
     kept = sample(rows, batch)
-    scaled, factor = unscale(kept, terms, batch)
-    return widened(scaled[0]), factor, terms * (kept.shape[1] / max(rows.shape[1], 1))
+    scaled, factor = unscale(kept, batch)
+    return widened(scaled[0]), factor, batch.terms * (kept.shape[1] / max(rows.shape[1], 1))
 
 
 class ChainGroup(Group):

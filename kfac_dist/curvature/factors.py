@@ -42,13 +42,18 @@ class Side(StrEnum):
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """Shape of one factor: `batch` independent matrices (or diagonals) of size `dim`; `dim`×`columns` if crossed."""
+    """Shape of one factor: `batch` independent matrices (or diagonals) of size `dim`; `dim`×`columns` if crossed.
+
+    Attributes:
+        traced: Whether it is a partial trace of F, so that it is a mean over the loss's terms on either side.
+    """
 
     side: Side
     dim: int
     batch: int = 1
     kind: FactorKind = FactorKind.DENSE
     columns: int = 0
+    traced: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Unit:
         classes: Classes whose statistics are kept apart; 0 if they aren't.
         columns: Columns of a crossed unit.
         first: The first of the factor's independent matrices that this unit has.
+        traced: See `FactorSpec`.
     """
 
     block: str
@@ -78,6 +84,12 @@ class Unit:
     classes: int = 0
     columns: int = 0
     first: int = 0
+    traced: bool = False
+
+    @property
+    def per_term(self) -> bool:
+        """Whether the factor is a mean over the loss's terms; else it is one over the rows that the layer saw."""
+        return self.traced or self.side not in (Side.A, Side.A_NEXT)
 
     @property
     def name(self) -> str:
@@ -172,7 +184,7 @@ def units_of(
     """Return the units of a block, in the order of its factors; only dense ones are cut."""
     cuts = cuts or Cuts()
     return tuple(
-        Unit(block, factor.side, index, start, stop, size, factor.kind, classes, factor.columns, first)
+        Unit(block, factor.side, index, start, stop, size, factor.kind, classes, factor.columns, first, factor.traced)
         for factor in factors
         for index, (first, size, (start, stop)) in enumerate(_places(factor, max_dim, cuts))
     )

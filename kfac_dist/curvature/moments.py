@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.blocks.base import KroneckerBlock
-from kfac_dist.curvature.blocks.rows import MicroBatch, loss_terms, sample, unscale
+from kfac_dist.curvature.blocks.rows import MicroBatch, sample, unscale
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.precision import at_least_single, widened
 
@@ -54,17 +54,16 @@ def second_moments(
         `[batch, d_out, d_in(+1)]` in fp32 (fp64 for a layer in it), and its weight.
     """
     rows = block.output_rows(_gradient(uses[0]), batch.batch_size)
-    terms = loss_terms(rows, batch)
     apart = batch.loss_terms is LossTerms.TOKEN and block.sharing is Sharing.EXPAND
     total = torch.zeros(block.matrix_shape, device=rows.device, dtype=at_least_single(rows.dtype))
     kept = 0
     for inputs, grads in _positions(block, uses, batch) if apart else _samples(block, uses, batch):
-        scaled, factor = unscale(grads, terms, batch)
+        scaled, factor = unscale(grads, batch)
         kept += inputs.shape[1]
         total.add_(_squares(inputs, scaled, a, g, ones=block.has_bias), alpha=factor**2)
     samples = [_gradient(use).numel() // (rows.shape[0] * rows.shape[3]) for use in uses]
     seen = sum(samples) if apart else rows.shape[1]
-    return total, terms * (kept / max(seen, 1))
+    return total, batch.terms * (kept / max(seen, 1))
 
 
 def level(moments: Tensor, d_a: Tensor, d_g: Tensor) -> Tensor:

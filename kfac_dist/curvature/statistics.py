@@ -31,6 +31,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Missed:
+    """The loss's terms of one step that a span's units have not been measured in: other layers saw them.
+
+    A layer that sees nothing of a micro-batch (an expert to which no sample went) has a gradient of zero for its terms,
+    and they count, as long as any micro-batch of any rank used the layer in this step.
+
+    Attributes:
+        used: Whether any micro-batch of this rank used each unit's layer; always so where terms don't matter.
+        terms: `[1 + C, units]`: their number, and their numbers by class.
+    """
+
+    used: tuple[bool, ...]
+    terms: Tensor
+
+
+@dataclass(frozen=True)
 class Span:
     """Consecutive units `[first, last)` and the values `[start, stop)` of the flat buffers that they occupy."""
 
@@ -136,6 +152,10 @@ class RunningAverages:
         self._written = [False] * len(units)
         self._counts: list[float | Tensor] = [0.0] * len(units)
         self._by_class: dict[int, Tensor] = {}
+        # Terms of the step's micro-batches, also by class, and which of these each unit has been measured in.
+        self._terms: dict[object, tuple[float | Tensor, Tensor | None]] = {}
+        self._current: object = None
+        self._seen: list[set[object]] = [set() for _ in units]
         # Columns of the rows that made a dense unit; None if it was added as a whole.
         self._widths: dict[str, int | None] = {}
         self._pieces: dict[tuple[str, Side], list[Unit]] = {}
@@ -144,6 +164,17 @@ class RunningAverages:
         self._diagonal_edges, self._diagonal = _diagonal_index(self.layout, device)
 
     # ---- measuring: the sink of the blocks
+
+    def enter(self, micro_batch: object, terms: float | Tensor, by_class: Tensor | None = None) -> None:
+        """Take what is measured from now on for a micro-batch's, whose terms count for every layer.
+
+        Args:
+            micro_batch: Identifies it.
+            terms: n, of those that sampling keeps.
+            by_class: The same by class, `[C]`.
+        """
+        self._terms.setdefault(micro_batch, (terms, by_class))
+        self._current = micro_batch
 
     @property
     def window(self) -> Tensor:
@@ -187,6 +218,7 @@ class RunningAverages:
         for unit in self._pieces[block, side]:
             index = self.layout.index(unit)
             self._counts[index] += count
+            self._seen[index].add(self._current)
             if by_class is not None:
                 own = to_device(by_class, self.device)
                 self._by_class[index] = self._by_class[index] + own if index in self._by_class else own
@@ -221,6 +253,41 @@ class RunningAverages:
         zero_unless(finite, scalars)
         self._written[span.units] = [False] * (span.last - span.first)
         self._counts[span.units] = [0.0] * (span.last - span.first)
+
+    def missed(self, span: Span) -> Missed | None:
+        """Return the terms of this step that the units of a closed span have missed; None if there are none.
+
+        Nothing that a dropped span has missed counts either.
+        """
+        columns = range(span.first, span.last)
+        absent = [
+            [key for key in self._terms if key not in self._seen[index]] if self.layout.units[index].per_term else []
+            for index in columns
+        ]
+        if not any(absent):
+            return None
+        found = self.scalars.new_zeros(len(self.scalars) - 1, len(columns))
+        for column, keys in enumerate(absent):
+            for terms, by_class in (self._terms[key] for key in keys):
+                found[0, column] += terms
+                if by_class is not None:
+                    found[1 : 1 + len(by_class), column] += to_device(by_class, self.device)
+        zero_unless(~self._bad[span.units].any(), found)
+        return Missed(
+            tuple(not keys or bool(self._seen[index]) for index, keys in zip(columns, absent, strict=True)), found
+        )
+
+    def add_missed(self, span: Span, terms: Tensor) -> None:
+        """Add terms `[1 + C, units]` to the weights of a span's window."""
+        self.window_scalars[0, span.units] += terms[0]
+        self.window_scalars[2:, span.units] += terms[1:]
+
+    def end_step(self) -> None:
+        """Forget the step's micro-batches."""
+        self._terms.clear()
+        self._current = None
+        for seen in self._seen:
+            seen.clear()
 
     def count_dropped(self, taken: Tensor) -> None:
         """Count what the closed spans of a step have dropped, unless the whole step is skipped; no host sync.
@@ -292,6 +359,7 @@ class RunningAverages:
         self._written = [False] * len(self._written)
         self._counts = [0.0] * len(self._counts)
         self._by_class.clear()
+        self.end_step()
         self.release()
 
     # ---- reading

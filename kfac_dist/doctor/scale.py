@@ -166,8 +166,8 @@ def _judge(ratios: Mapping[str, float | None], terms: Terms) -> list[Finding]:
                 "scale",
                 Severity.ERROR,
                 f"{_blocks(list(wrong))}: the output gradients of {terms.samples} samples together are {factor:.4g} "
-                "times those of the samples alone. K-FAC takes samples to be the first dimension of the first tensor "
-                "that the model is called with: make it so",
+                "times those of the samples alone. K-FAC takes samples to be the first dimension of the model's "
+                "outputs: make it so",
             )
         ]
     measured = sum(ratio is not None for ratio in ratios.values())

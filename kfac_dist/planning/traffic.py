@@ -117,7 +117,7 @@ class _Step:
             layout.send(self._comm, buffer, wire, label=label).wait()
         if reduced.buckets:
             classes = max((unit.classes for unit in plan.units), default=0)
-            self._sum((2 + classes) * reduced.columns + 1, label, self._comm)
+            self._sum(layout.scalars_numel(reduced, classes), label, self._comm)
 
     def _publish(self, plan: Plan) -> None:
         assert self._job.moments is not None

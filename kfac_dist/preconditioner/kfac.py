@@ -41,7 +41,8 @@ from kfac_dist.preconditioner.adaptation import DampingAdaptation
 from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
 from kfac_dist.preconditioner.damping import Damping
 from kfac_dist.preconditioner.inspection import RefreshReading
-from kfac_dist.preconditioner.measurement import Description, Measurement
+from kfac_dist.preconditioner.loss_terms import Description, TermCounter
+from kfac_dist.preconditioner.measurement import Measurement
 from kfac_dist.preconditioner.pace import Pace
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.renewal import ParameterWatch, carry, idle_message, message_of, same_blocks, without
@@ -102,6 +103,7 @@ class KFAC:
         self._engine = as_engine(model)
         self._optimizer: HasRates | None = self._engine.optimizer if optimizer is None else optimizer
         self._check_scale = check_scale
+        self._counter = TermCounter(self.config.curvature.loss_terms)
         self._check_whole()
 
         self._mismatched: dict[str, Mismatch] = {}
@@ -207,10 +209,12 @@ class KFAC:
         Args:
             first_sample: Global index of its first sample within the optimizer step; by default ranks hold equal
                 consecutive parts. Sampled labels and rows depend on it, nothing else.
-            divisor: Number by which the sum of its per-term losses is divided before backward. By default the mean
-                over this micro-batch: its samples, or its tokens for token losses. With K accumulated micro-batches
-                and a loss divided by K: K times that.
-            terms: Its loss terms, for token losses whose valid tokens shapes don't tell; a tensor stays on the device.
+            divisor: Number by which the sum of its per-term losses is divided before backward; by default `terms`. With
+                K accumulated micro-batches and a loss divided by K: K times that.
+            terms: n, the terms of its loss on this rank: samples, or valid tokens for token losses, however many rows a
+                layer sees; a tensor stays on the device. By default the first dimension of the model's outputs, or all
+                of their positions for token losses. Needed where the loss leaves some of them out, or where no output
+                shows it.
             last: Whether the optimizer's step follows its backward. Only then may reductions overlap with backward:
                 without this call they start in `step`.
             classes: Labels of its samples `[B]`, or tokens `[B, T]`, with `curvature.class_conditional` and the
@@ -685,6 +689,7 @@ class KFAC:
             phases=self.phases,
             drawn=self._rest.drawn,
             check_scale=self._check_scale,
+            counter=self._counter,
             arbiter=arbiter,
         )
 

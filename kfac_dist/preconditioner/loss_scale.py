@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from kfac_dist.config.schema import Likelihood, LossTerms
 from kfac_dist.curvature.autograd import of_the_loop
 from kfac_dist.curvature.blocks import MicroBatch
+from kfac_dist.curvature.capture import Batch
+from kfac_dist.curvature.samples import Place, tensors_in
 from kfac_dist.curvature.scale import gradient_scale
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.errors import ModelError
@@ -107,13 +109,26 @@ class LossScaleWatch:
 
     Args:
         model: The bare model.
-        describe: Tells what the loop said of the micro-batch that is under way.
+        current: Returns the micro-batch whose forward pass runs.
+        came: Called with outputs, their gradient and the micro-batch as soon as the gradient has come; returns sizes
+            and scales, None if the number of terms is not known.
+        compare: Whether to compare the scale; if not, ranks only agree on where the number of samples stands.
+
     """
 
-    def __init__(self, model: nn.Module, describe: Callable[[], MicroBatch]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        current: Callable[[], Batch],
+        came: Callable[[Tensor, Tensor, Batch], MicroBatch | None],
+        *,
+        compare: bool = True,
+    ) -> None:
         self.paused = False
-        self._describe = describe
-        self._seen: tuple[Tensor, Tensor, MicroBatch] | None = None
+        self._current = current
+        self._came = came
+        self._compare = compare
+        self._seen: tuple[Tensor, Tensor, MicroBatch | None] | None = None
         self._watching = False
         self._unseen = 0
         self._handle: HookHandle | None = after_forward(model, self._forward_ran)
@@ -128,7 +143,16 @@ class LossScaleWatch:
         self._watching = active
         self._seen = None
 
-    def judge(self, likelihood: Likelihood | None, communicator: Communicator, *, passes: int, scaled: bool) -> None:
+    def judge(
+        self,
+        likelihood: Likelihood | None,
+        communicator: Communicator,
+        *,
+        passes: int,
+        scaled: bool,
+        place: Place | None,
+        uncounted: ModelError | None,
+    ) -> Place | None:
         """Compare the scale with the loss that K-FAC was told of; collective, once, and waits for the device.
 
         Args:
@@ -136,30 +160,41 @@ class LossScaleWatch:
             communicator: The ranks.
             passes: Forward passes of this step.
             scaled: Whether an AMP scaler is known of.
+            place: Where this rank has found the number of samples.
+            uncounted: Why it has not.
+
+        Returns:
+            Where all ranks find the number of samples from now on.
 
         Raises:
-            ModelError: On every rank, the scale is wrong by a number of samples, positions or ranks.
+            ModelError: On every rank, the scale is wrong by a number of samples, positions or ranks, or a rank doesn't
+                know its number of terms.
         """
         seen, self._seen = self._seen, None
-        found, problem = None, None
-        if seen is not None:
-            found = _scale(*seen, likelihood)
-            terms = _terms(*seen, communicator.size, scaled)
-            problem = _beyond_bound(*seen, likelihood) if found is None else explain_scale(found, terms)
+        found, problem = None, None if uncounted is None else (True, str(uncounted))
+        if seen is not None and seen[2] is not None and self._compare:
+            outputs, gradient, micro = seen[0], seen[1], seen[2]
+            found = _scale(outputs, gradient, micro, likelihood)
+            if problem is None and found is None:
+                problem = _beyond_bound(outputs, gradient, micro, likelihood)
+            elif problem is None and found is not None:
+                problem = explain_scale(found, _terms(outputs, micro, communicator.size, scaled))
         # An overflow of the loss scale makes the first gradients infinite: then the next measurement is asked.
         overflowed = seen is not None and not bool(torch.isfinite(seen[1]).all())
-        answers = communicator.gather_objects((overflowed, seen is None, problem), label="agreement")
-        self._unseen += all(unseen for _, unseen, _ in answers)
+        answers = communicator.gather_objects((overflowed, seen is None, problem, place), label="agreement")
+        self._unseen += self._compare and all(unseen for _, unseen, *_ in answers)
         again = any(over for over, *_ in answers) or 0 < self._unseen < _STEPS
-        proofs = [message for *_, said in answers if said is not None for proven, message in [said] if proven]
+        proofs = [message for *_, said, _ in answers if said is not None for proven, message in [said] if proven]
+        agreed = next((where for *_, where in answers if where is not None), None)
         if not proofs and again:
-            return
+            return agreed
         self.stop()
         if proofs:
             raise ModelError(proofs[0])
         accumulated = found is not None and passes > 1 and abs(found * passes - 1) < TOLERANCE
         if problem is not None and not accumulated:
             warnings.warn(problem[1], stacklevel=2)
+        return agreed
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -177,22 +212,19 @@ class LossScaleWatch:
         self._handle = None
 
     def _forward_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if (
-            not self._watching
-            or self.paused
-            or not isinstance(outputs, Tensor)
-            or not outputs.requires_grad
-            or not outputs.ndim
-            or not of_the_loop()
-        ):
+        if not self._compare or not self._watching or self.paused or not torch.is_grad_enabled() or not of_the_loop():
+            return
+        outputs = next((part for part in tensors_in(output) if part.ndim and part.requires_grad), None)
+        if outputs is None:
             return
         values = outputs.detach().clone() if outputs.numel() < _COPIED else outputs.detach()
+
+        batch = self._current()
 
         def gradient_came(gradient: Tensor) -> None:
             if self._watching and not self.paused:
                 self._watching = False
-                self._seen = (values, gradient.detach(), self._describe())
+                self._seen = (values, gradient.detach(), self._came(values, gradient.detach(), batch))
 
         outputs.register_hook(gradient_came)
 
@@ -212,7 +244,7 @@ def _scale(outputs: Tensor, gradient: Tensor, micro: MicroBatch, likelihood: Lik
     if likelihood is Likelihood.GAUSSIAN:
         return None
     scale = gradient_scale(outputs, gradient, likelihood)
-    return None if scale is None else scale * _divisor(outputs, micro)
+    return None if scale is None else scale * _divisor(micro)
 
 
 def _beyond_bound(
@@ -221,7 +253,7 @@ def _beyond_bound(
     """Say so if a term's gradient is larger than that of any label, soft ones included: |p − y| ≤ 1 in each output."""
     if likelihood in (None, Likelihood.GAUSSIAN):
         return None
-    largest = float(gradient.abs().amax()) * _divisor(outputs, micro) if gradient.numel() else 0.0
+    largest = float(gradient.abs().amax()) * _divisor(micro) if gradient.numel() else 0.0
     if not 1 + TOLERANCE < largest < math.inf:
         return None
     return False, (
@@ -231,18 +263,18 @@ def _beyond_bound(
     )
 
 
-def _divisor(outputs: Tensor, micro: MicroBatch) -> float:
+def _divisor(micro: MicroBatch) -> float:
     """Return what K-FAC multiplies output gradients by."""
-    divisor = micro.divisor
-    if divisor is None:
-        samples, positions = _sizes(outputs, micro)
-        inferred = float(samples if micro.loss_terms is LossTerms.SAMPLE else samples * positions)
-        divisor = inferred if micro.terms is None or micro.loss_terms is LossTerms.SAMPLE else micro.terms
-    unscaled = 1.0 if micro.inverse_scale is None else float(micro.inverse_scale)
-    return float(divisor) * unscaled
+    divisor = micro.terms if micro.divisor is None else micro.divisor
+    return float(divisor) * unscaling(micro)
 
 
-def _terms(outputs: Tensor, gradient: Tensor, micro: MicroBatch, ranks: int, scaled: bool) -> Terms:
+def unscaling(micro: MicroBatch) -> float:
+    """Return what undoes the loss scale that a micro-batch's gradients carry; waits for the device."""
+    return 1.0 if micro.inverse_scale is None else float(micro.inverse_scale)
+
+
+def _terms(outputs: Tensor, micro: MicroBatch, ranks: int, scaled: bool) -> Terms:
     samples, positions = _sizes(outputs, micro)
     return Terms(samples, positions, ranks, micro.loss_terms, scaled)
 

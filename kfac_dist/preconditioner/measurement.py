@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,28 +24,19 @@ from kfac_dist.curvature.chain import NeighbourMoments
 from kfac_dist.curvature.classes import Classes
 from kfac_dist.curvature.factors import Side
 from kfac_dist.curvature.fisher import drawn_classes, hessian_columns, label_gradient
+from kfac_dist.curvature.scale import gradient_scale
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicator import Communicator
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.drawn import DrawnGradients
-from kfac_dist.preconditioner.loss_scale import LossScaleWatch
+from kfac_dist.preconditioner.loss_scale import LossScaleWatch, unscaling
+from kfac_dist.preconditioner.loss_terms import Counted, Description, TermCounter
 from kfac_dist.preconditioner.moments import Moments
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.reduction import FactorReduction
 
 _EVERY_SIDE = frozenset(Side)
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the loop says of its next micro-batch; see `KFAC.micro_batch`."""
-
-    first_sample: int | None = None
-    divisor: float | Tensor | None = None
-    terms: float | Tensor | None = None
-    last: bool = True
-    classes: Tensor | None = None
 
 
 class Measurement:
@@ -63,6 +54,7 @@ class Measurement:
         phases: Told how long this takes.
         drawn: Takes gradients at drawn labels, for parameters without a block.
         check_scale: Whether to compare the loss's gradient at the model's outputs with that of a plain mean.
+        counter: Counts the loss's terms; by default a new one.
         arbiter: Compares what is captured with the blocks' gradients; by default a new one, of all blocks.
 
     Attributes:
@@ -83,6 +75,7 @@ class Measurement:
         phases: PhaseTimer,
         drawn: DrawnGradients | None = None,
         check_scale: bool = True,
+        counter: TermCounter | None = None,
         arbiter: Arbiter | None = None,
     ) -> None:
         self._engine = engine
@@ -98,19 +91,27 @@ class Measurement:
         self._drawn = drawn
         self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
         self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
-        self._capture = Capture(engine.module, blocks, self._measure, own_backward=self._own_backward)
+        self._terms = TermCounter(config.loss_terms) if counter is None else counter
+        self._capture = Capture(
+            engine.module,
+            blocks,
+            self._measure,
+            own_backward=self._own_backward,
+            count_samples=self._terms.samples,
+        )
         self._neighbours = NeighbourMoments(blocks)
-        self._scale = LossScaleWatch(engine.module, lambda: self._micro_batch(self._capture.batch, own=False))
-        if not check_scale:
-            self._scale.stop()
+        self._scale = LossScaleWatch(
+            engine.module, lambda: self._capture.batch, self._outputs_gradient_came, compare=check_scale
+        )
         self._arbiter = Arbiter(blocks) if arbiter is None else arbiter
         self._judged_before = False
         self.mismatches: tuple[Mismatch, ...] = ()
         self._step = 0
-        self._positions = 0.0
         self._description: Description | None = None
         self._went_back = False
         self._unlabelled = False
+        self._uncounted: ModelError | None = None
+        self._entered: set[Batch] = set()
 
     @property
     def active(self) -> bool:
@@ -126,7 +127,8 @@ class Measurement:
         self._step = step
         self._description = None
         self._went_back = self._unlabelled = False
-        self._positions = 0.0
+        self._uncounted = None
+        self._entered.clear()
         self.mismatches = ()
         if self._drawn is not None:
             self._drawn.reset()
@@ -163,9 +165,10 @@ class Measurement:
         accumulated = self._engine.gradient_scale / self._engine.backward_pass().scale
         if self._description is not None and self._description.divisor is not None:
             return self._description.divisor * accumulated
-        if self._config.loss_terms is LossTerms.SAMPLE or not self._positions:
-            return float(self._capture.batch_size or 0) * accumulated
-        return self._positions * accumulated
+        try:
+            return self._count(self._capture.batch).terms * accumulated
+        except ModelError:  # told in `finish`, if anything was measured
+            return 0.0
 
     def describe(self, description: Description) -> None:
         """Take the loop's word on its next micro-batch."""
@@ -187,8 +190,8 @@ class Measurement:
         """Measure by K-FAC's own passes from the model's outputs, if the Fisher needs them and this step measures."""
         if not self.active or not self._own_backward:
             return
-        self._positions = outputs.numel() / max(outputs.shape[-1], 1)
-        micro = self._micro_batch(self._capture.batch, own=True)
+        batch = self._capture.batch
+        micro = self._micro_batch(batch, self._count_outputs(outputs), own=True)
         # Consumed as columns are: each vector is measured before the next is made.
         classes = iter(self._classes_of_columns(outputs, micro.first_sample))
         current: Classes | None = None
@@ -200,6 +203,9 @@ class Measurement:
                 yield column
 
         def measure(block: Block, uses: list[Use], first: bool) -> None:
+            uses = [use for use in uses if not use.empty]
+            if not uses:
+                return
             if self._moments is not None and isinstance(block, KroneckerBlock):
                 self._moments.measure(block, uses, micro, counted=first)
             if not self._factors or not self._reduction.accepts(block.name):
@@ -212,11 +218,10 @@ class Measurement:
             block.measure(uses, micro, sink, sides)
             self._neighbours.measure(block, uses, micro, sink, sides)
 
+        self._enter(batch, micro)
         with self._scale.unwatched(), self._phases(Phase.STATISTICS):
             if self._drawn is not None and self._factors:
-                per_token = self._config.loss_terms is LossTerms.TOKEN
-                terms = self._positions if per_token else float(outputs.shape[0])
-                self._drawn.add(outputs, self._drawn_labels(outputs, micro.first_sample), terms)
+                self._drawn.add(outputs, self._drawn_labels(outputs, micro.first_sample), float(micro.terms))
             self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
         self._went_back = True
         if self._last and self._factors:
@@ -234,6 +239,7 @@ class Measurement:
             ModelError: The Fisher needs `fisher_backward`, and it wasn't called; or the loss is no mean.
         """
         self._capture.flush()
+        self._enter_unused()
         if self._own_backward and not self._went_back:
             self._close(torch.zeros_like(finite))  # the other ranks may be waiting there
             raise ModelError(
@@ -246,6 +252,9 @@ class Measurement:
                 "kfac.curvature.class_conditional keeps statistics apart by class: call kfac.micro_batch(classes="
                 "labels) before each forward pass, with a label for each of its samples or tokens"
             )
+        if self._uncounted is not None and self._scale.over:
+            self._close(torch.zeros_like(finite))
+            raise self._uncounted
         # Of the user's own backward: a look at the model that no backward follows is no accumulation.
         passes = self._capture.passes if self._own_backward else len(self._capture.passes_back)
         if passes > 1 and self._description is None and self._engine.backward_pass().last is None:
@@ -261,11 +270,13 @@ class Measurement:
         if self._arbiter.open and (refreshes or not self._judged_before):
             self._judge()
         if not self._scale.over:
-            self._scale.judge(
+            self._terms.place = self._scale.judge(
                 self._config.likelihood,
                 self._communicator,
                 passes=passes,
                 scaled=self._scaler is not None,
+                place=self._terms.place,
+                uncounted=self._uncounted,
             )
         return taken
 
@@ -316,12 +327,34 @@ class Measurement:
             return self._description.last
         return bool(self._engine.backward_pass().last)
 
+    def _outputs_gradient_came(self, outputs: Tensor, gradient: Tensor, batch: Batch) -> MicroBatch | None:
+        """Let the loss say over how many terms it is a mean; return the micro-batch, None where its n isn't known.
+
+        Waits for the device, in the first measured step.
+        """
+        said = _said(batch)
+        if self._terms.place is None and said.divisor is None and said.terms is None:
+            scale = gradient_scale(outputs, gradient, self._config.likelihood)
+            raw = self._micro_batch(batch, Counted(None, 1.0), own=False)
+            told = None if scale is None else 1 / (scale * unscaling(raw))
+            self._terms.place = self._terms.settle(batch.shapes, told)
+        with suppress(ModelError):  # told in `finish`
+            return self._micro_batch(batch, self._count(batch), own=False)
+        return None
+
     def _measure(self, block: Block, uses: list[Use]) -> None:
+        uses = [use for use in uses if not use.empty]
+        if not uses:
+            return  # as if the layer hadn't been called
+        batch = uses[0].batch
+        try:
+            micro = self._micro_batch(batch, self._count(batch), own=False)
+        except ModelError as error:  # told in `finish`, on every rank
+            self._uncounted = error
+            return
+        self._enter(batch, micro)
         if self._factors and not self._reduction.accepts(block.name):
             return
-        batch = uses[0].batch
-        self._positions = batch.positions
-        micro = self._micro_batch(batch, own=False)
         if block.by_class and self._config.class_slots:
             if micro.classes is None:  # told in `finish`, where no rank waits for another
                 self._unlabelled = True
@@ -337,6 +370,25 @@ class Measurement:
         if self._factors and self._last and not self._capture.waits_for(block.name):
             with self._phases(Phase.REDUCTION):
                 self._reduction.completed(block.name)
+
+    def _enter(self, batch: Batch, micro: MicroBatch) -> None:
+        """Count the terms of a micro-batch for every layer, also for those that it doesn't use."""
+        kept = micro.terms / micro.stride
+        by_class = None if micro.classes is None else micro.classes.counts(kept)
+        for averages in (self._averages, *([] if self._moments is None else [self._moments.averages])):
+            averages.enter(batch, kept, by_class)
+        self._entered.add(batch)
+
+    def _enter_unused(self) -> None:
+        """Count the terms of micro-batches that have used no covered layer of this rank at all.
+
+        Where the loop doesn't describe them, a forward pass may also have been a mere look at the model.
+        """
+        for batch in self._capture.batches:
+            sure = batch.description is not None or self._capture.passes == 1
+            if sure and batch not in self._entered and batch.shapes.inputs:
+                with suppress(ModelError):  # nothing is measured by it
+                    self._enter(batch, self._micro_batch(batch, self._count(batch), own=False))
 
     def _columns(self, outputs: Tensor, first_sample: int) -> Iterable[Tensor]:
         config = self._config
@@ -377,37 +429,48 @@ class Measurement:
             return None
         return Classes.of(said.classes, config.class_conditional.classes, config.class_slots)
 
-    def _micro_batch(self, batch: Batch, *, own: bool) -> MicroBatch:
+    def _count(self, batch: Batch) -> Counted:
+        """Return the sizes of a micro-batch.
+
+        Raises:
+            ModelError: Nothing tells its number of terms.
+        """
+        return self._terms.count(batch.shapes, _said(batch), round(batch.positions))
+
+    def _count_outputs(self, outputs: Tensor) -> Counted:
+        """Return the sizes of a pass from the outputs that labels are drawn for; no position of them is ignored."""
+        samples = outputs.shape[0]
+        positions = outputs.numel() / max(outputs.shape[-1], 1)
+        return Counted(samples, positions if self._config.loss_terms is LossTerms.TOKEN else float(samples))
+
+    def _micro_batch(self, batch: Batch, counted: Counted, *, own: bool) -> MicroBatch:
         """Return the sizes and scales of a micro-batch; K-FAC's `own` gradients carry no divisor and no loss scale."""
-        said = batch.description if isinstance(batch.description, Description) else Description()
+        said = _said(batch)
         done = self._engine.backward_pass()
-        batch_size, comm = batch.batch_size, self._communicator
+        batch_size, comm = counted.samples, self._communicator
         first_sample = (done.index * comm.size + comm.rank) * (batch_size or 0)
         stride = round(1 / self._config.sample_fraction)
         return MicroBatch(
+            terms=counted.terms,
             loss_terms=self._config.loss_terms,
             batch_size=batch_size,
             first_sample=first_sample if said.first_sample is None else said.first_sample,
             divisor=1.0 if own else said.divisor,
             inverse_scale=None if own else self._inverse_scale(done.scale),
-            terms=self._tokens() if own or said.terms is None else said.terms,  # drawn labels ignore no position
             stride=stride,
             phase=self._step // self._config.factor_every % stride,
             classes=None if own else self._given_classes(said),
         )
-
-    def _tokens(self) -> float | None:
-        """Return the tokens of the pass that is measured, for token losses, as the layer nearest to the loss has them.
-
-        Other layers may see more rows (a norm of heads) or fewer (an encoder's), all for the same loss.
-        """
-        return self._positions or None if self._config.loss_terms is LossTerms.TOKEN else None
 
     def _inverse_scale(self, scale: float) -> float | Tensor | None:
         """Return what undoes an AMP loss scale, or the engine's own; None where there is none."""
         if self._scaler is not None:
             return self._scaler.scale(torch.ones((), device=self._averages.device, dtype=torch.float32)).reciprocal()
         return None if scale == 1.0 else 1.0 / scale
+
+
+def _said(batch: Batch) -> Description:
+    return batch.description if isinstance(batch.description, Description) else Description()
 
 
 class _SumsOnly:

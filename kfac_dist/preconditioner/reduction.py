@@ -13,7 +13,8 @@ refresh every rank keeps 1/W of the total, so that the ranks' averages still add
 
 The flat window is cut into a few buckets of whole blocks. With `overlap`, a bucket leaves as soon as backward has
 completed its blocks, always in the same order on every rank; what is left leaves in `finish`. Weights, traces and each
-rank's vote on the step travel together in one small sum.
+rank's vote on the step travel together in one small sum; a rank that has left a layer unused says so there, and only
+then a second one follows (`missed`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from torch import Tensor
 
 from kfac_dist.config.schema import DistributionConfig
 from kfac_dist.curvature.factors import Unit
-from kfac_dist.curvature.statistics import RunningAverages, Span
+from kfac_dist.curvature.statistics import RunningAverages, Span, to_device
 from kfac_dist.distributed.communicator import Communicator, Work
 from kfac_dist.distributed.segments import PendingReduce
+from kfac_dist.preconditioner.missed import MissedTerms, shared_terms
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.reduction_layout import ReductionLayout
 from kfac_dist.preconditioner.wire import UnitWire
@@ -91,6 +93,7 @@ class FactorReduction:
         self._layout = ReductionLayout(plan, config, averages.layout, comm.size, averages.working)
         self._overlap = config.overlap and comm.size > 1
         self._current: _Measurement | None = None
+        self._missed = MissedTerms(averages.scalars[1:])
         # On the device: whether a measuring step was taken is known there first.
         self._dirty = torch.zeros((), dtype=torch.bool, device=averages.device)
         self._own = torch.tensor(
@@ -163,6 +166,7 @@ class FactorReduction:
             self._averages.close(span)
         if current.buckets:
             taken = self._exchange_scalars([bucket.span for bucket in current.buckets], taken)
+        self._note_missed(current.local, taken)
         for span in current.local:
             self._averages.advance(span, taken)
         if self._comm.size == 1:
@@ -174,6 +178,7 @@ class FactorReduction:
             if proceed:
                 self._commit(bucket.span, values, taken)
         self._averages.release()
+        self._averages.end_step()
         self._averages.count_dropped(taken)
         self._dirty |= taken
         return taken
@@ -182,7 +187,7 @@ class FactorReduction:
         averages, span = self._averages, bucket.span
         averages.close(span)
         if self.blending:
-            averages.blend(span, 1.0 if self._layout.scattering else 1 / self._comm.size)
+            averages.blend(span, self._scale)
         window = averages.window
         bucket.sent = window[span.values]
         if bucket.wire is not None:
@@ -194,12 +199,73 @@ class FactorReduction:
     def _exchange_scalars(self, spans: list[Span], taken: Tensor) -> Tensor:
         """Add up the weights and traces of what was sent (what stays local must not be touched), and the votes."""
         scalars = [self._averages.window_scalars[:, span.units] for span in spans]
-        message = torch.cat([*(part.flatten() for part in scalars), (~taken).to(scalars[0].dtype).view(1)])
+        extra = self._prepare_missed(spans)
+        vote = (~taken).to(scalars[0].dtype).view(1)
+        message = torch.cat([*(part.flatten() for part in scalars), extra.flatten(), vote])
         self._comm.all_reduce(message, label=self._label).wait()
-        sizes = [part.numel() for part in scalars]
-        for part, total in zip(scalars, torch.split(message[:-1], sizes), strict=True):
+        *totals, extra_total, votes = torch.split(message, [*(part.numel() for part in scalars), extra.numel(), 1])
+        for part, total in zip(scalars, totals, strict=True):
             part.copy_(total.view_as(part))
-        return message[-1] == 0
+        taken = votes[0] == 0
+        self._share_missed(spans, extra_total.view_as(extra), taken)
+        return taken
+
+    # ---- terms that layers have missed, see `missed`
+
+    def _note_missed(self, spans: list[Span], taken: Tensor) -> None:
+        """Count the missed terms of layers that this rank used; keep those of others until a reduction."""
+        found = [(span, self._averages.missed(span)) for span in spans]
+        for span, missed in found:
+            if missed is not None:
+                self._averages.add_missed(span, missed.terms * self._mask(missed.used))
+        if self._comm.size > 1:
+            self._missed.note(found, self._averages.decay, taken)
+
+    def _prepare_missed(self, spans: list[Span]) -> Tensor:
+        """Return what travels with the scalars: whether a layer was unused, or at every step which, and its terms.
+
+        A refresh looks at the votes anyway; averages that are global at every step must move without asking.
+        """
+        averages = self._averages
+        found = [(span, averages.missed(span)) for span in spans]
+        rate = (1 - averages.decay) * self._scale if self.blending else 1.0
+        for span, missed in found:
+            if missed is not None:
+                averages.add_missed(span, missed.terms * self._mask(missed.used) * rate)
+        self._missed.note(found, averages.decay if self.blending else 0.0, torch.ones((), device=averages.device))
+        if self.blending:
+            return averages.scalars.new_full((1,), float(self._missed.irregular(spans)))
+        message = self._missed.message(spans)
+        self._missed.reduced(spans)
+        return message
+
+    def _share_missed(self, spans: list[Span], total: Tensor, taken: Tensor) -> None:
+        if not self.blending:
+            self._add_missed(spans, shared_terms(total))
+        elif not bool(taken):
+            self._missed.drop_last()
+        else:
+            if bool(total):
+                self._add_missed(spans, self._exchange_missed(spans) * self._scale)
+            self._missed.reduced(spans)
+
+    def _exchange_missed(self, spans: list[Span]) -> Tensor:
+        message = self._missed.message(spans)
+        self._comm.all_reduce(message, label=self._label).wait()
+        return shared_terms(message)
+
+    def _add_missed(self, spans: list[Span], terms: Tensor) -> None:
+        sizes = [span.last - span.first for span in spans]
+        for span, own in zip(spans, torch.split(terms, sizes, dim=1), strict=True):
+            self._averages.add_missed(span, own)
+
+    def _mask(self, used: tuple[bool, ...]) -> Tensor:
+        return to_device(torch.tensor(used), self._averages.device)
+
+    @property
+    def _scale(self) -> float:
+        """Share of the total that each rank keeps after a reduction of blended averages."""
+        return 1.0 if self._layout.scattering else 1 / self._comm.size
 
     def _collect(self, bucket: _Bucket) -> Tensor | None:
         """Wait for a bucket; the window then holds the sums, or the owned units' sums are returned."""
@@ -264,9 +330,19 @@ class FactorReduction:
         if not self.blending or self._comm.size == 1 or not bool(self._dirty):
             return
         averages = self._averages
-        for values in (averages.average, averages.scalars):
-            values.div_(self.shares)
-            self._comm.all_reduce(values, label=self._label).wait()
+        spans = [averages.layout.span(0, len(self._plan.units))]
+        irregular = averages.scalars.new_full((1,), float(self._missed.irregular(spans)))
+        averages.average.div_(self.shares)
+        self._comm.all_reduce(averages.average, label=self._label).wait()
+        message = torch.cat([averages.scalars.flatten(), irregular])
+        self._comm.all_reduce(message, label=self._label).wait()
+        scalars = message[:-1].view_as(averages.scalars)
+        if bool(message[-1]):
+            terms = self._exchange_missed(spans)
+            scalars[0] += terms[0]
+            scalars[2:] += terms[1:]
+        averages.scalars.copy_(scalars / self.shares)
+        self._missed.clear()
         self.totals.copy_(averages.scalars)
         if self._layout.scattering:
             averages.scalars.mul_(self._own)
@@ -293,15 +369,19 @@ class FactorReduction:
             else:
                 averages.sums(unit).zero_()
         self._dirty.zero_()
+        self._missed.clear()
 
     def local(self) -> dict[str, Tensor]:
         """Return copies of what this rank alone holds, not consolidated."""
-        return {name: values.clone() for name, values in self._local().items()}
+        return {name: values.clone() for name, values in self._local().items()} | {"missed": self._missed.state()}
 
     def restore_local(self, values: Mapping[str, Tensor]) -> None:
         """Take what `local` returned on this rank."""
         for name, own in self._local().items():
             own.copy_(values[name])
+        self._missed.clear()
+        if "missed" in values:  # of an older checkpoint it isn't known
+            self._missed.load_state(values["missed"])
 
     def _local(self) -> dict[str, Tensor]:
         averages = self._averages

@@ -88,6 +88,19 @@ class ReductionLayout:
             self._known[slots, measured] = self._lay_out(slots, tuple(self._slots()) if measured is None else measured)
         return self._known[slots, measured]
 
+    def scalars_numel(self, reduced: Reduced, classes: int) -> int:
+        """Return the values that travel beside a step's buckets where every layer is used on every rank.
+
+        Weights, traces, weights by class and a vote; at a refresh whether a layer was unused, or at every step which,
+        and the terms that it missed.
+
+        Args:
+            reduced: The step.
+            classes: C.
+        """
+        missed = 1 if self.blending else (2 + classes) * reduced.columns
+        return (2 + classes) * reduced.columns + missed + 1
+
     def send(self, comm: Communicator, buffer: Tensor, wire: UnitWire | None, *, label: str) -> Work | PendingReduce:
         """Start the reduction of one bucket; collective.
 

@@ -73,7 +73,13 @@ class Passes:
         if kfac is not None:
             by_class = kfac.config.curvature.class_conditional is not None
             classes = self._parts.loss.labels(micro.targets) if by_class else None
-            kfac.micro_batch(first_sample=micro.first_sample, divisor=divisor, terms=terms, last=last, classes=classes)
+            kfac.micro_batch(
+                first_sample=micro.first_sample,
+                divisor=divisor,
+                terms=float(len(micro.targets)) if terms is None else terms,
+                last=last,
+                classes=classes,
+            )
         module = engine.module
         inputs = each(engine.prepared, micro.inputs)
         if self._parts.stepper is not None:

@@ -40,6 +40,10 @@ def judge(combine: Callable[[Tensor, Tensor], Tensor], *shape: int, samples: int
         (lambda a, x: x + a.view(SAMPLES, LENGTH, WIDTH), (SAMPLES * LENGTH, WIDTH), Samples.OWN),
         (lambda a, x: x.transpose(0, 1) + a, (LENGTH, SAMPLES, WIDTH), Samples.OWN),
         (lambda a, x: {"x": [x + a.mT]}, (WIDTH, LENGTH), Samples.SHARED),
+        # One sample's rows, put back into their place among the others'.
+        (lambda a, x: x.index_add(0, torch.tensor([2]), a), (1, LENGTH, WIDTH), Samples.OWN),
+        (lambda a, x: torch.cat([a, x[1:]]), (1, LENGTH, WIDTH), Samples.OWN),
+        (lambda a, x: x.index_put((torch.tensor([2]),), a), (1, LENGTH, WIDTH), Samples.OWN),
         (lambda a, x: a.sum() + 0 * a, (LENGTH, WIDTH), Samples.OWN),  # never meets the samples
     ],
 )

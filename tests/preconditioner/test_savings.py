@@ -188,6 +188,7 @@ def test_sampling_spares_what_measuring_copies(dtype: torch.dtype, counted: bool
         config = parse_kfac({"curvature": {"sample_fraction": fraction, "loss_terms": "token"}})
         blocks = find_blocks(model, config.curvature).blocks
         batch = MicroBatch(
+            terms=float(rows),
             loss_terms=config.curvature.loss_terms,
             batch_size=samples,
             divisor=torch.tensor(float(rows)) if counted else float(rows),

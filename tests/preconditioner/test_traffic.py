@@ -164,8 +164,8 @@ def test_factor_bytes_equal_the_formula() -> None:
     dims = [(7, 6)] * (layers - 1) + [(7, CLASSES)]
     triangles = sum(triangle_numel(a) + triangle_numel(g) for a, g in dims)
     squares = sum(a * a + g * g for a, g in dims)
-    # Weights and traces of every unit, and one vote.
-    scalars = all_reduce_bytes(FLOAT * (2 * 2 * layers + 1), size)
+    # Weights and traces of every unit, one vote, and whether a layer was left unused.
+    scalars = all_reduce_bytes(FLOAT * (2 * 2 * layers + 2), size)
     cases: list[tuple[int, dict[str, Any]]] = [
         (layers, {"buckets": 1, "pack_triangles": pack, "reduction": reduction})
         for pack in (True, False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.projection import Signs, wide
-from kfac_dist.curvature.blocks.rows import MicroBatch, loss_terms, sample, shared_rows, unscale
+from kfac_dist.curvature.blocks.rows import MicroBatch, sample, shared_rows, unscale
 from kfac_dist.curvature.blocks.uses import Handle, Recorder, Use
 from kfac_dist.curvature.classes import Members
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Heads, Side
@@ -129,6 +129,10 @@ class Block(ABC):
         """
         return inputs
 
+    def unbatched(self, inputs: Tensor) -> bool:
+        """Whether an input is of one sample, without a batch's dimension."""
+        return inputs.ndim < 2
+
     def rows(self, parameter: str) -> tuple[int, int] | None:
         """Return which rows `[first, last)` of a parameter are this block's, where it shares one; None: all of it."""
         return None
@@ -209,18 +213,17 @@ class KroneckerBlock(Block):
 
     def _measure_outputs(self, grads: Sequence[Tensor], batch: MicroBatch, sink: StatisticsSink) -> None:
         rows = [self.output_rows(tensor, batch.batch_size) for tensor in grads]
-        terms = loss_terms(rows[0], batch)
         total = kept_total = 0
         by_class: list[Tensor] = []
         for part in shared_rows(rows, self.sharing, mean=False):
             kept, members = sample(part, batch), batch.members(self.name, part.shape[1], inputs=False)
-            scaled, factor = unscale(kept, terms, batch)
+            scaled, factor = unscale(kept, batch)
             sink.add_rows(self.name, Side.G, scaled, scale=factor**2, ones=False, members=members)
             total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
             by_class += [] if members is None else [members.counts(kept.device)]
         # The sum above has kept/total of its rows: its count shrinks alike, so that sampling leaves the scale alone.
-        counts = torch.stack(by_class).sum(0) * (terms / max(total, 1)) if by_class else None
-        sink.add_count(self.name, Side.G, terms * (kept_total / max(total, 1)), counts)
+        counts = torch.stack(by_class).sum(0) * (batch.terms / max(total, 1)) if by_class else None
+        sink.add_count(self.name, Side.G, batch.terms * (kept_total / max(total, 1)), counts)
 
 
 def trained_parameters(name: str, modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:

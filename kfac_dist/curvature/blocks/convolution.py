@@ -42,6 +42,10 @@ class ConvolutionBlock(KroneckerBlock):
         self.matrix_shape = (self.groups, outputs, width)
         self._spatial = len(layer.kernel_size)
 
+    def unbatched(self, inputs: Tensor) -> bool:
+        """See `Block.unbatched`."""
+        return inputs.ndim == self._spatial + 1
+
     def input_rows(self, inputs: Tensor, batch_size: int | None) -> Tensor:
         """Return the patches `[groups, B, T, c_in/groups · kernel]` for T output positions."""
         module = cast(Convolution, self.module)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, dense
 from kfac_dist.curvature.blocks.projection import Signs
-from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, loss_terms, unscale
+from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, unscale
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.classes import Members
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
@@ -35,9 +35,12 @@ class EmbeddingBlock(Block):
         )
         self.matrix_shape = (1, layer.embedding_dim, layer.num_embeddings)
 
+    def unbatched(self, inputs: Tensor) -> bool:
+        """See `Block.unbatched`: a vector of tokens is a batch."""
+        return not inputs.ndim
+
     def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
         """Add token frequencies and output gradients; see `Block.measure`."""
-        terms: float | Tensor = 0.0
         kept = total = 0
         by_class: list[Tensor] = []
         for use in uses:
@@ -50,16 +53,15 @@ class EmbeddingBlock(Block):
                 sink.add_count(self.name, Side.A, float(drawn.shape[0]), counts)
             if Side.G in sides and use.grad is not None:
                 grads = batch_first(use.grad, batch.batch_size)
-                terms = loss_terms(grads.unsqueeze(0), batch)
                 sampled = grads.flatten(0, 1)[rows]
-                scaled, factor = unscale(sampled, terms, batch)
+                scaled, factor = unscale(sampled, batch)
                 members = batch.members(self.name, grads.shape[0] * grads.shape[1], inputs=False)
                 sink.add_rows(self.name, Side.G, scaled.unsqueeze(0), scale=factor**2, ones=False, members=members)
                 by_class += [] if members is None else [members.counts(grads.device)]
                 kept, total = kept + sampled.shape[0], total + grads.shape[0] * grads.shape[1]
         if Side.G in sides and total:
-            counts = torch.stack(by_class).sum(0) * (terms / total) if by_class else None
-            sink.add_count(self.name, Side.G, terms * (kept / total), counts)
+            counts = torch.stack(by_class).sum(0) * (batch.terms / total) if by_class else None
+            sink.add_count(self.name, Side.G, batch.terms * (kept / total), counts)
 
     def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
         """See `Block.project`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, dense
 from kfac_dist.curvature.blocks.projection import PROJECTIONS, Signs, wide
-from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, fold_samples, loss_terms, sample, unscale
+from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, fold_samples, sample, unscale
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.factors import Side
 from kfac_dist.errors import ModelError
@@ -54,14 +54,12 @@ class NormBlock(Block):
         if Side.F not in sides:
             return
         parts: list[Tensor] = []
-        terms: float | Tensor = 0.0
         factor = 1.0
         for use in uses:
             if use.grad is None:
                 continue
             grad = self.positions(use.grad, batch.batch_size)
-            terms = loss_terms(grad.unsqueeze(0), batch)
-            shift, factor = unscale(widened(grad), terms, batch)
+            shift, factor = unscale(widened(grad), batch)
             scale = shift * self.positions(self.normalized(widened(use.inputs)), batch.batch_size)
             columns = [scale, shift] if len(self.parameters) > 1 else [scale]
             token = batch.loss_terms is LossTerms.TOKEN
@@ -76,7 +74,7 @@ class NormBlock(Block):
             kept = sample(part, batch)
             sink.add_values(self.name, Side.F, _moments(kept) * factor**2)
             total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
-        sink.add_count(self.name, Side.F, terms * (kept_total / max(total, 1)))
+        sink.add_count(self.name, Side.F, batch.terms * (kept_total / max(total, 1)))
 
     def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
         """See `Block.project`: the matrix is small enough to be made."""
@@ -125,6 +123,10 @@ class LayerNormBlock(NormBlock):
     def positions(self, tensor: Tensor, batch_size: int | None) -> Tensor:
         """See `NormBlock.positions`."""
         return batch_first(self._channels_last(tensor), batch_size, feature_dims=len(self._shape)).flatten(2)
+
+    def unbatched(self, inputs: Tensor) -> bool:
+        """See `Block.unbatched`."""
+        return inputs.ndim == len(self._shape)
 
     @property
     def _norm(self) -> nn.LayerNorm | nn.RMSNorm:

@@ -21,24 +21,24 @@ class MicroBatch:
     """What a block has to know about the micro-batch beyond its own tensors.
 
     Attributes:
+        terms: n, the loss's terms in this micro-batch on this rank, whatever number of rows a layer sees.
         loss_terms: What the mean in the loss runs over.
         batch_size: B, samples that the model was called with; None if the model itself was not called.
         first_sample: Index of the first of them in the optimizer step's global batch.
-        divisor: Number d by which the sum of the per-term losses was divided, so that ĝ = d·∂L/∂s; None infers n. A
-            tensor when only the device knows it (valid tokens).
+        divisor: Number d by which the sum of the per-term losses was divided, so that ĝ = d·∂L/∂s; None: n. A tensor
+            when only the device knows it (valid tokens).
         inverse_scale: What undoes a loss scale: a 0-dim tensor where only the device knows it; None without one.
-        terms: Loss terms of this micro-batch on this rank; None infers them from shapes.
         stride: One row in `stride` enters the factors.
         phase: Which one; rotates from measurement to measurement.
         classes: What the rows' classes follow from, where statistics are kept apart by class.
     """
 
+    terms: float | Tensor
     loss_terms: LossTerms = LossTerms.SAMPLE
     batch_size: int | None = None
     first_sample: int = 0
     divisor: float | Tensor | None = None
     inverse_scale: float | Tensor | None = None
-    terms: float | Tensor | None = None
     stride: int = 1
     phase: int = 0
     classes: Classes | None = None
@@ -57,20 +57,13 @@ class MicroBatch:
         return (self.phase - self.first_sample * rows_per_sample) % self.stride
 
 
-def loss_terms(rows: Tensor, batch: MicroBatch) -> float | Tensor:
-    """Return n of one micro-batch for rows `[batch, B, T, d]`: samples, or tokens for token losses."""
-    if batch.loss_terms is LossTerms.SAMPLE:
-        return float(rows.shape[1])
-    return float(rows.shape[1] * rows.shape[2]) if batch.terms is None else batch.terms
-
-
-def unscale(grad: Tensor, terms: float | Tensor, batch: MicroBatch) -> tuple[Tensor, float]:
+def unscale(grad: Tensor, batch: MicroBatch) -> tuple[Tensor, float]:
     """Return rows and a host factor whose product is ĝ = divisor·∂L/∂s.
 
     A host number costs nothing: its square scales the Gram matrix. A device number (and with it an AMP loss scale) is
     multiplied in fp32 before anything is squared.
     """
-    divisor = terms if batch.divisor is None else batch.divisor
+    divisor = batch.terms if batch.divisor is None else batch.divisor
     if batch.inverse_scale is not None:
         divisor = batch.inverse_scale * divisor
     if isinstance(divisor, Tensor):
@@ -81,17 +74,21 @@ def unscale(grad: Tensor, terms: float | Tensor, batch: MicroBatch) -> tuple[Ten
 def batch_first(tensor: Tensor, batch_size: int | None, feature_dims: int = 1) -> Tensor:
     """Return `[N..., d]` as `[B, T, d]`, finding the samples' dimension by the model's batch size.
 
-    Layers see [B, d], [B, T, d], [T, B, d] or rows already folded to [B·T, d].
+    Layers see [B, d], [B, T, d], [T, B, d] or rows already folded to [B·T, d]; or a part of the samples, [m, T, d].
     """
     if tensor.ndim == feature_dims:
         tensor = tensor.unsqueeze(0)
     lead = tensor.shape[: tensor.ndim - feature_dims]
     features = tensor.shape[tensor.ndim - feature_dims :]
     rows = lead.numel()
-    if batch_size is None or lead[0] == batch_size or rows % batch_size:
-        return tensor.reshape(lead[0], rows // max(lead[0], 1), *features)
+    if not rows:
+        return tensor.reshape(0, 1, *features)
+    if not batch_size or lead[0] == batch_size or rows % batch_size:
+        return tensor.reshape(lead[0], rows // lead[0], *features)
     if len(lead) > 1 and lead[1] == batch_size:
         return tensor.transpose(0, 1).reshape(batch_size, rows // batch_size, *features)
+    if len(lead) > 1 and lead[0] > 1 and lead[0] % batch_size:
+        return tensor.reshape(lead[0], rows // lead[0], *features)  # not folded: a part of the samples
     return tensor.reshape(batch_size, rows // batch_size, *features)
 
 
@@ -101,7 +98,7 @@ def fold_samples(rows: Tensor, batch_size: int | None) -> Tensor:
     A model that folds frames or crops into the batch has them as positions of its samples; the loss has B terms.
     """
     batch, found, positions, width = rows.shape
-    if not batch_size or found == batch_size or found % batch_size:
+    if not batch_size or not found or found == batch_size or found % batch_size:
         return rows
     return rows.reshape(batch, batch_size, found // batch_size * positions, width)
 

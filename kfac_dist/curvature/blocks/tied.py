@@ -23,7 +23,7 @@ from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, as_autocast, dense
 from kfac_dist.curvature.blocks.embedding import project_lookup
 from kfac_dist.curvature.blocks.projection import Signs
-from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, loss_terms, unscale
+from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, unscale
 from kfac_dist.curvature.blocks.uses import Use
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side
 from kfac_dist.precision import widened
@@ -42,25 +42,30 @@ class TiedBlock(Block):
         # A bias belongs to the head alone.
         self.parameters = dict(list(self.parameters.items())[:1])
         vocabulary, width = cast(Tensor, module.weight).shape
-        self.factors = (FactorSpec(Side.A, vocabulary, kind=FactorKind.DIAGONAL), dense(Side.G, width))
+        self.factors = (
+            FactorSpec(Side.A, vocabulary, kind=FactorKind.DIAGONAL, traced=True),
+            dense(Side.G, width),
+        )
         self.matrix_shape = (1, width, vocabulary)
 
     def kept(self, inputs: Tensor) -> Tensor:
         """See `Block.kept`."""
         return as_autocast(inputs)
 
+    def unbatched(self, inputs: Tensor) -> bool:
+        """See `Block.unbatched`: a vector of tokens is a batch."""
+        return inputs.ndim < (2 if inputs.is_floating_point() else 1)
+
     def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
         """Add both partial traces; see `Block.measure`. Either needs output gradients, so `sides` doesn't matter."""
-        terms: float | Tensor = 0.0
         kept = total = 0
         for use in uses:
             if use.grad is None:
                 continue
             grads = batch_first(use.grad, batch.batch_size)
-            terms = loss_terms(grads.unsqueeze(0), batch)
             rows = slice(batch.first_row(grads.shape[1]), None, batch.stride)
             sampled = grads.flatten(0, 1)[rows]
-            scaled, factor = unscale(widened(sampled), terms, batch)
+            scaled, factor = unscale(widened(sampled), batch)
             if isinstance(use.source, nn.Embedding):
                 tokens = batch_first(use.inputs.unsqueeze(-1), batch.batch_size).flatten()[rows]
                 self._add_lookup(use.source, tokens, scaled, factor**2, sink)
@@ -70,7 +75,7 @@ class TiedBlock(Block):
             kept, total = kept + sampled.shape[0], total + grads.shape[0] * grads.shape[1]
         if total:
             for side in (Side.A, Side.G):
-                sink.add_count(self.name, side, terms * (kept / total))
+                sink.add_count(self.name, side, batch.terms * (kept / total))
 
     def _add_lookup(
         self, module: nn.Embedding, tokens: Tensor, grads: Tensor, scale: float, sink: StatisticsSink

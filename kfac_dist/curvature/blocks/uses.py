@@ -77,6 +77,11 @@ class Use:
         return self.grad is not None and self._inputs is not None
 
     @property
+    def empty(self) -> bool:
+        """Whether the call had no rows at all: an expert that no token was sent to."""
+        return not self.inputs.numel() or (self.grad is not None and not self.grad.numel())
+
+    @property
     def untouched(self) -> bool:
         """Whether nothing has written into the input since."""
         assert self._inputs is not None

@@ -54,7 +54,10 @@ def test_it_equals_unfolding(name: str, max_dim: int | None, monkeypatch: pytest
     units = [unit for unit in units_of("conv", block.factors, max_dim) if unit.side is Side.A]
     averages = RunningAverages(units, units, decay=0.0, device=torch.device("cpu"))
     block.measure(
-        [use(layer, images[:2]), use(layer, images[2:])], MicroBatch(batch_size=2), averages, frozenset({Side.A})
+        [use(layer, images[:2]), use(layer, images[2:])],
+        MicroBatch(terms=2.0, batch_size=2),
+        averages,
+        frozenset({Side.A}),
     )
     span = averages.layout.span(0, len(units))
     averages.close(span)

@@ -1,0 +1,197 @@
+"""The number of samples in a forward pass, by the shapes of what goes into the model and of what comes out of it.
+
+The loss has its terms in the model's outputs, so their first dimension goes before that of any input: a graph network
+has nodes and edges for its inputs and graphs in its outputs; position ids `[1, T]` stand before tokens `[B, T]`.
+
+    outputs                    samples
+    all begin with one number  that number
+    several numbers            the one with which an input begins, too
+    none (a loss alone)        the number with which the inputs begin
+    the model wasn't called    the number with which the inputs of its layers begin
+    one sample, no batch       1
+
+Where that leaves no single number, nothing is measured and the loop is asked. A loss that shows by its gradient over
+how many terms it is a mean (`curvature.scale`) decides before all shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+# The shape that stands for what a layer saw of one sample without a batch's dimension.
+UNBATCHED: Shape = (1,)
+# How deep tensors may lie in what a model is called with (in PyTorch Geometric's batch objects four deep), and how many
+# parts are looked at.
+_DEPTH = 6
+_PARTS = 5000
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dimension of one of a pass's tensors.
+
+    Attributes:
+        kind: `inputs`, `outputs` or `layers`.
+        tensor: Which one.
+        dim: The dimension.
+    """
+
+    kind: str
+    tensor: int
+    dim: int = 0
+
+
+@dataclass
+class PassShapes:
+    """Shapes of the tensors of one forward pass, without those that have no dimension.
+
+    Attributes:
+        inputs: Of what the model was called with.
+        outputs: Of what it returned that depends on trained parameters.
+        layers: Of what its layers saw.
+    """
+
+    inputs: tuple[Shape, ...] = ()
+    outputs: tuple[Shape, ...] = ()
+    layers: list[Shape] = field(default_factory=list)
+
+    def read(self, place: Place) -> int | None:
+        """Return the size at a place; None if this pass has no such place."""
+        shapes: Sequence[Shape] = getattr(self, place.kind)
+        if place.tensor >= len(shapes) or place.dim >= len(shapes[place.tensor]):
+            return None
+        return shapes[place.tensor][place.dim]
+
+    def describe(self) -> str:
+        """Return the shapes for a message."""
+        kinds = (("called with", self.inputs), ("returns", self.outputs))
+        parts = [f"{verb} {', '.join(str(list(shape)) for shape in shapes)}" for verb, shapes in kinds if shapes]
+        if parts:
+            return f"the model is {' and '.join(parts)}"
+        firsts = sorted({shape[0] for shape in self.layers})
+        return f"the model itself was not called, and its layers see {', '.join(map(str, firsts))} samples"
+
+
+def shapes_of(value: object, *, trained: bool = False) -> tuple[Shape, ...]:
+    """Return the shapes of all tensors with dimensions in a value.
+
+    Args:
+        value: A tensor, or any nest of tuples, mappings and objects of them.
+        trained: Leave out what has no gradient.
+    """
+    return tuple(tuple(t.shape) for t in tensors_in(value) if t.ndim and (t.requires_grad or not trained))
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in a nest of tuples, mappings and objects, in their order."""
+    todo, looked_at = [(value, _DEPTH)], 0
+    while todo and looked_at < _PARTS:
+        part, depth = todo.pop()
+        looked_at += 1
+        if isinstance(part, Tensor):
+            yield part
+        elif depth and not isinstance(part, str | bytes | int | float | nn.Module | type | None):
+            todo += [(inner, depth - 1) for inner in reversed(list(_parts(part)))]
+
+
+def _parts(value: object) -> Iterable[object]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, list | tuple):
+        return value
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, entry.name, None) for entry in dataclasses.fields(value)]
+    return vars(value).values() if hasattr(value, "__dict__") else ()
+
+
+def find_samples(shapes: PassShapes) -> Place | None:
+    """Return where a pass's shapes show the number of samples; None if they contradict each other or show nothing."""
+    if is_unbatched(shapes):
+        return Place("layers", 0)
+    if shapes.outputs:
+        return _by_outputs(shapes.outputs, shapes.inputs)
+    if shapes.inputs:
+        # A first dimension of size 1 is broadcast over the samples.
+        firsts = {shape[0] for shape in shapes.inputs}
+        return _single("inputs", shapes.inputs, firsts - {1} or firsts)
+    return _single("layers", shapes.layers, {shape[0] for shape in shapes.layers})
+
+
+def is_unbatched(shapes: PassShapes) -> bool:
+    """Whether the layers saw one sample without a batch's dimension."""
+    return bool(shapes.layers) and all(shape == UNBATCHED for shape in shapes.layers)
+
+
+def _by_outputs(outputs: Sequence[Shape], inputs: Sequence[Shape]) -> Place | None:
+    firsts, known = {shape[0] for shape in outputs}, {shape[0] for shape in inputs}
+    if len(firsts) > 1:
+        return _single("outputs", outputs, firsts & known)
+    [first] = firsts
+    # [T, B, d] from [B, T]: either may be the samples.
+    turned = any(
+        len(out) > 2 and len(given) > 1 and given[0] == out[1] != out[0] == given[1]
+        for out in outputs
+        for given in inputs
+    )
+    return None if turned and first not in known else Place("outputs", 0)
+
+
+def _single(kind: str, shapes: Sequence[Shape], numbers: set[int]) -> Place | None:
+    if len(numbers) != 1:
+        return None
+    [number] = numbers
+    return Place(kind, next(index for index, shape in enumerate(shapes) if shape[0] == number))
+
+
+def count_samples(shapes: PassShapes) -> int | None:
+    """Return the number of samples of a pass, None if its shapes don't tell."""
+    place = find_samples(shapes)
+    return None if place is None else shapes.read(place)
+
+
+def find_number(shapes: PassShapes, number: float, tolerance: float = 0.0) -> Place | None:
+    """Return the first place in which a given number of samples stands, outputs first.
+
+    Args:
+        shapes: A pass.
+        number: The number.
+        tolerance: By how much of it the size may differ.
+    """
+    places = [
+        *(Place("outputs", index) for index in range(len(shapes.outputs))),
+        *(Place("outputs", index, 1) for index, shape in enumerate(shapes.outputs) if len(shape) > 2),
+        *(Place("inputs", index) for index in range(len(shapes.inputs))),
+    ] or [Place("layers", index) for index in range(len(shapes.layers))]
+    return next((p for p in places if abs((shapes.read(p) or 0) - number) <= tolerance * number), None)
+
+
+def find_positions(shapes: PassShapes, samples: int | None, nearest: int | None) -> int:
+    """Return the positions of a loss with a term each: rows of the model's outputs.
+
+    Args:
+        shapes: The pass.
+        samples: B, if it is known.
+        nearest: Rows of the layer nearest to the loss, which tell whether classes are the last dimension, the second or
+            none.
+    """
+    if not shapes.outputs:
+        return nearest or samples or 0
+    shape = next((own for own in shapes.outputs if own[0] == samples), shapes.outputs[0])
+    number = _product(shape)
+    by_rows = number // max(shape[-1], 1) if len(shape) > 1 else number
+    by_channels = number // max(shape[1], 1) if len(shape) > 2 else number
+    likely = [by_channels, by_rows] if len(shape) > 3 else [by_rows, by_channels, number]
+    return next((found for found in likely if found == nearest), likely[0])
+
+
+def _product(shape: Shape) -> int:
+    number = 1
+    for size in shape:
+        number *= size
+    return number

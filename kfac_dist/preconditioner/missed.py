@@ -1,0 +1,142 @@
+"""Terms of the loss that a rank's layers have missed, until ranks ask each other whether any of them used the layer.
+
+    rank 0   uses expert 0 alone      n₀ terms
+    rank 1   uses expert 1 alone      n₁ terms         the weight of either expert's G is n₀ + n₁
+
+A step in which no rank uses a layer adds nothing to its weight: its average stays. Which it was is no sum that a rank
+could keep, so steps are kept apart until the averages are reduced: ranks then send, by step and unit, how many of them
+used the layer and the terms that the others missed. Where every rank used every layer, nothing of it is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.statistics import Missed, Span, scalar, to_device
+
+
+@dataclass
+class _Step:
+    """One step's contribution to the averages of some units.
+
+    Attributes:
+        open: `[units]` which units' averages it entered and haven't been reduced since.
+        rate: (1 − β)·[taken], by which the averages moved.
+        used: `[units]` whether this rank used their layers.
+        terms: `[1 + C, units]` the terms that it missed of layers that it didn't use; None if it used all.
+    """
+
+    open: Tensor
+    rate: Tensor | float
+    used: Tensor
+    terms: Tensor | None = None
+
+
+class MissedTerms:
+    """What one rank has missed in the steps since each unit was reduced.
+
+    Args:
+        weights: `[1 + C, units]` weights of the averages, for their shape, device and precision.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self._rows, self._units = weights.shape
+        self._like = weights.new_empty(())
+        self._device = weights.device
+        self._steps: list[_Step] = []
+
+    def note(self, spans: list[tuple[Span, Missed | None]], decay: float, taken: Tensor) -> None:
+        """Take note of a step that moves the averages of some spans on this rank alone.
+
+        Args:
+            spans: Each span with what it missed.
+            decay: β.
+            taken: 0-dim: whether the averages moved.
+        """
+        if spans:
+            self._steps.append(self._step(spans, scalar((1 - decay) * taken.to(self._like.dtype))))
+
+    def _step(self, spans: list[tuple[Span, Missed | None]], rate: Tensor | float) -> _Step:
+        inside = torch.zeros(self._units, dtype=torch.bool)
+        used = torch.ones(self._units, dtype=torch.bool)
+        terms = None
+        for span, missed in spans:
+            inside[span.units] = True
+            if missed is None or all(missed.used):
+                continue
+            if terms is None:
+                terms = self._zeros(self._units)
+            own = torch.tensor(missed.used)
+            used[span.units] = own
+            terms[:, span.units] = missed.terms * to_device(~own, self._device)
+        return _Step(inside, rate, used, terms)
+
+    def irregular(self, spans: list[Span]) -> bool:
+        """Whether this rank has left a layer of some spans unused in a step since they were reduced."""
+        return any(not bool(step.used[span.units].all()) for step in self._steps for span in spans)
+
+    def message(self, spans: list[Span]) -> Tensor:
+        """Return what ranks add up: `[2 + C, steps, units]`, ranks that used a layer, and terms that the others missed.
+
+        Terms have the weights by which the averages have them now.
+        """
+        columns = torch.cat([torch.arange(span.first, span.last) for span in spans])
+        parts = []
+        weight = self._like.new_ones(len(columns))
+        for step in reversed(self._steps):
+            inside = to_device(step.open[columns], self._device)
+            used = to_device((step.used & step.open)[columns].to(self._like.dtype), self._device)[None]
+            own = self._zeros(len(columns))
+            if step.terms is not None:
+                own = torch.cat([step.terms[:, span.units] for span in spans], dim=1) * (weight * step.rate) * inside
+            parts.append(torch.cat([used, own]))
+            weight = weight * torch.where(inside, 1 - step.rate, 1.0)
+        return torch.stack(parts, dim=1)
+
+    def reduced(self, spans: list[Span]) -> None:
+        """Forget what is known of spans whose averages are global now."""
+        for step in self._steps:
+            for span in spans:
+                step.open[span.units] = False
+                step.used[span.units] = True
+        self._steps = [step for step in self._steps if bool(step.open.any())]
+
+    def drop_last(self) -> None:
+        """Forget the last step, which moved nothing."""
+        self._steps.pop()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._steps.clear()
+
+    # ---- checkpoints
+
+    def state(self) -> Tensor:
+        """Return everything as one tensor `[1 + steps, 4 + C, units]`, whose first row is empty."""
+        rows = [self._like.new_zeros(3 + self._rows, self._units)]
+        for step in self._steps:
+            rate = self._like.new_ones(self._units) * step.rate
+            terms = self._zeros(self._units) if step.terms is None else step.terms
+            flags = torch.stack([step.open, step.used]).to(self._device, self._like.dtype)
+            rows.append(torch.cat([rate[None], flags, terms]))
+        return torch.stack(rows)
+
+    def load_state(self, values: Tensor) -> None:
+        """Take what `state` returned."""
+        self._steps = [
+            _Step(
+                row[1].bool().cpu(), scalar(row[0, 0].to(self._device)), row[2].bool().cpu(), row[3:].to(self._device)
+            )
+            for row in values[1:]
+        ]
+
+    def _zeros(self, units: int) -> Tensor:
+        return self._like.new_zeros(self._rows, units)
+
+
+def shared_terms(total: Tensor) -> Tensor:
+    """Return `[1 + C, units]`: the missed terms of steps in which some rank used the layer, from the ranks' sum."""
+    return ((total[0] > 0) * total[1:]).sum(dim=1)

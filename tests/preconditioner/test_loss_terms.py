@@ -1,0 +1,262 @@
+"""n is the micro-batch's, whatever a layer sees: G against hooks of the test's own, for each way to say or show n."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_dist import KFAC
+from kfac_dist.errors import ModelError
+from tests.curvature.measured import assert_close, build_kfac, factors
+from tests.harness import run_ranks
+
+B, T, D, C = 4, 6, 3, 5
+NODES, GRAPHS = 12, 4
+Forward = Callable[[nn.Module], Any]
+Loss = Callable[[Any], Tensor]
+
+
+class Two(nn.Module):
+    """Two layers, `first` and `last`, and whatever a test does between them."""
+
+    def __init__(self, between: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last, self.between = nn.Linear(D, 7), nn.Linear(7, C), between
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.between(self, *args, **kwargs)
+
+
+def output_gradient(model: Two, forward: Forward, loss: Loss) -> tuple[Tensor, Tensor]:
+    """The input of `first` and the loss's gradient at its output, by a hook of the test's own."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = model.first.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    value = loss(forward(model))
+    handle.remove()
+    [(inputs, output)] = seen
+    (grad,) = torch.autograd.grad(value, output)
+    return inputs.detach().flatten(0, -2), grad.flatten(0, -2)
+
+
+def assert_terms(
+    model: Two, forward: Forward, loss: Loss, n: float, told: dict[str, Any] | None = None, **curvature: Any
+) -> None:
+    """G of the first layer is (1/n) Σ ĝĝᵀ with ĝ = n·∂L/∂s, and A the mean over the rows that it saw."""
+    rows, grads = output_gradient(model, forward, loss)
+    kfac = build_kfac(model, **curvature)
+    if told is not None:
+        kfac.micro_batch(**told)
+    loss(forward(model)).backward()
+    kfac.step()
+    found = factors(kfac)
+    kfac.remove()
+    assert_close(found["first/G"][0], (n * grads).mT @ (n * grads) / n)
+    homogeneous = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+    assert_close(found["first/A"][0], homogeneous.mT @ homogeneous / len(rows))
+
+
+def cross_entropy(outputs: Tensor) -> Tensor:
+    rows = outputs.flatten(0, -2)
+    return F.cross_entropy(rows, torch.arange(len(rows)) % C)
+
+
+def squares(outputs: Tensor) -> Tensor:
+    return (outputs - 0.3).square().sum(-1).mean()
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def pooled(model: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """Sequences of valid tokens alone, `[total, d]`."""
+    rows = model.first(x[mask]).tanh()
+    sums = torch.zeros(len(x), 7).index_add(0, mask.nonzero()[:, 0], rows)
+    return model.last(sums / mask.sum(1, keepdim=True))
+
+
+def some_samples(model: Any, x: Tensor, keep: Tensor) -> Tensor:
+    """A branch that some samples take, after others have been turned off."""
+    branch = model.first(x[keep]).tanh()
+    return model.last(torch.zeros(len(x), *x.shape[1:-1], 7).index_add(0, keep, branch).mean(1))
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, squares])
+@pytest.mark.parametrize("lengths", [(6, 3, 2, 1), (6, 3, 2, 2), (6, 6, 6, 6)])
+def test_valid_tokens_are_no_terms(loss: Loss, lengths: tuple[int, ...]) -> None:
+    mask = torch.arange(T)[None] < torch.tensor(lengths)[:, None]
+    assert_terms(Two(pooled), lambda model: model(draw(B, T, D), mask), loss, B)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("kept", [10, 7, 5, 1])
+def test_samples_that_skip_a_layer_are_terms(kept: int, sharing: str) -> None:
+    model, x, keep = Two(some_samples), draw(10, T, D), torch.arange(kept)
+    rows, grads = output_gradient(model, lambda m: m(x, keep), cross_entropy)
+    kfac = build_kfac(model, sharing=sharing)
+    cross_entropy(model(x, keep)).backward()
+    kfac.step()
+    found = factors(kfac)
+    grads = grads if sharing == "expand" else grads.unflatten(0, (kept, T)).sum(1)
+    rows = rows if sharing == "expand" else rows.unflatten(0, (kept, T)).mean(1)
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+    assert_close(found["first/G"][0], 10 * grads.mT @ grads)
+    assert_close(found["first/A"][0], rows.mT @ rows / len(rows))
+
+
+def graph(model: Any, x: Tensor, edges: Tensor, owner: Tensor | None = None) -> Tensor:
+    hidden = model.first(x)
+    hidden = (hidden + torch.zeros_like(hidden).index_add(0, edges[1], hidden[edges[0]])).tanh()
+    if owner is not None:
+        hidden = torch.zeros(GRAPHS, 7).index_add(0, owner, hidden)
+    return model.last(hidden)
+
+
+X, EDGES = draw(NODES, D), torch.arange(NODES).repeat(2, 1)
+OWNER = torch.arange(NODES) // (NODES // GRAPHS)
+GRAPH_MODELS: dict[str, tuple[Callable[..., Any], Callable[[Any, bool], Any]]] = {
+    "nodes first": (
+        lambda m, x, e, owner: graph(m, x, e, owner),
+        lambda model, whole: model(X, EDGES, OWNER if whole else None),
+    ),
+    "edges first": (
+        lambda m, e, x, owner: graph(m, x, e, owner),
+        lambda model, whole: model(EDGES, X, OWNER if whole else None),
+    ),
+    "a mapping": (
+        lambda m, data: graph(m, data["x"], data["e"], data["owner"]),
+        lambda model, whole: model({"e": EDGES, "x": X, "owner": OWNER if whole else None}),
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, squares])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", list(GRAPH_MODELS))
+def test_the_terms_of_a_graph_network_are_in_its_outputs(kind: str, whole: bool, loss: Loss) -> None:
+    between, forward = GRAPH_MODELS[kind]
+    assert_terms(Two(between), lambda model: forward(model, whole), loss, GRAPHS if whole else NODES)
+
+
+@pytest.mark.parametrize("loss_terms", ["sample", "token"])
+@pytest.mark.parametrize("loss", [cross_entropy, squares])
+def test_a_loss_over_some_nodes_is_told_by_its_terms(loss: Loss, loss_terms: str) -> None:
+    between, forward = GRAPH_MODELS["nodes first"]
+    told = {"divisor": 3, "terms": 3}
+    assert_terms(
+        Two(between), lambda model: forward(model, False), lambda o: loss(o[:3]), 3, told, loss_terms=loss_terms
+    )
+
+
+def test_a_loss_over_some_nodes_that_is_not_told_is_warned_of() -> None:
+    between, forward = GRAPH_MODELS["nodes first"]
+    kfac = build_kfac(model := Two(between))
+    cross_entropy(forward(model, False)[:3]).backward()
+    with pytest.warns(UserWarning, match=r"leaves out terms, call kfac.micro_batch\(divisor=..., terms=...\)"):
+        kfac.step()
+
+
+def on_tokens(model: Any, positions: Tensor, tokens: Tensor) -> Tensor:
+    return model.last(model.first(tokens + positions[..., None]).tanh())
+
+
+def test_positions_may_come_first() -> None:
+    model, positions, x = Two(on_tokens), torch.arange(T)[None] / 10, draw(B, T, D)
+    assert_terms(model, lambda m: m(positions, x), lambda o: squares(o.mean(1)), B)
+    assert_terms(Two(on_tokens), lambda m: m(positions, x), squares, B * T, loss_terms="token")
+
+
+def test_sequences_may_come_first_with_a_label_a_sample() -> None:
+    model = Two(lambda m, x: m.last(m.first(x).tanh().mean(0)))
+    assert_terms(model, lambda m: m(draw(T, B, D)), squares, B)
+
+
+def test_a_categorical_loss_tells_the_samples_of_sequences_first() -> None:
+    """Outputs [T, B, C] and a mean over B of sums over T: the gradient's scale says which dimension is divided by."""
+    model = Two(lambda m, x: m.last(m.first(x).tanh()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_terms(model, lambda m: m(draw(T, B, D)), lambda o: T * cross_entropy(o), B)
+
+
+def test_a_model_may_return_its_loss_alone() -> None:
+    model = Two(lambda m, x, y: F.mse_loss(m.last(m.first(x).tanh()).sum(-1), y))
+    assert_terms(model, lambda m: m(draw(B, D), torch.zeros(B)), lambda loss: loss, B)
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [lambda out: (out, out.detach()), lambda out: {"loss": out.mean(), "logits": out}, lambda out: [out, out[:, 0]]],
+)
+def test_outputs_may_be_packed(pack: Callable[[Tensor], Any]) -> None:
+    model = Two(lambda m, x: pack(m.last(m.first(x).tanh())))
+    assert_terms(model, lambda m: m(draw(B, D)), lambda o: squares(o["logits"] if isinstance(o, dict) else o[0]), B)
+
+
+def test_layers_may_be_called_without_their_model() -> None:
+    model = Two(lambda m, x: x)
+    assert_terms(model, lambda m: m.last(m.first(draw(B, T, D)).tanh().mean(1)), squares, B)
+    ragged = Two(lambda m, x: x)
+    mask = torch.arange(T)[None] < torch.tensor((6, 3, 2, 1))[:, None]
+    assert_terms(ragged, lambda m: pooled(m, draw(B, T, D), mask), squares, B, told={"terms": B})
+
+
+AMBIGUOUS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any], Loss]] = {
+    "turned round": (
+        lambda m, x: m.last(m.first(x).tanh()).transpose(0, 1),
+        lambda model: model(draw(B, T, D)),
+        squares,
+    ),
+    "contrastive": (
+        lambda m, x, y: (m.first(x) @ m.first(y).mT, m.last(m.first(y))),
+        lambda model: model(draw(B, D), draw(T, D)),
+        lambda pair: pair[0].square().mean() + pair[1].square().mean(),
+    ),
+    "a loss alone of a graph": (
+        lambda m, e, x: graph(m, x, e).square().mean(),
+        lambda model: model(EDGES, X),
+        lambda loss: loss,
+    ),
+    "layers alone": (
+        lambda m, x: x,
+        lambda model: pooled(model, draw(B, T, D), torch.arange(T)[None] < torch.tensor((6, 3, 2, 1))[:, None]),
+        squares,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(AMBIGUOUS))
+def test_where_nothing_tells_the_step_is_refused(kind: str) -> None:
+    between, forward, loss = AMBIGUOUS[kind]
+    kfac = build_kfac(model := Two(between))
+    loss(forward(model)).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with pytest.raises(ModelError, match=r"number of samples .* can't be told .* kfac.micro_batch\(terms=...\)"):
+        kfac.step()
+    assert all(torch.equal(before[name], p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    kfac.remove()
+
+
+def refused_on_one_rank() -> str:
+    """Rank 0's batch has as many samples as positions, so that nothing contradicts itself there."""
+    between, _, loss = AMBIGUOUS["turned round"]
+    kfac = KFAC(model := Two(between), {"update": {"kl_clip": None}})
+    loss(model(draw(T if dist.get_rank() == 0 else B, T, D))).backward()
+    with pytest.raises(ModelError) as caught:
+        kfac.step()
+    kfac.remove()
+    return str(caught.value)
+
+
+def test_ranks_are_refused_together() -> None:
+    first, second = run_ranks(2, refused_on_one_rank)
+    assert first == second
+    assert "kfac.micro_batch(terms=...)" in first

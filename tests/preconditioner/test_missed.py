@@ -1,0 +1,208 @@
+"""Layers that some samples, micro-batches or ranks don't use: n counts all of them, and one batch gives one average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kfac_dist import KFAC
+from tests.harness import run_ranks
+from tests.preconditioner.workloads import part, place
+
+BATCH, WIDTH, CLASSES, EXPERTS, STEPS, DECAY = 12, 5, 3, 4, 7, 0.8
+Factors = dict[str, Tensor]
+
+
+class Experts(nn.Module):
+    """Every sample goes to one of four experts, of two layers each: a linear one and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inp = nn.Linear(4, WIDTH)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)) for _ in range(EXPERTS)
+        )
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inp(x))
+        out = torch.zeros_like(hidden)
+        for index, expert in enumerate(self.experts):
+            rows = (route == index).nonzero().squeeze(1)
+            if len(rows):
+                out = out.index_add(0, rows, expert(hidden[rows]))
+        return self.head(hidden + out.tanh())
+
+
+def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Routes differ by step: an expert is used on all ranks, on some, or on none; the last expert never."""
+    generator = torch.Generator().manual_seed(step)
+    route = torch.randint(0, EXPERTS - 1, (BATCH,), generator=generator)
+    route[: BATCH // 2] = step % (EXPERTS - 1)
+    if step % 3 == 2:
+        route = route.clamp(max=0)
+    inputs = torch.randn(BATCH, 4, generator=generator)
+    return inputs, route, torch.randint(0, CLASSES, (BATCH,), generator=generator)
+
+
+def configuration(**changes: Any) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "curvature": {"factor_every": 1, "decay": DECAY},
+        "inversion": {"inverse_every": 3, "early_refresh": 0, "damping": 0.1},
+        "update": {"kl_clip": None},
+    }
+    return {key: {**config.get(key, {}), **changes.get(key, {})} for key in {*config, *changes}}
+
+
+def run(config: dict[str, Any], *, micro_batches: int = 1, saved_at: int | None = None) -> tuple[Factors, Factors]:
+    """Train a few steps; returns factors by unit and parameters.
+
+    Args:
+        config: Options.
+        micro_batches: Parts of each rank's samples, with a backward pass each.
+        saved_at: Step before which the statistics of each rank go into a new `KFAC`.
+    """
+    rank, size = place()
+    model = Experts()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if size > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    kfac = KFAC(wrapped, config, optimizer=optimizer)
+    for step in range(STEPS):
+        if step == saved_at:
+            own = {name: value.clone() for name, value in kfac.local_statistics().items()}
+            state = kfac.state_dict()
+            kfac.remove()
+            kfac = KFAC(wrapped, config, optimizer=optimizer)
+            kfac.load_state_dict(state)
+            kfac.load_local_statistics(own)
+        optimizer.zero_grad()
+        inputs, route, labels = batch_of(step)
+        own_rows = range(*part(rank, size).indices(BATCH))
+        pieces = torch.tensor(own_rows).chunk(micro_batches)
+        for index, rows in enumerate(pieces):
+            last = index == len(pieces) - 1
+            kfac.micro_batch(first_sample=int(rows[0]), divisor=BATCH / size, terms=len(rows), last=last)
+            outputs = wrapped(inputs[rows], route[rows])
+            kfac.fisher_backward(outputs)
+            (F.cross_entropy(outputs, labels[rows], reduction="sum") * size / BATCH).backward()
+        kfac.step()
+        optimizer.step()
+    units = kfac.state_dict()["units"]
+    found = {
+        name: entry["sum"].double().triu() / entry["scalars"][0] if entry["sum"].ndim > 2 else entry["sum"]
+        for name, entry in units.items()
+        if entry["scalars"][0] > 0
+    }
+    kfac.remove()
+    return found, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(found: Factors, wanted: Factors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        assert float((value - wanted[name]).norm()) <= 2e-5 * float(wanted[name].norm()), name
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "all_reduce": {},
+    "scatter": {"distribution": {"reduction": "reduce_scatter"}},
+    "every step": {"distribution": {"reduce_every": "step"}},
+    "every step, scatter": {"distribution": {"reduce_every": "step", "reduction": "reduce_scatter"}},
+    "turns": {
+        "curvature": {"factor_every": 2, "stagger": 2},
+        "inversion": {"inverse_every": 4, "stagger": 4},
+    },
+    "second moments": {"inversion": {"solver": "ekfac"}},
+    "scattered second moments": {"inversion": {"solver": "ekfac"}, "distribution": {"reduction": "reduce_scatter"}},
+    "drawn labels": {"curvature": {"fisher": "mc", "likelihood": "categorical"}},
+    "columns": {"curvature": {"fisher": "type2", "likelihood": "categorical"}},
+}
+
+
+def run_all(saved_at: int | None = None, micro_batches: int = 1) -> dict[str, tuple[Factors, Factors]]:
+    return {
+        name: run(configuration(**mode), saved_at=saved_at, micro_batches=micro_batches) for name, mode in MODES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, tuple[Factors, Factors]]:
+    [found] = run_ranks(1, run_all, process_group=False)
+    return found
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_ranks_and_micro_batches_that_skip_an_expert_leave_its_average(alone: Any, micro_batches: int) -> None:
+    for size in (1, 2) if micro_batches > 1 else (2,):
+        for found in run_ranks(size, run_all, None, micro_batches, process_group=size > 1):
+            for name, (factors, parameters) in found.items():
+                assert_same(factors, alone[name][0])
+                assert_same(parameters, alone[name][1])
+
+
+def test_what_ranks_have_missed_outlives_a_restart(alone: Any) -> None:
+    for found in run_ranks(2, run_all, 5):
+        for name, (factors, parameters) in found.items():
+            assert_same(factors, alone[name][0])
+            assert_same(parameters, alone[name][1])
+
+
+def test_one_process_gives_the_mean_over_all_terms() -> None:
+    """G of an expert by hand: the running average over the steps that used it, each divided by the whole batch."""
+    model = Experts()
+    kfac = KFAC(model, configuration(inversion={"inverse_every": 100}))
+    total, weight = torch.zeros(WIDTH, WIDTH, dtype=torch.float64), 0.0
+    for step in range(STEPS):
+        inputs, route, labels = batch_of(step)
+        seen: list[Tensor] = []
+        handle = model.experts[1][0].register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        loss = F.cross_entropy(model(inputs, route), labels)
+        handle.remove()
+        grads = BATCH * torch.autograd.grad(loss, seen, retain_graph=True)[0].double() if seen else None
+        total, weight = DECAY * total, DECAY * weight
+        if grads is not None:
+            total, weight = total + (1 - DECAY) * grads.mT @ grads, weight + (1 - DECAY) * BATCH
+        model.zero_grad()
+        loss.backward()
+        kfac.step()
+    entry = kfac.state_dict()["units"]["experts.1.0/G/0"]
+    found = entry["sum"][0].double().triu() / float(entry["scalars"][0])
+    assert float((found - (total / weight).triu()).norm() / (total / weight).triu().norm()) < 1e-5
+    unused = kfac.state_dict()["units"][f"experts.{EXPERTS - 1}.0/G/0"]
+    assert float(unused["scalars"][0]) == 0
+    kfac.remove()
+
+
+def collectives(route_for: str) -> dict[str, tuple[int, int]]:
+    """What a refreshing step sends when every rank uses every expert, and when one doesn't."""
+    rank, size = place()
+    model = Experts()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    kfac = KFAC(wrapped, configuration(inversion={"inverse_every": 1}))
+    route = torch.arange(BATCH) % EXPERTS
+    if route_for == "some" and rank == 1:
+        route = route.clamp(max=0)
+    for _ in range(2):
+        kfac.communicator.traffic.reset()
+        F.cross_entropy(wrapped(torch.randn(BATCH, 4), route), torch.randint(0, CLASSES, (BATCH,))).backward()
+        kfac.step()
+    sent = kfac.communicator.traffic.snapshot()
+    kfac.remove()
+    assert size == dist.get_world_size()
+    return sent
+
+
+def both_collectives() -> tuple[int, int]:
+    return collectives("all")["factors"][0], collectives("some")["factors"][0]
+
+
+def test_only_a_layer_that_a_rank_left_unused_costs_a_message() -> None:
+    for regular, irregular in run_ranks(2, both_collectives):
+        assert irregular == regular + 1
