@@ -45,7 +45,15 @@ from kfac_dist.preconditioner.loss_terms import Description, TermCounter
 from kfac_dist.preconditioner.measurement import Measurement
 from kfac_dist.preconditioner.pace import Pace
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
-from kfac_dist.preconditioner.renewal import ParameterWatch, carry, idle_message, message_of, same_blocks, without
+from kfac_dist.preconditioner.renewal import (
+    ParameterWatch,
+    carry,
+    idle_message,
+    listed,
+    message_of,
+    same_blocks,
+    without,
+)
 from kfac_dist.preconditioner.schedule import Cadence
 from kfac_dist.preconditioner.step_length import HasRates, StepLength
 from kfac_dist.preconditioner.turns import Turns
@@ -74,6 +82,8 @@ class KFAC:
         steps: Steps taken.
         discarded: Calls of `discard`.
         measured: Steps that were measured.
+        names_dropped: Whether a refresh is to warn, once, of layers whose statistics were dropped; off where the loop
+            tells of them.
         phases: How long the parts of steps take, once `phases.enabled` is set.
 
     Raises:
@@ -108,6 +118,7 @@ class KFAC:
 
         self._mismatched: dict[str, Mismatch] = {}
         self._named_idle: set[str] = set()
+        self.names_dropped = True
         self.coverage = self._find()
         self._blocks = self.coverage.blocks
         self._settle()
@@ -523,6 +534,7 @@ class KFAC:
         self._solved_whole = self.steps if slots == self._pace.every_slot else None
         self._refresh.inspector.read(self.steps)
         self._name_idle()
+        self._name_dropped()
 
     def _follow_model(self) -> None:
         """Cover the model anew where it has changed, or where the arbiter has found a block wrong; collective."""
@@ -559,6 +571,18 @@ class KFAC:
         self._pace = Pace(self._pace.cadence, self.plan)
         self._load(carry(before, state.gather(self._parts())))
         self._pace.begin(self.steps)
+
+    def _name_dropped(self) -> None:
+        """Name, once, the layers whose statistics this rank has dropped; at a refresh, which waits anyway."""
+        if not self.names_dropped or not bool(self.dropped):
+            return
+        self.names_dropped = False
+        warnings.warn(
+            f"statistics of {listed(self.not_finite())} were not finite on this rank, and were dropped together with "
+            "those that travel with them: squares exceed float32. Scale what these layers are given, or leave them out "
+            "by kfac.curvature.exclude",
+            stacklevel=4,
+        )
 
     def _name_idle(self) -> None:
         """Name, once, the blocks whose refresh is due and that no backward pass has come to, on any rank."""

@@ -179,6 +179,8 @@ class LossScaleWatch:
                 problem = _beyond_bound(outputs, gradient, micro, likelihood)
             elif problem is None and found is not None:
                 problem = explain_scale(found, _terms(outputs, micro, communicator.size, scaled))
+            if problem is None and (found is None or micro.divisor is not None):
+                problem = _left_out(gradient, micro)
         # An overflow of the loss scale makes the first gradients infinite: then the next measurement is asked.
         overflowed = seen is not None and not bool(torch.isfinite(seen[1]).all())
         answers = communicator.gather_objects((overflowed, seen is None, problem, place), label="agreement")
@@ -260,6 +262,23 @@ def _beyond_bound(
         f"the loss's gradient reaches {largest:.4g} in an output, where that of a {likelihood} term is at most 1. If "
         "the loss is a sum, divide it by its number of terms; if it is weighted on purpose, K-FAC's G carries the "
         "square of that weight"
+    )
+
+
+def _left_out(gradient: Tensor, micro: MicroBatch) -> tuple[bool, str] | None:
+    """Say so if the loss reads fewer of the outputs' rows than it is taken to have terms."""
+    terms = float(micro.terms)
+    leading = (gradient.shape[0], gradient.shape[:-1].numel())
+    rows = next((number for number in leading if number == terms), 0)
+    if not rows:
+        return None
+    read = int(gradient.reshape(rows, -1).any(dim=1).sum())
+    if not read or read >= rows * (1 - TOLERANCE):
+        return None
+    return False, (
+        f"the loss's gradient is zero in {rows - read} of the model's {rows} {micro.loss_terms}s. If the loss leaves "
+        "them out, call kfac.micro_batch(terms=..., divisor=...) before each forward pass with the number of those "
+        "that it keeps"
     )
 
 

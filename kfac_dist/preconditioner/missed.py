@@ -23,15 +23,15 @@ class _Step:
     """One step's contribution to the averages of some units.
 
     Attributes:
-        open: `[units]` which units' averages it entered and haven't been reduced since.
+        open: By unit, whether its average it entered and hasn't been reduced since.
         rate: (1 − β)·[taken], by which the averages moved.
-        used: `[units]` whether this rank used their layers.
+        used: By unit, whether this rank used its layer.
         terms: `[1 + C, units]` the terms that it missed of layers that it didn't use; None if it used all.
     """
 
-    open: Tensor
+    open: list[bool]
     rate: Tensor | float
-    used: Tensor
+    used: list[bool]
     terms: Tensor | None = None
 
 
@@ -60,39 +60,37 @@ class MissedTerms:
             self._steps.append(self._step(spans, scalar((1 - decay) * taken.to(self._like.dtype))))
 
     def _step(self, spans: list[tuple[Span, Missed | None]], rate: Tensor | float) -> _Step:
-        inside = torch.zeros(self._units, dtype=torch.bool)
-        used = torch.ones(self._units, dtype=torch.bool)
+        inside, used = [False] * self._units, [True] * self._units
         terms = None
         for span, missed in spans:
-            inside[span.units] = True
+            inside[span.units] = [True] * (span.last - span.first)
             if missed is None or all(missed.used):
                 continue
             if terms is None:
                 terms = self._zeros(self._units)
-            own = torch.tensor(missed.used)
-            used[span.units] = own
-            terms[:, span.units] = missed.terms * to_device(~own, self._device)
+            used[span.units] = missed.used
+            terms[:, span.units] = missed.terms * self._mask([not own for own in missed.used])
         return _Step(inside, rate, used, terms)
 
     def irregular(self, spans: list[Span]) -> bool:
         """Whether this rank has left a layer of some spans unused in a step since they were reduced."""
-        return any(not bool(step.used[span.units].all()) for step in self._steps for span in spans)
+        return any(not all(step.used[span.units]) for step in self._steps for span in spans)
 
     def message(self, spans: list[Span]) -> Tensor:
         """Return what ranks add up: `[2 + C, steps, units]`, ranks that used a layer, and terms that the others missed.
 
         Terms have the weights by which the averages have them now.
         """
-        columns = torch.cat([torch.arange(span.first, span.last) for span in spans])
+        columns = [index for span in spans for index in range(span.first, span.last)]
         parts = []
         weight = self._like.new_ones(len(columns))
         for step in reversed(self._steps):
-            inside = to_device(step.open[columns], self._device)
-            used = to_device((step.used & step.open)[columns].to(self._like.dtype), self._device)[None]
+            inside = self._mask([step.open[index] for index in columns])
+            used = self._mask([step.open[index] and step.used[index] for index in columns]).to(self._like.dtype)
             own = self._zeros(len(columns))
             if step.terms is not None:
                 own = torch.cat([step.terms[:, span.units] for span in spans], dim=1) * (weight * step.rate) * inside
-            parts.append(torch.cat([used, own]))
+            parts.append(torch.cat([used[None], own]))
             weight = weight * torch.where(inside, 1 - step.rate, 1.0)
         return torch.stack(parts, dim=1)
 
@@ -100,9 +98,9 @@ class MissedTerms:
         """Forget what is known of spans whose averages are global now."""
         for step in self._steps:
             for span in spans:
-                step.open[span.units] = False
-                step.used[span.units] = True
-        self._steps = [step for step in self._steps if bool(step.open.any())]
+                step.open[span.units] = [False] * (span.last - span.first)
+                step.used[span.units] = [True] * (span.last - span.first)
+        self._steps = [step for step in self._steps if any(step.open)]
 
     def drop_last(self) -> None:
         """Forget the last step, which moved nothing."""
@@ -120,18 +118,19 @@ class MissedTerms:
         for step in self._steps:
             rate = self._like.new_ones(self._units) * step.rate
             terms = self._zeros(self._units) if step.terms is None else step.terms
-            flags = torch.stack([step.open, step.used]).to(self._device, self._like.dtype)
+            flags = torch.tensor([step.open, step.used], dtype=self._like.dtype, device=self._device)
             rows.append(torch.cat([rate[None], flags, terms]))
         return torch.stack(rows)
 
     def load_state(self, values: Tensor) -> None:
         """Take what `state` returned."""
-        self._steps = [
-            _Step(
-                row[1].bool().cpu(), scalar(row[0, 0].to(self._device)), row[2].bool().cpu(), row[3:].to(self._device)
-            )
-            for row in values[1:]
-        ]
+        self._steps = []
+        for row in values.to(self._device)[1:]:
+            inside, used = row[1:3].bool().tolist()
+            self._steps.append(_Step(inside, scalar(row[0, 0]), used, row[3:]))
+
+    def _mask(self, flags: list[bool]) -> Tensor:
+        return to_device(torch.tensor(flags), self._device)
 
     def _zeros(self, units: int) -> Tensor:
         return self._like.new_zeros(self._rows, units)

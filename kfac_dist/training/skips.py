@@ -46,6 +46,8 @@ class Skips:
         self._guard = guard
         self._note = note
         self._warned = False
+        for kfac in parts.kfacs:
+            kfac.names_dropped = False  # told here, of all ranks
 
     @property
     def may_go_back(self) -> bool:

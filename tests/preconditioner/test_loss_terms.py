@@ -156,11 +156,24 @@ def test_a_loss_over_some_nodes_is_told_by_its_terms(loss: Loss, loss_terms: str
     )
 
 
-def test_a_loss_over_some_nodes_that_is_not_told_is_warned_of() -> None:
+@pytest.mark.parametrize(
+    ("loss", "told", "message"),
+    [
+        (cross_entropy, {}, r"leaves out terms, call kfac.micro_batch\(divisor=..., terms=...\)"),
+        (
+            cross_entropy,
+            {"divisor": 3},
+            r"zero in 9 of the model's 12 samples.*micro_batch\(terms=..., divisor=...\)",
+        ),
+        (squares, {}, r"zero in 9 of the model's 12 samples.*micro_batch\(terms=..., divisor=...\)"),
+    ],
+)
+def test_a_loss_over_some_nodes_that_is_not_told_is_warned_of(loss: Loss, told: dict[str, Any], message: str) -> None:
     between, forward = GRAPH_MODELS["nodes first"]
     kfac = build_kfac(model := Two(between))
-    cross_entropy(forward(model, False)[:3]).backward()
-    with pytest.warns(UserWarning, match=r"leaves out terms, call kfac.micro_batch\(divisor=..., terms=...\)"):
+    kfac.micro_batch(**told)
+    loss(forward(model, False)[:3]).backward()
+    with pytest.warns(UserWarning, match=message):
         kfac.step()
 
 
@@ -260,3 +273,138 @@ def test_ranks_are_refused_together() -> None:
     first, second = run_ranks(2, refused_on_one_rank)
     assert first == second
     assert "kfac.micro_batch(terms=...)" in first
+
+
+def plain(model: Two, x: Tensor) -> Any:
+    return model.last(model.first(x).tanh())
+
+
+def in_parts(sizes: list[int], *, told: bool = True, one_backward: bool = True) -> dict[str, Tensor]:
+    """The factors of a batch that goes through the model in parts, whose losses are added up."""
+    model, x = Two(plain), draw(sum(sizes), D)
+    labels = torch.arange(len(x)) % C
+    kfac = build_kfac(model)
+    losses, first = [], 0
+    for size in sizes:
+        if told:
+            kfac.micro_batch(first_sample=first, divisor=len(x), last=first + size == len(x))
+        own = slice(first, first + size)
+        losses.append(F.cross_entropy(model(x[own]), labels[own], reduction="sum") / len(x))
+        first += size
+        if not one_backward:
+            losses[-1].backward()
+    if one_backward:
+        torch.stack(losses).sum().backward()
+    kfac.step()
+    found = factors(kfac)
+    kfac.remove()
+    return found
+
+
+@pytest.mark.parametrize("one_backward", [True, False])
+@pytest.mark.parametrize("sizes", [[8, 8], [4] * 4, [1] * 16, [9, 4, 3]])
+def test_parts_that_are_described_are_the_whole_batch(sizes: list[int], one_backward: bool) -> None:
+    whole, parts = in_parts([16]), in_parts(sizes, one_backward=one_backward)
+    for name, factor in whole.items():
+        assert_close(parts[name], factor)
+
+
+def test_parts_that_are_not_described_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"2 forward passes .* kfac.micro_batch\(...\)"):
+        in_parts([8, 8], told=False)
+
+
+def test_single_observations_of_an_episode_are_one_batch() -> None:
+    """Twenty calls with one observation each, outputs without a batch's dimension, and one loss at the end."""
+    observations, actions, returns = draw(20, D), torch.arange(20) % C, draw(20)
+
+    def episode(model: Two, *, together: bool) -> dict[str, Tensor]:
+        kfac = build_kfac(model)
+        if together:
+            scores = model(observations).log_softmax(-1)[torch.arange(20), actions]
+            (-(scores * returns).mean()).backward()
+        else:
+            losses = []
+            for step, observation in enumerate(observations):
+                kfac.micro_batch(first_sample=step, divisor=20, last=step == 19)
+                losses.append(-model(observation).log_softmax(-1)[actions[step]] * returns[step] / 20)
+            torch.stack(losses).sum().backward()
+        kfac.step()
+        found = factors(kfac)
+        kfac.remove()
+        return found
+
+    whole = episode(Two(plain), together=True)
+    for name, factor in episode(Two(plain), together=False).items():
+        assert_close(factor, whole[name])
+
+
+class Branches(nn.Module):
+    """Layers of every kind, to which no sample goes; and one to which all go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(6, 4)
+        self.linear, self.norm, self.rms = nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4)
+        self.conv, self.group = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.wide = nn.Conv2d(4, 4, 3, stride=2)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.tied, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.tied.weight
+        self.plain, self.out = nn.Linear(D, 4), nn.Linear(4, C)
+
+    def forward(self, x: Tensor, rows: int) -> Tensor:
+        tokens, pixels = (x[:rows, :2] > 0).long(), x[:rows, :1, None, None].expand(rows, 1, 5, 5)
+        hidden = self.rms(self.norm(self.linear(self.table(tokens) + self.tied(tokens))))
+        if rows:  # torch's own attention refuses a batch of none
+            hidden = hidden + self.attention(hidden, hidden, hidden)[0]
+        images = self.wide(self.group(self.conv(pixels))).flatten(2).sum(-1)
+        branch = self.head(hidden.sum(1) + images)[:, :4]
+        return self.out(self.plain(x).tanh().index_add(0, torch.arange(rows), branch))
+
+
+@pytest.mark.parametrize("loss_terms", ["sample", "token"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("solver", ["cholesky", "ekfac"])
+def test_a_layer_without_rows_keeps_its_average_and_disturbs_no_other(
+    sharing: str, loss_terms: str, solver: str
+) -> None:
+    def after(*rows: int) -> tuple[dict[str, Tensor], KFAC]:
+        model = Branches()
+        kfac = build_kfac(model, sharing=sharing, loss_terms=loss_terms, inversion={"solver": solver, "damping": 0.1})
+        kfac._averages.decay = 0.5
+        for number in rows:
+            model.zero_grad()
+            squares(model(draw(7, D), number)).backward()
+            kfac.step()
+        found = factors(kfac)
+        dropped, finite = kfac.metrics()["dropped_statistics"], all(torch.isfinite(v).all() for v in found.values())
+        kfac.remove()
+        assert (dropped, finite) == (0, True)
+        return found, kfac
+
+    used, _ = after(3)
+    both, _ = after(3, 0)
+    alone, _ = after(0, 3)
+    for name, factor in used.items():
+        if name.split("/")[0] not in ("plain", "out"):
+            assert_close(both[name], factor)
+            assert_close(alone[name], factor)
+
+
+def test_statistics_that_are_dropped_are_named_once() -> None:
+    model = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, C))
+    kfac = build_kfac(model)
+    said: list[str] = []
+    for _ in range(3):
+        model.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            (model(draw(B, D) * 1e22).sum() * 1e-22).backward()
+            kfac.step()
+        said += [str(warning.message) for warning in caught if "dropped" in str(warning.message)]
+    assert len(said) == 1
+    assert said[0].startswith("statistics of 1, 0 were not finite on this rank")
+    assert kfac.metrics()["dropped_statistics"] == 3
+    kfac.remove()
