@@ -44,8 +44,7 @@ class MissedTerms:
 
     def __init__(self, weights: Tensor) -> None:
         self._rows, self._units = weights.shape
-        self._like = weights.new_empty(())
-        self._device = weights.device
+        self._dtype, self._device = weights.dtype, weights.device
         self._steps: list[_Step] = []
 
     def note(self, spans: list[tuple[Span, Missed | None]], decay: float, taken: Tensor) -> None:
@@ -57,7 +56,7 @@ class MissedTerms:
             taken: 0-dim: whether the averages moved.
         """
         if spans:
-            self._steps.append(self._step(spans, scalar((1 - decay) * taken.to(self._like.dtype))))
+            self._steps.append(self._step(spans, scalar((1 - decay) * taken.to(self._dtype))))
 
     def _step(self, spans: list[tuple[Span, Missed | None]], rate: Tensor | float) -> _Step:
         inside, used = [False] * self._units, [True] * self._units
@@ -83,10 +82,10 @@ class MissedTerms:
         """
         columns = [index for span in spans for index in range(span.first, span.last)]
         parts = []
-        weight = self._like.new_ones(len(columns))
+        weight = self._ones(len(columns))
         for step in reversed(self._steps):
             inside = self._mask([step.open[index] for index in columns])
-            used = self._mask([step.open[index] and step.used[index] for index in columns]).to(self._like.dtype)
+            used = self._mask([step.open[index] and step.used[index] for index in columns]).to(self._dtype)
             own = self._zeros(len(columns))
             if step.terms is not None:
                 own = torch.cat([step.terms[:, span.units] for span in spans], dim=1) * (weight * step.rate) * inside
@@ -114,11 +113,11 @@ class MissedTerms:
 
     def state(self) -> Tensor:
         """Return everything as one tensor `[1 + steps, 4 + C, units]`, whose first row is empty."""
-        rows = [self._like.new_zeros(3 + self._rows, self._units)]
+        rows = [torch.zeros(3 + self._rows, self._units, dtype=self._dtype, device=self._device)]
         for step in self._steps:
-            rate = self._like.new_ones(self._units) * step.rate
+            rate = self._ones(self._units) * step.rate
             terms = self._zeros(self._units) if step.terms is None else step.terms
-            flags = torch.tensor([step.open, step.used], dtype=self._like.dtype, device=self._device)
+            flags = torch.tensor([step.open, step.used], dtype=self._dtype, device=self._device)
             rows.append(torch.cat([rate[None], flags, terms]))
         return torch.stack(rows)
 
@@ -133,7 +132,10 @@ class MissedTerms:
         return to_device(torch.tensor(flags), self._device)
 
     def _zeros(self, units: int) -> Tensor:
-        return self._like.new_zeros(self._rows, units)
+        return torch.zeros(self._rows, units, dtype=self._dtype, device=self._device)
+
+    def _ones(self, units: int) -> Tensor:
+        return torch.ones(units, dtype=self._dtype, device=self._device)
 
 
 def shared_terms(total: Tensor) -> Tensor:
