@@ -23,7 +23,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
         cwd=ROOT,
         capture_output=True,
-        timeout=120,
+        timeout=250,
         check=True,
     )
     (wheel,) = folder.glob("kfac_dist-*.whl")
@@ -39,7 +39,7 @@ def kfac_dist(installed: Path, directory: Path, *arguments: str) -> subprocess.C
         env=os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
     )
 
