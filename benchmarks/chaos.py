@@ -7,13 +7,18 @@
     corrupt     everything is killed, a byte of the newest checkpoint is changed, and the job started again
     truncate    the same, with a file cut short
     full        the disk (a small tmpfs) is filled; the job ends with a message and is started again with room
+    resize      everything is killed, or told to stop, and the job started again on another number of ranks
 
 The first four strike at a random step, during the write of a checkpoint, or during an inversion. Every round ends with
 a comparison, bit for bit, of all logged losses and of the whole last checkpoint (weights, optimizer, K-FAC, random
-generators) with those of an undisturbed run on as many ranks. Recovery is the time from the fault to the first logged
-step that the struck run had not logged yet.
+generators) with those of an undisturbed run on as many ranks; after `resize`, of all logged losses up to rounding, with
+a model that has neither dropout nor statistics of a batch. Recovery is the time from the fault to the first logged step
+that the struck run had not logged yet.
 
-    python -m benchmarks.chaos --rounds 30 --seed 0 [--ranks 2] [--faults kill full …] [--out FILE]
+    python -m benchmarks.chaos --rounds 30 --seed 0 [--ranks 2] [--engines ddp fsdp2 zero1 zero2 zero3]
+                               [--faults kill full …] [--timeout 5] [--out FILE]
+
+`--rounds` are those of each engine; engines take turns.
 """
 
 from __future__ import annotations
@@ -32,17 +37,29 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
-from benchmarks.chaos_job import EVERY, STEPS, Failed, Job, alive, compare, last_checkpoint, outcome, wait_for
+from benchmarks.chaos_job import (
+    EVERY,
+    STEPS,
+    TIMEOUT_SECONDS,
+    Failed,
+    Job,
+    Outcome,
+    alive,
+    compare,
+    compare_losses,
+    last_checkpoint,
+    outcome,
+    wait_for,
+)
 from benchmarks.reporting import spread, write
+from kfac_dist.config.engine import EngineName
 
-FAULTS = ("kill", "terminate", "stop", "hang", "corrupt", "truncate", "full")
+FAULTS = ("kill", "terminate", "stop", "hang", "corrupt", "truncate", "full", "resize")
 MOMENTS = ("step", "write", "inversion")
 AT_ANY_MOMENT = ("kill", "terminate", "stop", "hang")
 DISK_KIB = 2048
-
-Reference = tuple[dict[int, float], dict[str, Tensor]]
+# What rounding may do to a loss in so many steps, where the number of ranks changes.
+ROUNDING = 1e-3
 
 
 @dataclass
@@ -58,6 +75,9 @@ class Round:
         recovery_seconds: From the fault to the first step that had not been logged before.
         seconds: Of the whole round.
         said: What the struck job said, where it has to say something.
+        engine: Under which the run trains.
+        ranks_after: How many ranks went on.
+        difference: Of the losses from those of the undisturbed run, at most, relative.
         failure: Why the run that came of it is not the undisturbed one; empty if it is.
     """
 
@@ -69,11 +89,14 @@ class Round:
     recovery_seconds: float = 0.0
     seconds: float = 0.0
     said: list[str] = field(default_factory=list)
+    engine: str = "ddp"
+    ranks_after: int = 0
+    difference: float = 0.0
     failure: str = ""
 
     def describe(self) -> str:
-        what = f"{self.fault:9s} rank {self.rank} at {self.moment:9s} step {self.at_step:2d}, {self.starts} starts"
-        return f"{what}, back after {self.recovery_seconds:.1f} s, {self.failure or 'equal'} ({self.seconds:.0f} s)"
+        what = f"{self.engine:5s} {self.fault:9s} rank {self.rank} at {self.moment:9s} step {self.at_step:2d}"
+        return f"{what}, {self.starts} starts, back after {self.recovery_seconds:.1f} s, {self.failure or 'equal'} ({self.seconds:.0f} s)"
 
 
 def play(round_: Round, job: Job, marker: Path, generator: random.Random) -> None:
@@ -132,6 +155,15 @@ def _strike(round_: Round, job: Job, generator: random.Random) -> None:
             if last_checkpoint(job.run) is None:
                 raise Failed("a full disk spoilt all checkpoints")
             filler.unlink()
+        case "resize":
+            if generator.randrange(2):
+                job.end()
+            else:
+                job.strike(round_.rank, signal.SIGTERM)
+                if job.wait() != 0:
+                    raise Failed("a job that was told to stop ended with an error")
+            round_.ranks_after = generator.choice([ranks for ranks in (1, 2, 3) if ranks != len(job.ranks)])
+            job.ranks = range(round_.ranks_after)
 
 
 def _damage(round_: Round, job: Job, generator: random.Random) -> Path:
@@ -171,39 +203,66 @@ def place(parent: Path, name: str, *, small: bool) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def play_one(parent: Path, index: int, fault: str, ranks: int, generator: random.Random, reference: Reference) -> Round:
-    """Play one round in a directory of its own, and compare."""
-    began = time.monotonic()
-    moment = generator.choice(MOMENTS) if fault in AT_ANY_MOMENT else "step"
-    round_ = Round(fault, moment, generator.randrange(ranks))
-    marker, log = parent / f"marker-{index}", parent / f"output-{index}.txt"
-    environment = {
-        "CHAOS_PAUSE": moment,
-        "CHAOS_MARKER": str(marker),
-        "CHAOS_RANK": str(round_.rank),
-        "CHAOS_HALF": str(generator.randrange(2)),
-    }
-    with place(parent, f"round-{index}", small=fault == "full") as directory:
-        job = Job(directory, log, ranks, restarts=0 if fault == "full" else 2, environment=environment)
-        try:
-            play(round_, job, marker, generator)
-            compare(job.run, reference)
-        except Failed as failure:
-            round_.failure = str(failure)
-            print(log.read_text()[-4000:], file=sys.stderr)
-        finally:
-            job.end()
-    round_.seconds = round(time.monotonic() - began, 2)
-    return round_
+@dataclass(frozen=True)
+class Play:
+    """What all rounds of one engine have in common.
 
+    Attributes:
+        parent: Where rounds have their directories.
+        engine: Under which runs train.
+        ranks: Number of ranks.
+        timeout_seconds: How long ranks wait for each other.
+    """
 
-def undisturbed(parent: Path, ranks: int) -> Reference:
-    with place(parent, "undisturbed", small=False) as directory:
-        job = Job(directory, parent / "undisturbed.txt", ranks, restarts=0, environment={})
-        job.start()
-        if job.wait() != 0:
-            raise Failed(job.output())
-        return outcome(job.run)
+    parent: Path
+    engine: str
+    ranks: int
+    timeout_seconds: float
+
+    def job(self, directory: Path, log: Path, fault: str, restarts: int, environment: dict[str, str]) -> Job:
+        """Return the job of a round, or of the undisturbed run that it is compared with."""
+        sections: dict[str, dict[str, object]] = {"engine": {"name": self.engine}}
+        if fault == "resize":
+            sections["model"] = {"args": {"same_anywhere": True}}
+        return Job(directory, log, self.ranks, restarts, environment, sections, self.timeout_seconds)
+
+    def undisturbed(self, fault: str) -> Outcome:
+        """Return what comes of a run that nothing happens to."""
+        name = f"undisturbed-{self.engine}-{fault}"
+        with place(self.parent, name, small=False) as directory:
+            job = self.job(directory, self.parent / f"{name}.txt", fault, 0, {})
+            job.start()
+            if job.wait() != 0:
+                raise Failed(job.output())
+            return outcome(job.run)
+
+    def round(self, index: int, fault: str, generator: random.Random, reference: Outcome) -> Round:
+        """Play one round in a directory of its own, and compare."""
+        began = time.monotonic()
+        moment = generator.choice(MOMENTS) if fault in AT_ANY_MOMENT else "step"
+        round_ = Round(fault, moment, generator.randrange(self.ranks), engine=self.engine, ranks_after=self.ranks)
+        marker, log = self.parent / f"marker-{index}", self.parent / f"output-{index}.txt"
+        environment = {
+            "CHAOS_PAUSE": moment,
+            "CHAOS_MARKER": str(marker),
+            "CHAOS_RANK": str(round_.rank),
+            "CHAOS_HALF": str(generator.randrange(2)),
+        }
+        with place(self.parent, f"round-{index}", small=fault == "full") as directory:
+            job = self.job(directory, log, fault, 0 if fault == "full" else 2, environment)
+            try:
+                play(round_, job, marker, generator)
+                if fault == "resize":
+                    round_.difference = compare_losses(job.run, reference, ROUNDING)
+                else:
+                    compare(job.run, reference)
+            except Failed as failure:
+                round_.failure = str(failure)
+                print(log.read_text()[-4000:], file=sys.stderr)
+            finally:
+                job.end()
+        round_.seconds = round(time.monotonic() - began, 2)
+        return round_
 
 
 def main() -> None:
@@ -212,7 +271,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", choices=[str(name) for name in EngineName], default=["ddp"])
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_SECONDS)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if "full" in arguments.faults and os.geteuid() != 0:
@@ -220,25 +281,34 @@ def main() -> None:
     generator = random.Random(arguments.seed)
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as parent:
-        reference = undisturbed(Path(parent), arguments.ranks)
-        for index in range(arguments.rounds):
+        plays = [Play(Path(parent), engine, arguments.ranks, arguments.timeout) for engine in arguments.engines]
+        references: dict[tuple[str, bool], Outcome] = {}
+        for index in range(arguments.rounds * len(plays)):
+            play_, turn = plays[index % len(plays)], index // len(plays)
             # In turn, so that every fault has its share; when and whom it strikes is chance.
-            fault = arguments.faults[index % len(arguments.faults)]
-            rounds.append(play_one(Path(parent), index, fault, arguments.ranks, generator, reference))
+            fault = arguments.faults[turn % len(arguments.faults)]
+            key = (play_.engine, fault == "resize")
+            if key not in references:
+                references[key] = play_.undisturbed(fault)
+            rounds.append(play_.round(index, fault, generator, references[key]))
             print(f"{index + 1:3d}  {rounds[-1].describe()}", flush=True)
             # After every round: a play that is cut short leaves what it has shown.
-            path = write("chaos", arguments.out, vars(arguments) | {"out": None}, summary(rounds))
+            settings = vars(arguments) | {"out": None, "rounds_played": len(rounds)}
+            path = write("chaos", arguments.out, settings, summary(rounds))
     failed = sum(bool(round_.failure) for round_ in rounds)
-    print(f"{len(rounds) - failed} of {len(rounds)} rounds ended in the undisturbed run, bit for bit: {path}")
+    print(f"{len(rounds) - failed} of {len(rounds)} rounds ended in the undisturbed run: {path}")
     sys.exit(1 if failed else 0)
 
 
 def summary(rounds: list[Round]) -> dict[str, object]:
     good = [round_ for round_ in rounds if not round_.failure]
     faults = sorted({round_.fault for round_ in good})
+    engines = list(dict.fromkeys(round_.engine for round_ in rounds))
     return {
         "rounds": len(rounds),
-        "equal_bit_for_bit": len(good),
+        "equal": len(good),
+        "equal_bit_for_bit": sum(round_.fault != "resize" for round_ in good),
+        "by_engine": {e: [sum(r.engine == e for r in good), sum(r.engine == e for r in rounds)] for e in engines},
         "recovery_seconds": {f: spread([r.recovery_seconds for r in good if r.fault == f]) for f in faults},
         "each": [asdict(round_) for round_ in rounds],
     }

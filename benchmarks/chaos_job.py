@@ -23,7 +23,11 @@ from kfac_dist.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY, TIMEOUT_SECONDS = 64, 6, 5.0
-DEADLINE_SECONDS = 120.0
+# How many timeouts a job may take to do what is waited for.
+DEADLINE_TIMEOUTS = 24
+
+
+Outcome = tuple[dict[int, float], dict[str, Tensor]]
 
 
 class Failed(Exception):
@@ -40,6 +44,10 @@ class Job:
         restarts: How often torchrun starts them again by itself.
         environment: For the ranks.
         sections: What the configuration says otherwise than `_config`.
+        timeout_seconds: How long ranks wait for each other.
+
+    Attributes:
+        ranks: Number of ranks of the next start, as a range.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Job:
         restarts: int,
         environment: dict[str, str],
         sections: Mapping[str, Mapping[str, object]] | None = None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self.directory = directory
         self.run = directory / "run"
@@ -58,7 +67,8 @@ class Job:
         self._restarts = restarts
         self._environment = environment
         self._config = directory / "chaos.yaml"
-        self._config.write_text(yaml.safe_dump(_config(directory, sections or {})))
+        self._config.write_text(yaml.safe_dump(_config(directory, sections or {}, timeout_seconds)))
+        self.deadline_seconds = DEADLINE_TIMEOUTS * timeout_seconds
         self._log = log
 
     def start(self) -> None:
@@ -105,7 +115,7 @@ class Job:
 
     def wait(self) -> int:
         try:
-            return self.process.wait(DEADLINE_SECONDS)
+            return self.process.wait(self.deadline_seconds)
         except subprocess.TimeoutExpired:
             raise Failed("the job did not end") from None
 
@@ -118,9 +128,9 @@ class Job:
         self.process.wait()
 
 
-def _config(directory: Path, sections: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+def _config(directory: Path, sections: Mapping[str, Mapping[str, object]], timeout_seconds: float) -> dict[str, object]:
     config: dict[str, Any] = {
-        "run": {"name": "run", "directory": str(directory), "device": "cpu", "timeout_seconds": TIMEOUT_SECONDS},
+        "run": {"name": "run", "directory": str(directory), "device": "cpu", "timeout_seconds": timeout_seconds},
         "model": "benchmarks.chaos_workload:Net",
         "data": "benchmarks.chaos_workload:pixels",
         "loss": {"name": "sigmoid_cross_entropy"},
@@ -128,7 +138,7 @@ def _config(directory: Path, sections: Mapping[str, Mapping[str, object]]) -> di
         "kfac": {
             "curvature": {"factor_every": 2},
             "inversion": {"inverse_every": 4, "damping": 0.1},
-            "distribution": {"timeout_seconds": TIMEOUT_SECONDS},
+            "distribution": {"timeout_seconds": timeout_seconds},
         },
         "train": {"batch_size": 12, "steps": STEPS, "log_every": 1},
         "checkpoint": {"every": EVERY, "keep": 3},
@@ -162,7 +172,7 @@ def alive(pid: int) -> bool:
 
 def wait_for(condition: Callable[[], bool], job: Job, what: str) -> None:
     """Wait until `condition()`; a job that ends before is a failure."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + job.deadline_seconds
     while not condition():
         if job.process.poll() is not None and not condition():
             raise Failed(f"the job ended ({job.process.returncode}) before {what}")
@@ -175,7 +185,7 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
     return Checkpoints(run / "checkpoints", 1, SoloCommunicator()).newest()
 
 
-def outcome(run: Path) -> tuple[dict[int, float], dict[str, Tensor]]:
+def outcome(run: Path) -> Outcome:
     """Return the logged losses and every tensor of the last checkpoint."""
     checkpoints = Checkpoints(run / "checkpoints", 1, SoloCommunicator())
     newest = checkpoints.newest()
@@ -191,7 +201,7 @@ def outcome(run: Path) -> tuple[dict[int, float], dict[str, Tensor]]:
     return losses, tensors
 
 
-def compare(run: Path, reference: tuple[dict[int, float], dict[str, Tensor]]) -> None:
+def compare(run: Path, reference: Outcome) -> None:
     losses, tensors = outcome(run)
     if losses != reference[0]:
         differing = [step for step in range(1, STEPS + 1) if losses.get(step) != reference[0].get(step)]
@@ -199,3 +209,14 @@ def compare(run: Path, reference: tuple[dict[int, float], dict[str, Tensor]]) ->
     differing_names = [name for name, value in reference[1].items() if not torch.equal(value, tensors[name])]
     if differing_names or tensors.keys() != reference[1].keys():
         raise Failed(f"the last checkpoint differs: {differing_names[:3]}")
+
+
+def compare_losses(run: Path, reference: Outcome, allowed: float) -> float:
+    """Return the greatest relative difference of a logged loss: other numbers of ranks round otherwise."""
+    losses, _ = outcome(run)
+    if losses.keys() != reference[0].keys():
+        raise Failed(f"steps are missing: {sorted(reference[0].keys() ^ losses.keys())[:5]}")
+    difference = max(abs(losses[step] / loss - 1) for step, loss in reference[0].items())
+    if difference > allowed:
+        raise Failed(f"losses differ by {difference:.1e}")
+    return difference
