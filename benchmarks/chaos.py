@@ -96,7 +96,8 @@ class Round:
 
     def describe(self) -> str:
         what = f"{self.engine:5s} {self.fault:9s} rank {self.rank} at {self.moment:9s} step {self.at_step:2d}"
-        return f"{what}, {self.starts} starts, back after {self.recovery_seconds:.1f} s, {self.failure or 'equal'} ({self.seconds:.0f} s)"
+        came = f"back after {self.recovery_seconds:.1f} s, {self.failure or 'equal'}"
+        return f"{what}, {self.starts} starts, {came} ({self.seconds:.0f} s)"
 
 
 def play(round_: Round, job: Job, marker: Path, generator: random.Random) -> None:

@@ -110,9 +110,8 @@ def class_conditional(results: Any) -> Iterator[Panel]:
 
 def chaos(results: Any) -> Iterator[Panel]:
     yield Panel(
-        f"{results.get('equal', results['equal_bit_for_bit'])} of {results['rounds']} rounds equal the undisturbed run: "
-        "recovery",
-        "s",
+        f"{results.get('equal', results['equal_bit_for_bit'])} of {results['rounds']} rounds equal the undisturbed run",
+        "seconds of recovery",
         {
             fault: {"median": found["median"], "upper quartile": found["quartile_high"]}
             for fault, found in results["recovery_seconds"].items()

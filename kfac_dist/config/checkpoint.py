@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from kfac_dist.config.section import Count, CountOrZero, FilePath, Flag, NonNegative, Section
 
 
@@ -15,6 +17,8 @@ class CheckpointConfig(Section):
         asynchronous: Write while training goes on: it waits for the copy to host memory only, and, if the last write
             isn't over when the next one is due, for that.
         keep: Newest checkpoints that stay on disk.
+        kfac: `restore` takes K-FAC's statistics and inverses from the checkpoint; with `fresh` K-FAC begins anew while
+            model and optimizer go on, as it does from a checkpoint of a run without K-FAC.
         resume: `auto` takes the newest good checkpoint of this run, `never` starts afresh, else a checkpoint's path.
     """
 
@@ -22,4 +26,5 @@ class CheckpointConfig(Section):
     every_minutes: NonNegative = 0.0
     asynchronous: Flag = True
     keep: Count = 2
+    kfac: Literal["restore", "fresh"] = "restore"
     resume: FilePath = "never"

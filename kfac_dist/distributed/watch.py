@@ -18,8 +18,9 @@ from typing import Self
 
 from torch.distributed import PrefixStore, Store
 
+from kfac_dist.distributed.lost import is_of_lost_ranks, lost_ranks
 from kfac_dist.distributed.naming import name_ranks
-from kfac_dist.errors import CollectiveError
+from kfac_dist.errors import CollectiveError, KFACError
 
 TICK_SECONDS = 1.0
 _QUESTION = "asked"
@@ -65,7 +66,8 @@ class Watch:
     def explaining(self) -> Iterator[None]:
         """Say of a collective that fails which ranks don't answer, and where the others wait.
 
-        These contexts may lie in one another: the innermost asks, before anything is taken down.
+        It may be anyone's: a communicator's, or one that torch or DeepSpeed starts by itself. These contexts may lie in
+        one another: the innermost asks, before anything is taken down.
 
         Raises:
             CollectiveError: A collective has failed.
@@ -75,10 +77,19 @@ class Watch:
         except CollectiveError as error:
             if error is self._explained:
                 raise
-            self._explained = CollectiveError(f"{error}{self._explanation()}")
-            if self._on_lost is not None:
-                self._on_lost(self._explained)
-            raise self._explained from error
+            raise self._explain(error) from error
+        except KFACError:
+            raise
+        except Exception as error:
+            if self._size == 1 or not is_of_lost_ranks(error):
+                raise
+            raise self._explain(lost_ranks(f"rank {self._rank} of {self._size}, {self._where}", error)) from error
+
+    def _explain(self, error: CollectiveError) -> CollectiveError:
+        self._explained = CollectiveError(f"{error}{self._explanation()}")
+        if self._on_lost is not None:
+            self._on_lost(self._explained)
+        return self._explained
 
     def __enter__(self) -> Self:
         if self._store is not None:

@@ -28,6 +28,7 @@ from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.batches import Source, StepBatch
 from kfac_dist.training.checkpoint import Checkpoint
+from kfac_dist.training.differences import differences
 from kfac_dist.training.divergence import DivergedError as DivergedError
 from kfac_dist.training.divergence import Guard, Verdict
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
@@ -73,6 +74,7 @@ class Trainer:
         self._window_began = 0.0
         self._window_positions: list[Position] = []
         self._saved_at = 0
+        self._has_begun = False
         self._saved_moment = time.monotonic()
         self._guard = Guard(parts.engine, communicator, self._device)
         self._passes = self._build_passes()
@@ -91,6 +93,7 @@ class Trainer:
             CheckpointError: A checkpoint can't be written.
             Preempted: A rank was told to stop; the state is saved.
         """
+        self._has_begun = True
         self.parts.stream.sampler.check(self.communicator.size, self.position)
         self.parts.engine.module.train()
         self._batches = self.parts.stream.steps(self.position)
@@ -189,12 +192,15 @@ class Trainer:
             CheckpointError: It can't be read, or is of another model.
         """
         parts, facts = self.parts, checkpoint.facts
+        fresh_kfac = self.config.checkpoint.kfac == "fresh" and not self._has_begun
         own = restore_state(
             self.outputs.checkpoints,
             checkpoint,
             parts,
             self.communicator.rank,
-            self._own_state() if self._continues_exactly(facts) else {},
+            self._own_state() if self._continues_exactly(facts) and not fresh_kfac else {},
+            differences(facts.get("config", {}), self.outputs.configuration),
+            fresh_kfac=fresh_kfac,
         )
         self.step = self._saved_at = checkpoint.step
         self.position = Position(facts["epoch"], facts["offset"], checkpoint.step)
@@ -231,7 +237,7 @@ class Trainer:
             "window" in facts
             and facts["window"]["counts"].keys() == self._window.counts().keys()
             and facts["world_size"] == self.communicator.size
-            and all(facts["config"].get(section) == config[section] for section in same)
+            and all(facts.get("config", {}).get(section) == config[section] for section in same)
         )
 
     def backpropagate(self, batch: StepBatch) -> TermCounts:

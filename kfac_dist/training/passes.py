@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from kfac_dist.errors import CollectiveError, DataError, KFACError, ModelError
+from kfac_dist.distributed.lost import first_line, is_of_lost_ranks, lost_ranks
+from kfac_dist.errors import DataError, KFACError, ModelError
 from kfac_dist.inputs import Inputs, call, tensors
 from kfac_dist.tasks import Loss
 
@@ -82,11 +82,9 @@ def explained(where: str, module: nn.Module, inputs: Inputs, targets: Tensor) ->
     except torch.OutOfMemoryError:
         raise
     except _REFUSALS as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        if _lost_ranks(error):
-            raise CollectiveError(
-                f"{where}: the other ranks are gone or stand still ({reason}); the rank that failed first says why"
-            ) from error
+        reason = first_line(error)
+        if is_of_lost_ranks(error):
+            raise lost_ranks(where, error) from error
         raise DataError(
             f"{where}: model or loss refuse the data: {reason}{user_line(error)}; {_inputs(inputs)}, "
             f"targets {_tensor(targets)}{_first_weight(module)}"
@@ -121,12 +119,6 @@ def user_line(error: Exception) -> str:
         if not frame.filename.startswith((_TORCH, own, "<"))
     ]
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-
-
-def _lost_ranks(error: Exception) -> bool:
-    """Whether a collective failed; gloo's own errors have no type, and one of them doesn't name gloo."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "pair closure"))
 
 
 def _inputs(inputs: Inputs) -> str:

@@ -46,12 +46,13 @@ from kfac_dist.reporting.run_lock import RunLock
 from kfac_dist.reporting.summary import RunSummary, result_table
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints, read_manifest
+from kfac_dist.training.differences import differences
 from kfac_dist.training.job import Job, find_job
 from kfac_dist.training.loop import DivergedError, Outputs, Trainer
 from kfac_dist.training.metrics import MetricsWriter, read_metrics
 from kfac_dist.training.monitor import Monitor, last_saved
 from kfac_dist.training.preemption import Preempted, StopSignals
-from kfac_dist.training.setup import build_parts
+from kfac_dist.training.setup import Parts, build_parts
 from kfac_dist.training.variance import describe_variances, write_variances
 
 # Of a result table that no terminal shows: a file has room for all of its columns.
@@ -275,6 +276,9 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
                     at(f"reading checkpoint {start.path}")
                     trainer.restore(start)
                     session.progress.note(f"{name}: resumed from {start.path}")
+                if session.leads:
+                    for line in _surprises(config, parts, start, values):
+                        _tell(line, session.progress)
                 with agreed(session.communicator, what=f"can't write {directory}"):
                     record.running(parts.total_steps)
                 session.progress.start(name, parts.total_steps, trainer.step, lambda: last_saved(checkpoints.directory))
@@ -326,6 +330,27 @@ def _train_compared(
         records = _losses(own)
         step, seconds = (records[-1]["step"], records[-1]["seconds"]) if records else (0, 0.0)
         return RunSummary(name, step, seconds, None, None, "metric", None, note="diverged")
+
+
+def _surprises(config: Config, parts: Parts, start: Checkpoint | None, values: dict[str, Any]) -> Iterator[str]:
+    """Yield what a run does otherwise than its configuration, or its checkpoint, makes one expect."""
+    samples, settings = len(parts.train), config.train
+    if settings.batch_size > samples:
+        yield f"train.batch_size {settings.batch_size} is more than the training data has: a step takes all {samples}"
+    if settings.batch_growth is not None and settings.batch_growth.final > samples:
+        grown = settings.batch_growth.final
+        yield f"train.batch_growth.final {grown} is more than the training data has: batches grow to {samples}"
+    if start is None:
+        return
+    changed = differences(start.facts.get("config", {}), values)
+    if changed:
+        yield f"differs from the checkpoint: {', '.join(map(str, changed))}"
+    if start.step >= parts.total_steps:
+        length = "train.steps" if settings.steps is not None else f"the steps of train.epochs {settings.epochs}"
+        yield (
+            f"{start.path} has done {start.step} steps, and {length} {'is' if settings.steps else 'are'} "
+            f"{parts.total_steps}: nothing is left to train"
+        )
 
 
 def _start(config: Config, checkpoints: Checkpoints, job: Job) -> Checkpoint | None:

@@ -15,7 +15,8 @@ of the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.state import check_units
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
+from kfac_dist.training.differences import Difference, misfit
 from kfac_dist.training.random_state import capture_random_state, restore_random_state
 from kfac_dist.training.setup import Parts
 from kfac_dist.training.slices import SavedRun, Wanted, piecewise, run_name, saved_runs, straight
@@ -65,12 +67,15 @@ def restore_state(
     parts: Parts,
     rank: int,
     own: dict[str, dict[str, Tensor]],
+    changed: Sequence[Difference] = (),
+    *,
+    fresh_kfac: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """Put a checkpoint's state into a run; collective.
 
     Ranks that the checkpoint doesn't know (it was written by fewer) keep their freshly seeded random generators. A
-    solver other than the one that it was written with starts afresh, which is noted, and an average begins anew with
-    its weights.
+    solver other than the one that it was written with starts afresh, and so does K-FAC where the checkpoint has no
+    state of it, which is noted; an average begins anew with its weights.
 
     Args:
         checkpoints: Reads it.
@@ -78,6 +83,8 @@ def restore_state(
         parts: Where it goes.
         rank: This rank.
         own: What this rank has for itself and takes from the checkpoint, if any.
+        changed: How the configuration differs from the checkpoint's.
+        fresh_kfac: Leave K-FAC as it is.
 
     Returns:
         `own` as the checkpoint has it.
@@ -90,7 +97,14 @@ def restore_state(
     held = checkpoints.contents(checkpoint)
     saved = saved_runs(held)
     holdings = engine.holdings()
-    with agreed(checkpoints.communicator, CheckpointError, f"can't read {checkpoint.path}"):
+    if kfac is not None and (fresh_kfac or not any(name.startswith("kfac.") for name in saved)):
+        why = "checkpoint.kfac is fresh" if fresh_kfac else "the checkpoint has no state of it"
+        checkpoints.notice(f"K-FAC begins afresh at step {checkpoint.step}: {why}; its schedules count from here")
+        kfac = None
+    with (
+        agreed(checkpoints.communicator, CheckpointError, f"can't read {checkpoint.path}"),
+        _misfits(checkpoint, changed),
+    ):
         _check_model(engine, holdings, saved, checkpoint.path)
         if isinstance(kfac, KFAC):
             names = (name.removeprefix(_UNITS) for name in saved if name.startswith(_UNITS))
@@ -111,15 +125,17 @@ def restore_state(
         state["kfac"] = kfac.sharded_state_dict()
         if not same_solver or not any(name.startswith("kfac.") and ".damping." in f".{name}" for name in saved):
             _drop(state["kfac"], "damping")
-    if stepper is not None and same_solver:
+    if stepper is not None and same_solver and kfac is not None:  # of a fresh K-FAC the solver is fresh, too
         state["solver"] = stepper.state_dict()
-    checkpoints.load(checkpoint, state, piecewise(wanted, saved))
+    with _misfits(checkpoint, changed):
+        checkpoints.load(checkpoint, state, piecewise(wanted, saved))
     engine.restored()
     if average is not None and not averaged:
         average.begin()
     engine.load_counters(state["engine"])
     if kfac is not None:
-        kfac.load_sharded_state_dict(state["kfac"])
+        with _misfits(checkpoint, changed):
+            kfac.load_sharded_state_dict(state["kfac"])
     if stepper is not None and "solver" in state:
         stepper.load_state_dict(state["solver"])
     if state["rng"]:
@@ -128,12 +144,24 @@ def restore_state(
     return restored
 
 
+@contextmanager
+def _misfits(checkpoint: Checkpoint, changed: Sequence[Difference]) -> Iterator[None]:
+    """Name the keys by which K-FAC's state has another form, instead of the tensor that shows it."""
+    try:
+        yield
+    except CheckpointError as error:
+        text = str(error)
+        if "kfac." not in text and "K-FAC" not in text:
+            raise
+        raise CheckpointError(misfit(checkpoint.path, text, changed)) from error
+
+
 def _is_same_solver(checkpoints: Checkpoints, checkpoint: Checkpoint, parts: Parts) -> bool:
     """Return whether a checkpoint was written with the run's solver.
 
     Solvers' states have names in common, such as λ's, and what one has set the damping to is no other's.
     """
-    before = checkpoint.facts["config"].get("kfac", {}).get("solver", StepSolver.DIRECT)
+    before = checkpoint.facts.get("config", {}).get("kfac", {}).get("solver", StepSolver.DIRECT)
     now = parts.kfacs[0].config.solver if parts.kfacs else before
     if before != now and parts.stepper is not None:
         checkpoints.notice(f"{checkpoint.path}: written with kfac.solver {before}; {now} starts afresh")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import DistBackendError, HashStore, PrefixStore, Store, TCPStore
 
 from kfac_dist.distributed.watch import Watch
-from kfac_dist.errors import CollectiveError
+from kfac_dist.errors import CollectiveError, DataError
 
 TICK = 0.05
 
@@ -53,6 +54,41 @@ def test_what_a_rank_would_have_said_before_is_no_answer() -> None:
         stopped.at("step 36, K-FAC and the optimizer")
         time.sleep(4 * TICK)
     assert "no answer from rank 1; waiting: rank 0 in step 36" in _said(asking)
+
+
+def _fail_on_the_way_out(error: Exception) -> None:
+    try:
+        raise error
+    finally:
+        raise AssertionError("what an engine finds then")
+
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1\nand a page more"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(GLOO), RuntimeError("Application timeout caused pair closure"), DistBackendError("aborted")]
+)
+def test_a_collective_of_torch_s_or_deepspeed_s_own_is_explained_too(error: Exception) -> None:
+    watch = Watch(HashStore(), 0, 2, TICK)
+    watch.at("step 7, K-FAC and the optimizer")
+    with pytest.raises(CollectiveError) as caught, watch.explaining():
+        _fail_on_the_way_out(error)
+    first, _, _ = str(error).partition("\n")
+    said = "rank 0 of 2, step 7, K-FAC and the optimizer: the other ranks are gone or stand still "
+    assert str(caught.value).startswith(said)
+    assert "; no answer from rank 1; waiting: rank 0 in step 7" in str(caught.value)
+    with pytest.raises(CollectiveError, match=re.escape(f"({first})")), watch.explaining():
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2"), BrokenPipeError("Broken pipe"), DataError("a gloo")])
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, Watch(HashStore(), 0, 2, TICK).explaining():
+        raise error
+    assert caught.value is error
+    with pytest.raises(RuntimeError), Watch(None, 0, 1).explaining():
+        raise RuntimeError(GLOO)
 
 
 def test_the_innermost_context_tells_of_the_loss_once() -> None:
