@@ -81,10 +81,12 @@ print_command() {
 #   a second INT      → this script → KILL → launcher and ranks                    → this script: exit 130
 #
 # The launcher hears of none: TERM and INT make it kill ranks that are slow to save and end with an error, USR1 would end
-# it and leave them behind. Only where it has no ranks here does it get TERM: it waits for other nodes, or began over
-# ssh. A launcher that passes signals on by itself is told alone: `pass_on` does so.
+# it and leave them behind. Only where it has no ranks does it get TERM: it waits for other nodes. A launcher that passes
+# signals on by itself is told alone: `pass_on` does so. Ranks that it began over ssh are told by `tell_far SIGNAL`, which
+# fails where there are none that listen.
 passes_on=false
 pass_on() { :; }
+tell_far() { return 1; }
 
 attend() {
   # A session of its own: a terminal tells us alone. Whoever does not train, or not yet, leaves USR1 to the others. What
@@ -135,6 +137,8 @@ tell() {
     if [[ ${#listeners[@]} -gt 0 ]]; then
       kill -USR1 "${listeners[@]}" || : # some may have ended
       told=true
+    elif tell_far USR1; then
+      told=true
     elif [[ $told == false ]]; then
       kill -TERM "$agent"
       return
@@ -159,7 +163,7 @@ interrupt() {
       pass_on INT
     elif begun "${listeners[@]}"; then
       kill -INT "${listeners[@]}" 2> /dev/null || :
-    else
+    elif [[ ${#listeners[@]} -gt 0 ]] || ! tell_far INT; then
       end_at_once # there is nothing to save
     fi
   fi
@@ -170,6 +174,7 @@ interrupt() {
 end_at_once() {
   local listeners
   mapfile -t listeners < <(ranks_of "$agent")
+  tell_far KILL 2> /dev/null || :
   kill -KILL -- "-$agent" 2> /dev/null || kill -KILL "$agent" 2> /dev/null || :
   [[ ${#listeners[@]} -eq 0 ]] || kill -KILL "${listeners[@]}" 2> /dev/null || :
   interrupted=true

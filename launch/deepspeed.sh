@@ -21,7 +21,7 @@
 # Everything else goes to `kfac-dist train`: KEY=VALUE overrides, --resume, --compare, --name, --live, --quiet.
 #
 # GLOO_*, NCCL_* and TORCH_NCCL_* reach the ranks of all nodes; others do by a line NAME=VALUE in ~/.deepspeed_env.
-# Ranks that DeepSpeed started over ssh have 30 s to save when this script is told to stop.
+# When this script is told to stop, it tells the ranks of all hosts over ssh: they have the time that they need to save.
 # PYTHON names the interpreter; OMP_NUM_THREADS the threads of a rank [1].
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -32,7 +32,7 @@ check_config "$@"
 config=$1
 shift
 
-hosts='' ranks='' dry_run=false launcher=() train=()
+hosts='' ranks='' port=29500 over_ssh=true dry_run=false launcher=() train=()
 while [[ $# -gt 0 ]]; do
   if [[ $1 =~ ^(--(hostfile|num-ranks|include|exclude|master-addr|master-port|node-rank))=(.*)$ ]]; then
     set -- "${BASH_REMATCH[1]}" "${BASH_REMATCH[3]}" "${@:2}"
@@ -44,9 +44,10 @@ while [[ $# -gt 0 ]]; do
       need_value "$1" $#
       option=${1//-/_}
       launcher+=("--${option#__}" "$2")
+      [[ $1 != --master-port ]] || port=$2
       shift
       ;;
-    --no-ssh) launcher+=(--no_ssh) ;;
+    --no-ssh) launcher+=(--no_ssh) over_ssh=false ;;
     --dry-run) dry_run=true ;;
     --help | -h) show_help ;;
     *) train+=("$1") ;;
@@ -69,4 +70,30 @@ while IFS= read -r name; do environment+=("$name=${!name}"); done < <(for_all_no
 command=("$python" -m deepspeed.launcher.runner "${launcher[@]}" --no_local_rank --no_python
   env "${environment[@]}" "$python" -u -m kfac_dist train "$config" "${train[@]}")
 [[ $dry_run == false ]] || print_command "${command[@]}"
+
+# tell_far SIGNAL: to this run's ranks on the hosts that DeepSpeed reaches over ssh; its launchers there are told nothing,
+# and end as the ranks do. Whoever listens to USR1 trains; KILL is for all.
+# shellcheck disable=SC2329  # invoked by `attend`'s traps
+tell_far() {
+  local host told=1 there
+  [[ -n $hosts && $over_ssh == true ]] || return 1
+  printf -v there '%q ' bash -s -- "$1" "$port" "$config" # the other host's shell takes it apart again
+  while read -r host; do
+    ! ssh -o BatchMode=yes -o ConnectTimeout=10 "$host" "$there" <<< "$teller_there" || told=0
+  done < <(sed -n 's/^[[:space:]]*\([^#[:space:]][^[:space:]]*\).*/\1/p' "$hosts")
+  return "$told"
+}
+
+# shellcheck disable=SC2016  # for the shell of another host
+teller_there='
+told=1 listens=$((1 << ($(kill -l USR1) - 1)))
+for process in /proc/[0-9]*; do
+  tr "\0" "\n" 2> /dev/null < "$process/environ" | grep -qx "MASTER_PORT=$2" || continue
+  [[ $(tr "\0" "\n" 2> /dev/null < "$process/cmdline") == *$'"'\\n'"'kfac_dist$'"'\\n'"'train$'"'\\n'"'"$3"* ]] || continue
+  caught=$(sed -n "s/^SigCgt:[[:space:]]*//p" "$process/status" 2> /dev/null)
+  [[ $1 == KILL || (-n $caught && $((16#$caught & listens)) -ne 0) ]] || continue
+  ! kill "-$1" "${process#/proc/}" 2> /dev/null || told=0
+done
+exit "$told"
+'
 attend "${command[@]}"

@@ -162,6 +162,52 @@ def test_open_mpi_is_told_by_the_signal_that_it_passes_on(tmp_path: Path) -> Non
     assert started.returncode == 7
 
 
+SSH = """
+[[ $1 == -o && $3 == -o ]] || exit 1
+printf '%s\\n' "$5" >> "${0%/*}/asked"
+exec bash -c "${*:6}"
+"""
+FAR_RANK = (
+    "import os, signal, sys, time\n"
+    "def save(number, frame):\n"
+    "    time.sleep(1)\n"
+    "    open(sys.argv[-1], 'w').write(signal.Signals(number).name)\n"
+    "    os._exit(0)\n"
+    "signal.signal(signal.SIGUSR1, save)\n"
+    "signal.signal(signal.SIGINT, save)\n"
+    "print('begins', flush=True)\n"
+    "time.sleep(20)\n"
+)
+
+
+@pytest.mark.parametrize(("number", "code", "heard"), [(signal.SIGTERM, 0, "SIGUSR1"), (signal.SIGINT, 130, "SIGINT")])
+def test_ranks_over_ssh_have_the_time_to_save(tmp_path: Path, number: signal.Signals, code: int, heard: str) -> None:
+    """The launcher is told nothing. What stands for ssh runs its command here."""
+    config, saved, rank = tmp_path / "a run.yaml", tmp_path / "saved", tmp_path / "rank.py"
+    config.write_text("{}")
+    rank.write_text(FAR_RANK)
+    (tmp_path / "hosts").write_text("# two\nnode1 slots=1\n  node2 slots=1\n")
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f"#!/bin/bash{SSH}")
+    ssh.chmod(0o755)
+    words = shlex.join([sys.executable, "-S", str(rank), "kfac_dist", "train", str(config), str(saved)])
+    starts = (
+        f"( MASTER_PORT=29511 setsid {words} & )\n"
+        f"trap 'echo launcher was told' TERM INT\nuntil [[ -s {saved} ]]; do sleep 0.1; done\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    options = ["--hostfile", str(tmp_path / "hosts"), "--master-port", "29511"]
+    started = _start("deepspeed.sh", str(config), *options, PYTHON=_program(tmp_path, starts), PATH=path)
+    assert started.stdout is not None
+    assert started.stdout.readline() == "begins\n"
+    started.send_signal(number)
+    said, _ = started.communicate(timeout=30)
+    assert started.returncode == code, said
+    assert saved.read_text() == heard
+    assert "launcher was told" not in said
+    assert (tmp_path / "asked").read_text().splitlines()[:2] == ["node1", "node2"]
+
+
 def _in_terminal(command: list[str], **environment: str) -> subprocess.Popen[str]:
     """Start a command on a terminal of its own, whose keys are what is written to standard input."""
     program = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"

@@ -107,9 +107,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"model\.linear2\.weight has shape \(3, 5\), in this run \(2, 5\)"):
         train(other, quiet=True)
-    preconditioned = small_config(tmp_path / "other", kfac=True, checkpoint={"resume": path})
-    with pytest.raises(CheckpointError, match=r"has no kfac\.\S+, which this run has"):
-        train(preconditioned, quiet=True)
     missing = small_config(tmp_path / "other", checkpoint={"resume": str(tmp_path / "step-00000001")})
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         train(missing, quiet=True)
@@ -128,7 +125,7 @@ def test_a_chain_of_layers_is_not_resumed_by_layers_alone(tmp_path: Path) -> Non
     alone = small_config(
         tmp_path / "alone", kfac={"inversion": {**chained, "structure": "block_diagonal"}}, checkpoint={"resume": begun}
     )
-    with pytest.raises(CheckpointError, match=r"has a unit .*_next/0.*same kfac\.inversion\.structure"):
+    with pytest.raises(CheckpointError, match=r"kfac\.inversion\.structure: block_tridiagonal → block_diagonal"):
         train(alone, quiet=True)
 
 
