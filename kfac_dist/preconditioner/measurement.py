@@ -121,6 +121,9 @@ class Measurement:
     def begin(self, step: int, *, factors: bool, moments: bool) -> None:
         """Prepare for a step that measures factors, EKFAC's moments, both or nothing."""
         active = factors or moments
+        # A step that measured one of them only has told the other of its terms, too, and nobody has closed them there.
+        for averages in (self._averages, *([] if self._moments is None else [self._moments.averages])):
+            averages.end_step()
         self._factors = factors
         if self._moments is not None:
             self._moments.begin(active=moments)
