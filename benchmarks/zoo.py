@@ -16,12 +16,14 @@ import json
 import multiprocessing
 import os
 import pickle
+import subprocess
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,8 @@ def _order(error: float) -> float:
 def _ranks(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], limit: float) -> list[dict[str, Any]]:
     """Run each call in a process of its own, all at once; return what each gave, or how it failed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.zoo_preloaded"])
+    # The first hides a torchvision that doesn't fit, before transformers looks for it.
+    context.set_forkserver_preload(["benchmarks.zoo_models", "benchmarks.zoo_preloaded"])
     pipes, processes = [], []
     for call in calls:
         ours, theirs = context.Pipe()
@@ -151,7 +154,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "zoo.json")
     parser.add_argument("--page", action="store_true", help="only write the page")
     arguments = parser.parse_args()
-    known: dict[str, Any] = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else {}
+    before: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    known: dict[str, Any] = before.get("results", {})
+    settings = {**before.get("settings", {}), "limit_seconds": arguments.limit, "agree": AGREE, **_packages()}
+    settings["listed"] = len(families())
     chosen = [
         family
         for family in families()
@@ -161,19 +167,38 @@ def main() -> None:
     ]
     if arguments.tasks:
         chosen.sort(key=lambda family: arguments.tasks.index(family.task))
+    commit = _commit()
     for family in chosen:
         there = known.get(family.name)
         if there is not None and not arguments.again and not (arguments.failed and not _good(there)):
             continue
-        found = {"task": family.task, "kind": family.kind, **run(family.name, arguments.limit)}
+        found = {"task": family.task, "kind": family.kind, "commit": commit, **run(family.name, arguments.limit)}
         known[family.name] = found
         print(_line(family.name, found), flush=True)
         ordered = {each.name: known[each.name] for each in families() if each.name in known}
-        write("zoo", arguments.out, {"limit_seconds": arguments.limit, "agree": AGREE}, ordered)
+        write("zoo", arguments.out, settings, ordered)
     print(Counter(found["outcome"] for found in known.values()))
     if arguments.out == RESULTS / "zoo.json":
         PAGE.write_text(page(json.loads(arguments.out.read_text())))
         print(PAGE)
+
+
+def _packages() -> dict[str, str]:
+    """Return the versions of the packages whose families run here."""
+    found = {}
+    for name in ("transformers", "timm"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _commit() -> str | None:
+    """Return the commit that runs; a family keeps its own, as not all of them are run at once."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _good(found: dict[str, Any]) -> bool:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +28,7 @@ from benchmarks.zoo_models import SEQUENCES, build, data, families
 from kfac_dist import KFAC
 from kfac_dist.config.load import resolve
 from kfac_dist.config.schema import Config
+from kfac_dist.curvature.blocks import Coverage
 from kfac_dist.doctor import Severity, examine
 
 STEPS, TRAINING_STEPS, BATCH, SEED = 5, 2, 8, 1
@@ -34,6 +36,7 @@ LR, DAMPING = 0.02, 0.03
 FLOOR = 1e-3
 """Parameters smaller than this are compared by it."""
 
+IDLE = "no backward pass comes through its calls"
 CHECKED = ("Linear", "Conv", "Embedding", "Norm")
 """What a module's type has to have in its name to count as one that K-FAC should cover or name."""
 
@@ -44,32 +47,44 @@ def examined(name: str) -> dict[str, Any]:
     torch.manual_seed(SEED)
     model = build(name)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    found |= _doctor(name, model)
     del model
-    found["training_mode"] = _finite(steps(name, TRAINING_STEPS, training=True)[1])
-    state, losses = steps(name, STEPS)
-    return {**found, "losses": losses, "state": state}
+    found |= _doctor(name)
+    trained = steps(name, STEPS)
+    found |= _coverage(trained)
+    found["training_mode"] = all(map(math.isfinite, steps(name, TRAINING_STEPS, training=True).losses))
+    return {**found, "losses": trained.losses, "state": trained.state}
 
 
 def stepped(name: str, rendezvous: str, rank: int, size: int, with_kfac: bool) -> dict[str, Any]:
     """Return the parameters after the steps as one of several ranks over gloo, or alone with size 1."""
     _quiet()
     if size == 1:
-        return {"state": steps(name, STEPS, with_kfac=with_kfac)[0]}
+        return {"state": steps(name, STEPS, with_kfac=with_kfac).state}
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
     try:
         dist.barrier()
-        return {"state": steps(name, STEPS, with_kfac=with_kfac)[0]}
+        return {"state": steps(name, STEPS, with_kfac=with_kfac).state}
     finally:
         dist.destroy_process_group()
 
 
-def steps(
-    name: str, count: int, *, training: bool = False, with_kfac: bool = True
-) -> tuple[dict[str, Tensor], list[float]]:
-    """Train on this rank's part of each global batch; return the parameters and the losses of its part."""
+@dataclass(frozen=True)
+class Trained:
+    """What came of some steps: the parameters, the losses of this rank's part, and what K-FAC covered."""
+
+    model: nn.Module
+    losses: list[float]
+    coverage: Coverage | None
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {key: value.detach().clone() for key, value in self.model.named_parameters()}
+
+
+def steps(name: str, count: int, *, training: bool = False, with_kfac: bool = True) -> Trained:
+    """Train on this rank's part of each global batch."""
     family = next(family for family in families() if family.name == name)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     token = family.task in SEQUENCES
@@ -107,7 +122,7 @@ def steps(
             kfac.step()
         optimizer.step()
         losses.append(loss.item())
-    return {key: value.detach().clone() for key, value in model.named_parameters()}, losses
+    return Trained(model, losses, None if kfac is None else kfac.coverage)
 
 
 def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
@@ -140,32 +155,43 @@ def configuration(name: str) -> Config:
     )
 
 
-def _doctor(name: str, model: nn.Module) -> dict[str, Any]:
-    report = examine(configuration(name))
-    modules = dict(model.named_modules())
+def _coverage(trained: Trained) -> dict[str, Any]:
+    """Return which values have a block after the steps, by kind of module, and why the others have none."""
+    coverage = trained.coverage
+    assert coverage is not None
+    blocks = {key: block.name for block in coverage.blocks for key in block.parameters}
+    modules = dict(trained.model.named_modules())
     covered: Counter[str] = Counter()
     values: Counter[str] = Counter()
-    unnamed = []
     reasons: dict[str, Counter[str]] = {}
-    for row in report.parameters:
-        size = math.prod(row.shape)
-        holder = type(modules[row.name.rpartition(".")[0]]).__name__
+    unnamed = []
+    for key, parameter in trained.model.named_parameters():
+        size = parameter.numel()
+        holder = type(modules[key.rpartition(".")[0]]).__name__
         kind = next((part for part in CHECKED if part.lower() in holder.lower()), "others")
         values[kind] += size
-        if row.block is not None:
+        reason = IDLE if blocks.get(key) in coverage.idle else coverage.uncovered.get(key, "")
+        if key in blocks and reason != IDLE:
             covered[kind] += size
-        elif not row.reason:
-            unnamed.append(row.name)
+        elif not reason:
+            unnamed.append(key)
         else:
-            reason = row.reason.partition(";")[0]
+            # Without numbers and without what to write instead.
+            reason = re.sub(r" by (its whole size|\S+ of its norm)", "", reason).partition(":")[0]
             reasons.setdefault(reason, Counter()).update(parameters=1, values=size)
-    exact = [row.error for row in report.curvature if row.exact and row.error is not None]
-    cosines = sorted(row.cosine for row in report.curvature if not row.exact and row.cosine is not None)
     return {
         "covered": sum(covered.values()) / max(sum(values.values()), 1),
         "layers": {kind: [covered[kind], values[kind]] for kind in values},
         "unnamed": unnamed,
         "reasons": {reason: dict(counts) for reason, counts in reasons.items()},
+    }
+
+
+def _doctor(name: str) -> dict[str, Any]:
+    report = examine(configuration(name))
+    exact = [row.error for row in report.curvature if row.exact and row.error is not None]
+    cosines = sorted(row.cosine for row in report.curvature if not row.exact and row.cosine is not None)
+    return {
         "verdict": report.verdict,
         "findings": [
             [str(finding.severity), finding.check, finding.text]
@@ -177,18 +203,10 @@ def _doctor(name: str, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _finite(losses: list[float]) -> bool:
-    return all(map(math.isfinite, losses))
+def _quiet() -> None:
+    from transformers import logging
 
-
-def _quiet() -> AbstractContextManager[None]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        from transformers import logging
-
-        logging.set_verbosity_error()
-    except ImportError:
-        pass
-    return nullcontext()

@@ -11,7 +11,8 @@ import dataclasses
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.zoo_timm import TIMM
 from kfac_dist.tasks import DataSplits
+
+try:
+    import torchvision  # noqa: F401
+except (ImportError, RuntimeError):  # missing, or built for another torch: transformers does without, if it knows
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 VOCABULARY, LENGTH, CLASSES, IMAGE = 32, 6, 5, 32
 # Token ids below are special ones, those from `WORDS[1]` on stand for images, sounds and the like.
@@ -61,14 +68,6 @@ def families() -> list[Family]:
             for name in (names,) if isinstance(names, str) else names:
                 found.setdefault(name, Family(name, kind, task))
     return [*found.values(), *(Family(name, "timm", "timm") for name in TIMM)]
-
-
-# One of each of timm's modules that has a small member.
-TIMM = (
-    "resnet10t", "resnet18", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_050", "efficientnet_b0",
-    "densenet121", "mixer_s32_224", "regnetx_002", "swin_tiny_patch4_window7_224", "levit_128s", "ghostnet_050",
-    "nf_resnet26", "repvgg_a0", "edgenext_xx_small", "poolformer_s12", "xcit_nano_12_p16_224", "gmlp_ti16_224",
-)  # fmt: skip
 
 
 # ---- what one family is trained on
@@ -299,7 +298,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r".*vocab_size.*", _size(VOCABULARY)),
     (r"max_position_embeddings|.*max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length", _size(64)),
     (r".*max_(source|target)_positions", _size(64)),
-    (r"sliding_window(_size)?|attention_window_size|attention_chunk_size|window_size|local_attention", _size(4)),
+    (r"sliding_window(_size)?|attention_window(_size)?|attention_chunk_size|window_size|local_attention", _size(4)),
     (r".*(_interval|_period|_pattern|_every_n_layers|_sparse_step|layer_group_size)", _size(2)),
     (r"first_k_dense_replace|num_dense_layers|.*_layer_offset|num_kv_shared_layers", _size(1)),
     (r"depths?|num_blocks|stage_num.*|num_block_repeats|block_sizes|n_attn_blocks|layer_depths", _ones),
@@ -399,15 +398,5 @@ def _timm(name: str) -> nn.Module:
         import timm
     except (ImportError, RuntimeError) as error:
         raise Absent(f"timm can't be imported: {error}") from error
-    options: dict[str, Any] = {"pretrained": False, "num_classes": CLASSES}
-    found: nn.Module = timm.create_model(name, **options)
+    found: nn.Module = timm.create_model(name, num_classes=CLASSES, **TIMM[name])
     return found
-
-
-def sizes(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield every field that was set, those of nested configurations by their dotted names."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}.{inner}", part) for inner, part in sizes(value))
-        else:
-            yield key, value

@@ -19,21 +19,22 @@ TASKS = {
 
 _HEAD = """# The zoo
 
-Every class of transformers {transformers} that predicts tokens or classifies images and can be built from its
-configuration alone (small: two layers, 32 wide, random weights), and one model of each family of timm {timm}: what
-[`doctor`](doctor.md) says of it, and five steps with K-FAC on one rank and on two, with the same global batches.
+Classes of transformers {transformers} that predict tokens or classify images, each built from its configuration alone
+(small: two layers, 32 wide, random weights){timm}: what [`doctor`](doctor.md) says of it, and five steps with K-FAC on
+one rank and on two, with the same global batches.
 
 - **covered**: share of the parameters' values that have a block. What has none keeps its plain gradient; why, the next
   column says, with its share.
 - **exact**: blocks that have to equal the exact Gauss–Newton matrix (one sample, one position), and the largest error.
 - **ranks**: largest difference of a parameter on two ranks from one rank's, after the steps, relative to its tensor's
   largest value; dropout and everything else that is drawn is off. Where it is not next to zero, the same without K-FAC
-  stands in brackets: then the model itself couples the samples of a batch.
+  stands in brackets: then the model itself couples the samples of a batch, or its rounding grows.
 
 {summary}
 
 Made by `python -m benchmarks.zoo`, which runs each family in processes of its own; everything is in
-[`zoo.json`](../benchmarks/results/zoo.json). On {machine}.
+[`zoo.json`](../benchmarks/results/zoo.json). The last column is the commit of the package at which a family was run:
+what it says holds for that one. On {machine}.
 """
 
 
@@ -43,8 +44,8 @@ def page(report: dict[str, Any]) -> str:
     versions = report["versions"]
     parts = [
         _HEAD.format(
-            transformers=versions.get("transformers", ""),
-            timm=versions.get("timm", ""),
+            transformers=report["settings"]["transformers"],
+            timm=f", and small models of timm {report['settings']['timm']}" if _timm(results) else "",
             summary=summary(report),
             machine=f"{report['machine']['processor']}, {report['machine']['cores']} cores, torch {versions['torch']}",
         )
@@ -55,7 +56,9 @@ def page(report: dict[str, Any]) -> str:
             continue
         parts.append(f"## {title}\n")
         rows = {name: found for name, found in own.items() if found["outcome"] == "trained"}
-        parts.append("| | covered | without a block | exact | ranks | `doctor` |\n|---|---:|---|---|---|---|")
+        parts.append(
+            "| | covered | without a block | exact | ranks | `doctor` | commit |\n|---|---:|---|---|---|---|---|"
+        )
         parts[-1] += "".join("\n" + _row(name, found, report["settings"]["agree"]) for name, found in rows.items())
         others = {name: found for name, found in own.items() if name not in rows}
         parts[-1] += "\n"
@@ -75,16 +78,22 @@ def summary(report: dict[str, Any]) -> str:
     named = {name: found for name, found in trained.items() if not found["unnamed"]}
     ready = [found for found in trained.values() if not _errors(found)]
     same = [found for found in trained.values() if found["agreement"] < agree]
-    coupled = [found for found in trained.values() if found["agreement"] >= agree and _without(found) >= agree]
+    coupled = [found for found in trained.values() if agree <= found["agreement"] <= 10 * _without(found)]
     kinds = len({found["kind"] for found in built.values()})
+    absent = len(results) - len(built)
     return (
-        f"{len(built)} classes of {kinds} families could be built, {len(results) - len(built)} could not. "
+        f"Of {report['settings']['listed']} classes {len(results)} have been run; {len(built)} of them, of {kinds} "
+        f"families, could be built{f' and {absent} could not' if absent else ''}. "
         f"**{len(trained)} of {len(built)} train**, and in {len(named)} of these every parameter has a block "
         "or a reason for having none. "
         f"`doctor` finds {len(ready)} ready. On two ranks {len(same)} come to the same parameters as on one"
-        + (f", and {len(coupled)} don't with or without K-FAC" if coupled else "")
+        + (f", and {len(coupled)} come no nearer without K-FAC" if coupled else "")
         + "."
     )
+
+
+def _timm(results: dict[str, Any]) -> bool:
+    return any(found["task"] == "timm" for found in results.values())
 
 
 def _without(found: dict[str, Any]) -> float:
@@ -104,7 +113,8 @@ def _row(name: str, found: dict[str, Any], agree: float) -> str:
     worst = f"{exact['blocks']}, {exact['worst']:.0e}" if exact["blocks"] else "–"
     warned = Counter(check for severity, check, _ in found["findings"] if severity == "warning")
     said = "; ".join(map(_short, _errors(found))) or ("ready" + (f" (remarks: {', '.join(warned)})" if warned else ""))
-    return f"| `{name}` | {100 * found['covered']:.0f} % | {_reasons(found)} | {worst} | {ranks} | {said} |"
+    cells = (f"`{name}`", f"{100 * found['covered']:.0f} %", _reasons(found), worst, ranks, said, found["commit"])
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def _reasons(found: dict[str, Any]) -> str:

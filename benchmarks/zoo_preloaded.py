@@ -1,10 +1,10 @@
-"""What every process of the zoo imports; the server that they are forked from imports it once."""
+"""What every process of the zoo would import, and the server that they are forked from imports once."""
 
-import torch
+import torch._decomp.decompositions_for_jvp
+import torch._dynamo
 import torch.distributed
-import transformers
-import transformers.modeling_utils
 import transformers.models.auto.modeling_auto
+import transformers.models.llama.modeling_llama
 
 import benchmarks.zoo_family
 
