@@ -18,6 +18,9 @@ from kfac_dist.config.schedules import Schedule, value_at
 from kfac_dist.errors import ConfigError
 from kfac_dist.preconditioner.adaptation import DampingAdaptation
 
+# Stands for "none" in a state, where no damping can: one is finite.
+_NONE = math.inf
+
 
 class Damping:
     """λ of one K-FAC, without the weight decay that is part of the loss; the same on every rank.
@@ -75,7 +78,7 @@ class Damping:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the run has made of it; what the adaptation knows is apart."""
-        own = math.nan if self.own is None else self.own
+        own = _NONE if self.own is None else self.own
         return {
             name: torch.tensor(value, dtype=torch.float64) for name, value in (("factor", self.factor), ("own", own))
         }
@@ -85,4 +88,4 @@ class Damping:
         if values is None:
             return
         self.factor, own = float(values["factor"]), float(values["own"])
-        self.own = None if math.isnan(own) else own
+        self.own = None if own == _NONE else own
