@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "AnyBatchNorm",
@@ -41,6 +42,7 @@ __all__ = [
     "of_the_loop",
     "own_parameters",
     "parameters_of",
+    "register_first_hook",
     "running_node",
     "save_dcp",
     "saved_names",
@@ -71,6 +73,18 @@ def backward_pass_id() -> int:
 def after_backward(callback: Callable[[], None]) -> None:
     """Have a function called at the end of the backward pass that runs, as DDP and FSDP have theirs."""
     Variable._execution_engine.queue_callback(callback)
+
+
+def register_first_hook(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have a function see the gradient that comes to a tensor, before any other hook on it changes that."""
+    handle: RemovableHandle = tensor.register_hook(hook)
+    hooks = cast("dict[int, Any]", tensor._backward_hooks)
+    others = {number: other for number, other in hooks.items() if number != handle.id}
+    first = hooks.pop(handle.id)
+    hooks.clear()  # autograd reads it by insertion, whatever an OrderedDict says of its order
+    hooks[handle.id] = first
+    hooks.update(others)
+    return handle
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.compat.torch import forward_hooks, is_batched
+from kfac_dist.compat.torch import forward_hooks, is_batched, register_first_hook
 from kfac_dist.curvature.autograd import Purpose, purpose
 from kfac_dist.curvature.blocks.base import Block
 from kfac_dist.curvature.blocks.projection import PROJECTIONS, Signs
@@ -60,7 +60,7 @@ class _Sides:
         self.size = zeros()
         self.rows = {asked: zeros() for asked in Purpose}
         self.gradient = {Purpose.LOSS: zeros(), Purpose.QUERY: zeros()}
-        self.came: set[Purpose] = set()
+        self.came: dict[Purpose, set[str]] = {}
         self.dtype = torch.float64
         self.captured = False
 
@@ -93,6 +93,7 @@ class Arbiter:
         self._postponed: set[str] = set()
         self._handles: list[Handle] = []
         self._watched: set[tuple[int, str]] = set()
+        self._expected: dict[str, set[str]] = {}
 
     def watch(self, block: Block, found: Mapping[str, Any]) -> None:
         """Ask for the gradients of a block's parameters.
@@ -107,7 +108,8 @@ class Arbiter:
             if (id(accumulator.variable), block.name) not in self._watched:
                 self._watched.add((id(accumulator.variable), block.name))
                 came = functools.partial(self._gradient_came, block, name, accumulator)
-                self._handles.append(accumulator.variable.register_hook(came))
+                self._handles.append(register_first_hook(accumulator.variable, came))
+                self._expected.setdefault(block.name, set()).add(name)
 
     def refuse(self, block: Block, cause: str) -> bool:
         """Find a block wrong because of a call that can't be measured; returns whether it was still to be judged."""
@@ -172,6 +174,7 @@ class Arbiter:
             handle.remove()
         self._handles.clear()
         self._watched.clear()
+        self._expected.clear()
 
     def judge(self) -> tuple[set[str], list[Mismatch]]:
         """Compare what the steps since the last call have shown; waits for the device.
@@ -182,9 +185,11 @@ class Arbiter:
         judged = set(self._refused)
         wrong = [Mismatch(name, math.inf, math.nan, cause) for name, cause in self._refused.items()]
         for name, sides in self._sides.items():
-            asked = Purpose.QUERY if sides.came == {Purpose.QUERY} else Purpose.LOSS
+            asked = Purpose.QUERY if sides.came.keys() == {Purpose.QUERY} else Purpose.LOSS
             if name in self._refused or name in self._postponed or not (sides.came or sides.captured):
                 continue
+            if sides.came.get(asked) and sides.came[asked] != self._expected.get(name, sides.came[asked]):
+                continue  # backward was asked for some of its parameters' gradients only
             rows, gradient, size = (torch.stack([sides.rows[asked], sides.gradient[asked], sides.size])).cpu()
             if not bool(torch.isfinite(rows + gradient + size).all()):
                 continue  # a step that overflowed says nothing
@@ -198,19 +203,19 @@ class Arbiter:
             square = float(rows.square().sum())
             scale = float((rows * gradient).sum()) / square if square else math.inf
             off = distance / norm if norm else math.inf
-            cause = _cause(self._blocks[name], scale, captured=sides.captured, differentiated=self.differentiated)
+            cause = _cause(self._blocks[name], captured=sides.captured, differentiated=self.differentiated)
             wrong.append(Mismatch(name, off, scale, cause))
         self.reset()
         return judged, wrong
 
     def _gradient_came(self, block: Block, name: str, accumulator: Any, grad: Tensor) -> None:
-        asked = purpose(accumulator)
+        asked = purpose([accumulator])
         if self.paused or asked is Purpose.OTHER or grad.is_sparse or is_batched(grad):
             return
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             sides = self._sides_of(block, grad.device)
             sides.gradient[asked] += block.project_gradient(name, grad.detach(), sides.signs)
-            sides.came.add(asked)
+            sides.came.setdefault(asked, set()).add(name)
             sides.note_dtype(grad.dtype)
 
     def _sides_of(self, block: Block, device: torch.device) -> _Sides:
@@ -224,7 +229,7 @@ def _norm(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _cause(block: Block, scale: float, *, captured: bool, differentiated: bool) -> str:
+def _cause(block: Block, *, captured: bool, differentiated: bool) -> str:
     """Return the probable cause of a mismatch, and the way out."""
     kind = type(block.module)
     name = kind.__name__
@@ -249,11 +254,10 @@ def _cause(block: Block, scale: float, *, captured: bool, differentiated: bool) 
             f"{name}.forward may transform the weight, the input or the output; let the module only compute what "
             f"{_base_name(kind)} does, or name it in kfac.curvature.exclude"
         )
-    if abs(scale - 1) < 1e-3:
-        return "a hook on the weight may add to its gradient; name the layer in kfac.curvature.exclude"
     return (
-        "its weight may also be used by hand, as in F.linear(x, layer.weight), or be changed by a hook; call the layer "
-        "wherever its weight is used, or name it in kfac.curvature.exclude"
+        "its weight may also be used by hand, as in F.linear(x, layer.weight): call the layer wherever its weight is "
+        "used; or the loss may contain a penalty on the weight: send that back by itself, inside of kfac.unobserved(), "
+        "or use the optimizer's weight decay or kfac.update.l2; else name the layer in kfac.curvature.exclude"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -54,14 +54,19 @@ class Purpose(Enum):
     OTHER = "other"
 
 
-def purpose(accumulator: Any | None) -> Purpose:
-    """Return the purpose of the running backward pass for the parameter behind an accumulator of gradients.
+def purpose(accumulators: Sequence[Any]) -> Purpose:
+    """Return the purpose of the running backward pass for the parameters behind accumulators of gradients.
 
     Args:
-        accumulator: The parameter's `AccumulateGrad` node; None if it was not found in the graph.
+        accumulators: The parameters' `AccumulateGrad` nodes; none if they were not found in the graph.
     """
-    if accumulator is None:
+    if not accumulators:
         return Purpose.OTHER if differentiated() else Purpose.LOSS
+    asked = {_purpose(accumulator) for accumulator in accumulators}
+    return next(purpose for purpose in Purpose if purpose in asked)
+
+
+def _purpose(accumulator: Any) -> Purpose:
     try:
         executed = will_run(accumulator)
     except RuntimeError:  # autograd.grad was asked for this very leaf: the engine doesn't run it, but returns its input

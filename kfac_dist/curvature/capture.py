@@ -241,6 +241,8 @@ class Capture:
         # Blocks seen in a forward pass proper since `reset`: their calls during backward are activation checkpointing
         # computing them again. Those of others are their first with gradients (re-entrant kind).
         self._ran_forward: set[str] = set()
+        # Blocks to which `backward` has come since `reset`: what was queried of them is no part of the loss.
+        self._of_the_loss: set[str] = set()
         self._backward_passes: dict[int, _BackwardPass] = {}
         self._handles: list[Handle] = [
             before_forward(model, self._forward_begins, with_kwargs=True),
@@ -266,6 +268,7 @@ class Capture:
         self._batches.clear()
         self._backward_passes.clear()
         self._ran_forward.clear()
+        self._of_the_loss.clear()
         self._description = None
         self.passes = 0
         self.passes_back.clear()
@@ -309,7 +312,8 @@ class Capture:
         for batch in self._batches:
             for name, pending in batch.pending.items():
                 for use in pending.uses:
-                    use.take_queried()
+                    if name not in self._of_the_loss:
+                        use.take_queried()
                     self._note_positions(self._blocks[name], use)
                 if any(use.measurable for use in pending.uses):
                     self._finish(self._blocks[name], pending)
@@ -455,7 +459,7 @@ class Capture:
         if self.samples is None and not in_backward():
             self._nodes.append((block.name, output.grad_fn, written.grad_fn))
         found = accumulators(written, block.own_tensors(source))
-        use = Use(source, output.shape, arrange=arrange, owner=next(iter(found.values()), None), batch=batch)
+        use = Use(source, output.shape, arrange=arrange, owners=tuple(found.values()), batch=batch)
         later = region is not None and not self._own_backward
         if not later:
             use.keep(block.kept(inputs))
@@ -491,13 +495,14 @@ class Capture:
             return
         if self.arbiter is not None and differentiated():
             self.arbiter.differentiated = True
-        match purpose(use.owner):
+        match purpose(use.owners):
             case Purpose.OTHER:
                 pass
             case Purpose.QUERY:
                 use.take_query(grad.detach())
             case Purpose.LOSS:
                 self.passes_back.add(graph.forward_pass)
+                self._of_the_loss.add(block.name)
                 if not use.batch.went_back:
                     use.batch.went_back, use.batch.shapes = True, graph.shapes
                 use.take(grad.detach())
@@ -541,7 +546,7 @@ class Capture:
         """Show the arbiter the loss's gradient where K-FAC's own passes take theirs."""
         if self.arbiter is None or self.paused or is_batched(grad):
             return
-        asked = purpose(use.owner)
+        asked = purpose(use.owners)
         if asked is not Purpose.OTHER:
             with _full_precision([use]):
                 self.arbiter.captured(block, [use.with_gradient(grad.detach())], asked)

@@ -96,6 +96,21 @@ class Engine(ABC):
         """Return the trained parameters as torch holds them on this rank, empty ones included."""
         return (p for p in self.module.parameters() if p.requires_grad)
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return all parameters by name, trained or not: as long as the model doesn't change, the same objects."""
+        return dict(self.module.named_parameters())
+
+    def take_parameters(self) -> bool:
+        """Take the model's trained parameters anew, after they have changed.
+
+        Returns:
+            Whether the engine can: one whose optimizer has laid out all memory at first goes on with what it has.
+
+        Raises:
+            ModelError: It can't hold one of them.
+        """
+        return False
+
     def times_written(self, tensor: Tensor) -> int:
         """Return how often one of the `trained` parameters, or its gradient, has been written into."""
         return times_written(tensor)

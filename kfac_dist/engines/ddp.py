@@ -25,7 +25,7 @@ class DDPEngine(Engine):
         bare = uncompiled(model)
         self._ddp = bare if isinstance(bare, DistributedDataParallel) else None
         self.module = bare if self._ddp is None else uncompiled(self._ddp.module)
-        self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.take_parameters()
 
     def communicator(self, timeout_seconds: float, backend: Backend = Backend.TORCH) -> Communicator:
         """See `Engine.communicator`."""
@@ -47,6 +47,11 @@ class DDPEngine(Engine):
     def trained(self) -> Iterable[nn.Parameter]:
         """See `Engine.trained`."""
         return self._trained.values()
+
+    def take_parameters(self) -> bool:
+        """See `Engine.take_parameters`."""
+        self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return True
 
     def unused(self) -> list[str]:
         """See `Engine.unused`: DDP waits, unless it was told to look for them."""

@@ -44,11 +44,7 @@ class FSDP2Engine(Engine):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.module = uncompiled(model)
-        self._sharded_modules = [module for module in self.module.modules() if isinstance(module, FSDPModule)]
-        for module in self._sharded_modules:
-            module.reshard()  # after a forward pass alone, the outermost module still has whole parameters
-        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self._trained = {name: _checked(name, parameter) for name, parameter in trained.items()}
+        self.take_parameters()
         self._mesh = _common_mesh(self._trained)
         self._shards = self._mesh.size(self._mesh.ndim - 1)
         self.sharded = self._shards > 1
@@ -91,6 +87,19 @@ class FSDP2Engine(Engine):
     def trained(self) -> Iterable[nn.Parameter]:
         """See `Engine.trained`: the sharded ones, also while the module has whole ones."""
         return cast(Iterable[nn.Parameter], self._trained.values())
+
+    def take_parameters(self) -> bool:
+        """See `Engine.take_parameters`."""
+        self._sharded_modules = [module for module in self.module.modules() if isinstance(module, FSDPModule)]
+        trained = {name: p for name, p in self.named_parameters().items() if p.requires_grad}
+        self._trained = {name: _checked(name, parameter) for name, parameter in trained.items()}
+        return True
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """See `Engine.named_parameters`: the sharded ones, also after an evaluation, which leaves whole ones."""
+        for module in self._sharded_modules:
+            module.reshard()
+        return super().named_parameters()
 
     @torch.no_grad()
     def times_written(self, tensor: Tensor) -> int:

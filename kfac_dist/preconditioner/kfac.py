@@ -16,6 +16,7 @@ collect, precondition, clip and deliver the gradients.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -32,7 +33,7 @@ from kfac_dist.curvature.blocks import Coverage
 from kfac_dist.curvature.broadcast import Samples
 from kfac_dist.curvature.chain import find_all
 from kfac_dist.curvature.statistics import RunningAverages
-from kfac_dist.distributed.agreement import agree_on_plan
+from kfac_dist.distributed.agreement import agree_on_plan, caught, fail_together
 from kfac_dist.engines import Engine, as_engine
 from kfac_dist.errors import ConfigError, ModelError
 from kfac_dist.precision import settled, working
@@ -46,6 +47,7 @@ from kfac_dist.preconditioner.measurement import Measurement
 from kfac_dist.preconditioner.pace import Pace
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.renewal import (
+    FOLLOWS,
     ParameterWatch,
     carry,
     idle_message,
@@ -129,7 +131,7 @@ class KFAC:
         self._device = device_of(self.coverage)
         self.phases = PhaseTimer(self._device)
         self.plan = make_plan(self._engine, self._blocks, self.config, self.communicator, self._device)
-        self._parameters = ParameterWatch(self._engine.module, self.communicator)
+        self._parameters = ParameterWatch(self._engine, self.communicator)
         self._build(Arbiter(self._blocks))
         self._pace = Pace(Cadence.of(self.config), self.plan)
         self._begin()
@@ -432,7 +434,9 @@ class KFAC:
         return state.gather(self._parts())
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Take a state that `state_dict` returned, also one of another number of ranks or another placement.
+        """Take a state that `state_dict` returned, also of another number of ranks or another placement.
+
+        Layers that were left out before it was saved (`coverage.mismatched`) are left out here, too.
 
         Collective: every rank loads the same state.
 
@@ -441,9 +445,32 @@ class KFAC:
                 or ranks load states of different steps.
             CollectiveError: Another rank doesn't call it. After some seconds a warning says which call waits.
         """
-        state.agree_to_load(self._parts(), values)
+        reasons = state.mismatched(values)
+        state.agree_to_load(self._parts(), values, self._lost_with(reasons))
+        self.leave_out(reasons)
         self._load(values)
         self._begin()
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Go on without some blocks, as if they had been found not to make their gradients; collective.
+
+        Args:
+            reasons: What to say of each in `coverage.uncovered`, by the block's name. Other names are passed over.
+        """
+        found = self._as_mismatches(reasons)
+        if found:
+            self._mismatched |= {mismatch.block: mismatch for mismatch in found}
+            self._renew(without(self.coverage, found), judged=self._measurement.judged)
+            self._begin()
+
+    def _as_mismatches(self, reasons: Mapping[str, str]) -> list[Mismatch]:
+        known = {block.name for block in self._blocks}
+        return [Mismatch(name, math.inf, math.nan, why) for name, why in reasons.items() if name in known]
+
+    def _lost_with(self, reasons: Mapping[str, str]) -> set[str]:
+        """Return the blocks that go with those that are left out."""
+        kept = without(self.coverage, self._as_mismatches(reasons)).blocks
+        return {block.name for block in self._blocks} - {block.name for block in kept}
 
     def _load(self, values: Mapping[str, Any]) -> None:
         self.steps = state.load(self._parts(), values)
@@ -495,6 +522,7 @@ class KFAC:
             overdue=self._pace.overdue,
             refreshed=self._pace.refreshed,
             samples=self._measurement.samples(),
+            mismatched=self.coverage.mismatched,
         )
 
     # ---- what step is made of
@@ -543,12 +571,16 @@ class KFAC:
         if mismatches and (self.config.curvature.on_mismatch is OnMismatch.ERROR or self._is_chain):
             raise ModelError(message_of(mismatches))
         if changed:
-            warnings.warn(self._parameters.message(), stacklevel=4)
+            said = self._parameters.message()
+            with caught(lambda error: ModelError(f"{said}; that failed: {error}")) as failed:
+                changed = self._engine.take_parameters()
+            fail_together(self.communicator, failed)
+            self._parameters.take()
+            warnings.warn(f"{said}: {FOLLOWS[changed]}", stacklevel=4)
         if mismatches:
             warnings.warn(message_of(mismatches), stacklevel=4)
             self._mismatched |= {mismatch.block: mismatch for mismatch in mismatches}
         if changed:
-            self._parameters.take()
             fresh = self._find()
             same = same_blocks(fresh.blocks, self._blocks)
             self._mismatched = {name: found for name, found in self._mismatched.items() if name in same or mismatches}

@@ -35,6 +35,11 @@ class PlayersKFAC:
         return self._members[player]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The players' names."""
+        return tuple(self._members)
+
+    @property
     def members(self) -> tuple[KFAC, ...]:
         """Every player's K-FAC."""
         return tuple(self._members.values())

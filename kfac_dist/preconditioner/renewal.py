@@ -13,15 +13,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac_dist.curvature.arbiter import Mismatch
 from kfac_dist.curvature.blocks import Block, Coverage
 from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.engines import Engine
 
 LABEL = "model changes"
 # How warnings begin.
 MISMATCHED = "the inputs and output gradients captured of these layers don't make the gradients of their weights"
+# What follows a change of the model, by whether the engine can follow it.
+FOLLOWS = {
+    True: "its layers are covered anew, and what is known of those that remain goes on",
+    False: "DeepSpeed goes on with the parameters that it has laid out, and K-FAC with their layers: change a model "
+    "before deepspeed.initialize",
+}
 IDLE = "no backward pass has come through"
 # Names shown in a message before the rest is counted.
 _NAMES = 8
@@ -33,19 +40,19 @@ class ParameterWatch:
     Freezing is no change: a frozen layer has no gradient, and its block waits until it has one again.
 
     Args:
-        model: The bare model.
+        engine: The model.
         communicator: The ranks, of which any may have noticed.
     """
 
-    def __init__(self, model: nn.Module, communicator: Communicator) -> None:
-        self._model = model
+    def __init__(self, engine: Engine, communicator: Communicator) -> None:
+        self._engine = engine
         self._communicator = communicator
         self.take()
 
     def take(self) -> None:
         """Take the model as it is now."""
         self._named = False
-        self._known = dict(self._model.named_parameters())
+        self._known = self._engine.named_parameters()
         self._trained = {name for name, parameter in self._known.items() if parameter.requires_grad}
 
     def changed(self, *, agree: bool, device: torch.device) -> bool:
@@ -61,23 +68,22 @@ class ParameterWatch:
         if not agree:
             if own and not self._named:
                 self._named = True
-                warnings.warn(f"{self.message()} at the next refresh of inverses", stacklevel=5)
+                warnings.warn(
+                    f"{self.message()}: its layers are covered anew at the next refresh of inverses", stacklevel=5
+                )
             return False
         votes = torch.tensor([float(own)], dtype=torch.float32, device=device)
         self._communicator.all_reduce(votes, label=LABEL).wait()
         return bool(votes.item())
 
     def message(self) -> str:
-        """Say what has changed, and what follows."""
+        """Say what has changed."""
         said = "; ".join(self.differences()) or "on another rank"
-        return (
-            f"the model's trained parameters have changed since KFAC was made ({said}): its layers are covered anew, "
-            "and what is known of those that remain goes on"
-        )
+        return f"the model's trained parameters have changed since KFAC was made ({said})"
 
     def differences(self) -> list[str]:
         """Return what has changed, a phrase for each kind, with the parameters' names."""
-        now = dict(self._model.named_parameters())
+        now = self._engine.named_parameters()
         trained = {name for name, parameter in now.items() if parameter.requires_grad}
         kinds = {
             "new": [name for name in now if name not in self._known],
@@ -91,7 +97,7 @@ class ParameterWatch:
 
     def _differs(self) -> bool:
         count = 0
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._engine.named_parameters().items():
             count += 1
             if self._known.get(name) is not parameter or (parameter.requires_grad and name not in self._trained):
                 return True

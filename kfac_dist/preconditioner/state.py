@@ -13,6 +13,7 @@
     adaptation                      how the damping has followed the trust region, if it does
     diagonal                        the diagonal Fisher of parameters without a block, if there is one
     moments/<name>                  EKFAC's second moments, under scalars, sum and payload; whether they are `ready`
+    mismatched/<block>              why a block was left out during the run, in UTF-8, if there are such blocks
 
 Between refreshes every rank has its own sums. Saving adds them up first (the average is linear, so this changes them by
 rounding at most) and every rank goes on with the result, as the resumed run will. Inverses that are still being solved
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ from kfac_dist.preconditioner.refresh import Refresh, Refreshed
 
 LABEL = "checkpoint"
 _LOAD = "load_state_dict"
+# The key of the blocks that were left out during the run.
+MISMATCHED = "mismatched"
 _NEVER = -1
 # Seconds after which a rank says that it waits for others in a call that all of them have to make.
 PATIENCE = 5.0
@@ -66,6 +69,7 @@ class Parts:
     overdue: set[int]
     refreshed: set[int]
     samples: Mapping[str, int]
+    mismatched: Mapping[str, str]
 
     def owns(self, unit: Unit) -> bool:
         """Whether this rank inverts the unit."""
@@ -117,14 +121,19 @@ def meet(communicator: Communicator, call: str, said: Any = None) -> list[Any]:
     return [answer for _, answer in answers]
 
 
-def agree_to_load(parts: Parts, values: Mapping[str, Any]) -> None:
+def agree_to_load(parts: Parts, values: Mapping[str, Any], leaving: Set[str] = frozenset()) -> None:
     """Refuse a state that doesn't fit on some rank, or isn't the same step's on all; collective.
+
+    Args:
+        parts: Where it goes.
+        values: The state.
+        leaving: Blocks that are left out before it is loaded, as in the run that was saved.
 
     Raises:
         CheckpointError: On every rank.
     """
     try:
-        _check(parts, values)
+        _check(parts, values, leaving)
         problem, step = None, int(values["step"])
     except CheckpointError as error:
         problem, step = error, -1
@@ -174,6 +183,7 @@ def held(parts: Parts) -> dict[str, Any]:
         **({"diagonal": parts.rest.state_dict()} if parts.rest.names else {}),
         **({} if parts.moments is None else {"moments": parts.moments.held()}),
         **({"adaptation": parts.damping.adaptation.state_dict()} if parts.damping.adaptation.active else {}),
+        **({MISMATCHED: {name: _as_bytes(why) for name, why in parts.mismatched.items()}} if parts.mismatched else {}),
     }
 
 
@@ -234,6 +244,15 @@ def samples(parts: Parts, values: Mapping[str, Any]) -> dict[str, int]:
     return {unit.block: int(values["units"][unit.name].get("samples", 0)) for unit in parts.plan.units}
 
 
+def mismatched(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the blocks that the run has left out before the state was saved, and why."""
+    return {name: bytes(text.tolist()).decode() for name, text in values.get(MISMATCHED, {}).items()}
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
 def check_units(plan: Plan, saved: Iterable[str]) -> None:
     """Refuse a state whose units, by name, are not all that the plan makes of the same blocks.
 
@@ -287,7 +306,7 @@ def _gather_due(parts: Parts, units: dict[str, dict[str, Tensor]]) -> None:
             units[name]["due"] = torch.tensor(due)
 
 
-def _check(parts: Parts, values: Mapping[str, Any]) -> None:
+def _check(parts: Parts, values: Mapping[str, Any], leaving: Set[str] = frozenset()) -> None:
     saved = values.get("units", {})
     for key in ("step", "shares", "refreshes"):
         if key not in values:
@@ -296,6 +315,8 @@ def _check(parts: Parts, values: Mapping[str, Any]) -> None:
             )
     check_units(parts.plan, saved)
     for unit in parts.plan.units:
+        if unit.block in leaving:
+            continue
         if unit.name not in saved:
             raise CheckpointError(
                 f"the K-FAC state has no unit {unit.name!r}: it belongs to another model, to other "

@@ -30,7 +30,8 @@ from kfac_dist.engines import Engine
 from kfac_dist.engines.holding import Holding
 from kfac_dist.errors import CheckpointError
 from kfac_dist.preconditioner.kfac import KFAC
-from kfac_dist.preconditioner.state import check_units
+from kfac_dist.preconditioner.players import PlayersKFAC
+from kfac_dist.preconditioner.state import MISMATCHED, check_units, mismatched
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
 from kfac_dist.training.differences import Difference, misfit
@@ -109,6 +110,8 @@ def restore_state(
         if isinstance(kfac, KFAC):
             names = (name.removeprefix(_UNITS) for name in saved if name.startswith(_UNITS))
             check_units(kfac.plan, {name.rsplit(".", 1)[0] for name in names})
+    if kfac is not None:
+        _leave_out(checkpoints, checkpoint, kfac, saved)
     wanted = [Wanted(f"model.{h.name}", h.start, h.values) for h in holdings]
     wanted += [want for h in holdings for want in _optimizer_wants(h, optimizer, saved)]
     averaged = [] if average is None else average.wants(saved)
@@ -125,6 +128,7 @@ def restore_state(
         state["kfac"] = kfac.sharded_state_dict()
         if not same_solver or not any(name.startswith("kfac.") and ".damping." in f".{name}" for name in saved):
             _drop(state["kfac"], "damping")
+        _drop(state["kfac"], MISMATCHED)  # taken already, and the run may know of others by now
     if stepper is not None and same_solver and kfac is not None:  # of a fresh K-FAC the solver is fresh, too
         state["solver"] = stepper.state_dict()
     with _misfits(checkpoint, changed):
@@ -142,6 +146,21 @@ def restore_state(
         restore_random_state(state["rng"][f"rank{rank}"])
     restored: dict[str, dict[str, Tensor]] = state["own"].get(f"rank{rank}", {})
     return restored
+
+
+def _leave_out(checkpoints: Checkpoints, checkpoint: Checkpoint, kfac: KFAC | PlayersKFAC, saved: Saved) -> None:
+    """Go on without the layers that the saved run had left out: it has no statistics of them; collective."""
+    members = {"kfac": kfac} if isinstance(kfac, KFAC) else {f"kfac.{name}": kfac[name] for name in kfac.names}
+    for name, member in members.items():
+        prefix = f"{name}.{MISMATCHED}."
+        texts = {
+            key.removeprefix(prefix): torch.empty(runs[0].entry.size, dtype=torch.uint8)
+            for key, runs in saved.items()
+            if key.startswith(prefix)
+        }
+        if texts:
+            checkpoints.load(checkpoint, {f"{prefix}{block}": text for block, text in texts.items()})
+            member.leave_out(mismatched({MISMATCHED: texts}))
 
 
 @contextmanager

@@ -177,6 +177,25 @@ def test_ranks_agree_on_it(sharded: bool) -> None:
                 assert_close(value, expected[key], 1e-4)
 
 
+def test_a_state_saved_without_a_layer_loads_and_leaves_it_out() -> None:
+    _, kfac, _ = train(ByHand(), CONFIG, steps=4)
+    model = ByHand()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    kfac.load_state_dict(kfac.state_dict())  # the same one takes it, too
+    again = KFAC(model, CONFIG, optimizer=optimizer)
+    again.load_state_dict(kfac.state_dict())
+    assert again.steps == 4
+    assert [block.name for block in again.coverage.blocks] == ["middle"]
+    assert again.coverage.mismatched == kfac.coverage.mismatched
+    assert again.coverage.uncovered == kfac.coverage.uncovered
+    before, after = kfac.state_dict(), again.state_dict()
+    assert before["units"].keys() == after["units"].keys()
+    assert all(torch.equal(entry["sum"], after["units"][name]["sum"]) for name, entry in before["units"].items())
+    assert before["mismatched"].keys() == after["mismatched"].keys() == {"first"}
+    kfac.remove()
+    again.remove()
+
+
 class OneRankOnly(ByHand):
     """Rank 1 alone uses a weight by hand."""
 
@@ -266,11 +285,75 @@ def test_gradients_that_a_loop_changes_before_the_step_are_no_mismatch() -> None
     kfac.remove()
 
 
-def test_a_hook_that_changes_the_weights_gradient_is_the_loops_own() -> None:
-    """A hook that the loop put on a weight changes the gradient, not what makes it."""
-    found, kfac, said = train(GradientHook(), CONFIG, steps=1)
-    assert found
-    assert ("first" in [block.name for block in kfac.coverage.blocks]) == (not [t for t in said if "first" in t])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_hook_that_changes_the_weights_gradient_is_the_loops_own(later: bool) -> None:
+    """A hook that the loop put on a weight, such as one that clips, changes the gradient, not what makes it."""
+    model = GradientHook()
+    kfac = build_kfac(model)
+    if later:
+        model.first.weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+    x, labels = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.cross_entropy(model(x), labels).backward()
+        assert model.first.weight.grad is not None
+        assert float(model.first.weight.grad.max()) == (pytest.approx(0.01) if later else pytest.approx(1.0, abs=0.9))
+        kfac.step()
+    assert [block.name for block in kfac.coverage.blocks] == ["first", "middle"]
+    kfac.remove()
+    assert len(model.first.weight._backward_hooks or ()) == 1 + later  # K-FAC's own are gone
+
+
+def look_at_a_bias(model: nn.Module, loss: Callable[[], Tensor], kfac: KFAC) -> None:
+    torch.autograd.grad(loss(), [model[2].bias])  # type: ignore[index]
+    loss().backward()
+
+
+def ask_first(model: nn.Module, loss: Callable[[], Tensor], kfac: KFAC) -> None:
+    value = loss()
+    torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+    value.backward()
+
+
+def weights_only(model: nn.Module, loss: Callable[[], Tensor], kfac: KFAC) -> None:
+    loss().backward(inputs=[model[0].weight, model[2].weight])  # type: ignore[index]
+
+
+def penalise_aside(model: nn.Module, loss: Callable[[], Tensor], kfac: KFAC) -> None:
+    loss().backward()
+    with kfac.unobserved():
+        sum((p.square().sum() for p in model.parameters()), torch.zeros(())).backward()
+
+
+@pytest.mark.parametrize("send_back", [look_at_a_bias, ask_first, weights_only, penalise_aside])
+def test_gradients_that_are_asked_for_beside_the_loss_are_no_mismatch(
+    send_back: Callable[[nn.Module, Callable[[], Tensor], KFAC], None],
+) -> None:
+    """Nor do they enter the statistics."""
+    statistics = []
+    x, labels = batch()
+    for go in (send_back, lambda model, loss, kfac: loss().backward()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+        kfac = build_kfac(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            go(model, lambda model=model: F.cross_entropy(model(x), labels), kfac)  # type: ignore[misc]
+            kfac.step()
+        assert len(kfac.coverage.blocks) == 2
+        statistics.append({name: entry["sum"] for name, entry in kfac.state_dict()["units"].items()})
+        kfac.remove()
+    for name, value in statistics[1].items():
+        assert_close(statistics[0][name], value)
+
+
+def test_a_penalty_in_the_loss_is_named_as_a_cause() -> None:
+    model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+    kfac = build_kfac(model)
+    x, labels = batch()
+    (F.cross_entropy(model(x), labels) + sum(p.abs().sum() for p in model.parameters())).backward()
+    with pytest.warns(UserWarning, match=r"penalty on the weight: send that back by itself, inside of kfac.unobserved"):
+        kfac.step()
     kfac.remove()
 
 
@@ -401,9 +484,15 @@ def test_a_changed_model_is_covered_anew(change: Callable[[nn.Module], None], sa
     decay = kfac.config.curvature.decay
     assert float(before["0/A/0"][0]) == pytest.approx(SAMPLES * (1 - decay))
     assert float(after["0/A/0"]["scalars"][0]) == pytest.approx(SAMPLES * (1 - decay**3), rel=1e-5)
-    for name in blocks:
-        plain = {n: p.grad for n, p in model.named_parameters() if n.startswith(f"{name}.")}
-        assert all(torch.isfinite(grad).all() for grad in plain.values() if grad is not None)
+    # Every layer's gradient is preconditioned, also that of parameters which were not there at first.
+    model.zero_grad()
+    x, labels = batch()
+    F.cross_entropy(model(x), labels).backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    kfac.step()
+    now = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, value in plain.items():
+        assert torch.allclose(value, now[name], rtol=1e-3) != (name.rpartition(".")[0] in blocks)
     kfac.remove()
 
 
@@ -426,6 +515,45 @@ def changed_on_ranks() -> tuple[list[str], int]:
         told += sum("unfrozen" in str(warning.message) for warning in said)
     kfac.remove()
     return [block.name for block in kfac.coverage.blocks], told
+
+
+def looked_at_under_fsdp() -> tuple[list[str], float]:
+    """Evaluate between backward and step, which leaves FSDP2's outermost module whole; then train another layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+    model[0].requires_grad_(False)
+    for layer in (model[0], model[2]):
+        fully_shard(layer, reshard_after_forward=False)
+    fully_shard(model, reshard_after_forward=False)
+    kfac = KFAC(model, {**CONFIG, "update": {"kl_clip": None}})
+    x, labels = batch()
+    said: list[str] = []
+    moved = 0.0
+    for step in range(4):
+        if step == 2:
+            model[0].requires_grad_(True)
+        model.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        plain = None if model[0].weight.grad is None else model[0].weight.grad.full_tensor()  # type: ignore[union-attr,operator]
+        with torch.no_grad():
+            model(x)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            kfac.step()
+        said += [f"{step}: {warning.message}" for warning in warned]
+        if plain is not None:
+            model.reshard()  # type: ignore[operator]
+            moved = float((model[0].weight.grad.full_tensor() - plain).norm() / plain.norm())  # type: ignore[union-attr,operator]
+    kfac.remove()
+    return said, moved
+
+
+def test_parameters_that_fsdp_shows_whole_are_no_change() -> None:
+    for said, moved in run_ranks(2, looked_at_under_fsdp):
+        [message] = [text for text in said if "changed" in text]
+        assert message.startswith("2: ")
+        assert "(unfrozen: 0.weight, 0.bias): its layers are covered anew" in message
+        assert moved > 0.1
 
 
 def test_ranks_cover_a_changed_model_together() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import TensorDataset
@@ -75,6 +76,22 @@ class DropoutNet(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 6))
+
+
+class WeightByHand(nn.Module):
+    """Uses the first layer's weight by hand, too, so that K-FAC has to leave that layer out; or every layer's."""
+
+    def __init__(self, every: bool = False) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 6)
+        self.every = every
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(self.first(x).tanh(), self.first.weight)
+        out: Tensor = self.last(self.middle(h).tanh())
+        if self.every:
+            out = out + F.linear(F.linear(x, self.middle.weight).tanh(), self.last.weight)
+        return out
 
 
 def launched(rank: int, world_size: int, port: int = 1) -> dict[str, str]:

@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -71,6 +73,26 @@ def test_a_checkpoint_from_before_dampings_were_saved_is_resumed(
     sections["checkpoint"] |= {"resume": "auto"}
     train(small_config(tmp_path / "resumed", kfac=True, **sections), quiet=True)
     assert losses(tmp_path / "resumed/small") == losses(tmp_path / "whole/small")
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_a_run_that_left_layers_out_resumes_without_them(tmp_path: Path, every: bool) -> None:
+    sections: dict[str, Any] = {
+        "model": {"name": "tests.training.runs:WeightByHand", "args": {"every": every}},
+        "checkpoint": {"every": 7, "keep": 9},
+    }
+    whole, resumed = (small_config(tmp_path / name, kfac=True, **sections) for name in ("whole", "resumed"))
+    with pytest.warns(UserWarning, match=r"keep their plain gradient from now on"):
+        train(whole, quiet=True)
+    _continue_from(tmp_path / "resumed/small", tmp_path / "whole/small", 7)
+    auto = resumed.model_copy(update={"checkpoint": resumed.checkpoint.model_copy(update={"resume": "auto"})})
+    with warnings.catch_warnings():
+        # Nothing is left out only now.
+        warnings.filterwarnings("error", "the inputs and output gradients captured")
+        train(auto, quiet=True)
+    assert losses(tmp_path / "resumed/small") == losses(tmp_path / "whole/small")
+    expected = final_model(tmp_path / "whole/small")
+    assert all((value == expected[name]).all() for name, value in final_model(tmp_path / "resumed/small").items())
 
 
 def _save_by_the_clock(directory: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -29,7 +29,7 @@ class Use:
         source: The module whose call it was.
         shape: Shape of the output.
         batch: The micro-batch of the forward pass that it was part of.
-        owner: The `AccumulateGrad` node of one of the layer's parameters, if it was found in the graph.
+        owners: The `AccumulateGrad` nodes of the layer's parameters that were found in the graph.
         arrange: Brings the gradient of the recorded output to that of the layer's own output, batch first.
 
     Attributes:
@@ -44,13 +44,13 @@ class Use:
         shape: torch.Size,
         *,
         batch: Batch | None = None,
-        owner: Any | None = None,
+        owners: Sequence[Any] = (),
         arrange: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.source = source
         self.shape = shape
         self._batch = batch
-        self.owner = owner
+        self.owners = owners
         self.grad: Tensor | None = None
         self.settled = False
         self._queried: Tensor | None = None
@@ -99,8 +99,8 @@ class Use:
 
     @property
     def queried(self) -> bool:
-        """Whether its gradient is, or may be, one that `torch.autograd.grad` was asked for."""
-        return self._queried is not None
+        """Whether `torch.autograd.grad` was asked for a gradient of it, and no backward pass has brought one."""
+        return self._queried is not None and (self.grad is None or self.grad is self._queried)
 
     def take_query(self, grad: Tensor) -> None:
         """Add a gradient that `torch.autograd.grad` has brought with those of the layer's parameters."""
@@ -108,11 +108,9 @@ class Use:
         self._queried = grad if self._queried is None else self._queried + grad
 
     def take_queried(self) -> None:
-        """Take the queried gradients as the loss's, if the step had no `backward`: its loop sets `.grad` by hand."""
+        """Take the queried gradients as the loss's, if no backward pass came: the loop sets `.grad` by hand."""
         if self.grad is None:
             self.grad = self._queried
-        else:
-            self._queried = None
 
     def with_gradient(self, grad: Tensor) -> Use:
         """Return the same call with one gradient, for passes that send several."""
