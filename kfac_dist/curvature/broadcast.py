@@ -149,7 +149,8 @@ def _spreads(own: Shape, spread: Shape, batch_size: int, *, elementwise: bool) -
         return False
     if elementwise:
         aligned = (1,) * (len(spread) - len(own)) + own
-        return any(a == 1 and b == batch_size for a, b in zip(aligned, spread, strict=True) if a != b)
+        # Samples come first or second; further back it is chance that something is as large as the batch.
+        return any((a, b) == (1, batch_size) for a, b in zip(aligned[:2], spread[:2], strict=True))
     # Any other operation that makes B of one, such as attention with a bias.
     return len(own) == len(spread) > 2 and (own[0], spread[0]) == (1, batch_size)
 

@@ -39,6 +39,8 @@ def judge(combine: Callable[[Tensor, Tensor], Tensor], *shape: int, samples: int
         (lambda a, x: x * a, (SAMPLES, 1, WIDTH), Samples.OWN),
         (lambda a, x: x + a.view(SAMPLES, LENGTH, WIDTH), (SAMPLES * LENGTH, WIDTH), Samples.OWN),
         (lambda a, x: x.transpose(0, 1) + a, (LENGTH, SAMPLES, WIDTH), Samples.OWN),
+        # Windows of images, normalised, as wide as there are samples.
+        (lambda a, x: a / a.norm(dim=-1, keepdim=True), (2 * SAMPLES, LENGTH, SAMPLES), Samples.OWN),
         (lambda a, x: {"x": [x + a.mT]}, (WIDTH, LENGTH), Samples.SHARED),
         # One sample's rows, put back into their place among the others'.
         (lambda a, x: x.index_add(0, torch.tensor([2]), a), (1, LENGTH, WIDTH), Samples.OWN),
