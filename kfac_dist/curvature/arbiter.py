@@ -32,6 +32,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, to
 # Rounding of sums whose terms cancel, in multiples of the sum of their magnitudes; products of TF32 round more.
 _ROUNDING = {torch.float64: 2.0**-48, torch.float32: 2.0**-20}
 _TF32_ROUNDING = 2.0**-11
+# Values that a gradient matrix has to have for each multiple that is fitted to it.
+_PENALIZED = 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class _Sides:
         self.came: dict[Purpose, set[str]] = {}
         self.dtype = torch.float64
         self.captured = False
+        # Of the gradients that a penalty on each parameter would have, |w|² and |w|.
+        self.penalties: dict[str, list[Tensor]] = {}
 
     def note_dtype(self, dtype: torch.dtype) -> None:
         """Judge by the coarsest precision that any side has been in."""
@@ -200,6 +204,10 @@ class Arbiter:
                 rounding = _TF32_ROUNDING
             if distance <= _TOLERANCE[sides.dtype] * max(norm, _norm(rows)) + rounding * float(size.mean()):
                 continue
+            penalties = [term for terms in sides.penalties.values() for term in terms]
+            large = math.prod(self._blocks[name].matrix_shape) >= _PENALIZED * len(penalties)  # else they fit anything
+            if penalties and large and _norm(_beside(gradient - rows, penalties)) <= _TOLERANCE[sides.dtype] * norm:
+                continue  # a penalty on the weights that is part of the loss: it has no rows, and makes none wrong
             square = float(rows.square().sum())
             scale = float((rows * gradient).sum()) / square if square else math.inf
             off = distance / norm if norm else math.inf
@@ -215,6 +223,11 @@ class Arbiter:
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             sides = self._sides_of(block, grad.device)
             sides.gradient[asked] += block.project_gradient(name, grad.detach(), sides.signs)
+            weight = accumulator.variable.detach()
+            if name not in sides.penalties and weight.shape == grad.shape:
+                sides.penalties[name] = [
+                    block.project_gradient(name, term.to(grad.dtype), sides.signs) for term in (weight, weight.sign())
+                ]
             sides.came.setdefault(asked, set()).add(name)
             sides.note_dtype(grad.dtype)
 
@@ -222,6 +235,13 @@ class Arbiter:
         if block.name not in self._sides:
             self._sides[block.name] = _Sides(block, device)
         return self._sides[block.name]
+
+
+def _beside(rest: Tensor, penalties: Sequence[Tensor]) -> Tensor:
+    """Return what is left of projections once the best multiples of some others are taken away."""
+    columns = torch.stack([term.cpu() for term in penalties], dim=1)
+    fitted: Tensor = torch.linalg.pinv(columns) @ rest
+    return rest - columns @ fitted
 
 
 def _norm(values: Tensor) -> float:
@@ -256,8 +276,8 @@ def _cause(block: Block, *, captured: bool, differentiated: bool) -> str:
         )
     return (
         "its weight may also be used by hand, as in F.linear(x, layer.weight): call the layer wherever its weight is "
-        "used; or the loss may contain a penalty on the weight: send that back by itself, inside of kfac.unobserved(), "
-        "or use the optimizer's weight decay or kfac.update.l2; else name the layer in kfac.curvature.exclude"
+        "used; or the loss may contain a penalty on it that is neither |w| nor |w|²: send that back by itself, inside "
+        "of kfac.unobserved(); else name the layer in kfac.curvature.exclude"
     )
 
 

@@ -347,12 +347,32 @@ def test_gradients_that_are_asked_for_beside_the_loss_are_no_mismatch(
         assert_close(statistics[0][name], value)
 
 
-def test_a_penalty_in_the_loss_is_named_as_a_cause() -> None:
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "squares": lambda p: 0.3 * p.square().sum(),
+    "absolutes": lambda p: 0.1 * p.abs().sum(),
+    "both": lambda p: 0.1 * p.abs().sum() + 0.7 * p.square().sum(),
+    "norm": lambda p: 2.0 * p.norm(),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_on_weights_that_is_part_of_the_loss_is_no_mismatch(name: str) -> None:
     model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
     kfac = build_kfac(model)
     x, labels = batch()
-    (F.cross_entropy(model(x), labels) + sum(p.abs().sum() for p in model.parameters())).backward()
-    with pytest.warns(UserWarning, match=r"penalty on the weight: send that back by itself, inside of kfac.unobserved"):
+    (F.cross_entropy(model(x), labels) + sum(PENALTIES[name](p) for p in model.parameters())).backward()
+    kfac.step()
+    assert kfac._measurement.judged == {"0", "2"}
+    kfac.remove()
+
+
+def test_another_penalty_is_named_as_a_cause() -> None:
+    model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+    kfac = build_kfac(model)
+    x, labels = batch()
+    (F.cross_entropy(model(x), labels) + sum(p.pow(4).sum() for p in model.parameters())).backward()
+    with pytest.warns(UserWarning, match=r"a penalty on it that is neither .*kfac.unobserved"):
         kfac.step()
     kfac.remove()
 

@@ -230,6 +230,8 @@ def _unfit(
         return "its weight is complex"
     if getattr(module, "sparse", False):
         return "its gradients are sparse"
+    if getattr(module, "scale_grad_by_freq", False):
+        return "its gradients are divided by how often a token occurs"
     if not any(weight.requires_grad for weight in weights):
         return _FROZEN_WEIGHT
     if config.fisher is Fisher.INPUT_ONLY and issubclass(kind, NormBlock):

@@ -308,3 +308,9 @@ def test_a_bare_layer_is_a_model() -> None:
 def test_no_block_at_all_is_an_error() -> None:
     with pytest.raises(ModelError, match="no layer of the model gets a K-FAC block"):
         build_kfac(encoder(), include=["decoder.*"])
+
+
+def test_an_embedding_that_divides_by_frequency_is_named() -> None:
+    coverage = find(nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Linear(3, 3)))
+    assert names(coverage) == ["1"]
+    assert coverage.uncovered["0.weight"] == "its gradients are divided by how often a token occurs"
