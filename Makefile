@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint docs format clean
+.PHONY: help setup train test matrix lint docs format clean
 
 help: ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test: setup ## Run the tests; fail below 90 % coverage of the package
 	@# Only now have the processes that the tests started written what they ran.
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+matrix: setup ## Try the oldest and newest versions, an environment for each (downloads some 15 GB); ARGS='--only oldest'
+	$(BIN)/python -m benchmarks.matrix $(ARGS)
 
 lint: setup ## Check style, formatting, types, shell scripts and image builds
 	$(BIN)/ruff check

@@ -38,7 +38,7 @@ class FSDP2Engine(Engine):
 
     Raises:
         ModelError: A trained parameter is not sharded, or not by rows, or over another mesh than the others; or it is
-            offloaded to a CPU while the model runs elsewhere.
+            offloaded to a CPU while the model runs elsewhere; or torch is too old to shard on CPUs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,6 +46,8 @@ class FSDP2Engine(Engine):
         self.module = uncompiled(model)
         self.take_parameters()
         self._mesh = _common_mesh(self._trained)
+        if self._mesh.device_type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+            raise ModelError(f"fully_shard of torch {torch.__version__} runs on GPUs alone: on CPUs it needs torch 2.7")
         self._shards = self._mesh.size(self._mesh.ndim - 1)
         self.sharded = self._shards > 1
         self._group: dist.ProcessGroup | None = None

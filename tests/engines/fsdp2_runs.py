@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from kfac_dist.engines import as_engine
 from tests.preconditioner.workloads import CLASSES, GLOBAL_BATCH, MODELS, part, place
 
 WIDTH = 8
+
+# For the files whose tests shard on CPUs.
+SHARDS_ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
+needs_sharding = pytest.mark.skipif(not SHARDS_ON_CPUS, reason="torch 2.6 shards on GPUs alone")
 
 
 class AttentionNet(nn.Module):

@@ -15,10 +15,12 @@ from kfac_dist import KFAC
 from kfac_dist.distributed.layout import Slice
 from kfac_dist.engines import as_engine
 from kfac_dist.errors import ConfigError, ModelError
-from tests.engines.fsdp2_runs import MAKE, Case, Training, mesh_of, sharded, train_all
+from tests.engines.fsdp2_runs import MAKE, Case, Training, mesh_of, needs_sharding, sharded, train_all
 from tests.harness import run_ranks
 from tests.preconditioner.test_invariance import TOLERANCE, configuration
 from tests.preconditioner.workloads import place, relative
+
+pytestmark = needs_sharding
 
 # What a forward pass in bf16 leaves of equality between numbers of ranks: eight bits of mantissa, through an inverse.
 BF16_TOLERANCE = 2e-2

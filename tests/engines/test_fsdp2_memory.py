@@ -16,9 +16,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from kfac_dist import KFAC
 from kfac_dist.curvature.factors import FactorKind
 from kfac_dist.preconditioner.memory import rank_bytes
-from tests.engines.fsdp2_runs import mesh_of, sharded
+from tests.engines.fsdp2_runs import mesh_of, needs_sharding, sharded
 from tests.engines.live_bytes import live_bytes
 from tests.harness import run_ranks
+
+pytestmark = needs_sharding
 
 LAYERS, WIDTH = 16, 32
 # The fake process group refuses an all-to-all in which a rank has nothing to send, hence one bucket for all blocks.

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.engines.fsdp2_runs import Case, Training, mesh_of
+from tests.engines.fsdp2_runs import Case, Training, mesh_of, needs_sharding
 from tests.harness import run_ranks
 from tests.preconditioner.test_invariance import TOLERANCE, configuration
 from tests.preconditioner.workloads import relative
+
+pytestmark = needs_sharding
 
 LEAN = {"reduction": "reduce_scatter", "reduce_every": "step"}
 DIAGONAL = {"uncovered": "diagonal"}

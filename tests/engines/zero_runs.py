@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist import KFAC
+from kfac_dist.compat.deepspeed import manages_accumulation
 from kfac_dist.engines import Engine, as_engine
 from kfac_dist.optimizers.dissected import MSVAG
 from tests.preconditioner import workloads
@@ -283,7 +284,7 @@ class Run:
             self.engine.backward(loss_of(outputs, labels[first : first + part]))
             if self.case.by_hand:
                 self.kfac.step()
-            if micro == self.case.accumulated - 1 or self.engine.managed_gradient_accumulation():
+            if micro == self.case.accumulated - 1 or manages_accumulation(self.engine):
                 self.engine.step()
 
     def parameters(self) -> dict[str, Tensor]:
