@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kfac_dist.errors import ConfigError
 
-OLDEST = "0.18.3"
+OLDEST = "0.19.8"
 # Of the engine, in all stages.
 _ENGINE = (
     "_config",
@@ -21,6 +21,7 @@ _ENGINE = (
     "_take_model_step",
     "_backward_prologue",
     "_backward_prologue_per_tensor",
+    "managed_gradient_accumulation",
 )
 # Of the optimizer of stage 3.
 _STAGE_3 = (
@@ -69,8 +70,8 @@ def micro_batch(engine: Any) -> int:
 
 
 def manages_accumulation(engine: Any) -> bool:
-    """Whether DeepSpeed itself counts micro-batches and ends steps; releases before 0.19 always do."""
-    return bool(getattr(engine, "managed_gradient_accumulation", lambda: True)())
+    """Whether DeepSpeed itself counts micro-batches and ends steps."""
+    return bool(engine.managed_gradient_accumulation())
 
 
 def replace_backward_beginnings(

@@ -33,6 +33,7 @@ __all__ = [
     "break_graph",
     "checkpointed_region",
     "compile_anew",
+    "eagerly",
     "forward_hooks",
     "gradient_shapes",
     "holds",
@@ -135,7 +136,8 @@ def of_the_loop() -> bool:
     tensors run a model on what isn't a batch, and no gradient of theirs ends in a parameter.
     """
     if torch.compiler.is_dynamo_compiling():
-        return not (_KNOWS_EXPORTS and torch.compiler.is_exporting())
+        # Not by `is_exporting()`, which is true to what is compiled: from 2.7 to 2.13 at the least.
+        return not (_KNOWS_EXPORTS and torch.compiler._is_exporting_flag)
     return (
         torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
@@ -254,6 +256,14 @@ def break_graph(reason: str) -> None:
         torch._dynamo.graph_break(msg=reason)
     else:
         torch._dynamo.graph_break()
+
+
+def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that `torch.compile` leaves as it is, where its compiler is mistaken about bases of views."""
+    return function if _KNOWS_BASES else cast(Callable[..., Any], torch.compiler.disable(function))
+
+
+_KNOWS_BASES = torch.__version__ >= "2.8"
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from kfac_dist.compat.torch import break_graph, is_batched, of_the_loop
+from kfac_dist.compat.torch import break_graph, eagerly, is_batched, of_the_loop
 from kfac_dist.curvature.arbiter import Arbiter
 from kfac_dist.curvature.autograd import (
     Purpose,
@@ -168,6 +168,7 @@ class _Recorder:
     def __init__(self, capture: Capture, block: Block) -> None:
         self._capture = capture
         self._block = block
+        self._record = eagerly(capture.record)
 
     @property
     def watching(self) -> bool:
@@ -191,7 +192,8 @@ class _Recorder:
             return None
         if torch.compiler.is_dynamo_compiling():
             break_graph(_NO_FULL_GRAPH)
-        return self._capture.record(self._block, inputs, output, source, arrange)
+        replaced: Tensor | None = self._record(self._block, inputs, output, source, arrange)
+        return replaced
 
 
 class Capture:
