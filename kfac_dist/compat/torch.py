@@ -263,7 +263,7 @@ def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if _KNOWS_BASES else cast(Callable[..., Any], torch.compiler.disable(function))
 
 
-_KNOWS_BASES = torch.__version__ >= "2.8"
+_KNOWS_BASES = torch.__version__ >= "2.13"
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
