@@ -98,7 +98,11 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 WARNED: dict[str, tuple[dict[str, Any], str, str]] = {
     "constant": ({"data": {"constant": True}}, "inputs", "the input is the same for all"),
-    "borrowed weight": ({"model": "Borrowed"}, "capture", "first: what its hooks captured misses .*name it in kfac"),
+    "borrowed weight": (
+        {"model": "Borrowed"},
+        "capture",
+        "first: what its hooks captured misses .*name the layer in kfac",
+    ),
     "coupled": ({"model": "Coupled"}, "scale", "samples influence each other"),
 }
 
