@@ -44,13 +44,14 @@ def refusal(block: Block, base: type[nn.Module]) -> str | None:
 def _differs(block: Block, module: nn.Module) -> bool:
     """Whether the module ran on some input of its type, and its gradient was never that of the block's rows."""
     ran = False
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
+    devices = {parameter.device for parameter in block.parameters.values() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed devices that aren't restored
         trial = _twin(block, module)
         for inputs in _inputs(module, next(trial.parameters(recurse=False))):
             try:
                 agrees = _agrees(block, trial, inputs)
-            except Exception:
+            except Exception:  # the user's code, which may need other inputs: the arbiter judges it in training
                 continue
             if agrees:
                 return False
@@ -65,7 +66,7 @@ def _twin(block: Block, module: nn.Module) -> nn.Module:
     def draw(parameter: Tensor) -> nn.Parameter:
         where = device or (torch.device("cpu") if parameter.is_meta else parameter.device)
         dtype = parameter.dtype if parameter.is_floating_point() else torch.get_default_dtype()
-        return nn.Parameter(torch.randn(tuple(parameter.shape), dtype=dtype, device=where))
+        return nn.Parameter(torch.randn(tuple(parameter.shape), dtype=dtype).to(where))
 
     drawn = {key: None if own is None else draw(own) for key, own in parameters_of(module).items()}
     return with_parameters(module, drawn, own_buffers=True)
@@ -75,7 +76,7 @@ def _inputs(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
     """Yield inputs that a module of this type takes."""
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=like.dtype, device=like.device)
+        return torch.randn(shape, dtype=like.dtype).to(like.device)
 
     match module:
         case nn.Embedding():
