@@ -158,6 +158,7 @@ class RunLock:
             while True:
                 if _create(self._path, written, self._own):
                     return
+                waited = time.monotonic() - began  # before the look: one begun in time doesn't count as the last
                 found = _read(self._path)
                 if found is None:
                     continue  # it has just been given up
@@ -168,7 +169,7 @@ class RunLock:
                     self._note(f"{self._directory}: taken over from {holder.describe()}: {why}")
                     return
                 patience = self._patience + (self._stale if self._is_own_past(holder) else 0.0)
-                if time.monotonic() - began > patience:
+                if waited > patience:
                     raise RunInUseError(self._refusal(holder, age))
                 time.sleep(_PAUSE_SECONDS)
 
