@@ -212,7 +212,8 @@ class Preemption:
             return self._signals.caught is not None
         stop = self._read()
         self._since_poll += 1
-        if not stop and self._since_poll >= self._interval:
+        # A wish that is granted here is fulfilled after this call: asked for now, it would be granted once more.
+        if not stop and not any(self.granted) and self._since_poll >= self._interval:
             self._poll()
         return stop
 

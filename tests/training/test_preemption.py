@@ -215,6 +215,26 @@ def test_what_one_rank_wishes_for_is_granted_on_all() -> None:
     assert first[0] == [False, False]
 
 
+def _fulfil(steps: int, every: int) -> list[int]:
+    """Runs on every rank: the boundaries at which a wish of rank 0's clock was fulfilled, which sets that back."""
+    communicator = build_communicator(20)
+    step, fulfilled = 0, [0]
+    wishes = (lambda: communicator.rank == 0 and step - fulfilled[-1] >= every,)
+    preemption = Preemption(StopSignals(), communicator, lambda: float(step), wishes)
+    for step in range(1, steps):
+        assert not preemption.due()
+        if any(preemption.granted):
+            fulfilled.append(step)
+    preemption.finish()
+    communicator.close()
+    return fulfilled
+
+
+def test_a_wish_is_fulfilled_once() -> None:
+    first, second = run_ranks(2, _fulfil, 30, 6)
+    assert first == second == [0, 7, 14, 21, 28], "asked for when 6 steps have passed, and granted a step later"
+
+
 def test_alone_the_next_boundary_stops() -> None:
     with StopSignals() as signals:
         preemption = Preemption(signals, SoloCommunicator())
