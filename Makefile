@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 train: setup ## Train CONFIG with distributed K-FAC on NPROC ranks
 	@# A mistake is told before the launcher starts, which would wrap it in its own report.
 	@$(BIN)/kfac-dist train $(CONFIG) $(ARGS) --check --quiet
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m kfac_dist train $(CONFIG) $(ARGS)
+	PYTHON=$(BIN)/python launch/torchrun.sh $(CONFIG) --nproc-per-node $(NPROC) $(ARGS)
 
 test: setup ## Run the tests; fail below 90 % coverage of the package
 	@$(BIN)/coverage erase

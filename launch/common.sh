@@ -25,9 +25,10 @@ check_config() {
   [[ -f $1 || $1 =~ ^[a-z0-9_]+(\.[0-9]+[a-z0-9_]*)?$ ]] || fail "$1: no such file"
 }
 
-# need_value OPTION COUNT: COUNT arguments are left, OPTION among them.
+# need_value OPTION [VALUE]...: what is left of the command line, from the option on.
 need_value() {
-  [[ $2 -ge 2 ]] || fail "$1 needs a value (--help says more)"
+  [[ $# -ge 2 && -n $2 ]] || fail "$1 needs a value (--help says more)"
+  [[ $2 != --* ]] || fail "$1 needs a value, found the option '$2' (--help says more)"
 }
 
 # PYTHON, else this checkout's .venv, else python3.
@@ -43,7 +44,38 @@ find_python() {
 
 # need_count OPTION VALUE MEANING [EXAMPLE]: a launcher would answer anything else with a traceback.
 need_count() {
-  [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1: found '$2', expected a number of $3, such as ${4:-2}"
+  [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || fail "$1: found '$2', expected a number of $3, such as ${4:-2}"
+}
+
+# What of a number of ranks is a slip of the finger: they would take a node's memory before one of them could tell.
+ranks_per_core=16
+
+# need_ranks_here OPTION VALUE: ranks that all start on this node.
+need_ranks_here() {
+  local cores
+  cores=$(env -u OMP_NUM_THREADS nproc 2> /dev/null) || return 0
+  [[ $2 -le $((ranks_per_core * cores)) ]] \
+    || fail "$1: found '$2', expected at most $((ranks_per_core * cores)) ranks on this node, which has $cores cores"
+}
+
+# need_port OPTION VALUE [FOUND EXPECTED]
+need_port() {
+  [[ $2 =~ ^[1-9][0-9]{0,4}$ && $2 -le 65535 ]] \
+    || fail "$1: found '${3:-$2}', expected ${4:-a port from 1 to 65535, such as 29500}"
+}
+
+# need_hostfile FILE PATTERN EXPECTED: lines that match, beside empty ones and comments; at least one.
+need_hostfile() {
+  local line number=0 hosts=0
+  [[ -e $1 ]] || fail "--hostfile: $1: no such file"
+  [[ -f $1 && -r $1 ]] || fail "--hostfile: $1: not a file that can be read"
+  while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1))
+    [[ ! $line =~ ^[[:space:]]*(#.*)?$ ]] || continue
+    [[ $line =~ $2 ]] || fail "--hostfile: $1:$number: found $(printf '%q' "${line:0:60}"), expected $3"
+    hosts=$((hosts + 1))
+  done < <(tr -d '\0' < "$1")
+  [[ $hosts -gt 0 ]] || fail "--hostfile: $1: no line names a host, expected $3"
 }
 
 # The variables that ranks on other nodes need, too, as far as they are set here; a line each.

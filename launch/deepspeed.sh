@@ -32,19 +32,26 @@ check_config "$@"
 config=$1
 shift
 
-hosts='' ranks='' port=29500 over_ssh=true dry_run=false launcher=() train=()
+hosts='' ranks='' port=29500 chosen='' chosen_by='' node_rank='' over_ssh=true dry_run=false launcher=() train=()
 while [[ $# -gt 0 ]]; do
   if [[ $1 =~ ^(--(hostfile|num-ranks|include|exclude|master-addr|master-port|node-rank))=(.*)$ ]]; then
     set -- "${BASH_REMATCH[1]}" "${BASH_REMATCH[3]}" "${@:2}"
   fi
   case $1 in
-    --hostfile) need_value "$1" $#; hosts=$2; shift ;;
-    --num-ranks) need_value "$1" $#; ranks=$2; shift ;;
+    --hostfile) need_value "$@"; hosts=$2; shift ;;
+    --num-ranks) need_value "$@"; ranks=$2; shift ;;
     --include | --exclude | --master-addr | --master-port | --node-rank)
-      need_value "$1" $#
+      need_value "$@"
       option=${1//-/_}
       launcher+=("--${option#__}" "$2")
-      [[ $1 != --master-port ]] || port=$2
+      case $1 in
+        --include | --exclude)
+          [[ -z $chosen ]] || fail "$1 and $chosen_by: give one of the two"
+          chosen=$2 chosen_by=$1
+          ;;
+        --master-port) need_port "$1" "$2"; port=$2 ;;
+        --node-rank) node_rank=$2 ;;
+      esac
       shift
       ;;
     --no-ssh) launcher+=(--no_ssh) over_ssh=false ;;
@@ -54,8 +61,45 @@ while [[ $# -gt 0 ]]; do
   esac
   shift
 done
-[[ -z $hosts || -f $hosts ]] || fail "--hostfile: $hosts: no such file"
-[[ -z $ranks ]] || need_count --num-ranks "$ranks" "ranks on each node"
+
+# The hosts and their ranks, all of which DeepSpeed would answer for with a traceback.
+declare -A slots=()
+host_line='^[[:space:]]*([][A-Za-z0-9_.:%@+-]+)[[:space:]]+slots=([1-9][0-9]{0,5})[[:space:]]*(#.*)?$'
+if [[ -n $hosts ]]; then
+  need_hostfile "$hosts" "$host_line" "HOST slots=RANKS, such as node1 slots=8"
+  while IFS= read -r line || [[ -n $line ]]; do
+    [[ $line =~ $host_line ]] || continue
+    [[ -z ${slots[${BASH_REMATCH[1]}]:-} ]] || fail "--hostfile: $hosts: names ${BASH_REMATCH[1]} twice"
+    slots[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+  done < "$hosts"
+fi
+if [[ -n $ranks ]]; then
+  [[ -z $chosen ]] || fail "--num-ranks and $chosen_by: give one of the two"
+  need_count --num-ranks "$ranks" "ranks on each node"
+  [[ -n $hosts ]] || need_ranks_here --num-ranks "$ranks"
+fi
+if [[ -n $chosen ]]; then
+  [[ -n $hosts ]] || fail "$chosen_by chooses among the hosts of a --hostfile"
+  IFS=@ read -ra parts <<< "$chosen"
+  for part in "${parts[@]}"; do
+    host=${part%%:*}
+    [[ -n $host && -n ${slots[$host]:-} ]] || fail "$chosen_by: found '$part', expected hosts of $hosts, such as ${!slots[*]}"
+    [[ $part == *:* ]] || continue
+    IFS=, read -ra places <<< "${part#*:}"
+    [[ ${part#*:} =~ ^[0-9]{1,6}(,[0-9]{1,6})*$ ]] || places=(none)
+    for place in "${places[@]}"; do
+      [[ $place != none && $((10#$place)) -lt ${slots[$host]} ]] \
+        || fail "$chosen_by: found '$part', expected places of $host from 0 to $((slots[$host] - 1)), such as $host:0"
+    done
+  done
+fi
+if [[ $over_ssh == false ]]; then
+  [[ -n $node_rank ]] || fail "--no-ssh needs --node-rank, this node's place in the hostfile"
+  [[ $node_rank =~ ^(0|[1-9][0-9]{0,5})$ ]] \
+    || fail "--node-rank: found '$node_rank', expected a place in the hostfile, from 0 on"
+elif [[ -n $node_rank ]]; then
+  fail "--node-rank goes with --no-ssh: over ssh, DeepSpeed itself numbers the nodes"
+fi
 
 if [[ -n $hosts ]]; then
   launcher+=(--hostfile "$hosts")
@@ -70,6 +114,9 @@ while IFS= read -r name; do environment+=("$name=${!name}"); done < <(for_all_no
 command=("$python" -m deepspeed.launcher.runner "${launcher[@]}" --no_local_rank --no_python
   env "${environment[@]}" "$python" -u -m kfac_dist train "$config" "${train[@]}")
 [[ $dry_run == false ]] || print_command "${command[@]}"
+nodes=$((${#slots[@]} > 0 ? ${#slots[@]} : 1))
+[[ -z $node_rank || $node_rank -lt $nodes ]] \
+  || fail "--node-rank: found '$node_rank', expected a place in the hostfile, from 0 to $((nodes - 1))"
 
 # tell_far SIGNAL: to this run's ranks on the hosts that DeepSpeed reaches over ssh; its launchers there are told nothing,
 # and end as the ranks do. Whoever listens to USR1 trains; KILL is for all.

@@ -34,18 +34,22 @@ while [[ $# -gt 0 ]]; do
     set -- "${BASH_REMATCH[1]}" "${BASH_REMATCH[3]}" "${@:2}"
   fi
   case $1 in
-    -n) need_value "$1" $#; ranks=$2; shift ;;
-    --ppn) need_value "$1" $#; per_node=$2; shift ;;
-    --hostfile) need_value "$1" $#; hosts=$2; shift ;;
-    --mpirun) need_value "$1" $#; mpirun=$2; shift ;;
+    -n) need_value "$@"; ranks=$2; shift ;;
+    --ppn) need_value "$@"; per_node=$2; shift ;;
+    --hostfile) need_value "$@"; hosts=$2; shift ;;
+    --mpirun) need_value "$@"; mpirun=$2; shift ;;
     --dry-run) dry_run=true ;;
     --help | -h) show_help ;;
     *) train+=("$1") ;;
   esac
   shift
 done
-[[ -z $hosts || -f $hosts ]] || fail "--hostfile: $hosts: no such file"
+[[ -z $hosts ]] || need_hostfile "$hosts" '^[[:space:]]*[][A-Za-z0-9_.:%+@-]+([[:space:]]|$)' "a host, such as node1"
 [[ -z $ranks ]] || need_count -n "$ranks" ranks
+# A batch system's hosts mpirun knows by itself.
+if [[ -n $ranks && -z "$hosts${SLURM_JOB_ID:-}${PBS_NODEFILE:-}${PE_HOSTFILE:-}${LSB_JOBID:-}${HYDRA_HOST_FILE:-}" ]]; then
+  need_ranks_here -n "$ranks"
+fi
 [[ -z $per_node ]] || need_count --ppn "$per_node" "ranks on each node"
 
 python=$(find_python)

@@ -36,11 +36,11 @@ while [[ $# -gt 0 ]]; do
     set -- "${BASH_REMATCH[1]}" "${BASH_REMATCH[3]}" "${@:2}"
   fi
   case $1 in
-    --nproc-per-node) need_value "$1" $#; nproc=$2; shift ;;
-    --nnodes) need_value "$1" $#; nnodes=$2; shift ;;
-    --rdzv-endpoint) need_value "$1" $#; endpoint=$2; shift ;;
-    --rdzv-id) need_value "$1" $#; id=$2; shift ;;
-    --max-restarts) need_value "$1" $#; restarts=$2; shift ;;
+    --nproc-per-node) need_value "$@"; nproc=$2; shift ;;
+    --nnodes) need_value "$@"; nnodes=$2; shift ;;
+    --rdzv-endpoint) need_value "$@"; endpoint=$2; shift ;;
+    --rdzv-id) need_value "$@"; id=$2; shift ;;
+    --max-restarts) need_value "$@"; restarts=$2; shift ;;
     --dry-run) dry_run=true ;;
     --help | -h) show_help ;;
     --resume | --resume=* | checkpoint.resume=* | checkpoint=*resume:*) resume=true; train+=("$1") ;;
@@ -48,13 +48,17 @@ while [[ $# -gt 0 ]]; do
   esac
   shift
 done
-[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ && ${nnodes%:*} -le ${nnodes#*:} ]] \
+[[ $nnodes =~ ^[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?$ && ${nnodes%:*} -le ${nnodes#*:} ]] \
   || fail "--nnodes: found '$nnodes', expected N or MIN:MAX, such as 2 or 1:3"
-[[ -z $nproc ]] || need_count --nproc-per-node "$nproc" ranks
+if [[ -n $nproc ]]; then
+  need_count --nproc-per-node "$nproc" ranks
+  need_ranks_here --nproc-per-node "$nproc"
+fi
 address='^(\[[0-9A-Fa-f:.]+]|[^]:[]+):[0-9]{1,5}$' # in brackets: of IPv6
-[[ -z $endpoint || $endpoint =~ $address ]] \
-  || fail "--rdzv-endpoint: found '$endpoint', expected HOST:PORT, such as node1:29400"
-[[ $restarts =~ ^[0-9]+$ ]] || fail "--max-restarts: found '$restarts', expected a number, such as 3"
+meeting='HOST:PORT, such as node1:29400'
+[[ -z $endpoint || $endpoint =~ $address ]] || fail "--rdzv-endpoint: found '$endpoint', expected $meeting"
+[[ -z $endpoint ]] || need_port --rdzv-endpoint "${endpoint##*:}" "$endpoint" "$meeting"
+[[ $restarts =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "--max-restarts: found '$restarts', expected a number, such as 3"
 [[ $restarts == 0 || $resume == true ]] || train+=(--resume auto)
 
 if [[ -n $endpoint ]]; then

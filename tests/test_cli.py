@@ -192,6 +192,9 @@ def test_check_calls_no_code_of_the_users_unless_told_to(run_file: str, own_code
 
     assert invoke("train", run_file, "model=traced:model", "--check", "--build") == (0, f"{run_file}: fine\n")
     assert own_code.exists()
+    own_code.unlink()
+    assert invoke("submit", run_file, "model=traced:model", "--dry-run", "--build")[0] == 0
+    assert own_code.exists()
     assert invoke("train", run_file, "--build") == (
         2,
         "error: --build belongs to --check: a run builds its model anyway\n",

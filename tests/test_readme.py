@@ -147,6 +147,16 @@ def test_named_make_targets_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in named)
 
 
+def test_make_train_stops_as_the_launch_script_does() -> None:
+    """Started by torchrun itself, Ctrl-C would show its traceback."""
+    words = ["make", "-n", "-o", "setup", "train", "NPROC=3", "CONFIG=mine.yaml", "ARGS=--name mine"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert ended.stdout.splitlines()[-1] == (
+        "PYTHON=.venv/bin/python launch/torchrun.sh mine.yaml --nproc-per-node 3 --name mine"
+    )
+
+
 TRAININGS = re.findall(r"^make train ([^#\n]*)", "\n".join(blocks("sh")), flags=re.MULTILINE)
 
 

@@ -50,12 +50,15 @@ def submit(
         list[str] | None, typer.Option(help="Another option of sbatch, such as --qos=high; may be given again.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; its files go to runs/NAME.")] = None,
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the model first, also if that calls code of your own.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
 ) -> None:
     """Check a run and submit it to SLURM; it saves and requeues itself before its time is up."""
     with exit_codes():
         resolved = load(config, overrides, {"run.name": name})
-        check_targets(resolved)
+        check_targets(resolved, build=build)
         job = Job(
             nodes=nodes,
             time=time_limit,

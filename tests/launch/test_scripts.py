@@ -196,6 +196,29 @@ def test_help_is_the_head_of_the_script(script: str) -> None:
             [CONFIG, "--num-ranks", "x"],
             "--num-ranks: found 'x', expected a number of ranks on each node",
         ),
+        ("torchrun.sh", [CONFIG, "--nproc-per-node=-1"], "--nproc-per-node: found '-1', expected a number of ranks"),
+        ("torchrun.sh", [CONFIG, "--nproc-per-node=0x4"], "--nproc-per-node: found '0x4', expected a number of ranks"),
+        ("torchrun.sh", [CONFIG, "--nproc-per-node="], "--nproc-per-node needs a value"),
+        ("torchrun.sh", [CONFIG, "--rdzv-id", "--dry-run"], "--rdzv-id needs a value, found the option '--dry-run'"),
+        ("torchrun.sh", [CONFIG, "--nnodes", f"1:{2**64 + 1}"], f"--nnodes: found '1:{2**64 + 1}', expected N or MIN"),
+        ("torchrun.sh", [CONFIG, "--rdzv-endpoint", "a:65536"], "--rdzv-endpoint: found 'a:65536', expected HOST:PORT"),
+        ("torchrun.sh", [CONFIG, "--rdzv-endpoint=a:0"], "--rdzv-endpoint: found 'a:0', expected HOST:PORT"),
+        ("torchrun.sh", [CONFIG, "--max-restarts=-1"], "--max-restarts: found '-1', expected a number"),
+        ("mpirun.sh", [CONFIG, "-n"], "-n needs a value"),
+        ("mpirun.sh", [CONFIG, "--mpirun="], "--mpirun needs a value"),
+        ("deepspeed.sh", [CONFIG, "--num-ranks=1000000"], "--num-ranks: found '1000000', expected a number of ranks"),
+        ("deepspeed.sh", [CONFIG, "--master-port", "99999"], "--master-port: found '99999', expected a port from 1"),
+        (
+            "deepspeed.sh",
+            [CONFIG, "--master-port=http"],
+            "--master-port: found 'http', expected a port from 1 to 65535",
+        ),
+        ("deepspeed.sh", [CONFIG, "--no-ssh"], "--no-ssh needs --node-rank"),
+        ("deepspeed.sh", [CONFIG, "--node-rank", "0"], "--node-rank goes with --no-ssh"),
+        ("deepspeed.sh", [CONFIG, "--no-ssh", "--node-rank=1"], "--node-rank: found '1', expected a place"),
+        ("deepspeed.sh", [CONFIG, "--include=a", "--exclude=b"], "--exclude and --include: give one of the two"),
+        ("deepspeed.sh", [CONFIG, "--include=a", "--num-ranks=2"], "--num-ranks and --include: give one of the two"),
+        ("deepspeed.sh", [CONFIG, "--include=a"], "--include chooses among the hosts of a --hostfile"),
         ("mpirun.sh", [CONFIG, "--hostfile", "nowhere"], "--hostfile: nowhere: no such file"),
         ("deepspeed.sh", [CONFIG, "--hostfile", "nowhere"], "--hostfile: nowhere: no such file"),
     ],
@@ -205,6 +228,69 @@ def test_mistakes_are_told(script: str, arguments: list[str], message: str) -> N
 
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith(f"{script}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("script", "option"), [("torchrun.sh", "--nproc-per-node"), ("mpirun.sh", "-n"), ("deepspeed.sh", "--num-ranks")]
+)
+def test_no_more_ranks_than_this_node_can_hold(script: str, option: str) -> None:
+    cores = len(os.sched_getaffinity(0))
+
+    ended = run(script, CONFIG, option, "100000", SLURM_JOB_ID="")
+
+    said = f"expected at most {16 * cores} ranks on this node, which has {cores} cores"
+    assert (ended.returncode, ended.stderr) == (2, f"{script}: {option}: found '100000', {said}\n")
+    # What a batch system's nodes can hold is for it to say.
+    assert run("mpirun.sh", CONFIG, "-n", "100000", "--mpirun=echo", "--dry-run", SLURM_JOB_ID="7").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "hosts", "options", "message"),
+    [
+        ("deepspeed.sh", "# none\n\n", [], "no line names a host, expected HOST slots=RANKS, such as node1 slots=8"),
+        ("deepspeed.sh", "a slots=2\nb\n", [], "2: found b, expected HOST slots=RANKS"),
+        ("deepspeed.sh", "a slots=two", [], "1: found a\\ slots=two, expected HOST slots=RANKS"),
+        ("deepspeed.sh", "a slots=2\na slots=3\n", [], "names a twice"),
+        ("deepspeed.sh", "a slots=0\n", [], "1: found a\\ slots=0, expected HOST slots=RANKS"),
+        ("deepspeed.sh", "a slots=2\n", ["--include=b"], "--include: found 'b', expected hosts of HOSTS, such as a"),
+        ("deepspeed.sh", "a slots=2\n", ["--include=a:0,2"], "--include: found 'a:0,2', expected places of a from 0"),
+        ("deepspeed.sh", "a slots=2\n", ["--include=a:0-1"], "--include: found 'a:0-1', expected places of a from 0"),
+        ("deepspeed.sh", "a slots=2\n", ["--exclude=a:"], "--exclude: found 'a:', expected places of a from 0 to 1"),
+        ("deepspeed.sh", "a slots=2\n", ["--no-ssh", "--node-rank=1"], "--node-rank: found '1', expected a place"),
+        ("mpirun.sh", "", [], "no line names a host, expected a host, such as node1"),
+        ("mpirun.sh", "node1\n$(reboot)\n", [], "2: found \\$\\(reboot\\), expected a host, such as node1"),
+        ("mpirun.sh", "\0\x7f", [], "1: found $'\\177', expected a host, such as node1"),
+    ],
+)
+def test_bad_hostfiles_are_told(tmp_path: Path, script: str, hosts: str, options: list[str], message: str) -> None:
+    place = tmp_path / "hosts"
+    place.write_text(hosts)
+
+    ended = run(script, CONFIG, "--hostfile", str(place), *options)
+
+    where = "" if message.startswith("--") else f"--hostfile: {place}:{'' if message[0].isdigit() else ' '}"
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"{script}: {where}{message.replace('HOSTS', str(place))}")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "deepspeed.sh"])
+def test_hostfiles_are_files(tmp_path: Path, script: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    for place in (tmp_path, tmp_path / "pipe"):
+        ended = run(script, CONFIG, "--hostfile", str(place), "--dry-run")
+
+        assert (ended.returncode, ended.stderr) == (2, f"{script}: --hostfile: {place}: not a file that can be read\n")
+
+
+def test_chosen_hosts_reach_the_launcher(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=2\n  b  slots=4 # the other\n")
+
+    ended = run("deepspeed.sh", CONFIG, f"--hostfile={tmp_path}/hosts", "--include=a@b:0,3", "--dry-run")
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"--include a@b:0\\,3 --hostfile {tmp_path}/hosts --no_local_rank" in ended.stdout
 
 
 def test_no_mpirun_says_where_to_get_one(tmp_path: Path) -> None:
