@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 _PROC = Path("/proc")
 
@@ -30,24 +31,26 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it is still there; one that has ended and isn't waited for yet is not."""
+        """Whether it is still there; one that has ended and isn't waited for yet is not.
+
+        Its first thread may have ended before the others: as long as one goes on, files may be written.
+        """
         found = _stat(self.pid)
         if found is not None:
-            state, _, started = found
-            return state not in "ZX" and self.started in ("", started)
+            return (found.state not in "ZX" or found.threads > 1) and self.started in ("", found.started)
         return not _PROC.joinpath("self/stat").exists() and _answers(self.pid)
 
 
 def process(pid: int) -> Process:
     """Return the process that has a number now."""
     found = _stat(pid)
-    return Process(pid, "" if found is None else found[2])
+    return Process(pid, "" if found is None else found.started)
 
 
 def parent_of(pid: int) -> int:
     """Return the number of a process's parent; 0 if there is none, or the system doesn't tell."""
     found = _stat(pid)
-    return 0 if found is None else found[1]
+    return 0 if found is None else found.parent
 
 
 def variables_of(pid: int) -> frozenset[str] | None:
@@ -69,15 +72,22 @@ def place() -> tuple[str, str]:
     return socket.gethostname(), " ".join(marks)
 
 
-def _stat(pid: int) -> tuple[str, int, str] | None:
-    """Return state, parent and start of a process; None if it is gone, or there is no /proc."""
+class _Stat(NamedTuple):
+    state: str
+    parent: int
+    threads: int
+    started: str
+
+
+def _stat(pid: int) -> _Stat | None:
+    """Return what /proc tells of a process; None if it is gone, or there is no /proc."""
     try:
         text = (_PROC / str(pid) / "stat").read_text()
     except (OSError, UnicodeDecodeError):
         return None
     # The name, in brackets, may hold spaces and brackets itself.
     state, parent, *rest = text.rpartition(")")[2].split()
-    return state, int(parent), rest[17]
+    return _Stat(state, int(parent), int(rest[15]), rest[17])
 
 
 def _answers(pid: int) -> bool:

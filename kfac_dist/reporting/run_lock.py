@@ -15,8 +15,10 @@ that its launcher has started again takes over from itself, wherever it ran.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import threading
 import time
 import uuid
@@ -37,6 +39,9 @@ STALE_SECONDS = 120.0
 PATIENCE_SECONDS = 4.0
 _TAKEOVER_SECONDS = 30.0
 _PAUSE_SECONDS = 0.1
+# Files of one start's own, beside the lock, and how old they are if that start is gone.
+_OWN_FILES = re.compile(r"\.lock\.[0-9a-f]{12}|(\.lock)?\.[0-9a-f]{12}\.now|\.lock\.takeover")
+_LEFT_SECONDS = 600.0
 
 
 class RunInUseError(ConfigError):
@@ -138,6 +143,7 @@ class RunLock:
     def __enter__(self) -> Self:
         self._directory.parent.mkdir(parents=True, exist_ok=True)
         self._acquire()
+        self._clear_away()
         threading.Thread(target=self._show_life, name="run lock", daemon=True).start()
         return self
 
@@ -172,6 +178,15 @@ class RunLock:
                 if waited > patience:
                     raise RunInUseError(self._refusal(holder, age))
                 time.sleep(_PAUSE_SECONDS)
+
+    def _clear_away(self) -> None:
+        """Remove what starts that were killed while they waited have left; those that wait touch theirs."""
+        now = _server_time(self._directory)
+        for path in self._path.parent.glob(f"{glob.escape(self._directory.name)}.*"):
+            if _OWN_FILES.fullmatch(path.name.removeprefix(self._directory.name)):
+                with suppress(OSError):  # another start may do the same
+                    if now - path.stat().st_mtime > _LEFT_SECONDS:
+                        path.unlink()
 
     def _why_dead(self, holder: Holder, age: float) -> str:
         """Return why a holder no longer counts; "" if it does."""

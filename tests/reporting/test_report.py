@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -60,6 +61,41 @@ def test_an_infinite_condition_is_a_gap(run_directory: Path) -> None:
     values = [value for trace in figure["data"] for value in trace["y"]]  # the worst, so it is drawn
     assert values.count(None) == 1
     assert all(value >= 1 for value in values if value is not None)
+
+
+def test_a_page_appears_complete_or_not_at_all(
+    run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("the last one")
+    (tmp_path / "link.html").symlink_to(page)
+
+    def torn(path: Path, text: str, encoding: str = "") -> None:
+        with path.open("w") as stream:
+            stream.write(text[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", torn)
+        with pytest.raises(KFACError, match="No space left on device"):
+            write_report(read_run(run_directory), page)
+    assert page.read_text() == "the last one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "page.html"]
+
+    write_report(read_run(run_directory), tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink()
+    assert page.read_text().endswith("</html>\n")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "state.json", "checkpoints/step-00000008/kfac.pt"])
+def test_no_page_goes_over_a_file_of_a_run(run_directory: Path, name: str) -> None:
+    before = (run_directory / name).read_bytes() if (run_directory / name).exists() else b""
+    for out in (run_directory / name, run_directory.parent / "other" / ".." / run_directory.name / name):
+        ended = CliRunner().invoke(app, ["report", str(run_directory), "--out", str(out)])
+
+        said = f"--out: {out} may be a file of the run {run_directory}: give a name that ends in .html"
+        assert (ended.exit_code, said in ended.output + (ended.stderr or "")) == (2, True), ended.output
+    assert not before or (run_directory / name).read_bytes() == before
 
 
 def test_what_is_no_run_is_told(run_directory: Path, tmp_path: Path) -> None:

@@ -92,6 +92,22 @@ def test_of_many_that_start_at_once_one_begins(tmp_path: Path) -> None:
         assert _files(tmp_path) == []
 
 
+def test_no_two_have_it_however_many_are_killed(tmp_path: Path) -> None:
+    fight = [sys.executable, str(Path(__file__).with_name("lock_fight.py")), str(tmp_path / "a")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run(fight, env=environment, capture_output=True, text=True, check=True, timeout=100)
+
+    taken, at_once, killed, _ = map(int, ended.stdout.split())
+    assert taken > 200
+    assert killed >= 40
+    assert at_once == 0
+    # What the killed have left goes with the next start that finds it old.
+    for path in tmp_path.iterdir():
+        os.utime(path, (time.time() - 1000,) * 2)
+    with RunLock(tmp_path / "a"):
+        assert _files(tmp_path) == ["a.lock", "held"]
+
+
 def test_a_holder_on_this_host_lives_as_long_as_its_process(tmp_path: Path) -> None:
     run, said = tmp_path / "a", list[str]()
     with _other_process() as process:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,6 +13,8 @@ from typing import Any
 from kfac_dist.errors import KFACError
 from kfac_dist.reporting.progress import duration
 from kfac_dist.reporting.report.runs import RunData
+
+_PAGES = (".html", ".htm")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ def write_report(runs: Sequence[RunData], path: Path) -> None:
         path: Where to write.
 
     Raises:
-        KFACError: plotly is missing, or the file can't be written.
+        KFACError: plotly is missing, or the file can't be written, or may be one of a run's own.
     """
+    _refuse_files_of_runs(runs, path)
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -56,9 +60,30 @@ def write_report(runs: Sequence[RunData], path: Path) -> None:
 <script>{_part("page.js")}</script></body></html>
 """
     try:
-        path.write_text(page, encoding="utf-8")
+        _write(page, path)
     except OSError as error:
         raise KFACError(f"can't write {path}: {error.strerror}") from error
+
+
+def _write(page: str, path: Path) -> None:
+    """Write a file that appears complete, or not at all; of a pipe or a device, write to it."""
+    if path.exists() and not path.is_file():
+        path.write_text(page, encoding="utf-8")
+        return
+    target = path.resolve()  # of a link, where it points
+    partial = target.with_name(f".{os.getpid()}.part.html")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _refuse_files_of_runs(runs: Sequence[RunData], path: Path) -> None:
+    """Write no page over what a run has written, and perhaps still writes or needs to go on."""
+    inside = next((run.directory for run in runs if run.directory.resolve() in path.resolve().parents), None)
+    if inside is not None and path.suffix not in _PAGES:
+        raise KFACError(f"--out: {path} may be a file of the run {inside}: give a name that ends in .html")
 
 
 def _sections(runs: Sequence[RunData]) -> Iterator[Section]:
