@@ -19,9 +19,9 @@ import torch
 from benchmarks.reporting import RESULTS, spread, write
 from benchmarks.workloads import reconstruction
 from kfac_dist import KFAC
-from kfac_dist.config.load import load_config
 from kfac_dist.config.schedules import value_at
 from kfac_dist.config.schema import Config, LossName
+from kfac_dist.config.yaml.load import load_config
 from kfac_dist.optimizers import build_optimizer, set_learning_rate
 from kfac_dist.reporting.curves import STYLES
 from kfac_dist.tasks import build_data, build_model

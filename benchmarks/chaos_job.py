@@ -17,9 +17,9 @@ import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from kfac_dist.distributed.communicator import SoloCommunicator
-from kfac_dist.training.checkpoint import Checkpoint, Checkpoints
-from kfac_dist.training.metrics import read_metrics
+from kfac_dist.distributed.communicators.base import SoloCommunicator
+from kfac_dist.training.checkpoints.checkpoint import Checkpoint, Checkpoints
+from kfac_dist.training.records.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY, TIMEOUT_SECONDS = 64, 6, 5.0

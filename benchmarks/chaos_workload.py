@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-import kfac_dist.preconditioner.solving as solving
-import kfac_dist.training.checkpoint as checkpoint
+import kfac_dist.preconditioner.invert.unit_solver as solving
+import kfac_dist.training.checkpoints.checkpoint as checkpoint
 from kfac_dist.tasks import DataSplits
 
 PAUSE_SECONDS = 1.0

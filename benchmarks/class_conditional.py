@@ -30,7 +30,7 @@ from benchmarks import reporting
 from kfac_dist import KFAC
 from kfac_dist.curvature.class_product import nearest, summarize
 from kfac_dist.tasks.data import digits
-from kfac_dist.tasks.mlp import mlp
+from kfac_dist.tasks.models.mlp import mlp
 
 CLASSES = 10
 WIDTHS = [64, 16, CLASSES]

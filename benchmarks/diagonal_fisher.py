@@ -21,7 +21,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from benchmarks.reporting import write
-from kfac_dist.config.load import load_config, resolve
+from kfac_dist.config.yaml.load import load_config, resolve
 from kfac_dist.doctor import Wish, examine
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from benchmarks.reporting import spread, write
 from benchmarks.workloads import reconstruction
 from kfac_dist import KFAC
-from kfac_dist.config.load import load_config, resolve
 from kfac_dist.config.schema import KFACConfig, Target
+from kfac_dist.config.yaml.load import load_config, resolve
 from kfac_dist.tasks import build_data
-from kfac_dist.tasks.autoencoder import autoencoder
+from kfac_dist.tasks.models.autoencoder import autoencoder
 
 ROOT = Path(__file__).parents[1]
 DIMS = [64, 100, 50, 25, 8]

@@ -23,12 +23,12 @@ import torch
 
 from benchmarks.reporting import RESULTS, spread, write
 from benchmarks.trials import Grid, Ledger, draws
-from kfac_dist.config.load import load_config, resolve
 from kfac_dist.config.schema import Target
+from kfac_dist.config.yaml.load import load_config, resolve
 from kfac_dist.tasks import build_data
 from kfac_dist.tasks.judge import frechet, score, train_judge
 from kfac_dist.training import train
-from kfac_dist.training.metrics import read_metrics
+from kfac_dist.training.records.metrics import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits_gan.yaml"
 TUNING_SEED, TUNING_STEPS, TRIALS = 100, 300, 8

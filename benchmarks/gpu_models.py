@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models import ResNet50
-from kfac_dist.tasks.bert import bert
-from kfac_dist.tasks.byte_gpt import byte_gpt
+from kfac_dist.tasks.models.bert import bert
+from kfac_dist.tasks.models.byte_gpt import byte_gpt
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.clock import synchronize
 from kfac_dist.config.schema import Solver
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
-from kfac_dist.curvature.solvers import Task, solve
+from kfac_dist.curvature.inverses.solvers import Task, solve
 
 DAMPING = 1e-3
 """Of the factor's mean eigenvalue."""

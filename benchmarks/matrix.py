@@ -48,10 +48,10 @@ STEPS = (20, 30)
 TORCH_TESTS = (
     "tests/test_readme.py::test_the_hand_written_loop_runs",
     "tests/test_readme.py::test_the_ddp_loop_runs_on_two_ranks",
-    "tests/curvature/test_capture_checkpointing.py",
+    "tests/curvature/capture/test_checkpointing.py",
     "tests/curvature/test_compile.py::test_compiled_models_train_as_plain_ones",
-    "tests/training/test_checkpoint.py",
-    "tests/training/test_checkpoint_table.py",
+    "tests/training/checkpoints/test_checkpoint.py",
+    "tests/training/checkpoints/test_table.py",
     "tests/training/test_resume.py::test_a_resumed_run_is_the_same_run",
     "tests/training/test_resume.py::test_another_number_of_ranks_continues_the_run",
     "tests/engines/test_fsdp2.py::test_slices_are_views_of_what_the_optimizer_sees",
@@ -59,8 +59,8 @@ TORCH_TESTS = (
     "tests/engines/test_fsdp2_state.py::test_a_resumed_run_has_the_same_bits",
 )
 COMPANION_TESTS = (
-    "tests/engines/test_zero.py::test_ranks_give_what_one_process_gives_wherever_gradients_are_cut",
-    "tests/engines/test_zero.py::test_an_overflow_leaves_statistics_inverses_and_parameters_alone",
+    "tests/engines/zero/test_engine.py::test_ranks_give_what_one_process_gives_wherever_gradients_are_cut",
+    "tests/engines/zero/test_engine.py::test_an_overflow_leaves_statistics_inverses_and_parameters_alone",
     "tests/integrations/test_transformers.py",
     "tests/integrations/test_huggingface.py",
 )

@@ -33,18 +33,18 @@ from benchmarks.reporting import RESULTS, write
 from benchmarks.timing import seconds_of
 from benchmarks.workloads import WORKLOADS, Workload, next_token
 from kfac_dist import KFAC
-from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import EngineConfig
+from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import Block, find_blocks
-from kfac_dist.distributed.bootstrap import bootstrap
-from kfac_dist.distributed.communicator import build_communicator
-from kfac_dist.planning.calibration import calibrate, quartile
-from kfac_dist.planning.hardware import Hardware
+from kfac_dist.distributed.communicators.build import build_communicator
+from kfac_dist.distributed.startup.bootstrap import bootstrap
 from kfac_dist.planning.job import Job, Model, StepKind
+from kfac_dist.planning.machines.calibration import calibrate, quartile
+from kfac_dist.planning.machines.hardware import Hardware
 from kfac_dist.planning.prediction import Prediction, predict
 from kfac_dist.planning.strategies import Strategy
 from kfac_dist.preconditioner.phases import Phase
-from kfac_dist.tasks.byte_gpt import byte_gpt
+from kfac_dist.tasks.models.byte_gpt import byte_gpt
 
 FACTOR_EVERY, INVERSE_EVERY = 10, 100
 # Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.

@@ -36,14 +36,14 @@ from torch import Tensor, nn
 from benchmarks.models import ResNet50
 from benchmarks.reporting import RESULTS, write
 from kfac_dist import KFAC
-from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import EngineConfig
+from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import find_blocks
-from kfac_dist.distributed.traffic import Traffic
+from kfac_dist.distributed.communicators.traffic import Traffic
 from kfac_dist.planning.job import Job, Model, StepKind
 from kfac_dist.planning.traffic import rehearse
-from kfac_dist.tasks.bert import bert
-from kfac_dist.tasks.byte_gpt import byte_gpt
+from kfac_dist.tasks.models.bert import bert
+from kfac_dist.tasks.models.byte_gpt import byte_gpt
 from tests.engines.live_bytes import bookkeeping, live_bytes
 from tests.fake_ranks import fake_ranks
 from tests.planning.solved_units import solved_units

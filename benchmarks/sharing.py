@@ -22,11 +22,12 @@ from benchmarks.launch import join, run_ranks
 from benchmarks.models import ResNet50
 from benchmarks.reporting import RESULTS, spread, write
 from benchmarks.timing import seconds_of
-from kfac_dist.config.options import parse_kfac
+from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import find_blocks
-from kfac_dist.distributed import segments
-from kfac_dist.distributed.communicator import Communicator, build_communicator
-from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments, sharing_traffic
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.communicators.build import build_communicator
+from kfac_dist.distributed.movement import owner_buffer as segments
+from kfac_dist.distributed.movement.owner_buffer import Segment, SegmentLayout, share_segments, sharing_traffic
 from kfac_dist.preconditioner.plan import build_plan
 
 WAYS = {"broadcasts": 10**9, "scatter and all-gather": 0}

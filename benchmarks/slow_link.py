@@ -38,8 +38,8 @@ from benchmarks.reporting import RESULTS, spread, write
 from benchmarks.timing import seconds_of
 from benchmarks.workloads import WORKLOADS
 from kfac_dist import KFAC
-from kfac_dist.distributed.segments import share_segments
-from kfac_dist.preconditioner import refresh
+from kfac_dist.distributed.movement.owner_buffer import share_segments
+from kfac_dist.preconditioner.invert import refresh
 from tests.hosts import Hosts, missing
 
 WORKLOAD = "autoencoder-b256"

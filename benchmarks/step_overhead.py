@@ -41,7 +41,7 @@ from benchmarks.workloads import WORKLOADS, Workload
 from kfac_dist import KFAC
 from kfac_dist.config.schema import Solver
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
-from kfac_dist.curvature.solvers import Task, solve
+from kfac_dist.curvature.inverses.solvers import Task, solve
 
 INTERVALS = {"1/10": (1, 10), "10/100": (10, 100)}
 # Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.

@@ -34,7 +34,7 @@ from benchmarks.workloads import reconstruction
 from kfac_dist import KFAC
 from kfac_dist.config.schema import Target
 from kfac_dist.tasks import build_data
-from kfac_dist.tasks.autoencoder import autoencoder
+from kfac_dist.tasks.models.autoencoder import autoencoder
 
 TUNING_SEED = 1000
 METHODS = ("sgd", "adamw", "kfac")

@@ -32,10 +32,10 @@ from benchmarks.reporting import RESULTS, spread, write
 from benchmarks.trials import Grid, Ledger, draws
 from kfac_dist import KFAC
 from kfac_dist.tasks.data import DataSplits
+from kfac_dist.tasks.models.translator import translator
 from kfac_dist.tasks.scores import IGNORED
 from kfac_dist.tasks.translation import translations
 from kfac_dist.tasks.translation_score import TranslationScore
-from kfac_dist.tasks.translator import translator
 
 TUNING_SEED = 1000
 METHODS = ("adamw", "kfac")

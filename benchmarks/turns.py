@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.reporting import RESULTS, spread, write
 from benchmarks.trials import Ledger
-from kfac_dist.config.load import load_config
+from kfac_dist.config.yaml.load import load_config
 from kfac_dist.training.run import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -37,7 +37,7 @@ from benchmarks.reporting import RESULTS, spread, write
 from benchmarks.timing import seconds_of
 from benchmarks.workloads import WORKLOADS
 from kfac_dist import KFAC
-from kfac_dist.distributed.cost import all_reduce_bytes
+from kfac_dist.distributed.communicators.traffic import all_reduce_bytes
 
 WORKLOAD = "autoencoder-b256"
 BARE = "SGD"

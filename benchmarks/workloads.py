@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_dist.tasks.autoencoder import autoencoder
-from kfac_dist.tasks.byte_gpt import byte_gpt
-from kfac_dist.tasks.resnet import resnet20
+from kfac_dist.tasks.models.autoencoder import autoencoder
+from kfac_dist.tasks.models.byte_gpt import byte_gpt
+from kfac_dist.tasks.models.resnet import resnet20
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.zoo_models import SEQUENCES, build, data, families
 from kfac_dist import KFAC
-from kfac_dist.config.load import resolve
 from kfac_dist.config.schema import Config
+from kfac_dist.config.yaml.load import resolve
 from kfac_dist.curvature.blocks import Coverage
 from kfac_dist.doctor import Severity, examine
 

@@ -1,6 +1,8 @@
 """Imports point one way: `training → preconditioner → {curvature, distributed, engines}`, as CONTRIBUTING.md draws it.
 
 The sources are read, not imported, so that imports inside functions and behind TYPE_CHECKING count too.
+
+    python -m tests.test_architecture       # draws the imports in CONTRIBUTING.md anew
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,7 @@ MAY_IMPORT = {
         "tasks",
     },
     "doctor": {
+        "compat",
         "config",
         "curvature",
         "distributed",
@@ -96,16 +100,19 @@ MAY_IMPORT = {
     "__init__": {"config", "errors", "preconditioner"},
 }
 
+# A folder with more files hides what is in it.
+FILES_IN_A_FOLDER = 13
+
 # Prefix of a path → prefixes of modules that nothing there imports, and why.
 NEVER = [
     ("kfac_dist/curvature/", "torch.distributed", "curvature knows no ranks"),
-    ("kfac_dist/distributed/place.py", "torch", "a command line finds its place in milliseconds"),
+    ("kfac_dist/distributed/startup/rank_info.py", "torch", "a command line finds its place in milliseconds"),
     ("kfac_dist/config/", "torch", "a configuration is checked in milliseconds"),
     ("kfac_dist/errors.py", "torch", "errors are plain"),
     ("kfac_dist/compat/", "kfac_dist.curvature", "what other packages keep to themselves is no part of K-FAC"),
     ("kfac_dist/preconditioner/", "kfac_dist.engines.ddp", "K-FAC sees engines through their base class"),
     ("kfac_dist/preconditioner/", "kfac_dist.engines.fsdp2", "K-FAC sees engines through their base class"),
-    ("kfac_dist/preconditioner/", "kfac_dist.engines.zero", "K-FAC sees engines through their base class"),
+    ("kfac_dist/preconditioner/", "kfac_dist.engines.zero.engine", "K-FAC sees engines through their base class"),
     ("kfac_dist/", "tests", "the package stands without its tests"),
     ("kfac_dist/", "benchmarks", "the package stands without its benchmarks"),
 ]
@@ -136,7 +143,7 @@ PLAIN_CONFIG = (
     "kfac_dist.config.spelling",
     "kfac_dist.config.schema",
     "kfac_dist.config.schedules",
-    "kfac_dist.config.options",
+    "kfac_dist.config.yaml.options",
 )
 
 
@@ -199,6 +206,73 @@ def part_of(path: str) -> str:
 EDGES = [(path, name) for path, file in MODULES.items() for name in imports_of(file.read_text(), path)]
 
 
+def imported_files(edges: Iterable[tuple[str, str]], modules: Iterable[str]) -> dict[str, set[str]]:
+    """Path → paths of the files that it imports, given imported names; a name in a file counts as that file."""
+    files = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in modules}
+    found: dict[str, set[str]] = {path: set() for path in files.values()}
+    for path, name in edges:
+        while name and name not in files:
+            name = name.rpartition(".")[0]
+        if name and files[name] != path:
+            found[path].add(files[name])
+    return found
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes each of which leads to all others of its group, sorted."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [start]
+        while ahead:
+            for node in graph[ahead.pop()] - seen:
+                seen.add(node)
+                ahead.append(node)
+        return seen
+
+    below = {node: reached(node) for node in graph}
+    groups = {frozenset(other for other in below[node] if node in below[other]) for node in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def drawing(graph: Mapping[str, set[str]]) -> str:
+    """Parts in floors, each on the floors that it imports; an import that another one implies is left out."""
+    floors: dict[str, int] = {}
+    while len(floors) < len(graph):
+        floors |= {
+            part: 1 + max((floors[other] for other in below), default=-1)
+            for part, below in graph.items()
+            if part not in floors and below <= set(floors)
+        }
+
+    def all_below(part: str) -> set[str]:
+        return graph[part].union(*(all_below(other) for other in graph[part]))
+
+    lines = []
+    for part in sorted(graph, key=lambda part: (-floors[part], part)):
+        implied: set[str] = set().union(*(all_below(other) for other in graph[part]))
+        direct = sorted(graph[part] - implied, key=lambda other: (-floors[other], other))
+        lines.append(f"{floors[part]:2}  {part:<15} {'→ ' + ', '.join(direct) if direct else ''}".rstrip())
+    return "\n".join(["```text", *lines, "```"])
+
+
+def parts_drawn() -> str:
+    """The drawing of this package's parts."""
+    parts: dict[str, set[str]] = {part: set() for part in MAY_IMPORT if not part.startswith("__")}
+    for path, names in imported_files(EDGES, MODULES).items():
+        here = part_of(path)
+        if here in parts:
+            parts[here] |= {part_of(name) for name in names} & set(parts) - {here}
+    return drawing(parts)
+
+
+def with_drawing(text: str) -> str:
+    """CONTRIBUTING.md with the drawing of today."""
+    begin, end = "<!-- imports: python -m tests.test_architecture -->\n", "\n<!-- end of imports -->"
+    head, _, rest = text.partition(begin)
+    return head + begin + parts_drawn() + end + rest.partition(end)[2]
+
+
 @pytest.mark.parametrize(
     ("source", "found"),
     [
@@ -219,6 +293,28 @@ def test_allowed_imports_form_no_cycle() -> None:
         leaves = {part for part, allowed in below.items() if not allowed}
         assert leaves, f"a cycle among {sorted(below)}"
         below = {part: allowed - leaves for part, allowed in below.items() if part not in leaves}
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d2"}, "d2": {"d"}, "e": set()}
+    assert circles(graph) == [["b", "c"], ["d", "d2"]]
+    paths = ["kfac_dist/x/__init__.py", "kfac_dist/x/y.py", "kfac_dist/z.py"]
+    edges = [(paths[1], "kfac_dist.x.y2"), (paths[2], "kfac_dist.x.y.name"), (paths[2], "torch.nn")]
+    assert imported_files(edges, paths) == {paths[0]: set(), paths[1]: {paths[0]}, paths[2]: {paths[1]}}
+
+
+def test_no_file_imports_itself_by_a_detour() -> None:
+    assert circles(imported_files(EDGES, MODULES)) == []
+
+
+def test_no_folder_is_a_heap() -> None:
+    folders = Counter(file.parent.relative_to(ROOT).as_posix() for file in MODULES.values())
+    assert {folder: files for folder, files in folders.items() if files > FILES_IN_A_FOLDER} == {}
+
+
+def test_contributing_draws_the_imports_of_today() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert text == with_drawing(text), "python -m tests.test_architecture draws them anew"
 
 
 def test_parts_import_only_what_they_may() -> None:
@@ -335,3 +431,8 @@ def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert ended.stderr.endswith("clean"), ended.stderr
+
+
+if __name__ == "__main__":
+    contributing = ROOT / "CONTRIBUTING.md"
+    contributing.write_text(with_drawing(contributing.read_text()))

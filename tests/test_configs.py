@@ -14,7 +14,7 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from kfac_dist.cli import app
-from kfac_dist.config.load import load_config, resolve
+from kfac_dist.config.yaml.load import load_config, resolve
 from kfac_dist.tasks import DATA, MODELS
 from kfac_dist.training import train
 from tests.harness import run_ranks

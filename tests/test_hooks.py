@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
-from kfac_dist.curvature.capture import Capture
+from kfac_dist.curvature.capture.capture import Capture
 from kfac_dist.hooks import after_forward, before_forward
 from tests.curvature.measured import assert_close, build_kfac, factors, measure
 from tests.harness import run_ranks

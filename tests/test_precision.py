@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist import KFAC
-from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import DType
-from kfac_dist.curvature.moments import level
-from kfac_dist.curvature.solvers import tikhonov
+from kfac_dist.config.yaml.options import parse_kfac
+from kfac_dist.curvature.ekfac import level
+from kfac_dist.curvature.inverses.solvers import tikhonov
 from kfac_dist.precision import settled, working
 from tests.harness import run_ranks
 from tests.preconditioner.models import train

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import kfac_dist
 from kfac_dist.cli import app
 from kfac_dist.config import schema
-from kfac_dist.config.commented import commented_yaml
 from kfac_dist.config.schema import CGConfig, EngineConfig, KFACConfig, NewtonConfig
-from kfac_dist.config.shipped import shipped_file
+from kfac_dist.config.yaml.commented import commented_yaml
+from kfac_dist.config.yaml.shipped import shipped_file
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kfac_dist.config.document import override
-from kfac_dist.config.load import load_config, resolve
 from kfac_dist.config.schema import Config, Target
+from kfac_dist.config.yaml.document import override
+from kfac_dist.config.yaml.load import load_config, resolve
 from kfac_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check_targets(config: Config, *, build: bool = False) -> None:
     import torch
     from torch import nn
 
-    from kfac_dist.config.targets import load_target
+    from kfac_dist.config.yaml.targets import load_target
     from kfac_dist.engines import check_sections
     from kfac_dist.tasks import DATA, MODELS, DataSplits
 

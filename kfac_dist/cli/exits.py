@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import typer
 
-from kfac_dist.distributed.place import Launcher, Place, find_place
+from kfac_dist.distributed.startup.rank_info import Launcher, Place, find_place
 from kfac_dist.errors import ConfigError, KFACError
 
 NOT_READY = 1

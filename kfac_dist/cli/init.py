@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from kfac_dist.cli.exits import exit_codes
-from kfac_dist.config.commented import commented_yaml, head_comment
-from kfac_dist.config.shipped import SUFFIX, shipped_file, shipped_names
+from kfac_dist.config.yaml.commented import commented_yaml, head_comment
+from kfac_dist.config.yaml.shipped import SUFFIX, shipped_file, shipped_names
 from kfac_dist.errors import ConfigError
 
 FIRST = "digits_autoencoder"

@@ -13,8 +13,8 @@ import typer
 
 from kfac_dist.cli.configuration import ConfigFile, Overrides, load, model_of_shapes
 from kfac_dist.cli.exits import exit_codes
-from kfac_dist.config.document import show
 from kfac_dist.config.schema import Config
+from kfac_dist.config.yaml.document import show
 from kfac_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kfac_dist.curvature.blocks import Block
-    from kfac_dist.preconditioner.row_copies import MicroRows
+    from kfac_dist.planning.row_copies import MicroRows
 
 CALIBRATION_SECONDS = 600.0
 PIPE_WIDTH = 160
@@ -75,7 +75,7 @@ def plan(
         console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
         if strategies or hardware is not None or len(sizes) > 1:
             from kfac_dist.planning.comparison import compare
-            from kfac_dist.planning.hardware import load_hardware
+            from kfac_dist.planning.machines.hardware import load_hardware
             from kfac_dist.planning.table import view
 
             machine = load_hardware(hardware or HARDWARE)
@@ -93,10 +93,10 @@ def calibrate(
 ) -> None:
     """Measure this machine's products, inversions and, under a launcher, its collectives, for `plan`."""
     with exit_codes():
-        from kfac_dist.distributed.bootstrap import bootstrap
-        from kfac_dist.distributed.communicator import build_communicator
-        from kfac_dist.planning.calibration import calibrate as measure
-        from kfac_dist.planning.calibration import write
+        from kfac_dist.distributed.communicators.build import build_communicator
+        from kfac_dist.distributed.startup.bootstrap import bootstrap
+        from kfac_dist.planning.machines.calibration import calibrate as measure
+        from kfac_dist.planning.machines.calibration import write
 
         with bootstrap(device.value, CALIBRATION_SECONDS) as world:
             communicator = build_communicator(CALIBRATION_SECONDS)
@@ -118,13 +118,13 @@ def _world_sizes(text: str) -> list[int]:
 
 
 def _show_plan(resolved: Config, world_size: int, node_size: int | None, console: Console, *, everything: bool) -> None:
-    from kfac_dist.curvature.chain import find_all
+    from kfac_dist.curvature.block_tridiagonal_units import find_all
+    from kfac_dist.planning.memory_options import savings
+    from kfac_dist.planning.plan_table import is_small, plan_summary, plan_view
     from kfac_dist.precision import settled
     from kfac_dist.preconditioner.class_memory import check_class_memory
     from kfac_dist.preconditioner.memory import rank_bytes
     from kfac_dist.preconditioner.plan import build_plan
-    from kfac_dist.preconditioner.plan_table import is_small, plan_summary, plan_view
-    from kfac_dist.preconditioner.savings import savings
 
     model = model_of_shapes(resolved.model)
     coverage = find_all(model, resolved.kfac)
@@ -158,8 +158,8 @@ def _show_plan(resolved: Config, world_size: int, node_size: int | None, console
 def _micro_rows(resolved: Config, model: nn.Module, blocks: Sequence[Block], world_size: int) -> MicroRows:
     """Return what a rank measures at once; rows are counted only where measuring copies any."""
     from kfac_dist.config.schema import LossTerms, Precision
+    from kfac_dist.planning.row_copies import MicroRows
     from kfac_dist.planning.rows import count_rows
-    from kfac_dist.preconditioner.row_copies import MicroRows
 
     half = resolved.engine.precision is not Precision.FLOAT32
     micro = MicroRows({}, half, resolved.loss.name.loss_terms is LossTerms.TOKEN)

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from kfac_dist.config.curvature import Likelihood, LossTerms
+from kfac_dist.config.kfac.curvature import Likelihood, LossTerms
 from kfac_dist.config.section import MOST_COUNT, Section
 
 

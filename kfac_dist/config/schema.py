@@ -9,7 +9,7 @@ Each section answers one question and has its own file here, so that a construct
          + solver (who finds the step) with newton or cg
 
 Everything here is a plain value: nothing imports torch, so that a configuration can be checked in milliseconds.
-Values out of range and unknown keys are refused here; `kfac_dist.config.load` turns a refusal into a message that
+Values out of range and unknown keys are refused here; `kfac_dist.config.yaml.load` turns a refusal into a message that
 names the file, the line, the value found and the values allowed.
 """
 
@@ -21,22 +21,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from kfac_dist.config.checkpoint import CheckpointConfig as CheckpointConfig
-from kfac_dist.config.classes import ClassConditionalConfig as ClassConditionalConfig
-from kfac_dist.config.curvature import CurvatureConfig as CurvatureConfig
-from kfac_dist.config.curvature import DType as DType
-from kfac_dist.config.curvature import Fisher as Fisher
-from kfac_dist.config.curvature import Likelihood as Likelihood
-from kfac_dist.config.curvature import LossTerms as LossTerms
-from kfac_dist.config.curvature import OnMismatch as OnMismatch
-from kfac_dist.config.curvature import Sharing as Sharing
-from kfac_dist.config.curvature import Uncovered as Uncovered
-from kfac_dist.config.distribution import AssignmentStrategy as AssignmentStrategy
-from kfac_dist.config.distribution import Backend as Backend
-from kfac_dist.config.distribution import CostModel as CostModel
-from kfac_dist.config.distribution import DistributionConfig as DistributionConfig
-from kfac_dist.config.distribution import Placement as Placement
-from kfac_dist.config.distribution import ReduceEvery as ReduceEvery
-from kfac_dist.config.distribution import Reduction as Reduction
 from kfac_dist.config.divergence import DivergenceConfig as DivergenceConfig
 from kfac_dist.config.engine import EngineConfig as EngineConfig
 from kfac_dist.config.engine import EngineName as EngineName
@@ -45,11 +29,35 @@ from kfac_dist.config.engine import Precision as Precision
 from kfac_dist.config.game import DiscriminatorConfig as DiscriminatorConfig
 from kfac_dist.config.game import GameConfig as GameConfig
 from kfac_dist.config.game import Objective as Objective
-from kfac_dist.config.inversion import AdaptConfig as AdaptConfig
-from kfac_dist.config.inversion import InversionConfig as InversionConfig
-from kfac_dist.config.inversion import Solver as Solver
-from kfac_dist.config.inversion import Structure as Structure
-from kfac_dist.config.kfac import KFACConfig as KFACConfig
+from kfac_dist.config.kfac.classes import ClassConditionalConfig as ClassConditionalConfig
+from kfac_dist.config.kfac.curvature import CurvatureConfig as CurvatureConfig
+from kfac_dist.config.kfac.curvature import DType as DType
+from kfac_dist.config.kfac.curvature import Fisher as Fisher
+from kfac_dist.config.kfac.curvature import Likelihood as Likelihood
+from kfac_dist.config.kfac.curvature import LossTerms as LossTerms
+from kfac_dist.config.kfac.curvature import OnMismatch as OnMismatch
+from kfac_dist.config.kfac.curvature import Sharing as Sharing
+from kfac_dist.config.kfac.curvature import Uncovered as Uncovered
+from kfac_dist.config.kfac.distribution import AssignmentStrategy as AssignmentStrategy
+from kfac_dist.config.kfac.distribution import Backend as Backend
+from kfac_dist.config.kfac.distribution import CostModel as CostModel
+from kfac_dist.config.kfac.distribution import DistributionConfig as DistributionConfig
+from kfac_dist.config.kfac.distribution import Placement as Placement
+from kfac_dist.config.kfac.distribution import ReduceEvery as ReduceEvery
+from kfac_dist.config.kfac.distribution import Reduction as Reduction
+from kfac_dist.config.kfac.inversion import AdaptConfig as AdaptConfig
+from kfac_dist.config.kfac.inversion import InversionConfig as InversionConfig
+from kfac_dist.config.kfac.inversion import Solver as Solver
+from kfac_dist.config.kfac.inversion import Structure as Structure
+from kfac_dist.config.kfac.kfac import KFACConfig as KFACConfig
+from kfac_dist.config.kfac.solver import CGConfig as CGConfig
+from kfac_dist.config.kfac.solver import NewtonConfig as NewtonConfig
+from kfac_dist.config.kfac.solver import StepSolver as StepSolver
+from kfac_dist.config.kfac.splits import SplitBy as SplitBy
+from kfac_dist.config.kfac.splits import SplitConfig as SplitConfig
+from kfac_dist.config.kfac.update import Graft as Graft
+from kfac_dist.config.kfac.update import GraftScope as GraftScope
+from kfac_dist.config.kfac.update import UpdateConfig as UpdateConfig
 from kfac_dist.config.loss import LossConfig as LossConfig
 from kfac_dist.config.loss import LossName as LossName
 from kfac_dist.config.metrics import MetricsConfig as MetricsConfig
@@ -59,16 +67,8 @@ from kfac_dist.config.schedules import Schedule as Schedule
 from kfac_dist.config.schedules import ScheduleKind as ScheduleKind
 from kfac_dist.config.section import MOST_NAME, FilePath, Name, Seconds, Seed
 from kfac_dist.config.section import Section as Section
-from kfac_dist.config.solver import CGConfig as CGConfig
-from kfac_dist.config.solver import NewtonConfig as NewtonConfig
-from kfac_dist.config.solver import StepSolver as StepSolver
-from kfac_dist.config.splits import SplitBy as SplitBy
-from kfac_dist.config.splits import SplitConfig as SplitConfig
 from kfac_dist.config.train import BatchGrowth as BatchGrowth
 from kfac_dist.config.train import TrainConfig as TrainConfig
-from kfac_dist.config.update import Graft as Graft
-from kfac_dist.config.update import GraftScope as GraftScope
-from kfac_dist.config.update import UpdateConfig as UpdateConfig
 
 
 class Target(Section):

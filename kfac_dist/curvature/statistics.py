@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kfac_dist.curvature.device_ops import scalar, to_device, zero_unless
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import accumulate_gram, asymmetry
 
 if TYPE_CHECKING:
-    from kfac_dist.curvature.classes import Members
+    from kfac_dist.curvature.class_conditional import Members
 
 
 @dataclass(frozen=True)
@@ -385,31 +386,6 @@ class RunningAverages:
     def _held_values(self, span: Span) -> slice:
         held = [self.held.index(unit) for unit in self.layout.units[span.units] if unit in self.held]
         return self.held.span(held[0], held[-1] + 1).values if held else slice(0, 0)
-
-
-def free_to_read(device: torch.device) -> bool:
-    """Whether the host can look at a value without waiting for the device; plain branches are quicker then."""
-    return device.type == "cpu"
-
-
-def zero_unless(condition: Tensor, values: Tensor) -> None:
-    """Zero `values` in place where the 0-dim `condition` is false, without asking the device."""
-    if not free_to_read(values.device):
-        values.masked_fill_(~condition, 0)
-    elif not condition:
-        values.zero_()
-
-
-def scalar(value: Tensor) -> Tensor | float:
-    """Return a 0-dim tensor as a number where reading it is free: scalar kernels are quicker."""
-    return value.item() if free_to_read(value.device) else value
-
-
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Copy a small host tensor to the device without waiting for it."""
-    if device.type == "cpu" or host.device.type != "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def _diagonal_index(layout: FlatUnits, device: torch.device) -> tuple[list[int], Tensor]:

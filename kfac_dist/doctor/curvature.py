@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Config, Fisher, LossTerms, Sharing
+from kfac_dist.curvature.block_tridiagonal_units import find_all
 from kfac_dist.curvature.blocks import Block
-from kfac_dist.curvature.blocks.norm import NormBlock
-from kfac_dist.curvature.broadcast import Samples
-from kfac_dist.curvature.chain import find_all
+from kfac_dist.curvature.blocks.layers.norm import NormBlock
+from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import complete
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.doctor.findings import CurvatureRow, Finding, Severity
 from kfac_dist.doctor.gauss_newton import ENTRIES, compare, hessian_rows
 from kfac_dist.doctor.measure import factors as measured_factors
@@ -34,7 +34,7 @@ from kfac_dist.inputs import Inputs, each
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.plan import block_units
 from kfac_dist.tasks import Loss
-from kfac_dist.training.batches import Source
+from kfac_dist.training.data.batches import Source
 from kfac_dist.training.passes import forward
 
 # Backward passes: one for each output of each term, at most so many.

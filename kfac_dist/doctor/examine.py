@@ -16,15 +16,16 @@ import torch
 from torch import nn
 
 from kfac_dist.config.schema import Config, EngineName, Precision
+from kfac_dist.curvature.block_tridiagonal_units import find_all
 from kfac_dist.curvature.blocks import Coverage
-from kfac_dist.curvature.chain import find_all
-from kfac_dist.distributed.agreement import agree_on_plan, plan_digest
-from kfac_dist.distributed.bootstrap import World, bootstrap
-from kfac_dist.distributed.communicator import Communicator, build_communicator
+from kfac_dist.distributed.communicators.agreement import agree_on_plan, plan_digest
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.communicators.build import build_communicator
+from kfac_dist.distributed.startup.bootstrap import World, bootstrap
 from kfac_dist.doctor.curvature import examine_curvature
 from kfac_dist.doctor.findings import CurvatureRow, Finding, Report, Severity
-from kfac_dist.doctor.fisher import Wish, examine_fisher
-from kfac_dist.doctor.fisher_report import FisherReport
+from kfac_dist.doctor.fisher.examine import Wish, examine_fisher
+from kfac_dist.doctor.fisher.report import FisherReport
 from kfac_dist.doctor.parameters import coverage_finding, parameter_rows
 from kfac_dist.doctor.plans import examine_plan
 from kfac_dist.doctor.samples import examine_samples
@@ -36,9 +37,9 @@ from kfac_dist.preconditioner.class_memory import check_class_memory
 from kfac_dist.preconditioner.plan import Plan, build_plan
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.training.agreement import agreed
-from kfac_dist.training.batches import Source, Stream, source_of
-from kfac_dist.training.random_state import seed_everything
-from kfac_dist.training.sampler import Position, sampler_of
+from kfac_dist.training.checkpoints.random_state import seed_everything
+from kfac_dist.training.data.batches import Source, Stream, source_of
+from kfac_dist.training.data.sampler import Position, sampler_of
 from kfac_dist.training.setup import Parts, parameter_shapes, with_classes
 from kfac_dist.training.trial import Trial, try_out
 
@@ -61,7 +62,7 @@ def examine(config: Config, world_size: int | None = None, fisher: Wish | None =
     """Examine a run's configuration; called by every rank, which all return the same report.
 
     Args:
-        config: The run, resolved (`kfac_dist.config.load.resolve`).
+        config: The run, resolved (`kfac_dist.config.yaml.load.resolve`).
         world_size: Ranks to plan for; by default those that there are.
         fisher: What to find out about the diagonal Fisher's estimators; nothing by default.
 

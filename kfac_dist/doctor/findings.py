@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kfac_dist.doctor.fisher_report import FisherReport
+from kfac_dist.doctor.fisher.report import FisherReport
 from kfac_dist.errors import KFACError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import DType, Fisher, KFACConfig, Sharing, Structure, UpdateConfig
-from kfac_dist.curvature.broadcast import Samples
+from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.engines import Engine
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.renewal import IDLE, MISMATCHED

@@ -8,7 +8,7 @@ from torch import nn
 
 from kfac_dist.config.schema import Uncovered
 from kfac_dist.curvature.blocks import Coverage
-from kfac_dist.curvature.blocks.coverage import FROZEN
+from kfac_dist.curvature.blocks.find_blocks import FROZEN
 from kfac_dist.curvature.factors import FactorKind, Unit
 from kfac_dist.doctor.findings import Finding, ParameterRow, Severity
 from kfac_dist.preconditioner.plan import BlockPlan, Plan

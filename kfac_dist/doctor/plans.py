@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from kfac_dist.config.schema import KFACConfig
 from kfac_dist.curvature.blocks import Block
-from kfac_dist.distributed.agreement import plan_digest
+from kfac_dist.distributed.communicators.agreement import plan_digest
 from kfac_dist.doctor.findings import Finding, Severity
 from kfac_dist.errors import ConfigError
 from kfac_dist.preconditioner.plan import Plan, build_plan

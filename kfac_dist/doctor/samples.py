@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, arange
 
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
 from kfac_dist.inputs import tensors
 from kfac_dist.tasks import Loss
 from kfac_dist.training.agreement import agreed
-from kfac_dist.training.batches import InMemorySource, Source
-from kfac_dist.training.diagnosis import not_finite
-from kfac_dist.training.sampler import split
+from kfac_dist.training.data.batches import InMemorySource, Source
+from kfac_dist.training.data.sampler import split
+from kfac_dist.training.recovery.diagnosis import not_finite
 from kfac_dist.training.trial import outside_targets
 
 BATCH = 64

@@ -18,21 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Config, Fisher
-from kfac_dist.curvature.broadcast import Samples
+from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.curvature.factors import Side
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
 from kfac_dist.doctor.measure import factors, found_shared, measuring
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.inputs import each
 from kfac_dist.preconditioner.kfac import KFAC
-from kfac_dist.preconditioner.loss_scale import Terms, explain_scale
+from kfac_dist.preconditioner.measure.loss_scale import Terms, explain_scale
 from kfac_dist.reporting.progress import SilentProgress
-from kfac_dist.training.batches import StepBatch, Stream
-from kfac_dist.training.checkpoint import Checkpoints
+from kfac_dist.training.checkpoints.checkpoint import Checkpoints
+from kfac_dist.training.data.batches import StepBatch, Stream
+from kfac_dist.training.data.sampler import Position, Sampler
 from kfac_dist.training.loop import Outputs, Trainer
 from kfac_dist.training.passes import forward
-from kfac_dist.training.sampler import Position, Sampler
 from kfac_dist.training.setup import Parts
 
 SAMPLES_A_RANK = 8

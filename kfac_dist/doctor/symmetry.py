@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kfac_dist.config.schema import Solver
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
 from kfac_dist.preconditioner.kfac import KFAC
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kfac_dist.doctor.findings import CurvatureRow, ParameterRow, Report, Severity
-from kfac_dist.doctor.fisher_view import fisher_view
+from kfac_dist.doctor.fisher.view import fisher_view
 from kfac_dist.doctor.tables import name_lines, plain_table
 
 _MARKS = {Severity.FINE: ("✓", "green"), Severity.WARNING: ("!", "yellow"), Severity.ERROR: ("✗", "red")}

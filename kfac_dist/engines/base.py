@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from kfac_dist.compat.torch import times_written
 from kfac_dist.config.schema import Backend
-from kfac_dist.distributed.communicator import Communicator
-from kfac_dist.distributed.layout import GradientLayout
-from kfac_dist.engines.holding import Holding, holdings_of
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.movement.gradient_layout import GradientLayout
+from kfac_dist.engines.local_shards import Holding, holdings_of
 
 # What the traffic counts the ranks' vote on their gradients as.
 FINITE = "finite"

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist.config.schema import EngineConfig, EngineName, TrainConfig
-from kfac_dist.distributed.bootstrap import World
+from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.engines.base import Engine
 from kfac_dist.engines.ddp import DDPEngine
-from kfac_dist.engines.zero import ZeroEngine, is_deepspeed_engine
+from kfac_dist.engines.zero.engine import ZeroEngine, is_deepspeed_engine
 from kfac_dist.errors import ConfigError, ModelError
 
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -68,7 +68,7 @@ def check_sections(config: EngineConfig, train: TrainConfig, *, on_cpu: bool) ->
         ConfigError: DeepSpeed is missing, or refuses its section.
     """
     if config.name.zero_stage is not None:
-        from kfac_dist.engines.zero_config import check_settings
+        from kfac_dist.engines.zero.config import check_settings
 
         check_settings(config, train, on_cpu=on_cpu)
 
@@ -102,7 +102,7 @@ def build_engine(
 
             engine = build_fsdp2(model, config.fsdp2, config.precision, world.device)
         case EngineName.ZERO1 | EngineName.ZERO2 | EngineName.ZERO3:
-            from kfac_dist.engines.zero_loop import build_zero
+            from kfac_dist.engines.zero.loop import build_zero
 
             return build_zero(model, config, train, world, build_optimizer)
     return engine, build_optimizer(engine.module.parameters())

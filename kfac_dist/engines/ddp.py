@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist.compat.torch import uncompiled
 from kfac_dist.config.schema import Backend
-from kfac_dist.distributed.communicator import Communicator, build_communicator
-from kfac_dist.distributed.cost import all_reduce_bytes
-from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.communicators.build import build_communicator
+from kfac_dist.distributed.communicators.traffic import all_reduce_bytes
+from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices
 from kfac_dist.engines.base import Engine
 
 

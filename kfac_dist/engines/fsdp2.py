@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from kfac_dist.compat.torch import times_written, uncompiled
 from kfac_dist.config.schema import Backend
-from kfac_dist.distributed.communicator import Communicator, build_communicator
-from kfac_dist.distributed.layout import GradientLayout, ParameterSlices
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.communicators.build import build_communicator
+from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices
 from kfac_dist.engines.base import Engine
-from kfac_dist.engines.holding import Holding
+from kfac_dist.engines.local_shards import Holding
 from kfac_dist.errors import ModelError
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import KFACConfig, LossTerms
+from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.hooks import HookHandle, before_forward
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.state_file import load_kfac, save_kfac

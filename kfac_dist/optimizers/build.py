@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kfac_dist.config.schema import StepSolver
 from kfac_dist.errors import ConfigError
-from kfac_dist.optimizers.batch_loss import Total
-from kfac_dist.optimizers.cg import CGStepper
-from kfac_dist.optimizers.newton import NewtonStepper
+from kfac_dist.optimizers.second_order.batch_loss import Total
+from kfac_dist.optimizers.second_order.cg import CGStepper
+from kfac_dist.optimizers.second_order.newton import NewtonStepper
 from kfac_dist.optimizers.stepper import Stepper
 from kfac_dist.preconditioner.kfac import KFAC
 

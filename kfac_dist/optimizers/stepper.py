@@ -31,8 +31,8 @@ from torch import Tensor
 
 from kfac_dist.errors import CheckpointError, ConfigError, ModelError
 from kfac_dist.inputs import Inputs
-from kfac_dist.optimizers.batch_loss import BatchLoss, RecordedPass, Total
-from kfac_dist.optimizers.vectors import VectorSpace
+from kfac_dist.optimizers.second_order.batch_loss import BatchLoss, RecordedPass, Total
+from kfac_dist.optimizers.second_order.vectors import VectorSpace
 from kfac_dist.preconditioner.kfac import KFAC
 
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from kfac_dist.distributed.agreement import caught, fail_together
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.communicators.agreement import caught, fail_together
+from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.errors import KFACError, ModelError
 
 

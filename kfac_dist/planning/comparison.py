@@ -10,11 +10,11 @@ import yaml
 from torch import nn
 
 from kfac_dist.config.schema import Config
-from kfac_dist.curvature.chain import find_all
+from kfac_dist.curvature.block_tridiagonal_units import find_all
 from kfac_dist.errors import ConfigError
-from kfac_dist.planning.hardware import Hardware
 from kfac_dist.planning.job import Job, Model
-from kfac_dist.planning.network import check_network
+from kfac_dist.planning.machines.hardware import Hardware
+from kfac_dist.planning.machines.network import check_network
 from kfac_dist.planning.prediction import Prediction, predict
 from kfac_dist.planning.rows import count_rows
 from kfac_dist.planning.strategies import AXES, Changes, Strategy, crossed, distributions

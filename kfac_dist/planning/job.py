@@ -12,15 +12,15 @@ from kfac_dist.config.schema import EngineConfig, EngineName, KFACConfig, Precis
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.statistics import FlatUnits
-from kfac_dist.distributed.exchange import ExchangePlan, plan_exchange
-from kfac_dist.distributed.layout import GradientLayout, ParameterSlices, Slice
+from kfac_dist.distributed.movement.exchange import ExchangePlan, plan_exchange
+from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices, Slice
 from kfac_dist.precision import working
+from kfac_dist.preconditioner.invert.ekfac import moments_distribution
 from kfac_dist.preconditioner.memory import RankBytes, rank_bytes
-from kfac_dist.preconditioner.moments import moments_distribution
 from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
-from kfac_dist.preconditioner.reduction_layout import ReductionLayout
+from kfac_dist.preconditioner.precondition.transport import exchange_parts
+from kfac_dist.preconditioner.reduce.buckets import ReductionLayout
 from kfac_dist.preconditioner.schedule import Cadence
-from kfac_dist.preconditioner.transport import exchange_parts
 
 
 @dataclass(frozen=True)

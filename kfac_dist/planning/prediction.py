@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kfac_dist.planning import work
-from kfac_dist.planning.hardware import Hardware, Overhead
 from kfac_dist.planning.job import Job, StepKind
-from kfac_dist.planning.network import seconds_of
+from kfac_dist.planning.machines.hardware import Hardware, Overhead
+from kfac_dist.planning.machines.network import seconds_of
 from kfac_dist.planning.strategies import Strategy
 from kfac_dist.planning.traffic import Rehearsed, rehearse
-from kfac_dist.preconditioner import transport
+from kfac_dist.preconditioner.invert.refresh import LABEL as INVERSES
 from kfac_dist.preconditioner.memory import RankBytes
-from kfac_dist.preconditioner.refresh import LABEL as INVERSES
-from kfac_dist.preconditioner.step_length import LABEL as LENGTH
+from kfac_dist.preconditioner.precondition import transport
+from kfac_dist.preconditioner.precondition.trust_region import LABEL as LENGTH
 
 PHASES = ("statistics", "reduction", "inversion", "sharing", "preconditioning", "gradients")
 

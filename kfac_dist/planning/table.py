@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from kfac_dist.planning.comparison import Comparison, fragment, words, words_of
-from kfac_dist.planning.hardware import Hardware
+from kfac_dist.planning.machines.hardware import Hardware
 from kfac_dist.planning.prediction import PHASES, Prediction
 from kfac_dist.planning.strategies import Changes, Strategy
 

@@ -14,29 +14,27 @@ from torch import Tensor
 
 from kfac_dist.config.schema import GraftScope, Uncovered
 from kfac_dist.curvature.class_product import Summary
-from kfac_dist.distributed.communicator import Communicator, SoloCommunicator
-from kfac_dist.distributed.rehearsal import Call, Rehearsal
-from kfac_dist.distributed.segments import SegmentLayout, share_segments
-from kfac_dist.distributed.traffic import Traffic
+from kfac_dist.distributed.communicators.base import Communicator, SoloCommunicator
+from kfac_dist.distributed.communicators.recording import Call, Rehearsal
+from kfac_dist.distributed.communicators.traffic import Traffic
+from kfac_dist.distributed.movement.owner_buffer import SegmentLayout, share_segments
 from kfac_dist.engines.base import FINITE
 from kfac_dist.planning.job import Job, StepKind
 from kfac_dist.precision import working
-from kfac_dist.preconditioner import (
-    adaptation,
-    class_combination,
-    diagonal,
-    moments,
-    reduction,
-    refresh,
-    renewal,
-    step_length,
-)
-from kfac_dist.preconditioner import transport as gradients
-from kfac_dist.preconditioner.moments import moments_wire
+from kfac_dist.preconditioner import renewal
+from kfac_dist.preconditioner.invert import class_conditional as class_combination
+from kfac_dist.preconditioner.invert import damping_rules as adaptation
+from kfac_dist.preconditioner.invert import ekfac as moments
+from kfac_dist.preconditioner.invert import refresh
+from kfac_dist.preconditioner.invert.ekfac import moments_wire
+from kfac_dist.preconditioner.invert.refresh import payload_wire
 from kfac_dist.preconditioner.plan import Plan
-from kfac_dist.preconditioner.reduction_layout import ReductionLayout
-from kfac_dist.preconditioner.refresh import payload_wire
-from kfac_dist.preconditioner.transport import update_layout
+from kfac_dist.preconditioner.precondition import diagonal_fisher as diagonal
+from kfac_dist.preconditioner.precondition import transport as gradients
+from kfac_dist.preconditioner.precondition import trust_region as step_length
+from kfac_dist.preconditioner.precondition.transport import update_layout
+from kfac_dist.preconditioner.reduce import reduction
+from kfac_dist.preconditioner.reduce.buckets import ReductionLayout
 
 META = torch.device("meta")
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 
 from kfac_dist.config.schema import DType, Reduction, Solver
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
-from kfac_dist.curvature.solvers import is_eigen, payload_numel
-from kfac_dist.planning.hardware import Hardware
+from kfac_dist.curvature.inverses.solvers import is_eigen, payload_numel
 from kfac_dist.planning.job import Job, StepKind
+from kfac_dist.planning.machines.hardware import Hardware
 from kfac_dist.preconditioner.memory import keeps_own_factors_only
 from kfac_dist.preconditioner.plan import BlockPlan
 

@@ -26,26 +26,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import KFACConfig, OnMismatch, StepSolver, Structure
-from kfac_dist.curvature.arbiter import Arbiter, Mismatch
+from kfac_dist.config.yaml.options import parse_kfac
+from kfac_dist.curvature.block_tridiagonal_units import find_all
 from kfac_dist.curvature.blocks import Coverage
-from kfac_dist.curvature.broadcast import Samples
-from kfac_dist.curvature.chain import find_all
+from kfac_dist.curvature.capture.arbiter import Arbiter, Mismatch
+from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.curvature.statistics import RunningAverages
-from kfac_dist.distributed.agreement import agree_on_plan, caught, fail_together
+from kfac_dist.distributed.communicators.agreement import agree_on_plan, caught, fail_together
 from kfac_dist.engines import Engine, as_engine
 from kfac_dist.errors import ConfigError, ModelError
 from kfac_dist.precision import settled, working
 from kfac_dist.preconditioner import state
-from kfac_dist.preconditioner.adaptation import DampingAdaptation
-from kfac_dist.preconditioner.assembly import assemble, device_of, make_plan
-from kfac_dist.preconditioner.damping import Damping
-from kfac_dist.preconditioner.inspection import RefreshReading
-from kfac_dist.preconditioner.loss_terms import Description, TermCounter
-from kfac_dist.preconditioner.measurement import Measurement
-from kfac_dist.preconditioner.pace import Pace
+from kfac_dist.preconditioner.invert.damping import Damping
+from kfac_dist.preconditioner.invert.damping_rules import DampingAdaptation
+from kfac_dist.preconditioner.invert.inspection import RefreshReading
+from kfac_dist.preconditioner.invert.refresh_queue import Pace
+from kfac_dist.preconditioner.measure.loss_terms import Description, TermCounter
+from kfac_dist.preconditioner.measure.measurement import Measurement
+from kfac_dist.preconditioner.parts import assemble, device_of, make_plan
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
+from kfac_dist.preconditioner.precondition.trust_region import HasRates, StepLength
 from kfac_dist.preconditioner.renewal import (
     FOLLOWS,
     ParameterWatch,
@@ -57,7 +58,6 @@ from kfac_dist.preconditioner.renewal import (
     without,
 )
 from kfac_dist.preconditioner.schedule import Cadence
-from kfac_dist.preconditioner.step_length import HasRates, StepLength
 from kfac_dist.preconditioner.turns import Turns
 
 

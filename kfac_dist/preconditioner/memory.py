@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 
 from kfac_dist.config.schema import KFACConfig, ReduceEvery, Reduction
 from kfac_dist.curvature.factors import Unit
-from kfac_dist.curvature.offload import GROUP_BYTES, aligned
-from kfac_dist.curvature.payloads import stored_bytes
-from kfac_dist.curvature.precondition import group_size
-from kfac_dist.distributed.segments import sharing_numel
+from kfac_dist.curvature.inverses.offload import GROUP_BYTES, aligned
+from kfac_dist.curvature.inverses.payloads import stored_bytes
+from kfac_dist.curvature.inverses.precondition import group_size
+from kfac_dist.distributed.movement.owner_buffer import sharing_numel
 from kfac_dist.precision import itemsize, working
 from kfac_dist.preconditioner.plan import BlockPlan, Plan, exchange_buckets
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from kfac_dist.config.schema import AssignmentStrategy, Fisher, KFACConfig, Placement
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.factors import FactorKind, Side, Unit, units_of
-from kfac_dist.curvature.precondition import rescales
-from kfac_dist.curvature.solvers import payload_numel
-from kfac_dist.curvature.splits import check_patterns, cuts_of
-from kfac_dist.distributed.assignment import Assignment, WorkItem, assign
-from kfac_dist.distributed.grid import Grid, build_grid
-from kfac_dist.distributed.segments import split_buckets
+from kfac_dist.curvature.inverses.precondition import rescales
+from kfac_dist.curvature.inverses.solvers import payload_numel
+from kfac_dist.curvature.inverses.splits import check_patterns, cuts_of
+from kfac_dist.distributed.assignment.assign import Assignment, WorkItem, assign
+from kfac_dist.distributed.assignment.grid import Grid, build_grid
+from kfac_dist.distributed.movement.owner_buffer import split_buckets
 from kfac_dist.errors import ConfigError
 
 _FLOAT = 4

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_dist.curvature.arbiter import Mismatch
 from kfac_dist.curvature.blocks import Block, Coverage
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.curvature.capture.arbiter import Mismatch
+from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.engines import Engine
 
 LABEL = "model changes"

@@ -33,15 +33,15 @@ from torch import Tensor
 
 from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.statistics import RunningAverages
-from kfac_dist.distributed.communicator import Communicator
-from kfac_dist.distributed.segments import Segment, SegmentLayout, share_segments
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.movement.owner_buffer import Segment, SegmentLayout, share_segments
 from kfac_dist.errors import CheckpointError, CollectiveError
-from kfac_dist.preconditioner.damping import Damping
-from kfac_dist.preconditioner.diagonal import DiagonalFisher
-from kfac_dist.preconditioner.moments import Moments
+from kfac_dist.preconditioner.invert.damping import Damping
+from kfac_dist.preconditioner.invert.ekfac import Moments
+from kfac_dist.preconditioner.invert.refresh import Refresh, Refreshed
 from kfac_dist.preconditioner.plan import Plan
-from kfac_dist.preconditioner.reduction import FactorReduction
-from kfac_dist.preconditioner.refresh import Refresh, Refreshed
+from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
+from kfac_dist.preconditioner.reduce.reduction import FactorReduction
 
 LABEL = "checkpoint"
 _LOAD = "load_state_dict"

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from kfac_dist.config.load import load_config
+from kfac_dist.config.yaml.load import load_config
 from kfac_dist.errors import ConfigError, KFACError
 
 _NAME = re.compile(r"(both|strong|weak)-(\d+)")

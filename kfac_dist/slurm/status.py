@@ -19,8 +19,8 @@ from kfac_dist.reporting.progress import duration
 from kfac_dist.reporting.run_file import RunRecord, State, read_record
 from kfac_dist.slurm.queue import FORGOTTEN, UNDER_WAY, WAITING, slurm_state
 from kfac_dist.slurm.submission import submitted
-from kfac_dist.training.checkpoint import MANIFEST, read_manifest
-from kfac_dist.training.metrics import read_metrics
+from kfac_dist.training.checkpoints.checkpoint import MANIFEST, read_manifest
+from kfac_dist.training.records.metrics import read_metrics
 
 
 class Standing(StrEnum):

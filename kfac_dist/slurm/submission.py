@@ -17,10 +17,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfac_dist.config.document import parse, told
-from kfac_dist.config.load import dump_yaml, merged
 from kfac_dist.config.schema import Config
-from kfac_dist.config.text import read_text
+from kfac_dist.config.yaml.document import parse, told
+from kfac_dist.config.yaml.load import dump_yaml, merged
+from kfac_dist.config.yaml.text import read_text
 from kfac_dist.errors import ConfigError, KFACError
 from kfac_dist.reporting.run_file import RunRecord, State, read_record
 from kfac_dist.reporting.run_lock import living_holder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.tasks.translator import PAD, DecodingCache
+from kfac_dist.tasks.models.translator import PAD, DecodingCache
 
 
 @torch.no_grad()

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from torch import nn
 
 from kfac_dist.config.schema import Target
-from kfac_dist.config.targets import build_target
+from kfac_dist.config.yaml.targets import build_target
 from kfac_dist.errors import DataError, ModelError
 from kfac_dist.tasks import data, tokens
-from kfac_dist.tasks.autoencoder import autoencoder
-from kfac_dist.tasks.bert import bert
-from kfac_dist.tasks.byte_gpt import byte_gpt
-from kfac_dist.tasks.dcgan import dcgan
-from kfac_dist.tasks.mlp import mlp
-from kfac_dist.tasks.resnet import resnet20
+from kfac_dist.tasks.models.autoencoder import autoencoder
+from kfac_dist.tasks.models.bert import bert
+from kfac_dist.tasks.models.byte_gpt import byte_gpt
+from kfac_dist.tasks.models.dcgan import dcgan
+from kfac_dist.tasks.models.mlp import mlp
+from kfac_dist.tasks.models.resnet import resnet20
+from kfac_dist.tasks.models.translator import translator
 from kfac_dist.tasks.translation import translations
-from kfac_dist.tasks.translator import translator
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "autoencoder": autoencoder,

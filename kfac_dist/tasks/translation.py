@@ -21,9 +21,9 @@ from torch.utils.data import TensorDataset
 from kfac_dist.errors import DataError
 from kfac_dist.tasks.catalogues import Pair, read_pairs
 from kfac_dist.tasks.data import DataSplits
+from kfac_dist.tasks.models.translator import PAD
 from kfac_dist.tasks.scores import IGNORED
 from kfac_dist.tasks.translation_score import TranslationScore
-from kfac_dist.tasks.translator import PAD
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kfac_dist.distributed.agreement import caught, fail_together
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.communicators.agreement import caught, fail_together
+from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.errors import KFACError
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.engines import Engine
-from kfac_dist.training.slices import SavedRun, Wanted, run_name
+from kfac_dist.training.checkpoints.slices import SavedRun, Wanted, run_name
 
 
 class IterateAverage:

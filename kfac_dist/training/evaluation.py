@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.distributed.communicator import Communicator
-from kfac_dist.distributed.flat import broadcast_all
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.movement.flat import broadcast_all
 from kfac_dist.engines import Engine
 from kfac_dist.inputs import each
 from kfac_dist.tasks.losses import Loss
 from kfac_dist.tasks.scores import Score
-from kfac_dist.training.batches import Source, evaluation_batches
+from kfac_dist.training.data.batches import Source, evaluation_batches
 from kfac_dist.training.passes import explained, forward, full_precision
 
 

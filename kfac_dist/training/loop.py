@@ -20,30 +20,30 @@ from torch import Tensor
 
 from kfac_dist.config.schedules import value_at
 from kfac_dist.config.schema import Config
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.errors import CheckpointError
 from kfac_dist.optimizers import set_learning_rate
 from kfac_dist.optimizers.variance import RelativeVariance
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.training.agreement import agreed
-from kfac_dist.training.batches import Source, StepBatch
-from kfac_dist.training.checkpoint import Checkpoint
-from kfac_dist.training.differences import differences
-from kfac_dist.training.divergence import DivergedError as DivergedError
-from kfac_dist.training.divergence import Guard, Verdict
+from kfac_dist.training.checkpoints.checkpoint import Checkpoint
+from kfac_dist.training.checkpoints.differences import differences
+from kfac_dist.training.checkpoints.run_state import capture_state, restore_state
+from kfac_dist.training.data.batches import Source, StepBatch
+from kfac_dist.training.data.sampler import Position
 from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
-from kfac_dist.training.game import GamePasses, Referee
-from kfac_dist.training.logbook import Logbook
-from kfac_dist.training.metrics import peak_memory_bytes
-from kfac_dist.training.outputs import Outputs as Outputs
-from kfac_dist.training.preemption import Preempted, Preemption
-from kfac_dist.training.run_state import capture_state, restore_state
-from kfac_dist.training.sampler import Position
+from kfac_dist.training.game.passes import GamePasses, Referee
+from kfac_dist.training.records.logbook import Logbook
+from kfac_dist.training.records.metrics import peak_memory_bytes
+from kfac_dist.training.records.outputs import Outputs as Outputs
+from kfac_dist.training.records.variance import relative_variances
+from kfac_dist.training.records.window import Stopwatch, Window
+from kfac_dist.training.recovery.divergence import DivergedError as DivergedError
+from kfac_dist.training.recovery.divergence import Guard, Verdict
+from kfac_dist.training.recovery.preemption import Preempted, Preemption
+from kfac_dist.training.recovery.skips import Skips
 from kfac_dist.training.setup import Parts
-from kfac_dist.training.skips import Skips
 from kfac_dist.training.step import Passes, TermCounts
-from kfac_dist.training.variance import relative_variances
-from kfac_dist.training.window import Stopwatch, Window
 
 
 class Trainer:

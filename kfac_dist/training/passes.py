@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.distributed.lost import first_line, is_of_lost_ranks, lost_ranks
+from kfac_dist.distributed.communicators.lost import first_line, is_of_lost_ranks, lost_ranks
 from kfac_dist.errors import DataError, KFACError, ModelError
 from kfac_dist.inputs import Inputs, call, tensors
 from kfac_dist.tasks import Loss

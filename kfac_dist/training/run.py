@@ -29,13 +29,14 @@ from typing import Any
 
 from rich.console import Console
 
-from kfac_dist.config.load import dump_yaml
 from kfac_dist.config.schema import Config, OptimizerConfig, StepSolver
-from kfac_dist.distributed.agents import AgentWatch
-from kfac_dist.distributed.bootstrap import World, bootstrap
-from kfac_dist.distributed.communicator import Communicator, build_communicator
-from kfac_dist.distributed.place import find_place
-from kfac_dist.distributed.watch import Watch
+from kfac_dist.config.yaml.load import dump_yaml
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.communicators.build import build_communicator
+from kfac_dist.distributed.communicators.straggler_watch import Watch
+from kfac_dist.distributed.startup.agents import AgentWatch
+from kfac_dist.distributed.startup.bootstrap import World, bootstrap
+from kfac_dist.distributed.startup.rank_info import find_place
 from kfac_dist.errors import CheckpointError, CollectiveError, ConfigError
 from kfac_dist.reporting.curves import Curve, draw_losses
 from kfac_dist.reporting.exporter import Exporter
@@ -45,15 +46,15 @@ from kfac_dist.reporting.run_file import RunFile
 from kfac_dist.reporting.run_lock import RunLock
 from kfac_dist.reporting.summary import RunSummary, result_table
 from kfac_dist.training.agreement import agreed
-from kfac_dist.training.checkpoint import Checkpoint, Checkpoints, read_manifest
-from kfac_dist.training.differences import differences
-from kfac_dist.training.job import Job, find_job
+from kfac_dist.training.checkpoints.checkpoint import Checkpoint, Checkpoints, read_manifest
+from kfac_dist.training.checkpoints.differences import differences
 from kfac_dist.training.loop import DivergedError, Outputs, Trainer
-from kfac_dist.training.metrics import MetricsWriter, read_metrics
-from kfac_dist.training.monitor import Monitor, last_saved
-from kfac_dist.training.preemption import Preempted, StopSignals
+from kfac_dist.training.records.metrics import MetricsWriter, read_metrics
+from kfac_dist.training.records.monitor import Monitor, last_saved
+from kfac_dist.training.records.variance import describe_variances, write_variances
+from kfac_dist.training.recovery.preemption import Preempted, StopSignals
+from kfac_dist.training.recovery.restarts import Job, find_job
 from kfac_dist.training.setup import Parts, build_parts
-from kfac_dist.training.variance import describe_variances, write_variances
 
 # Of a result table that no terminal shows: a file has room for all of its columns.
 PIPE_WIDTH = 160
@@ -109,7 +110,7 @@ def train(
     """Train as configured; called by every rank.
 
     Args:
-        config: The run, resolved (`kfac_dist.config.load.resolve`).
+        config: The run, resolved (`kfac_dist.config.yaml.load.resolve`).
         compare: Train each optimizer under `compare` too, without K-FAC, on the same data from the same weights.
         quiet: Show no progress.
         live: Show progress as a view of its curves, phases and counts, where standard output is a terminal.

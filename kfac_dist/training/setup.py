@@ -11,24 +11,24 @@ import torch
 from torch import nn
 
 from kfac_dist.config.schema import Config, KFACConfig, StepSolver
-from kfac_dist.distributed.agreement import agree_on_plan
-from kfac_dist.distributed.bootstrap import World
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.communicators.agreement import agree_on_plan
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.engines import Engine, build_engine, check_engine
 from kfac_dist.errors import ConfigError, DataError
 from kfac_dist.optimizers import Stepper, build_optimizer, build_stepper
 from kfac_dist.preconditioner.kfac import KFAC
-from kfac_dist.preconditioner.players import PlayersKFAC
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.tasks.scores import Score
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.averaging import IterateAverage
-from kfac_dist.training.batches import Source, Stream, source_of
-from kfac_dist.training.game import GameParts
-from kfac_dist.training.game_setup import build_game, build_players, check_players, share_judge
+from kfac_dist.training.checkpoints.random_state import seed_everything
+from kfac_dist.training.data.batches import Source, Stream, source_of
+from kfac_dist.training.data.sampler import Position, sampler_of
+from kfac_dist.training.game.passes import GameParts
+from kfac_dist.training.game.players import PlayersKFAC
+from kfac_dist.training.game.setup import build_game, build_players, check_players, share_judge
 from kfac_dist.training.passes import forward, refuse_unused
-from kfac_dist.training.random_state import seed_everything
-from kfac_dist.training.sampler import Position, sampler_of
 from kfac_dist.training.trial import WHERE, check_targets, try_out
 
 

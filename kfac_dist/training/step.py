@@ -10,15 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_dist.distributed.communicator import Communicator
+from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.inputs import each
-from kfac_dist.preconditioner.players import PlayersKFAC
-from kfac_dist.training.batches import MicroBatch, StepBatch
-from kfac_dist.training.divergence import Guard
+from kfac_dist.training.data.batches import MicroBatch, StepBatch
+from kfac_dist.training.data.terms import TermCounts as TermCounts
+from kfac_dist.training.game.players import PlayersKFAC
 from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
+from kfac_dist.training.records.window import Window
+from kfac_dist.training.recovery.divergence import Guard
 from kfac_dist.training.setup import Parts
-from kfac_dist.training.terms import TermCounts as TermCounts
-from kfac_dist.training.window import Window
 
 # Of the collectives by which an engine averages gradients; K-FAC sends gradients of its own.
 AVERAGING = "averaged gradients"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kfac_dist.errors import DataError, ModelError
 from kfac_dist.tasks import Loss
-from kfac_dist.training.batches import InMemorySource, Source
+from kfac_dist.training.data.batches import InMemorySource, Source
 from kfac_dist.training.passes import explained, forward, loss_total, unused_parameters
 
 # Enough for layers that normalise over the batch.

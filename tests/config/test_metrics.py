@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.config.load import load_config
 from kfac_dist.config.schema import MetricsConfig
+from kfac_dist.config.yaml.load import load_config
 from kfac_dist.errors import ConfigError
 
 CONFIG = Path(__file__).parents[2] / "configs/byte_gpt.yaml"

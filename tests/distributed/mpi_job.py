@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kfac_dist.config.schema import Backend
-from kfac_dist.distributed import segments
-from kfac_dist.distributed.bootstrap import World, bootstrap
-from kfac_dist.distributed.communicator import Communicator, build_communicator
-from kfac_dist.distributed.segments import Segment, SegmentLayout, Sharing, share_segments
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.communicators.build import build_communicator
+from kfac_dist.distributed.movement import owner_buffer as segments
+from kfac_dist.distributed.movement.owner_buffer import Segment, SegmentLayout, Sharing, share_segments
+from kfac_dist.distributed.startup.bootstrap import World, bootstrap
 from kfac_dist.errors import CollectiveError
 from tests.preconditioner.workloads import Run
 

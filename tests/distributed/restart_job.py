@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kfac_dist.distributed.bootstrap import bootstrap
+from kfac_dist.distributed.startup.bootstrap import bootstrap
 
 if __name__ == "__main__":
     died = Path(sys.argv[1])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import Fisher
-from kfac_dist.distributed.communicator import build_communicator
+from kfac_dist.config.yaml.options import parse_kfac
+from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.doctor.findings import Severity
 from kfac_dist.doctor.measure import measuring
 from kfac_dist.doctor.symmetry import examine_symmetry

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from kfac_dist.doctor.findings import CurvatureRow, Finding, ParameterRow, Report, Severity
-from kfac_dist.doctor.fisher_report import FisherCost, FisherReport, FisherRow, TrendRow
+from kfac_dist.doctor.fisher.report import FisherCost, FisherReport, FisherRow, TrendRow
 from kfac_dist.doctor.view import print_report, report_view
 
 

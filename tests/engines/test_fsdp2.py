@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from kfac_dist import KFAC
-from kfac_dist.distributed.layout import Slice
+from kfac_dist.distributed.movement.gradient_layout import Slice
 from kfac_dist.engines import as_engine
 from kfac_dist.errors import ConfigError, ModelError
 from tests.engines.fsdp2_runs import MAKE, Case, Training, mesh_of, needs_sharding, sharded, train_all

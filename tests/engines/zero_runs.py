@@ -264,7 +264,7 @@ class Run:
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=case.build_optimizer(model), config=config)
         self.wrapped: Engine = as_engine(self.engine)
         if case.public:
-            from kfac_dist.engines.zero_public import PublicZeroEngine
+            from kfac_dist.engines.zero.public import PublicZeroEngine
 
             self.wrapped = PublicZeroEngine(self.engine)
         self.kfac = KFAC(self.wrapped, case.kfac_config())

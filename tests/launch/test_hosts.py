@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from kfac_dist.config.load import dump_yaml
 from kfac_dist.config.schema import Config
+from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.training import train
 from tests.harness import run_ranks
 from tests.hosts import Hosts, missing
@@ -40,7 +40,7 @@ def _config(directory: Path) -> Config:
         kfac=True,
         run={"timeout_seconds": TIMEOUT_SECONDS},
         model={"name": "tests.training.runs:DropoutNet", "args": {}},
-        data={"name": "tests.training.test_preemption:slow_pixels"},
+        data={"name": "tests.training.recovery.test_preemption:slow_pixels"},
         train={"steps": STEPS, "log_every": 5, "batch_size": 13},
         checkpoint={"every": 10, "resume": "auto"},
     )

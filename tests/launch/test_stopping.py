@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.reporting.run_file import State, read_record
 from tests.training.runs import losses, small_config
 
@@ -81,7 +81,7 @@ def _command(process: Path) -> bytes:
 def test_ranks_save_and_the_launcher_ends_with_0(tmp_path: Path, script: str, number: signal.Signals) -> None:
     config = tmp_path / "run.yaml"
     sections: dict[str, Any] = {
-        "data": {"name": "tests.training.test_preemption:slow_pixels"},
+        "data": {"name": "tests.training.recovery.test_preemption:slow_pixels"},
         "train": {"steps": 10_000},
     }
     config.write_text(dump_yaml(small_config(tmp_path, **sections)))
@@ -271,7 +271,7 @@ def _launch(script: str, config: Path) -> list[str]:
 def _slow_run(tmp_path: Path) -> Path:
     config = tmp_path / "run.yaml"
     sections: dict[str, Any] = {
-        "data": {"name": "tests.training.test_preemption:slow_pixels"},
+        "data": {"name": "tests.training.recovery.test_preemption:slow_pixels"},
         "train": {"steps": 10_000},
     }
     config.write_text(dump_yaml(small_config(tmp_path, **sections)))

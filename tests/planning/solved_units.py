@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kfac_dist.curvature.factors import Unit
-from kfac_dist.curvature.solvers import Task
-from kfac_dist.preconditioner import solving
+from kfac_dist.curvature.inverses.solvers import Task
+from kfac_dist.preconditioner.invert import unit_solver as solving
 
 
 @contextmanager

@@ -8,12 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from kfac_dist.config.load import load_config
-from kfac_dist.config.options import parse_kfac
+from kfac_dist.config.yaml.load import load_config
+from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.planning import comparison
 from kfac_dist.planning.comparison import Comparison
-from kfac_dist.planning.hardware import load_hardware
+from kfac_dist.planning.machines.hardware import load_hardware
 from kfac_dist.planning.strategies import AXES, changed, crossed, distributions
 from kfac_dist.planning.table import view
 from kfac_dist.tasks import build_model

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from kfac_dist import KFAC
-from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import EngineConfig
+from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.curvature.factors import Unit
 from kfac_dist.planning.job import Job, Model, StepKind

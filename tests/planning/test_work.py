@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfac_dist.config.options import parse_kfac
 from kfac_dist.config.schema import EngineConfig, Target
+from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.planning import work
-from kfac_dist.planning.hardware import Hardware, load_hardware
 from kfac_dist.planning.job import Job, Model, StepKind
+from kfac_dist.planning.machines.hardware import Hardware, load_hardware
 from kfac_dist.planning.rows import count_rows
 from kfac_dist.tasks import build_model
 

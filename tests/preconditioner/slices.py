@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kfac_dist.distributed.layout import GradientLayout, ParameterSlices, Slice
+from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices, Slice
 from kfac_dist.engines.ddp import DDPEngine
 from tests.preconditioner.workloads import place
 

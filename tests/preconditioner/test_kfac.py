@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist import KFAC, KFACConfig
-from kfac_dist.curvature import capture, statistics
+from kfac_dist.curvature import statistics
+from kfac_dist.curvature.capture import capture
 from kfac_dist.errors import ConfigError, ModelError, PlanMismatchError
 from tests.curvature.waits import Waits
 from tests.harness import RankError, run_ranks
@@ -459,7 +460,7 @@ def fails_to_solve() -> tuple[bool, float]:
     """Run out of memory on one rank in the second refresh: the last inverses stay, and nobody waits."""
     import torch.distributed as dist
 
-    from kfac_dist.curvature import solvers
+    from kfac_dist.curvature.inverses import solvers
 
     run = Run("mlp", EVERY_STEP)
     run.step(0)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kfac_dist.config.schema import CurvatureConfig
 from kfac_dist.curvature.blocks import find_blocks
-from tests.curvature.blocks.test_rms_norm import Like
+from tests.curvature.blocks.layers.test_rms_norm import Like
 from tests.harness import run_ranks
 from tests.preconditioner.models import CLASSES, Case, train
 from tests.preconditioner.workloads import GLOBAL_BATCH, relative

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kfac_dist.config.options import parse_kfac
+from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.preconditioner.schedule import Cadence
 
 

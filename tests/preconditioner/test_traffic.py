@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist import KFAC
-from kfac_dist.distributed import segments
-from kfac_dist.distributed.cost import all_reduce_bytes, triangle_numel
-from kfac_dist.distributed.segments import MOST_BROADCASTS
+from kfac_dist.distributed.communicators.traffic import all_reduce_bytes
+from kfac_dist.distributed.movement import owner_buffer as segments
+from kfac_dist.distributed.movement.owner_buffer import MOST_BROADCASTS
+from kfac_dist.distributed.movement.packing import triangle_numel
 from tests.fake_ranks import fake_ranks
 from tests.harness import run_ranks
 from tests.preconditioner.test_invariance import configuration

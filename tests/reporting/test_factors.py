@@ -11,8 +11,8 @@ from tests.reporting.large_run import write_large_run
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'kfac_dist[report]'")
 from kfac_dist.reporting.report import factors  # need plotly
-from kfac_dist.reporting.report.crowd import crowd
-from kfac_dist.reporting.report.looks import style
+from kfac_dist.reporting.report.chart_style import style
+from kfac_dist.reporting.report.many_curves import crowd
 
 
 def test_of_many_factors_the_worst_stand_out_from_a_band(tmp_path: Path) -> None:

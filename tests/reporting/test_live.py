@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.reporting import live
 from kfac_dist.reporting.live import LiveProgress, build_progress, others_lines
 from kfac_dist.reporting.progress import LineProgress, SilentProgress, Status, TerminalProgress
@@ -198,7 +198,7 @@ def test_a_run_with_a_view_ends_with_its_table(
 
 def test_ctrl_c_gives_the_cursor_back(tmp_path: Path, terminal: Terminal) -> None:
     config = small_config(
-        tmp_path, data={"name": "tests.training.test_preemption:slow_pixels"}, train={"steps": 100_000}
+        tmp_path, data={"name": "tests.training.recovery.test_preemption:slow_pixels"}, train={"steps": 100_000}
     )
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     command = [sys.executable, "-m", "kfac_dist", "train", str(tmp_path / "run.yaml"), "--live"]

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kfac_dist.cli import app
-from kfac_dist.config.load import load_config, resolve
+from kfac_dist.config.yaml.load import load_config, resolve
 from kfac_dist.errors import KFACError
 from kfac_dist.reporting.report import read_run, read_runs, write_report
 from kfac_dist.training import train

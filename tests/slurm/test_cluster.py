@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from kfac_dist.config.load import dump_yaml, load_config
 from kfac_dist.config.schema import Config
+from kfac_dist.config.yaml.load import dump_yaml, load_config
 from kfac_dist.errors import ConfigError
 from kfac_dist.slurm.job import Job
 from kfac_dist.slurm.queue import FORGOTTEN, slurm_state
@@ -55,7 +55,7 @@ def _config(directory: Path, name: str = "small") -> Config:
         kfac=True,
         run={"name": name, "timeout_seconds": 60},
         model={"name": "tests.training.runs:DropoutNet", "args": {}},
-        data={"name": "tests.training.test_preemption:slow_pixels"},
+        data={"name": "tests.training.recovery.test_preemption:slow_pixels"},
         train={"steps": STEPS, "log_every": 7, "batch_size": 13},
         checkpoint={"every": 50, "resume": "auto"},
     )

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kfac_dist.cli import app
-from kfac_dist.config.load import dump_yaml, load_config
+from kfac_dist.config.yaml.load import dump_yaml, load_config
 from kfac_dist.errors import ConfigError
 from kfac_dist.reporting.run_lock import RunLock
 from kfac_dist.slurm.job import Job

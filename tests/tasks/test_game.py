@@ -11,9 +11,9 @@ from torch import Tensor
 from kfac_dist.config.schema import Objective
 from kfac_dist.errors import DataError
 from kfac_dist.tasks.data import digits_tile
-from kfac_dist.tasks.dcgan import dcgan
 from kfac_dist.tasks.game import discriminator_total, game_noise, generator_total
 from kfac_dist.tasks.judge import FEATURES, Judge, frechet, score, train_judge
+from kfac_dist.tasks.models.dcgan import dcgan
 
 
 def test_noise_is_a_function_of_seed_and_step() -> None:

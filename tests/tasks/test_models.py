@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kfac_dist.tasks.autoencoder import autoencoder
-from kfac_dist.tasks.byte_gpt import byte_gpt
-from kfac_dist.tasks.resnet import resnet20
+from kfac_dist.tasks.models.autoencoder import autoencoder
+from kfac_dist.tasks.models.byte_gpt import byte_gpt
+from kfac_dist.tasks.models.resnet import resnet20
 
 
 def test_autoencoder_mirrors_its_widths_around_a_linear_code() -> None:

@@ -7,7 +7,7 @@ import pytest
 from kfac_dist.config.schema import Target
 from kfac_dist.errors import ConfigError, DataError, ModelError
 from kfac_dist.tasks import DataSplits, build_data, build_model
-from kfac_dist.tasks.resnet import ResNet
+from kfac_dist.tasks.models.resnet import ResNet
 
 
 def test_shipped_names_and_the_users_own() -> None:

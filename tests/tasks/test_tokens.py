@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kfac_dist.errors import DataError
-from kfac_dist.tasks.bert import bert
 from kfac_dist.tasks.data import byte_text
+from kfac_dist.tasks.models.bert import bert
 from kfac_dist.tasks.scores import MaskedAccuracy
 from kfac_dist.tasks.tokens import BYTES, IGNORED, masked_text, random_tokens, token_file
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from kfac_dist.errors import DataError
 from kfac_dist.tasks.catalogues import Pair, read_pairs
 from kfac_dist.tasks.data import DataSplits
+from kfac_dist.tasks.models.translator import PAD
 from kfac_dist.tasks.scores import IGNORED
 from kfac_dist.tasks.translation import END, encode, learn_subwords, part_of, translations
 from kfac_dist.tasks.translation_score import TranslationScore
-from kfac_dist.tasks.translator import PAD
 
 for package in ("django", "babel", "tokenizers", "sacrebleu"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'kfac_dist[language]'")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from kfac_dist.config.load import resolve
 from kfac_dist.config.schema import Config
+from kfac_dist.config.yaml.load import resolve
 from kfac_dist.tasks import DataSplits, TwoPlayers
 from tests.training.runs import small_config
 

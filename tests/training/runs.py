@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import TensorDataset
 
-from kfac_dist.config.load import resolve
 from kfac_dist.config.schema import Config
-from kfac_dist.distributed.communicator import SoloCommunicator
+from kfac_dist.config.yaml.load import resolve
+from kfac_dist.distributed.communicators.base import SoloCommunicator
 from kfac_dist.tasks import DataSplits
-from kfac_dist.training.checkpoint import Checkpoints
-from kfac_dist.training.metrics import read_metrics
+from kfac_dist.training.checkpoints.checkpoint import Checkpoints
+from kfac_dist.training.records.metrics import read_metrics
 
 IGNORED = -100
 

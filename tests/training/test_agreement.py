@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
+from kfac_dist.distributed.communicators.base import SoloCommunicator
+from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.errors import CheckpointError, CollectiveError, DataError, KFACError
 from kfac_dist.training.agreement import agreed
 from tests.harness import run_ranks

@@ -16,7 +16,7 @@ from kfac_dist.config.schema import Config
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.training import train
 from kfac_dist.training.averaging import IterateAverage
-from kfac_dist.training.metrics import read_metrics
+from kfac_dist.training.records.metrics import read_metrics
 from tests.harness import run_ranks
 from tests.training.runs import final_model, launched, losses, saved_tensors, small_config
 

@@ -16,10 +16,10 @@ import pytest
 from torch import Tensor, nn
 
 from benchmarks.chaos_job import alive, child_pid
-from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.training import train
-from kfac_dist.training.checkpoint import read_manifest
-from tests.distributed.test_rendezvous import free_port
+from kfac_dist.training.checkpoints.checkpoint import read_manifest
+from tests.distributed.startup.test_rendezvous import free_port
 from tests.training.runs import losses, small_config
 
 STEPS = 300

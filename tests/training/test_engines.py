@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kfac_dist.config.load import dump_yaml
 from kfac_dist.config.schema import Config
+from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.errors import CheckpointError, ConfigError
 from kfac_dist.training import train
 from tests.harness import run_ranks

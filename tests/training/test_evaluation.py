@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from kfac_dist.config.schema import LossConfig
-from kfac_dist.distributed.communicator import SoloCommunicator, build_communicator
+from kfac_dist.distributed.communicators.base import SoloCommunicator
+from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.tasks import build_loss
-from kfac_dist.training.batches import InMemorySource
+from kfac_dist.training.data.batches import InMemorySource
 from kfac_dist.training.evaluation import Evaluation, evaluate
 from tests.harness import run_ranks
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.reporting.run_file import State, read_record
 from tests.training.runs import losses, small_config
 
@@ -35,7 +35,7 @@ class Endless(nn.Sequential):
 
 def _write(directory: Path, **sections: Any) -> Path:
     values: dict[str, Any] = {
-        "data": {"name": "tests.training.test_preemption:slow_pixels"},
+        "data": {"name": "tests.training.recovery.test_preemption:slow_pixels"},
         "train": {"steps": 10_000, "log_every": 1},
     }
     config = directory / "run.yaml"

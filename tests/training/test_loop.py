@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_dist.config.schema import Config, Fisher
-from kfac_dist.distributed.bootstrap import bootstrap
-from kfac_dist.distributed.communicator import SoloCommunicator
+from kfac_dist.distributed.communicators.base import SoloCommunicator
+from kfac_dist.distributed.startup.bootstrap import bootstrap
 from kfac_dist.errors import KFACError
 from kfac_dist.reporting.progress import SilentProgress
 from kfac_dist.training import train
-from kfac_dist.training.checkpoint import Checkpoints
+from kfac_dist.training.checkpoints.checkpoint import Checkpoints
 from kfac_dist.training.loop import DivergedError, Outputs, Trainer
 from kfac_dist.training.setup import build_parts
 from tests.harness import run_ranks

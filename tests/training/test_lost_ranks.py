@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.yaml.load import dump_yaml
 from tests.launch.test_stopping import _free_port
 from tests.training.runs import launched, small_config
 
@@ -37,7 +37,7 @@ class Mortal(nn.Sequential):
         match place:
             case "optimizer":
                 from kfac_dist.engines.fsdp2 import FSDP2Engine
-                from kfac_dist.engines.zero_loop import ZeroLoopEngine
+                from kfac_dist.engines.zero.loop import ZeroLoopEngine
 
                 for engine in (FSDP2Engine, ZeroLoopEngine):
                     engine.take_step = self._dying(engine.take_step)  # type: ignore[method-assign]

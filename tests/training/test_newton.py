@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
-from kfac_dist.config.load import resolve
 from kfac_dist.config.schema import Config
+from kfac_dist.config.yaml.load import resolve
 from kfac_dist.tasks import DataSplits
 from kfac_dist.training import train
-from kfac_dist.training.metrics import read_metrics
+from kfac_dist.training.records.metrics import read_metrics
 from tests.harness import run_ranks
 from tests.training.runs import final_model, launched, losses, random_pixels, small_config
 

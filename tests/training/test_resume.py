@@ -17,11 +17,11 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.errors import CheckpointError
 from kfac_dist.preconditioner import state
 from kfac_dist.training import train
-from kfac_dist.training.metrics import read_metrics
+from kfac_dist.training.records.metrics import read_metrics
 from tests.harness import run_ranks
 from tests.training.runs import final_model, launched, losses, small_config
 

@@ -12,7 +12,7 @@ from kfac_dist.config.schema import Config
 from kfac_dist.errors import ConfigError
 from kfac_dist.reporting.run_file import read_record
 from kfac_dist.training import train
-from kfac_dist.training.metrics import read_metrics
+from kfac_dist.training.records.metrics import read_metrics
 from tests.training.runs import losses, small_config
 
 

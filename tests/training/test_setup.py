@@ -13,7 +13,7 @@ from kfac_dist.errors import CollectiveError, ConfigError
 from kfac_dist.tasks import DataSplits
 from kfac_dist.training import train
 from kfac_dist.training.setup import with_classes
-from tests.distributed.test_bootstrap import free_port
+from tests.distributed.startup.test_bootstrap import free_port
 from tests.harness import run_ranks
 from tests.training.runs import launched, random_pixels, small_config
 

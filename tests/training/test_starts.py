@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.processes import parent_of, process
 from kfac_dist.reporting.run_file import State, read_record
-from kfac_dist.training.metrics import read_metrics
+from kfac_dist.training.records.metrics import read_metrics
 from tests.training.runs import losses, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 def _write(directory: Path, **sections: Any) -> Path:
     values: dict[str, Any] = {
-        "data": {"name": "tests.training.test_preemption:slow_pixels"},
+        "data": {"name": "tests.training.recovery.test_preemption:slow_pixels"},
         "train": {"steps": 60, "log_every": 1},
         "checkpoint": {"every": 5, "keep": 3},
     }

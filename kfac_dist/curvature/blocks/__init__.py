@@ -9,9 +9,9 @@ coverage      model, configuration → blocks, and reasons for the rest
 """
 
 from kfac_dist.curvature.blocks.base import Block, KroneckerBlock
-from kfac_dist.curvature.blocks.coverage import Coverage, find_blocks
+from kfac_dist.curvature.blocks.find_blocks import Coverage, find_blocks
+from kfac_dist.curvature.blocks.layer_calls import Use
 from kfac_dist.curvature.blocks.rows import MicroBatch
 from kfac_dist.curvature.blocks.table import BLOCK_TYPES
-from kfac_dist.curvature.blocks.uses import Use
 
 __all__ = ["BLOCK_TYPES", "Block", "Coverage", "KroneckerBlock", "MicroBatch", "Use", "find_blocks"]

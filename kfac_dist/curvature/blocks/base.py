@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
+from kfac_dist.curvature.blocks.layer_calls import Handle, Recorder, Use
 from kfac_dist.curvature.blocks.projection import Signs, wide
 from kfac_dist.curvature.blocks.rows import MicroBatch, sample, shared_rows, unscale
-from kfac_dist.curvature.blocks.uses import Handle, Recorder, Use
-from kfac_dist.curvature.classes import Members
+from kfac_dist.curvature.class_conditional import Members
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Heads, Side
 from kfac_dist.hooks import after_forward
 

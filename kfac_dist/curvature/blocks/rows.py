@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schema import LossTerms, Sharing
-from kfac_dist.curvature.classes import Classes, Members
+from kfac_dist.curvature.class_conditional import Classes, Members
 from kfac_dist.precision import at_least_single, widened
 
 

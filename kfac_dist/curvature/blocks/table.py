@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from kfac_dist.curvature.blocks.attention import AttentionBlock
 from kfac_dist.curvature.blocks.base import Block
-from kfac_dist.curvature.blocks.convolution import ConvolutionBlock
-from kfac_dist.curvature.blocks.embedding import EmbeddingBlock
-from kfac_dist.curvature.blocks.linear import InputFirstLinearBlock, LinearBlock
-from kfac_dist.curvature.blocks.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock
-from kfac_dist.curvature.blocks.rms_norm import RMSNormBlock, is_rms_norm
-from kfac_dist.curvature.blocks.scaled import ScaledBlock, is_scaled
-from kfac_dist.curvature.blocks.transposed import TransposedConvolutionBlock
+from kfac_dist.curvature.blocks.layers.attention import AttentionBlock
+from kfac_dist.curvature.blocks.layers.convolution import ConvolutionBlock
+from kfac_dist.curvature.blocks.layers.embedding import EmbeddingBlock
+from kfac_dist.curvature.blocks.layers.linear import InputFirstLinearBlock, LinearBlock
+from kfac_dist.curvature.blocks.layers.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock
+from kfac_dist.curvature.blocks.layers.rms_norm import RMSNormBlock, is_rms_norm
+from kfac_dist.curvature.blocks.layers.scaled import ScaledBlock, is_scaled
+from kfac_dist.curvature.blocks.layers.transposed import TransposedConvolutionBlock
 
 # A class of a package that need not be installed is named by its module and its name.
 BLOCK_TYPES: dict[type[nn.Module] | str, type[Block]] = {

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kfac_dist.compat.torch import parameters_of, with_parameters
 from kfac_dist.curvature.blocks.base import Block
+from kfac_dist.curvature.blocks.layer_calls import Use
 from kfac_dist.curvature.blocks.projection import Signs
-from kfac_dist.curvature.blocks.uses import Use
 
 # Larger modules are left to the arbiter.
 _MOST_VALUES = 2**24

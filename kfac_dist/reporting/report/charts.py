@@ -7,7 +7,7 @@ from typing import Any
 
 from plotly import graph_objects as go
 
-from kfac_dist.reporting.report.looks import COLOURS, MARKERS, bar, plain, style, titled
+from kfac_dist.reporting.report.chart_style import COLOURS, MARKERS, bar, plain, style, titled
 from kfac_dist.reporting.report.runs import RunData
 
 

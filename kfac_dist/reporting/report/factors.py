@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from plotly import graph_objects as go
 
-from kfac_dist.reporting.report.crowd import Values, crowd
-from kfac_dist.reporting.report.looks import GREY, style, titled, with_menu
+from kfac_dist.reporting.report.chart_style import GREY, style, titled, with_menu
+from kfac_dist.reporting.report.many_curves import Values, crowd
 from kfac_dist.reporting.report.readings import by_factor
 from kfac_dist.reporting.report.runs import RunData
 

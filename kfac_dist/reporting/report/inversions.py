@@ -8,8 +8,8 @@ from typing import Any
 
 from plotly import graph_objects as go
 
-from kfac_dist.reporting.report.crowd import Values, crowd
-from kfac_dist.reporting.report.looks import GREY, bar, plain, titled
+from kfac_dist.reporting.report.chart_style import GREY, bar, plain, titled
+from kfac_dist.reporting.report.many_curves import Values, crowd
 from kfac_dist.reporting.report.readings import numbered, readings_of_factors
 from kfac_dist.reporting.report.runs import RunData
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.curvature.blocks.convolution import ConvolutionBlock
+from kfac_dist.curvature.blocks.layers.convolution import ConvolutionBlock
 from tests.curvature.blocks.reference import (
     expected_factors,
     expected_update,

@@ -1,0 +1,1 @@
+"""The sections of `kfac`, one file a question that they answer."""

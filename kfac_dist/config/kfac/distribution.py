@@ -1,0 +1,104 @@
+"""`kfac.distribution`: who does it, and what crosses the network."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import model_validator
+
+from kfac_dist.config.kfac.curvature import DType
+from kfac_dist.config.section import Count, Flag, Fraction, Seconds, Section
+
+
+class AssignmentStrategy(StrEnum):
+    """Which rank inverts what."""
+
+    ROUND_ROBIN = "round_robin"
+    BALANCED = "balanced"
+
+
+class CostModel(StrEnum):
+    """What the balanced assignment believes an inversion costs: n³, or seconds measured at start-up."""
+
+    CUBIC = "cubic"
+    MEASURED = "measured"
+
+
+class Placement(StrEnum):
+    """Who holds inverses and preconditions (COMM-OPT, MEM-OPT, and the grid between them)."""
+
+    AUTO = "auto"
+    REPLICATED = "replicated"
+    OWNER = "owner"
+    HYBRID = "hybrid"
+    NODE = "node"
+
+
+class Reduction(StrEnum):
+    """How local statistics become global."""
+
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+
+
+class ReduceEvery(StrEnum):
+    """When local statistics become global: the numbers are the same."""
+
+    REFRESH = "refresh"
+    STEP = "step"
+
+
+class Backend(StrEnum):
+    """What carries K-FAC's own collectives; gradients always travel as the engine sends them."""
+
+    TORCH = "torch"
+    MPI = "mpi"
+
+
+class DistributionConfig(Section):
+    """Who does it, and what crosses the network.
+
+    Attributes:
+        backend: What carries factors and inverses: `torch` (gloo, NCCL), or `mpi` for CPU clusters whose network only
+            MPI drives; the ranks are then started by mpirun.
+        assignment: Which rank inverts which unit.
+        cost_model: Cost that `balanced` equalises.
+        placement: Who holds inverses and preconditions; `auto` is `replicated` under DDP, `owner` when sharded.
+        grad_worker_fraction: `hybrid` only: share of the ranks that precondition one block; times W it is a whole
+            number that divides W.
+        reduction: `all_reduce` gives every rank every factor, `reduce_scatter` only those that it inverts.
+        reduce_every: `refresh` reduces when an inverse needs it, `step` at every measurement.
+        communication_dtype: Precision of factors on the wire; `auto` is float64 if they are kept in it, else float32.
+        pack_triangles: Send only one triangle of symmetric matrices: half the bytes for two copies; pays on slow links.
+        buckets: Number of collectives that one reduction is cut into, so that it overlaps with backward.
+        overlap: Start reducing during the backward that the loop has announced as the step's last, by
+            `kfac.micro_batch(last=True)`; off, or without that word, reduces in `step()`.
+        timeout_seconds: How long a collective of K-FAC may wait before it fails on every rank.
+    """
+
+    backend: Backend = Backend.TORCH
+    assignment: AssignmentStrategy = AssignmentStrategy.ROUND_ROBIN
+    cost_model: CostModel = CostModel.CUBIC
+    placement: Placement = Placement.AUTO
+    grad_worker_fraction: Fraction | None = None
+    reduction: Reduction = Reduction.ALL_REDUCE
+    reduce_every: ReduceEvery = ReduceEvery.REFRESH
+    communication_dtype: DType = DType.AUTO
+    pack_triangles: Flag = False
+    buckets: Count = 4
+    overlap: Flag = True
+    timeout_seconds: Seconds = 600.0
+
+    @model_validator(mode="after")
+    def _fraction_belongs_to_hybrid(self) -> Self:
+        hybrid = self.placement is Placement.HYBRID
+        if hybrid and self.grad_worker_fraction is None:
+            raise ValueError(
+                "placement hybrid needs grad_worker_fraction, the share of ranks that precondition a block"
+            )
+        if not hybrid and self.grad_worker_fraction is not None:
+            raise ValueError(f"grad_worker_fraction needs placement hybrid; with {self.placement} leave it out")
+        if self.assignment is AssignmentStrategy.ROUND_ROBIN and self.cost_model is CostModel.MEASURED:
+            raise ValueError("cost_model measured has no effect on round_robin: set assignment to balanced")
+        return self

@@ -1,0 +1,89 @@
+"""`kfac.inversion`: what is solved."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from kfac_dist.config.kfac.curvature import DType
+from kfac_dist.config.kfac.splits import SplitConfig, refuse_idle
+from kfac_dist.config.schedules import Damping, Schedule
+from kfac_dist.config.section import MOST, Count, CountOrZero, Flag, Fraction, Section
+
+
+class Solver(StrEnum):
+    """How a damped factor is inverted."""
+
+    CHOLESKY = "cholesky"
+    EIGEN = "eigen"
+    NEWTON_SCHULZ = "newton_schulz"
+    EKFAC = "ekfac"
+
+
+class Structure(StrEnum):
+    """Which blocks of the Fisher matrix the inverse knows: layers by themselves, or with the layer that follows."""
+
+    BLOCK_DIAGONAL = "block_diagonal"
+    BLOCK_TRIDIAGONAL = "block_tridiagonal"
+
+
+class AdaptConfig(Section):
+    """A damping that follows the trust region of `update.kl_clip`: more where steps are cut, less where they fit.
+
+    Attributes:
+        every: Steps that are judged together; judged they are at the next refresh of inverses.
+        rate: What the damping is multiplied by while steps are cut to a tenth and less, and divided by while half of
+            them and more is left.
+        lowest: Least factor of the configured damping.
+        highest: Largest factor of the configured damping.
+    """
+
+    every: Count = 10
+    rate: Annotated[float, Field(gt=1, le=MOST, strict=True, allow_inf_nan=False)] = 1.5
+    lowest: Fraction = 0.1
+    highest: Annotated[float, Field(ge=1, le=MOST, strict=True, allow_inf_nan=False)] = 1000.0
+
+
+class InversionConfig(Section):
+    """What is solved: the method, its damping, and when.
+
+    Attributes:
+        solver: `cholesky` and `newton_schulz` damp the factors (factored Tikhonov); `eigen` damps exactly;
+            `ekfac` does, and measures the eigenvalues of A ⊗ G instead of multiplying them (George et al. 2018).
+        structure: `block_tridiagonal`, for chains of linear layers, takes account of neighbouring layers (Martens &
+            Grosse 2015, §4.3). It is solved by `eigen`, and damps the factors all the same.
+        damping: λ; a number or a schedule over steps, whose warm-up has to say from where: `warmup_from`.
+        adapt: How λ follows the trust region; null leaves it to the schedule alone.
+        inverse_every: Steps between refreshes of one block's inverses (T_inv); a multiple of `factor_every`.
+        stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once. At most
+            one for each step that measures, and as many times more as `curvature.stagger` says.
+        inverse_lag: Steps between the refresh of an inverse and its first use: meanwhile it is solved beside training
+            (by a thread of its own, on a GPU on a stream of its own) and shared. 0 solves and shares in one step.
+        early_refresh: At the start, inverses also refresh at this step and at 2, 4, 8, … times it, until the regular
+            refreshes begin; those steps measure, too. 0 keeps the first batch's inverses until then.
+        rescale_every: `ekfac` only: steps between measurements of the second moments in the eigenbasis; a divisor of
+            `factor_every`. null measures them with the factors; 1 at every step, at the cost of a measurement.
+        max_factor_dim: Factors larger than this are cut into near-equal diagonal blocks (Block K-FAC).
+        splits: Pattern (`fnmatch`, on module names) to where the factors of these layers are cut, before
+            `max_factor_dim`; the first match wins, so that `name: 1` exempts layers from a pattern after it.
+        inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; `auto` is that
+            in which they are solved: float64 if factors are kept in it, else float32.
+        offload: Keep inverses in host memory, and bring each group of them to the device when it preconditions: two
+            groups are there at a time. Costs their way over the bus in every step; on a CPU it costs and saves nothing.
+    """
+
+    solver: Solver = Solver.CHOLESKY
+    structure: Structure = Structure.BLOCK_DIAGONAL
+    damping: Damping = Schedule(value=0.003)
+    adapt: AdaptConfig | None = None
+    inverse_every: Count = 100
+    stagger: Count = 1
+    inverse_lag: CountOrZero = 0
+    early_refresh: CountOrZero = 1
+    rescale_every: Count | None = None
+    max_factor_dim: Annotated[int, Field(ge=2, strict=True)] | None = None
+    splits: Annotated[dict[str, SplitConfig], AfterValidator(refuse_idle)] = Field(default_factory=dict)
+    inverse_dtype: DType = DType.AUTO
+    offload: Flag = False

@@ -1,0 +1,169 @@
+"""Which class each row of a layer belongs to, and the sums that are kept apart by it.
+
+`E[aaᵀ ⊗ ĝĝᵀ] = Σ_c π_c E_c[aaᵀ ⊗ ĝĝᵀ]` for any variable c; K-FAC's approximation, that a and ĝ are independent, is
+then made inside each class alone. c is the label whose loss the gradient comes from:
+
+    empirical   the data's label                                                   given by the loop
+    mc          the label that was drawn from the model                            the Fisher knows no other
+    type2       column c of the Hessian's square root, in which a term has a share of p_c     exact
+
+With the data's labels under `mc` the classes would belong to another distribution than the gradients do.
+
+Rows `[batch, M, d]` are ordered by sample, then position. A label a sample is every position's; labels by position
+need as many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.device_ops import to_device
+from kfac_dist.curvature.gram import accumulate_gram
+from kfac_dist.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Members:
+    """How rows of one layer are shared out over the classes.
+
+    Attributes:
+        number: C, with the class of what has no label where there is one.
+        labels: `[M]`, in [0, C); what lies outside is in no class. None if all rows have a share in one class.
+        index: That class.
+        shares: `[M]`, the rows' shares in it.
+        weigh: Whether products are to be multiplied by the shares; gradients that are sent back have theirs in them.
+    """
+
+    number: int
+    labels: Tensor | None
+    index: int = 0
+    shares: Tensor | None = None
+    weigh: bool = True
+
+    def kept(self, select: Callable[[Tensor], Tensor]) -> Members:
+        """Return the classes of some of the rows."""
+        labels, shares = (None if values is None else select(values) for values in (self.labels, self.shares))
+        return replace(self, labels=labels, shares=shares)
+
+    def counts(self, device: torch.device) -> Tensor:
+        """Return `[C]`: rows by class, without a look at the labels."""
+        if self.labels is None:
+            assert self.shares is not None
+            counts = self.shares.new_zeros(self.number)
+            counts[self.index] = self.shares.sum()
+        else:
+            counts = torch.zeros(self.number + 1, device=self.labels.device, dtype=torch.float32)
+            counts.index_add_(0, self.labels, torch.ones_like(self.labels, dtype=counts.dtype))
+            counts = counts[:-1]
+        return to_device(counts, device)
+
+    def accumulate(self, out: Tensor, rows: Tensor, *, alpha: float, ones: bool) -> None:
+        """Add `alpha·[rows, 1]ᵀ[rows, 1]` of each class's rows to its own matrices.
+
+        Where the host knows the labels, rows are put in order by class, and each is multiplied once. If only a GPU
+        does, their number in a class is not known without waiting for it: every class multiplies all rows, most by 0.
+
+        Args:
+            out: `[C, batch, n, n]`, fp32.
+            rows: `[batch, M, d]`, see `gram.accumulate_gram`.
+            alpha: Scale.
+            ones: Whether rows carry an implicit column of ones.
+        """
+        if self.labels is None:
+            shares = self.shares if self.weigh else None
+            accumulate_gram(out[self.index], rows, alpha=alpha, beta=1.0, ones=ones, weights=shares)
+        elif self.labels.device.type == "cpu":
+            order = self.labels.argsort(stable=True)
+            found, lengths = torch.unique_consecutive(self.labels[order], return_counts=True)
+            ordered = rows[:, to_device(order, rows.device)]
+            for label, own in zip(found.tolist(), ordered.split(lengths.tolist(), dim=1), strict=True):
+                if label < self.number:
+                    accumulate_gram(out[label], own, alpha=alpha, beta=1.0, ones=ones)
+        else:
+            self.accumulate_masked(out, rows, alpha=alpha, ones=ones)
+
+    def accumulate_masked(self, out: Tensor, rows: Tensor, *, alpha: float, ones: bool) -> None:
+        """Do what `accumulate` does for labels whose values the host doesn't know."""
+        assert self.labels is not None
+        for label in range(self.number):
+            mask = (self.labels == label).to(out.dtype)
+            accumulate_gram(out[label], rows, alpha=alpha, beta=1.0, ones=ones, weights=mask)
+
+    def frequencies(self, tokens: Tensor, number: int) -> Tensor:
+        """Return `[C, number]`: how often each token stands in rows of each class, for `tokens: [M]`."""
+        counts = torch.zeros(self.number + 1, number, device=tokens.device, dtype=torch.float32)
+        if self.labels is None:
+            assert self.shares is not None
+            counts[self.index].index_add_(0, tokens, self.shares.to(counts.dtype))
+        else:
+            ones = torch.ones_like(tokens, dtype=counts.dtype)
+            counts.view(-1).index_add_(0, to_device(self.labels, tokens.device) * number + tokens, ones)
+        return counts[:-1]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of one micro-batch's terms.
+
+    Attributes:
+        number: C, with the class of what has no label where there is one.
+        labels: `[B]`, or `[B, T]` for a label a token: in [0, C), or C for what is in no class. None if `shares` are
+            given.
+        index: The class of a `type2` column.
+        shares: `[B]` or `[B, T]`: each term's probability of it.
+    """
+
+    number: int
+    labels: Tensor | None = None
+    index: int = 0
+    shares: Tensor | None = None
+
+    @classmethod
+    def of(cls, labels: Tensor, number: int, slots: int) -> Classes:
+        """Return the classes of labels.
+
+        Args:
+            labels: `[B]` or `[B, T]`, whole numbers; what lies outside of [0, C) has no label.
+            number: C.
+            slots: C, or C + 1 if what has no label is a class of its own.
+        """
+        labels = labels.detach().long()
+        return cls(slots, torch.where((labels >= 0) & (labels < number), labels, number))
+
+    def counts(self, terms: float | Tensor) -> Tensor | None:
+        """Return a number of terms shared out over the classes `[C]` as the labels are; None without labels."""
+        if self.labels is None or not self.labels.numel():
+            return None
+        counts = Members(self.number, self.labels.reshape(-1)).counts(self.labels.device)
+        return counts * (to_device(terms, counts.device) if isinstance(terms, Tensor) else terms) / self.labels.numel()
+
+    def members(self, layer: str, rows: int, *, inputs: bool) -> Members:
+        """Return the classes of a layer's rows.
+
+        Args:
+            layer: Its name, for messages.
+            rows: M, before any are left out by sampling.
+            inputs: Whether they are inputs, not gradients.
+
+        Raises:
+            ModelError: The rows can't be told apart by the labels.
+        """
+        values = self.labels if self.labels is not None else self.shares
+        assert values is not None
+        if values.ndim == 1 and len(values) and rows % len(values) == 0:
+            spread = values.repeat_interleave(rows // len(values))
+        elif values.numel() == rows:
+            spread = values.reshape(-1)
+        else:
+            raise ModelError(
+                f"kfac.curvature.class_conditional: layer {layer} has {rows} rows for labels of shape "
+                f"{list(values.shape)}: give one label a sample, or a label for each of its positions (with "
+                "kfac.curvature.sharing: expand); or name the layer in kfac.curvature.exclude"
+            )
+        if self.labels is not None:
+            return Members(self.number, spread)
+        return Members(self.number, None, self.index, spread, weigh=inputs)

@@ -1,0 +1,1 @@
+"""Which rank inverts and preconditions which block: pure functions that every rank evaluates to the same result."""

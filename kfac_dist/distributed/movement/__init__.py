@@ -1,0 +1,1 @@
+"""Tensors on their way between ranks: packed triangles, slices of parameters, buffers of owners."""

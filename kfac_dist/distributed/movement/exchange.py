@@ -1,0 +1,262 @@
+"""Sharded gradients to the ranks that precondition them, and back: two all-to-alls, planned once.
+
+    shards            a 0 1 2 | b 0 2 | c 1        parameter, and the ranks that hold a slice of it
+    to_owners         rank 0 ⇐ a, rank 1 ⇐ b, rank 2 ⇐ c: an owner assembles its parts' full gradients
+    (precondition)
+    to_shards         the same bytes back the same way, into the gradients' own memory
+
+What travels to one owner is a `Part`: a parameter, or a run of its rows where several owners share it. `plan_exchange`
+is pure: it says which elements lie where in the two buffers. `Exchange` owns the buffers and moves the bytes, from and
+to the memory in which owners precondition; what a rank both holds and owns is copied there without a detour. A rank
+never holds more full gradients than it owns. Both ways start at once and are waited for later, so that several
+exchanges, each over some of the parts, make buckets: one is on its way while another is preconditioned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.distributed.communicators.base import Communicator, Work
+from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices
+from kfac_dist.distributed.movement.runs import cut_like, runs
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements of one parameter that travel together to the rank that preconditions them.
+
+    Attributes:
+        name: Unique among the parts.
+        parameter: The parameter's name.
+        shape: What the owner assembles.
+        owner: The rank.
+        start: The first of its elements in the flattened parameter; the others follow.
+    """
+
+    name: str
+    parameter: str
+    shape: tuple[int, ...]
+    owner: int
+    start: int = 0
+
+    @classmethod
+    def whole(cls, parameter: ParameterSlices, owner: int) -> Part:
+        """A parameter that nobody else owns a part of."""
+        return cls(parameter.name, parameter.name, parameter.shape, owner)
+
+    @property
+    def stop(self) -> int:
+        """One past its last element in the flattened parameter."""
+        return self.start + torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What one rank holds of one part.
+
+    Attributes:
+        part: Name of the part.
+        parameter: Name of its parameter.
+        holder: The rank that holds these elements as its shard.
+        local: The first of them in the holder's slice of the gradient.
+        offset: The first of them in the flattened part.
+        numel: How many there are.
+    """
+
+    part: str
+    parameter: str
+    holder: int
+    local: int
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """What one rank sends and receives.
+
+    Attributes:
+        shards: What this rank holds for other owners, in the order of its shard buffer: by owner, then by part.
+        shard_splits: Elements of the shard buffer for each owner.
+        pieces: What other ranks hold of this rank's parts, in the order of its owner buffer: by holder, then by part.
+        piece_splits: Elements of the owner buffer from each holder.
+        kept: What this rank both holds and owns: it stays here.
+        owned: The parts that this rank owns, with their shapes.
+    """
+
+    shards: tuple[Copy, ...]
+    shard_splits: tuple[int, ...]
+    pieces: tuple[Copy, ...]
+    piece_splits: tuple[int, ...]
+    kept: tuple[Copy, ...]
+    owned: Mapping[str, tuple[int, ...]]
+
+    @property
+    def sent_elements(self) -> tuple[int, int]:
+        """Elements that this rank sends on the way to owners, and on the way back."""
+        return sum(self.shard_splits), sum(self.piece_splits)
+
+
+def plan_exchange(layout: GradientLayout, parts: Sequence[Part], rank: int) -> ExchangePlan:
+    """Plans the exchange of some parts, for one rank.
+
+    Args:
+        layout: Who holds which slice of each gradient.
+        parts: What travels, in the same order on every rank; elements in no part keep their gradients.
+        rank: The rank whose plan is wanted.
+
+    Raises:
+        ValueError: A parameter isn't in the layout or isn't sharded, a part exceeds it, or an owner is no rank.
+    """
+    copies: list[tuple[Copy, int]] = []
+    for part in parts:
+        name = part.parameter
+        if name not in layout or layout[name].is_replicated:
+            raise ValueError(f"{name} is not a sharded parameter of the layout: there is nothing to exchange")
+        if not 0 <= part.owner < layout.size:
+            raise ValueError(f"{part.name}: its owner {part.owner} is none of {layout.size} ranks")
+        if not 0 <= part.start <= part.stop <= layout[name].numel:
+            raise ValueError(f"{part.name}: elements {part.start} to {part.stop} exceed {name}'s {layout[name].numel}")
+        for held in layout[name].slices or ():
+            first, last = max(held.start, part.start), min(held.stop, part.stop)
+            if first < last and rank in (held.rank, part.owner):
+                copy = Copy(part.name, name, held.rank, first - held.start, first - part.start, last - first)
+                copies.append((copy, part.owner))
+    there = [(copy, owner) for copy, owner in copies if owner != rank]
+    coming = [(copy, copy.holder) for copy, owner in copies if owner == rank != copy.holder]
+    kept = tuple(copy for copy, owner in copies if owner == rank == copy.holder)
+    owned = {part.name: part.shape for part in parts if part.owner == rank}
+    return ExchangePlan(*_by_peer(there, layout.size), *_by_peer(coming, layout.size), kept, owned)
+
+
+def _by_peer(copies: Iterable[tuple[Copy, int]], size: int) -> tuple[tuple[Copy, ...], tuple[int, ...]]:
+    """Orders copies by the other end's rank; the sort is stable, so both ends see one order."""
+    ordered = sorted(copies, key=lambda entry: entry[1])
+    splits = [0] * size
+    for copy, peer in ordered:
+        splits[peer] += copy.numel
+    return tuple(copy for copy, _ in ordered), tuple(splits)
+
+
+class Exchange:
+    """Moves gradients along a plan, through buffers that live as long as it does.
+
+    One round trip is `to_owners`, `assembled`, `to_shards`, `delivered`, in this order.
+
+    Args:
+        comm: The ranks of the layout.
+        plan: This rank's plan; every rank's comes from the same layout and the same parts.
+        places: The memory of each part that this rank owns, as `[R, C]` with the part's elements row by row: there it
+            is assembled, in fp32 or what owners compute on, and from there it goes back.
+        device: Where the gradients live.
+        wire_dtype: What travels.
+        label: Name of the traffic.
+
+    Raises:
+        ValueError: A place is missing, or has another number of elements.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        plan: ExchangePlan,
+        places: Mapping[str, Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        wire_dtype: torch.dtype = torch.float32,
+        label: str = "gradients",
+    ) -> None:
+        self.plan = plan
+        self._comm = comm
+        self._label = label
+        for name, shape in plan.owned.items():
+            found = places[name].shape if name in places else None
+            if found is None or len(found) != 2 or found.numel() != torch.Size(shape).numel():
+                raise ValueError(f"{name} has shape {tuple(shape)}; its place has {found and tuple(found)}")
+        self._shards = torch.zeros(sum(plan.shard_splits), dtype=wire_dtype, device=device)
+        self._pieces = torch.zeros(sum(plan.piece_splits), dtype=wire_dtype, device=device)
+        self._in_shards = torch.split(self._shards, [copy.numel for copy in plan.shards]) if plan.shards else ()
+        self._assembled = [run for copy in plan.pieces for run in _runs_of(places, copy)]
+        self._in_pieces = cut_like(self._pieces, self._assembled)
+        self._kept = [_runs_of(places, copy) for copy in plan.kept]
+        self._work: Work | None = None
+
+    def to_owners(self, local: Mapping[str, Tensor]) -> None:
+        """Starts to bring every part's shards to its owner; collective.
+
+        Args:
+            local: Parameter to this rank's slice of its gradient: 1-D, any floating dtype. One that is missing counts
+                as zero; more parameters than the plan has are ignored.
+        """
+        _copy_all(self._in_shards, _held(self.plan.shards, local), or_zero=True)
+        self._work = self._comm.all_to_all(
+            self._pieces, self._shards, self.plan.piece_splits, self.plan.shard_splits, label=self._label
+        )
+        for places, held in zip(self._kept, _held(self.plan.kept, local), strict=True):
+            _copy_all(places, [None] * len(places) if held is None else cut_like(held, places), or_zero=True)
+
+    def assembled(self) -> None:
+        """Waits until the gradients of all parts that this rank owns are in their places."""
+        self._wait()
+        _copy_all(self._assembled, self._in_pieces)
+
+    def to_shards(self) -> None:
+        """Starts to take back what is in the places now; collective. They must stay as they are until `delivered`."""
+        _copy_all(self._in_pieces, self._assembled)
+        self._work = self._comm.all_to_all(
+            self._shards, self._pieces, self.plan.shard_splits, self.plan.piece_splits, label=self._label
+        )
+
+    def delivered(self, local: Mapping[str, Tensor], scale: Tensor | None = None) -> None:
+        """Waits, and writes what came back into the slices, in place.
+
+        Args:
+            local: What `to_owners` was given.
+            scale: 0-dim factor for all of it; it also scales what this rank has in the places of its own slices.
+        """
+        self._wait()
+        if scale is not None:
+            factors = [*self._in_shards, *(place for places in self._kept for place in places)]
+            if factors:
+                torch._foreach_mul_(factors, scale)
+        _copy_all(_held(self.plan.shards, local), self._in_shards)
+        for places, held in zip(self._kept, _held(self.plan.kept, local), strict=True):
+            if held is not None:
+                _copy_all(cut_like(held, places), places)
+
+    def _wait(self) -> None:
+        assert self._work is not None, "nothing is on its way"
+        self._work.wait()
+        self._work = None
+
+
+def _runs_of(places: Mapping[str, Tensor], copy: Copy) -> list[Tensor]:
+    return runs(places[copy.part], copy.offset, copy.offset + copy.numel)
+
+
+def _held(copies: Sequence[Copy], local: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """Return the views of this rank's slices that copies speak of; None where there is no gradient."""
+    views: list[Tensor | None] = []
+    for copy in copies:
+        held = local.get(copy.parameter)
+        if held is not None and (held.ndim != 1 or held.numel() < copy.local + copy.numel):
+            raise ValueError(
+                f"{copy.parameter}: rank {copy.holder} holds {copy.local + copy.numel} elements or more of it, "
+                f"but its gradient has shape {tuple(held.shape)}"
+            )
+        views.append(None if held is None else held[copy.local : copy.local + copy.numel])
+    return views
+
+
+def _copy_all(targets: Sequence[Tensor | None], sources: Sequence[Tensor | None], *, or_zero: bool = False) -> None:
+    """Copies pairwise where both are there, converting dtypes, in one launch on a GPU; other targets become zero."""
+    pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t is not None and s is not None]
+    if pairs:
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+    empty = [t for t, s in zip(targets, sources, strict=True) if t is not None and s is None] if or_zero else []
+    if empty:
+        torch._foreach_zero_(empty)

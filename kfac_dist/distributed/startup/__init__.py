@@ -1,0 +1,1 @@
+"""From a launcher's environment to a process group: rank, devices, rendezvous."""

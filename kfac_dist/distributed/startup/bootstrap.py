@@ -1,0 +1,276 @@
+"""Joins the world: from the launcher's word about this process to a device and a process group.
+
+place.find_place     who am I, among how many            torchrun, deepspeed, srun, mpirun, or nobody
+choose_device        NCCL and a GPU, or gloo; all ranks the same (`devices.compare`)
+_join                meet at the place's address, with a deadline
+World                what came of it; leaving its context leaves the process group
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store, TCPStore
+
+from kfac_dist.distributed.startup.devices import Found, compare
+from kfac_dist.distributed.startup.rank_info import Launcher, Place, find_place
+from kfac_dist.distributed.startup.rendezvous import fresh_store
+from kfac_dist.errors import CollectiveError, ConfigError
+
+# How long a name server may be out of order, and how often it is asked.
+NAME_SECONDS = 10.0
+NAME_PAUSE_SECONDS = 1.0
+# In a store that outlives the ranks: which process was rank 0 first.
+FIRST = "kfac_dist/first"
+# Newer releases of torch read the first name, older ones the second.
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run, joined; leaving the context leaves the world.
+
+    Attributes:
+        place: Where this process stands.
+        device: What it computes on.
+        backend: Backend of torch.distributed; None when alone, without a process group.
+        owns_group: Whether `bootstrap` made the process group, and `close` destroys it.
+        exported: Variables that `bootstrap` has set, and `close` takes away.
+        store: What the ranks met in; None when alone, or when the process group was there already.
+        first: Which process was rank 0 when this job's ranks first met; known to rank 0 alone, and only where the
+            launcher's store outlives the ranks.
+    """
+
+    place: Place
+    device: torch.device
+    backend: str | None
+    owns_group: bool
+    exported: tuple[str, ...] = ()
+    store: Store | None = None
+    first: str | None = None
+
+    @property
+    def restarted(self) -> bool:
+        """Whether rank 0 knows that ranks of this job have met before, whether or not their launcher counts it."""
+        return self.first is not None and self.first != _this_process()
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.place.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """Rank within the node."""
+        return self.place.local_rank
+
+    @property
+    def local_world_size(self) -> int:
+        """Ranks on this node."""
+        return self.place.local_world_size
+
+    def describe(self) -> str:
+        """One line: how many ranks, where, over what."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        if self.backend is None:
+            return f"1 process on {name}"
+        nodes = -(-self.world_size // self.local_world_size)
+        return (
+            f"{_count(self.world_size, 'rank')} on {_count(nodes, 'node')} ({self.place.launcher}), "
+            f"{self.backend} on {name}"
+        )
+
+    def close(self) -> None:
+        """Leaves the process group, if `bootstrap` joined it."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        for name in self.exported:
+            os.environ.pop(name, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self.place.launcher is Launcher.MPI:
+            from kfac_dist.distributed.startup.mpi import leave_without_finalizing
+
+            leave_without_finalizing()
+        self.close()
+
+
+def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) -> World:
+    """Joins the ranks that the launcher started; a process without a launcher is alone and needs no process group.
+
+    With CUDA the backend is NCCL and each rank takes the GPU of its local rank, else it is gloo. `auto` uses CUDA where
+    there are GPUs. A process group that exists already is used as it is. Whoever the
+    launcher was, RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set until the world
+    is closed.
+
+    Args:
+        device: What to compute on.
+        timeout_seconds: How long a collective, and the meeting of the ranks, may take.
+
+    Raises:
+        ConfigError: The launcher's variables are incomplete, malformed or contradict each other; on every rank: a node
+            has GPUs, or was to have some, but not one for each of its ranks, or only some of the nodes have any.
+        CollectiveError: The ranks did not meet in time.
+    """
+    place = find_place(os.environ)
+    if dist.is_available() and dist.is_initialized():
+        return _joined_already(place, device)
+    if place.launcher is Launcher.MPI:
+        from kfac_dist.distributed.startup.mpi import meet_over_mpi
+
+        place = meet_over_mpi(place)
+    if place.address is None:
+        return World(place, _take_device(device, place), None, owns_group=False)
+    chosen, problem = torch.device("cpu"), ""
+    try:
+        chosen = _take_device(device, place)
+    except ConfigError as error:  # the other ranks, who would wait for this one, have to hear of it
+        problem = str(error)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if backend == "nccl":
+        _record_flights()
+    found = Found(backend, socket.gethostname(), _gpus(device), problem)
+    store, first = _join(place, place.address, found, timeout_seconds)
+    return World(place, chosen, backend, owns_group=True, exported=_export(place), store=store, first=first)
+
+
+def _record_flights() -> None:
+    """Have NCCL's watchdog write down the last collectives of every rank when one of them times out.
+
+    What the user has set stays. The dumps go to TORCH_NCCL_DEBUG_INFO_TEMP_FILE, a path that gets the rank appended.
+    """
+    for name, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
+
+
+def _joined_already(place: Place, device: Literal["auto", "cpu", "cuda"]) -> World:
+    if (dist.get_rank(), dist.get_world_size()) != (place.rank, place.world_size):
+        raise ConfigError(
+            f"this process is rank {dist.get_rank()} of {dist.get_world_size()} in torch.distributed, but "
+            f"rank {place.rank} of {place.world_size} in its environment ({place.launcher})"
+        )
+    return World(place, _take_device(device, place), dist.get_backend(), owns_group=False)
+
+
+def _export(place: Place) -> tuple[str, ...]:
+    """Sets what torchrun would have set; returns the names of what wasn't there."""
+    missing = {name: text for name, text in place.exports().items() if name not in os.environ}
+    os.environ.update(missing)
+    return tuple(missing)
+
+
+def _take_device(device: Literal["auto", "cpu", "cuda"], place: Place) -> torch.device:
+    chosen = choose_device(device, place)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def choose_device(device: Literal["auto", "cpu", "cuda"], place: Place) -> torch.device:
+    """The device of a rank.
+
+    Raises:
+        ConfigError: This node has fewer GPUs than ranks, but `cuda` was asked for, or it has some.
+    """
+    gpus = _gpus(device)
+    if gpus and place.own_gpus:
+        return torch.device("cuda", 0)
+    if gpus >= place.local_world_size:
+        return torch.device("cuda", place.local_rank)
+    if device == "cuda":
+        raise ConfigError(
+            f"run.device: cuda needs a GPU for each of the {place.local_world_size} ranks of this node, which has "
+            f"{gpus}: start fewer ranks, or set run.device to cpu"
+        )
+    if gpus:
+        raise ConfigError(
+            f"run.device: auto finds {_count(gpus, 'GPU')} for the {place.local_world_size} ranks of this node: start "
+            f"{_count(gpus, 'rank')} a node, or set run.device=cpu"
+        )
+    return torch.device("cpu")
+
+
+def _gpus(device: Literal["auto", "cpu", "cuda"]) -> int:
+    return torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+
+
+def _join(place: Place, address: tuple[str, int], found: Found, timeout_seconds: float) -> tuple[Store, str | None]:
+    """The store in which the ranks have met, and which process was rank 0 first."""
+    timeout = timedelta(seconds=timeout_seconds)
+    host, port = address
+    _check_name(place, host, min(timeout_seconds, NAME_SECONDS))
+    try:
+        store, first = _store(place, host, port, timeout)
+        compare(store, place.rank, place.world_size, found)
+        dist.init_process_group(
+            found.backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+        )
+        return store, first
+    except RuntimeError as error:  # torch's store, socket and timeout errors all derive from it
+        raise CollectiveError(
+            f"rank {place.rank} of {place.world_size} did not meet the others at {host}:{port} "
+            f"(MASTER_ADDR, MASTER_PORT) within {timeout_seconds:g} s: {error}"
+        ) from error
+
+
+def _check_name(place: Place, host: str, seconds: float) -> None:
+    """A host without an address is an error at once: torch would look for it until the timeout, a page a try."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() + NAME_PAUSE_SECONDS > deadline:
+                raise CollectiveError(
+                    f"rank {place.rank} of {place.world_size} finds no address of {host!r}, where the ranks shall meet "
+                    f"({place.launcher}): {error}; set MASTER_ADDR to a name or an address that every node knows"
+                ) from error
+        time.sleep(NAME_PAUSE_SECONDS)
+
+
+def _store(place: Place, host: str, port: int, timeout: timedelta) -> tuple[Store, str | None]:
+    """The store that rank 0 serves, or torchrun's agent: that one outlives its workers, and tells of the first."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        agents = TCPStore(host, port, world_size=place.world_size, is_master=False, timeout=timeout)
+        first = agents.compare_set(FIRST, "", _this_process()).decode() if place.rank == 0 else None
+        return fresh_store(agents, place.rank, place.world_size, timeout), first
+    # multi_tenant: what uses the same variables in this process (DeepSpeed, say) shares rank 0's server.
+    store = TCPStore(
+        host, port, world_size=place.world_size, is_master=place.rank == 0, timeout=timeout, multi_tenant=True
+    )
+    return store, None
+
+
+@cache
+def _this_process() -> str:
+    """A name that no other process has; made when it is asked for, so that forks don't share it."""
+    return uuid.uuid4().hex
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,1 @@
+"""Truncated Newton methods that use K-FAC as their preconditioner: conjugate gradients, Levenberg–Marquardt, planes."""

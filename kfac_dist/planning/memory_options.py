@@ -1,0 +1,165 @@
+"""What options that spare memory do to the bytes of a rank: each planned with and without, all else the same.
+
+An option is on where its effect is: `sample_fraction` at any share, placement `owner` also where `auto` means it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from kfac_dist.config.schema import DType, KFACConfig, Placement, ReduceEvery, Reduction
+from kfac_dist.curvature.blocks import Block
+from kfac_dist.errors import ConfigError
+from kfac_dist.planning.row_copies import MicroRows, copied_bytes
+from kfac_dist.preconditioner.memory import RankBytes, rank_bytes
+from kfac_dist.preconditioner.plan import build_plan
+
+Changes = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that spares memory.
+
+    Attributes:
+        name: As a configuration says it.
+        on: Section by section, what switches it on.
+        off: What switches it off.
+    """
+
+    name: str
+    on: Changes
+    off: Changes
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What one option does.
+
+    Attributes:
+        option: Its name.
+        active: Whether it is in effect.
+        without: Bytes that the fullest rank keeps without it; None where the engine can't do without.
+        having: Bytes that the fullest rank keeps with it.
+        copies: Bytes that it spares of what a measurement copies, and gives back after it; None if they aren't known.
+    """
+
+    option: str
+    active: bool
+    without: RankBytes | None
+    having: RankBytes
+    copies: int | None = 0
+
+    @property
+    def required(self) -> bool:
+        """Whether the engine can't do without it."""
+        return self.without is None
+
+    @property
+    def device(self) -> int:
+        """Bytes that it spares on the device between steps."""
+        return 0 if self.without is None else self.without.total - self.having.total
+
+
+_SAMPLING = "curvature.sample_fraction"
+# The share that is planned where none is configured.
+_SHARE = 0.25
+_OWNER = {"placement": Placement.OWNER, "grad_worker_fraction": None}
+_OPTIONS = (
+    Option(
+        "curvature.factor_dtype: bfloat16",
+        {"curvature": {"factor_dtype": DType.BFLOAT16}},
+        {"curvature": {"factor_dtype": DType.FLOAT32}},
+    ),
+    Option(
+        "inversion.inverse_dtype: bfloat16",
+        {"inversion": {"inverse_dtype": DType.BFLOAT16}},
+        {"inversion": {"inverse_dtype": DType.FLOAT32}},
+    ),
+    Option("inversion.offload: true", {"inversion": {"offload": True}}, {"inversion": {"offload": False}}),
+    Option(
+        "distribution.placement: owner",
+        {"distribution": _OWNER},
+        {"distribution": {"placement": Placement.REPLICATED, "grad_worker_fraction": None}},
+    ),
+    Option(
+        "distribution: reduce_scatter, step",
+        {"distribution": {"reduction": Reduction.REDUCE_SCATTER, "reduce_every": ReduceEvery.STEP}},
+        {"distribution": {"reduction": Reduction.ALL_REDUCE, "reduce_every": ReduceEvery.REFRESH}},
+    ),
+)
+
+
+def savings(
+    blocks: Sequence[Block],
+    config: KFACConfig,
+    *,
+    world_size: int,
+    local_world_size: int,
+    shard_size: int,
+    micro: MicroRows | None = None,
+) -> list[Saving]:
+    """Return what each option does to the bytes of the fullest rank, without those that ranks or options exclude.
+
+    Args:
+        blocks: The model's blocks.
+        config: What is asked.
+        world_size: Ranks that share the work.
+        local_world_size: Ranks of one node.
+        shard_size: Consecutive ranks that together hold each gradient once.
+        micro: What a rank measures at once; by default nothing that it would copy.
+    """
+
+    def planned(changes: Changes) -> RankBytes:
+        changed = _changed(config, changes)
+        plan = build_plan(
+            blocks, changed, world_size=world_size, local_world_size=local_world_size, shard_size=shard_size
+        )
+        return max(rank_bytes(plan, changed, sharded=shard_size > 1), key=lambda rank: rank.total)
+
+    own = build_plan(blocks, config, world_size=world_size, local_world_size=local_world_size, shard_size=shard_size)
+    alone = world_size > 1 and own.grid.group_size == 1
+    effective = _with(config, {"distribution": _OWNER}) if alone or shard_size > 1 else config
+    sampling = _sampling(config)
+    found = [saving for option in (sampling, *_OPTIONS) if (saving := _saving(option, effective, planned)) is not None]
+    copied = [
+        copied_bytes(blocks, _with(config, changes), micro or MicroRows()) for changes in (sampling.off, sampling.on)
+    ]
+    spared = None if copied[0] is None or copied[1] is None else copied[0] - copied[1]
+    return [replace(saving, copies=spared) if saving.option == sampling.name else saving for saving in found]
+
+
+def _sampling(config: KFACConfig) -> Option:
+    share = config.curvature.sample_fraction if config.curvature.sample_fraction < 1 else _SHARE
+    on, off = ({"curvature": {"sample_fraction": value}} for value in (share, 1.0))
+    return Option(f"{_SAMPLING}: {share:.3g}", on, off)
+
+
+def _saving(option: Option, effective: KFACConfig, planned: Callable[[Changes], RankBytes]) -> Saving | None:
+    active = all(
+        getattr(getattr(effective, section), key) == value
+        for section, values in option.on.items()
+        for key, value in values.items()
+    )
+    try:
+        having = planned(option.on)
+    except (ConfigError, ValidationError):  # of the ranks; of other options
+        return None
+    try:
+        return Saving(option.name, active, planned(option.off), having)
+    except (ConfigError, ValidationError):
+        return Saving(option.name, active, None, having) if active else None
+
+
+def _changed(config: KFACConfig, changes: Changes) -> KFACConfig:
+    # Validated as a whole: a copy isn't, and some options exclude each other.
+    return KFACConfig.model_validate(_with(config, changes).model_dump())
+
+
+def _with(config: KFACConfig, changes: Changes) -> KFACConfig:
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)

@@ -1,0 +1,1 @@
+"""Captured rows → local statistics of every block, in units of the mean loss."""

@@ -1,0 +1,118 @@
+"""n of a micro-batch: the terms of its loss on this rank, from what the loop says, the loss shows and the shapes are.
+
+    micro_batch(terms=…)          the loop's word goes first
+    the loss's gradient           c = 1/n at the model's outputs, looked at once (`loss_scale`)
+    the model's outputs, inputs   see `curvature.samples`
+
+The place in the shapes in which n was found in the first measured step is kept for all that follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kfac_dist.config.schema import LossTerms
+from kfac_dist.curvature.capture.samples import (
+    PassShapes,
+    Place,
+    count_samples,
+    find_number,
+    find_positions,
+    find_samples,
+    is_unbatched,
+)
+from kfac_dist.errors import ModelError
+
+# How far the number of terms by a half-precision gradient may be off.
+_ROUNDING = 0.02
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the loop says of its next micro-batch; see `KFAC.micro_batch`."""
+
+    first_sample: int | None = None
+    divisor: float | Tensor | None = None
+    terms: float | Tensor | None = None
+    last: bool = True
+    classes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Sizes of one micro-batch.
+
+    Attributes:
+        samples: B, by which layers' rows are told apart; None if nothing tells it.
+        terms: n.
+    """
+
+    samples: int | None
+    terms: float | Tensor
+
+
+class TermCounter:
+    """Counts the loss's terms of forward passes.
+
+    Args:
+        loss_terms: What the loss's mean runs over.
+
+    Attributes:
+        place: Where the shapes show the number of samples, once that is settled.
+    """
+
+    def __init__(self, loss_terms: LossTerms) -> None:
+        self.place: Place | None = None
+        self._loss_terms = loss_terms
+
+    def samples(self, shapes: PassShapes) -> int | None:
+        """Return B of a pass, as far as its shapes tell."""
+        found = None if self.place is None else shapes.read(self.place)
+        return count_samples(shapes) if found is None else found
+
+    def count(self, shapes: PassShapes, said: Description, nearest: int | None) -> Counted:
+        """Return the sizes of a micro-batch.
+
+        Args:
+            shapes: Its forward pass.
+            said: What the loop says of it.
+            nearest: Rows of the layer nearest to the loss.
+
+        Raises:
+            ModelError: Nothing tells n.
+        """
+        samples = self.samples(shapes)
+        if samples is None:
+            samples = _among(shapes, said.terms) or _among(shapes, said.divisor)
+        if said.terms is not None:
+            return Counted(samples, said.terms)
+        if self._loss_terms is LossTerms.TOKEN and (shapes.outputs or nearest):
+            return Counted(samples, float(find_positions(shapes, samples, nearest)))
+        if samples is None:
+            raise ModelError(
+                f"{shapes.describe()}: the number of {self._loss_terms}s that the loss is a mean over can't be told "
+                "from that. Call kfac.micro_batch(terms=...) before each forward pass with that number on this rank, "
+                "and with divisor=... where the sum of their losses is divided by another one"
+            )
+        return Counted(samples, float(samples))
+
+    def settle(self, shapes: PassShapes, terms: float | None) -> Place | None:
+        """Return where n stands, by the number of terms that the loss has shown if it has, or else by the shapes.
+
+        Args:
+            shapes: A pass.
+            terms: The loss's terms by its gradient; None if that doesn't tell.
+        """
+        # A single term is a loss that isn't divided at all.
+        unknown = terms is None or terms < 1.5 or is_unbatched(shapes) or self._loss_terms is LossTerms.TOKEN
+        told = None if unknown else find_number(shapes, terms or 0.0, _ROUNDING)
+        return find_samples(shapes) if told is None else told
+
+
+def _among(shapes: PassShapes, number: float | Tensor | None) -> int | None:
+    """Return a number that the host knows if it is a size by which a pass's samples may be counted."""
+    if number is None or isinstance(number, Tensor) or find_number(shapes, number) is None:
+        return None
+    return int(number)

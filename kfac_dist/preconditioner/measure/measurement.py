@@ -1,0 +1,488 @@
+"""Measuring: from hooks that fire in backward to closed statistics, one optimizer step at a time.
+
+Ordinary Fishers take their gradients from the user's backward. `mc` and `type2` run passes of their own from the
+model's outputs; those carry neither the loss's divisor nor an AMP scale.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config.schema import CurvatureConfig, Fisher, LossTerms
+from kfac_dist.curvature.block_tridiagonal_units import NeighbourMoments
+from kfac_dist.curvature.blocks import Block, KroneckerBlock, MicroBatch, Use
+from kfac_dist.curvature.blocks.layer_calls import Batch
+from kfac_dist.curvature.capture.arbiter import Arbiter, Mismatch
+from kfac_dist.curvature.capture.capture import Capture, warn_of_accumulation
+from kfac_dist.curvature.capture.shared_outputs import Samples
+from kfac_dist.curvature.class_conditional import Classes
+from kfac_dist.curvature.factors import Side
+from kfac_dist.curvature.fisher import drawn_classes, hessian_columns, label_gradient
+from kfac_dist.curvature.statistics import RunningAverages
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.engines import Engine
+from kfac_dist.errors import ModelError
+from kfac_dist.preconditioner.invert.ekfac import Moments
+from kfac_dist.preconditioner.measure.loss_scale import LossScaleWatch, unscaling
+from kfac_dist.preconditioner.measure.loss_terms import Counted, Description, TermCounter
+from kfac_dist.preconditioner.measure.sampled_gradients import DrawnGradients
+from kfac_dist.preconditioner.measure.scale import gradient_scale
+from kfac_dist.preconditioner.phases import Phase, PhaseTimer
+from kfac_dist.preconditioner.reduce.reduction import FactorReduction
+
+_EVERY_SIDE = frozenset(Side)
+
+
+class Measurement:
+    """Hands what hooks capture to the blocks, and tells the reduction when a block is complete.
+
+    Args:
+        engine: The model, and what is done to its losses.
+        blocks: Its blocks.
+        averages: Where statistics go.
+        reduction: Sends them.
+        moments: EKFAC's, if there are any.
+        config: What is measured.
+        communicator: The ranks; this one's number places its samples in the global batch.
+        scaler: The AMP scaler whose scale output gradients carry, if any.
+        phases: Told how long this takes.
+        drawn: Takes gradients at drawn labels, for parameters without a block.
+        check_scale: Whether to compare the loss's gradient at the model's outputs with that of a plain mean.
+        counter: Counts the loss's terms; by default a new one.
+        arbiter: Compares what is captured with the blocks' gradients; by default a new one, of all blocks.
+
+    Attributes:
+        mismatches: Blocks that the last step has shown to be wrong, the same on every rank.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        blocks: tuple[Block, ...],
+        averages: RunningAverages,
+        reduction: FactorReduction,
+        moments: Moments | None,
+        config: CurvatureConfig,
+        *,
+        communicator: Communicator,
+        scaler: torch.amp.GradScaler | None,
+        phases: PhaseTimer,
+        drawn: DrawnGradients | None = None,
+        check_scale: bool = True,
+        counter: TermCounter | None = None,
+        arbiter: Arbiter | None = None,
+    ) -> None:
+        self._engine = engine
+        self._blocks = blocks
+        self._averages = averages
+        self._reduction = reduction
+        self._moments = moments
+        self._factors = False
+        self._config = config
+        self._communicator = communicator
+        self._scaler = scaler
+        self._phases = phases
+        self._drawn = drawn
+        self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
+        self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
+        self._terms = TermCounter(config.loss_terms) if counter is None else counter
+        self._capture = Capture(
+            engine.module,
+            blocks,
+            self._measure,
+            own_backward=self._own_backward,
+            count_samples=self._terms.samples,
+        )
+        self._neighbours = NeighbourMoments(blocks)
+        self._scale = LossScaleWatch(
+            engine.module, lambda: self._capture.batch, self._outputs_gradient_came, compare=check_scale
+        )
+        self._arbiter = Arbiter(blocks) if arbiter is None else arbiter
+        self._judged_before = False
+        self.mismatches: tuple[Mismatch, ...] = ()
+        self._step = 0
+        self._description: Description | None = None
+        self._went_back = False
+        self._unlabelled = False
+        self._uncounted: ModelError | None = None
+        self._entered: set[Batch] = set()
+
+    @property
+    def active(self) -> bool:
+        """Whether this step is measured."""
+        return self._capture.active
+
+    def begin(self, step: int, *, factors: bool, moments: bool) -> None:
+        """Prepare for a step that measures factors, EKFAC's moments, both or nothing."""
+        active = factors or moments
+        # A step that measured one of them only has told the other of its terms, too, and nobody has closed them there.
+        for averages in (self._averages, *([] if self._moments is None else [self._moments.averages])):
+            averages.end_step()
+        self._factors = factors
+        if self._moments is not None:
+            self._moments.begin(active=moments)
+        self._step = step
+        self._description = None
+        self._went_back = self._unlabelled = False
+        self._uncounted = None
+        self._entered.clear()
+        self.mismatches = ()
+        if self._drawn is not None:
+            self._drawn.reset()
+        self._capture.reset()
+        self._neighbours.reset()
+        self._capture.active = active
+        self._capture.arbiter = self._arbiter if active and self._arbiter.open else None
+        self._scale.begin(active=active)
+
+    def samples(self) -> dict[str, int]:
+        """Return how each block's output relates to the samples, a number of `broadcast.Samples`; 0 if not known."""
+        known = self._capture.samples
+        return {b.name: 0 if known is None else int(known.get(b.name, Samples.OWN)) for b in self._blocks}
+
+    def load_samples(self, values: Mapping[str, int]) -> None:
+        """Take what `samples` returned, so that a resumed run needn't find it out again."""
+        known = all(values.get(block.name, 0) for block in self._blocks)
+        self._capture.samples = {name: Samples(number) for name, number in values.items()} if known else None
+
+    @property
+    def judged(self) -> set[str]:
+        """Blocks that the arbiter has judged."""
+        return {block.name for block in self._blocks} - self._arbiter.open
+
+    @property
+    def checks_scale(self) -> bool:
+        """Whether the loss's scale is still to be looked at."""
+        return not self._scale.over
+
+    @property
+    def terms(self) -> float | Tensor:
+        """What the mean of this rank's loss runs over in this step, as far as the loop or shapes tell; 0 if nothing."""
+        # DeepSpeed divides by the accumulated micro-batches itself: the mean runs over all of them.
+        accumulated = self._engine.gradient_scale / self._engine.backward_pass().scale
+        if self._description is not None and self._description.divisor is not None:
+            return self._description.divisor * accumulated
+        try:
+            return self._count(self._capture.batch).terms * accumulated
+        except ModelError:  # told in `finish`, if anything was measured
+            return 0.0
+
+    def describe(self, description: Description) -> None:
+        """Take the loop's word on its next micro-batch."""
+        self._capture.describe(description)
+        self._description = description
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return a context whose forward and backward passes are not measured."""
+        before = self._capture.paused
+        self._capture.paused = self._arbiter.paused = True
+        try:
+            with self._scale.unwatched():
+                yield
+        finally:
+            self._capture.paused = self._arbiter.paused = before
+
+    def fisher_backward(self, outputs: Tensor) -> None:
+        """Measure by K-FAC's own passes from the model's outputs, if the Fisher needs them and this step measures."""
+        if not self.active or not self._own_backward:
+            return
+        batch = self._capture.batch
+        micro = self._micro_batch(batch, self._count_outputs(outputs), own=True)
+        # Consumed as columns are: each vector is measured before the next is made.
+        classes = iter(self._classes_of_columns(outputs, micro.first_sample))
+        current: Classes | None = None
+
+        def columns() -> Iterator[Tensor]:
+            nonlocal current
+            for column in self._columns(outputs, micro.first_sample):
+                current = next(classes)
+                yield column
+
+        def measure(block: Block, uses: list[Use], first: bool) -> None:
+            uses = [use for use in uses if not use.empty]
+            if not uses:
+                return
+            if self._moments is not None and isinstance(block, KroneckerBlock):
+                self._moments.measure(block, uses, micro, counted=first)
+            if not self._factors or not self._reduction.accepts(block.name):
+                return
+            if block.by_class and current is not None:
+                block.measure(uses, replace(micro, classes=current), self._averages, _EVERY_SIDE)
+                return
+            sink = self._averages if first else _SumsOnly(self._averages)
+            sides = _EVERY_SIDE if first else _EVERY_SIDE - {Side.A}
+            block.measure(uses, micro, sink, sides)
+            self._neighbours.measure(block, uses, micro, sink, sides)
+
+        self._enter(batch, micro)
+        with self._scale.unwatched(), self._phases(Phase.STATISTICS):
+            if self._drawn is not None and self._factors:
+                self._drawn.add(outputs, self._drawn_labels(outputs, micro.first_sample), float(micro.terms))
+            self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
+        self._went_back = True
+        if self._last and self._factors:
+            for block in self._blocks:
+                self._reduction.completed(block.name)
+
+    def finish(self, finite: Tensor, *, refreshes: bool) -> Tensor:
+        """Close the step's statistics; returns whether all ranks take the step, see `FactorReduction.finish`.
+
+        Args:
+            finite: Whether this rank's gradients are finite, 0-dim bool.
+            refreshes: Whether inverses are refreshed at this step, when blocks seen late are judged, too.
+
+        Raises:
+            ModelError: The Fisher needs `fisher_backward`, and it wasn't called; or the loss is no mean.
+        """
+        self._capture.flush()
+        self._enter_unused()
+        if self._own_backward and not self._went_back:
+            self._close(torch.zeros_like(finite))  # the other ranks may be waiting there
+            raise ModelError(
+                f"kfac.curvature.fisher is {self._config.fisher}: call kfac.fisher_backward(outputs) after the forward "
+                "pass, before loss.backward()"
+            )
+        if self._unlabelled:
+            self._close(torch.zeros_like(finite))
+            raise ModelError(
+                "kfac.curvature.class_conditional keeps statistics apart by class: call kfac.micro_batch(classes="
+                "labels) before each forward pass, with a label for each of its samples or tokens"
+            )
+        if self._uncounted is not None and self._scale.over:
+            self._close(torch.zeros_like(finite))
+            raise self._uncounted
+        # Of the user's own backward: a look at the model that no backward follows is no accumulation.
+        passes = self._capture.passes if self._own_backward else len(self._capture.passes_back)
+        if passes > 1 and self._description is None and self._engine.backward_pass().last is None:
+            warn_of_accumulation(passes)
+        late = self._reduction.late
+        taken = self._close(finite)
+        if late:
+            warnings.warn(
+                f"{', '.join(sorted(late))} ran backward again after the micro-batch that kfac.micro_batch(last=True) "
+                "had announced as the step's last; what came late was not measured",
+                stacklevel=3,
+            )
+        if self._arbiter.open and (refreshes or not self._judged_before):
+            self._judge()
+        if not self._scale.over:
+            self._terms.place = self._scale.judge(
+                self._config.likelihood,
+                self._communicator,
+                passes=passes,
+                scaled=self._scaler is not None,
+                place=self._terms.place,
+                uncounted=self._uncounted,
+            )
+        return taken
+
+    def _judge(self) -> None:
+        """Have the arbiter compare blocks with their gradients, and agree; collective.
+
+        A block that any rank finds wrong is wrong. Blocks that no rank has seen stay open.
+        """
+        answers = self._communicator.gather_objects(self._arbiter.judge(), label="agreement")
+        seen = set().union(*(judged for judged, _ in answers))
+        self._arbiter.open -= seen
+        self._judged_before |= bool(seen)
+        worst: dict[str, Mismatch] = {}
+        for mismatch in (found for _, wrong in answers for found in wrong):
+            if mismatch.block not in worst or mismatch.off > worst[mismatch.block].off:
+                worst[mismatch.block] = mismatch
+        self.mismatches = tuple(worst[block.name] for block in self._blocks if block.name in worst)
+
+    def discard(self) -> None:
+        """Forget what the step has measured; collective where this step reduces."""
+        self._capture.reset()
+        self._arbiter.reset()
+        self._close(torch.zeros((), dtype=torch.bool, device=self._averages.device))
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self._capture.remove()
+        self._scale.stop()
+
+    def _close(self, taken: Tensor) -> Tensor:
+        """Move all averages that this step has measured, if every rank takes it; returns whether they do."""
+        if self._factors:
+            taken = self._reduction.finish(taken)
+        return taken if self._moments is None else self._moments.finish(taken)
+
+    @property
+    def awaits_more(self) -> bool:
+        """Whether the loop has announced another micro-batch of this step."""
+        return self._description is not None and not self._description.last
+
+    @property
+    def _last(self) -> bool:
+        """Whether loop or engine has promised that no other backward of this step follows.
+
+        Silence is no promise: a second loss, accumulation or an attack may follow, and what has been sent is closed.
+        """
+        if self._description is not None:
+            return self._description.last
+        return bool(self._engine.backward_pass().last)
+
+    def _outputs_gradient_came(self, outputs: Tensor, gradient: Tensor, batch: Batch) -> MicroBatch | None:
+        """Let the loss say over how many terms it is a mean; return the micro-batch, None where its n isn't known.
+
+        Waits for the device, in the first measured step.
+        """
+        said = _said(batch)
+        if self._terms.place is None and said.divisor is None and said.terms is None:
+            scale = gradient_scale(outputs, gradient, self._config.likelihood)
+            raw = self._micro_batch(batch, Counted(None, 1.0), own=False)
+            told = None if scale is None else 1 / (scale * unscaling(raw))
+            self._terms.place = self._terms.settle(batch.shapes, told)
+        with suppress(ModelError):  # told in `finish`
+            return self._micro_batch(batch, self._count(batch), own=False)
+        return None
+
+    def _measure(self, block: Block, uses: list[Use]) -> None:
+        uses = [use for use in uses if not use.empty]
+        if not uses:
+            return  # as if the layer hadn't been called
+        batch = uses[0].batch
+        try:
+            micro = self._micro_batch(batch, self._count(batch), own=False)
+        except ModelError as error:  # told in `finish`, on every rank
+            self._uncounted = error
+            return
+        self._enter(batch, micro)
+        if self._factors and not self._reduction.accepts(block.name):
+            return
+        if block.by_class and self._config.class_slots:
+            if micro.classes is None:  # told in `finish`, where no rank waits for another
+                self._unlabelled = True
+                return
+        elif micro.classes is not None:
+            micro = replace(micro, classes=None)
+        with self._phases(Phase.STATISTICS):
+            if self._factors:
+                block.measure(uses, micro, self._averages, self._sides)
+                self._neighbours.measure(block, uses, micro, self._averages, self._sides)
+            if self._moments is not None and isinstance(block, KroneckerBlock):
+                self._moments.measure(block, uses, micro, counted=True)
+        if self._factors and self._last and not self._capture.waits_for(block.name):
+            with self._phases(Phase.REDUCTION):
+                self._reduction.completed(block.name)
+
+    def _enter(self, batch: Batch, micro: MicroBatch) -> None:
+        """Count the terms of a micro-batch for every layer, also for those that it doesn't use."""
+        kept = micro.terms / micro.stride
+        by_class = None if micro.classes is None else micro.classes.counts(kept)
+        for averages in (self._averages, *([] if self._moments is None else [self._moments.averages])):
+            averages.enter(batch, kept, by_class)
+        self._entered.add(batch)
+
+    def _enter_unused(self) -> None:
+        """Count the terms of micro-batches that have used no covered layer of this rank at all.
+
+        Where the loop doesn't describe them, a forward pass may also have been a mere look at the model.
+        """
+        for batch in self._capture.batches:
+            sure = batch.description is not None or self._capture.passes == 1
+            if sure and batch not in self._entered and batch.shapes.inputs:
+                with suppress(ModelError):  # nothing is measured by it
+                    self._enter(batch, self._micro_batch(batch, self._count(batch), own=False))
+
+    def _columns(self, outputs: Tensor, first_sample: int) -> Iterable[Tensor]:
+        config = self._config
+        assert config.likelihood is not None  # the schema refuses these Fishers without one
+        if config.fisher is Fisher.TYPE2:
+            return hessian_columns(config.likelihood, outputs)
+        return [self._drawn_labels(outputs, first_sample)]
+
+    def _drawn_labels(self, outputs: Tensor, first_sample: int) -> Tensor:
+        config = self._config
+        assert config.likelihood is not None
+        return label_gradient(config.likelihood, outputs, seed=config.seed, step=self._step, first_sample=first_sample)
+
+    def _classes_of_columns(self, outputs: Tensor, first_sample: int) -> Iterator[Classes | None]:
+        """Yield the classes of the terms behind each vector that is sent back: drawn ones, or a column's own."""
+        config = self._config
+        if not config.class_slots:
+            yield from itertools.repeat(None)
+        assert config.class_conditional is not None
+        assert config.class_conditional.classes is not None
+        number, slots = config.class_conditional.classes, config.class_slots
+        if outputs.shape[-1] != number:
+            raise ModelError(
+                f"kfac.curvature.class_conditional.classes is {number}, but the model has {outputs.shape[-1]} outputs "
+                f"a term, and fisher {config.fisher} knows as many classes: set it to {outputs.shape[-1]}"
+            )
+        probability = outputs.detach().float().softmax(-1)
+        if config.fisher is Fisher.MC:
+            drawn = drawn_classes(probability, seed=config.seed, step=self._step, first_sample=first_sample)
+            yield Classes.of(drawn, number, slots)
+            return
+        for index in range(number):
+            yield Classes(slots, index=index, shares=probability[..., index])
+
+    def _given_classes(self, said: Description) -> Classes | None:
+        config = self._config
+        if said.classes is None or config.class_conditional is None or config.class_conditional.classes is None:
+            return None
+        return Classes.of(said.classes, config.class_conditional.classes, config.class_slots)
+
+    def _count(self, batch: Batch) -> Counted:
+        """Return the sizes of a micro-batch.
+
+        Raises:
+            ModelError: Nothing tells its number of terms.
+        """
+        return self._terms.count(batch.shapes, _said(batch), round(batch.positions))
+
+    def _count_outputs(self, outputs: Tensor) -> Counted:
+        """Return the sizes of a pass from the outputs that labels are drawn for; no position of them is ignored."""
+        samples = outputs.shape[0]
+        positions = outputs.numel() / max(outputs.shape[-1], 1)
+        return Counted(samples, positions if self._config.loss_terms is LossTerms.TOKEN else float(samples))
+
+    def _micro_batch(self, batch: Batch, counted: Counted, *, own: bool) -> MicroBatch:
+        """Return the sizes and scales of a micro-batch; K-FAC's `own` gradients carry no divisor and no loss scale."""
+        said = _said(batch)
+        done = self._engine.backward_pass()
+        batch_size, comm = counted.samples, self._communicator
+        first_sample = (done.index * comm.size + comm.rank) * (batch_size or 0)
+        stride = round(1 / self._config.sample_fraction)
+        return MicroBatch(
+            terms=counted.terms,
+            loss_terms=self._config.loss_terms,
+            batch_size=batch_size,
+            first_sample=first_sample if said.first_sample is None else said.first_sample,
+            divisor=1.0 if own else said.divisor,
+            inverse_scale=None if own else self._inverse_scale(done.scale),
+            stride=stride,
+            phase=self._step // self._config.factor_every % stride,
+            classes=None if own else self._given_classes(said),
+        )
+
+    def _inverse_scale(self, scale: float) -> float | Tensor | None:
+        """Return what undoes an AMP loss scale, or the engine's own; None where there is none."""
+        if self._scaler is not None:
+            return self._scaler.scale(torch.ones((), device=self._averages.device, dtype=torch.float32)).reciprocal()
+        return None if scale == 1.0 else 1.0 / scale
+
+
+def _said(batch: Batch) -> Description:
+    return batch.description if isinstance(batch.description, Description) else Description()
+
+
+class _SumsOnly:
+    """A sink that takes sums but no counts, for the further columns of one micro-batch."""
+
+    def __init__(self, averages: RunningAverages) -> None:
+        self.add_rows = averages.add_rows
+        self.add_values = averages.add_values
+
+    def add_count(self, block: str, side: Side, count: float | Tensor, by_class: Tensor | None = None) -> None:
+        """Take no count: the first column brought it."""

@@ -1,0 +1,261 @@
+"""From a configuration and an engine to the parts that `KFAC.step` drives: the plan, then what it asks of this rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kfac_dist.config.schema import CostModel, KFACConfig, Placement, Structure, Uncovered
+from kfac_dist.curvature.block_tridiagonal_units import ChainGroup
+from kfac_dist.curvature.blocks import Block, Coverage
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.inverses.offload import GROUP_BYTES, Offload
+from kfac_dist.curvature.inverses.payloads import Payloads
+from kfac_dist.curvature.inverses.precondition import Group, build_groups
+from kfac_dist.curvature.inverses.solvers import Task, solve
+from kfac_dist.curvature.statistics import RunningAverages
+from kfac_dist.distributed.assignment.inversion_cost import measure_costs
+from kfac_dist.distributed.communicators.agreement import agree_on_plan
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.engines import Engine
+from kfac_dist.errors import ConfigError, ModelError
+from kfac_dist.precision import torch_dtype, working
+from kfac_dist.preconditioner.class_memory import check_class_memory
+from kfac_dist.preconditioner.invert.block_tridiagonal import ChainRefresh
+from kfac_dist.preconditioner.invert.ekfac import Moments
+from kfac_dist.preconditioner.invert.refresh import Refresh
+from kfac_dist.preconditioner.measure.sampled_gradients import DrawnGradients
+from kfac_dist.preconditioner.memory import keeps_own_factors_only
+from kfac_dist.preconditioner.plan import Plan, block_units, build_plan, exchange_buckets
+from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
+from kfac_dist.preconditioner.precondition.transport import ReplicatedTransport, ShardedTransport, Transport
+from kfac_dist.preconditioner.reduce.reduction import FactorReduction
+
+# Parameters whose reason is shown when none has a block.
+_REASONS = 5
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What one rank works with.
+
+    Attributes:
+        averages: Its statistics.
+        reduction: Adds the ranks' statistics up.
+        row: The ranks that hand each other gradients.
+        groups: The blocks that it preconditions.
+        offload: Keeps the groups' inverses on the host, if it is asked for.
+        rest: What it does with parameters that have no block.
+        refresh: Keeps the groups' inverses up to date.
+        moments: EKFAC's, if there are any.
+        transport: Moves gradients to the groups and back.
+    """
+
+    averages: RunningAverages
+    reduction: FactorReduction
+    row: Communicator
+    groups: Sequence[Group]
+    offload: Offload | None
+    rest: DiagonalFisher
+    refresh: Refresh
+    moments: Moments | None
+    transport: Transport
+
+
+def make_plan(
+    engine: Engine, blocks: Sequence[Block], config: KFACConfig, comm: Communicator, device: torch.device
+) -> Plan:
+    """Plan the work of all ranks, and compare the plans; collective.
+
+    Raises:
+        ConfigError: The placement doesn't fit the number of ranks, or the engine's shards; or statistics by class don't
+            fit the configured limit.
+        PlanMismatchError: The ranks were given different models or configurations.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    together = f"{local} ranks a node" if config.distribution.placement is Placement.NODE else ""
+    agree_on_plan(comm, [("configuration", f"{config!r} {together}")])
+    measured = config.distribution.cost_model is CostModel.MEASURED
+    costs = _measured_costs(blocks, config, comm, device) if measured else None
+    plan = build_plan(
+        blocks,
+        config,
+        world_size=comm.size,
+        local_world_size=local,
+        shard_size=engine.shard_size(comm.size),
+        unit_cost=None if costs is None else (lambda unit: costs[unit.dim] * unit.batch),
+    )
+    agree_on_plan(comm, plan.rows())
+    check_class_memory(plan, config)
+    return plan
+
+
+def assemble(
+    engine: Engine, coverage: Coverage, config: KFACConfig, comm: Communicator, plan: Plan, device: torch.device
+) -> Assembly:
+    """Build what the plan asks of this rank; collective, because ranks are split into rows and columns.
+
+    Raises:
+        ConfigError: The engine doesn't give what `uncovered` needs.
+    """
+    distribution, curvature, precision = config.distribution, config.curvature, working(config)
+    uncovered = _uncovered(engine, coverage, config)
+    drawn = _drawn(engine, uncovered, device, precision) if curvature.uncovered.draws and uncovered else None
+    lean = keeps_own_factors_only(config, comm.size)
+    averages = RunningAverages(
+        plan.units,
+        plan.owned(comm.rank) if lean else plan.units,
+        decay=curvature.decay,
+        device=device,
+        dtype=torch_dtype(curvature.factor_dtype),
+        working=precision,
+        transient_window=lean,
+    )
+    row = _split(comm, plan.grid.rows())
+    columns = exchange_buckets(plan, distribution.buckets if engine.sharded else 1)
+    buckets = [
+        _groups_of(coverage.blocks, names, plan, config, device) for names in columns[plan.grid.column_of(comm.rank)]
+    ]
+    groups = [group for bucket in buckets for group in bucket]
+    offload = Offload(groups, device) if config.inversion.offload else None
+    column = _split(comm, plan.grid.worker_groups())
+    holders: dict[str, Payloads] = {unit.name: group for group in groups for unit in group.units}
+    moments: Moments | None = None
+    if any(block.moments is not None for block in plan.blocks.values()):
+        holders |= _bases_elsewhere(coverage.blocks, plan, holders, config, device)
+        moments = Moments(plan, holders, column, comm, config, device)
+    kind = ChainRefresh if config.inversion.structure is Structure.BLOCK_TRIDIAGONAL else Refresh
+    refresh = kind(
+        averages,
+        plan,
+        holders,
+        column if moments is None else comm,
+        comm.rank,
+        config.inversion.solver,
+        pack=distribution.pack_triangles,
+        moments=moments,
+    )
+    transport: Transport
+    if engine.sharded:
+        names = [[name for part in bucket for name in part] for bucket in zip(*columns, strict=True)]
+        transport = ShardedTransport(engine, coverage.blocks, buckets, names, plan, row, device, precision)
+    else:
+        transport = ReplicatedTransport(coverage.blocks, groups, plan, row, precision)
+    rest = DiagonalFisher(
+        engine,
+        uncovered,
+        drawn=drawn,
+        decay=curvature.decay,
+        communicator=comm,
+        row=row,
+        device=device,
+        dtype=precision,
+    )
+    return Assembly(
+        averages,
+        FactorReduction(averages, plan, comm, distribution),
+        row,
+        groups,
+        offload,
+        rest,
+        refresh,
+        moments,
+        transport,
+    )
+
+
+def _uncovered(engine: Engine, coverage: Coverage, config: KFACConfig) -> list[str]:
+    """Return the trained parameters that get a diagonal Fisher, the same on every rank whatever it holds of them."""
+    if config.curvature.uncovered is Uncovered.PLAIN:
+        return []
+    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    return [name for name in coverage.uncovered if name in trained]
+
+
+def _drawn(engine: Engine, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> DrawnGradients:
+    if engine.sharded or engine.optimizer is not None:
+        raise ConfigError(
+            f"kfac.curvature.uncovered: diagonal_mc sends drawn labels back to whole parameters, which "
+            f"{type(engine).__name__} doesn't have: use uncovered: diagonal"
+        )
+    return DrawnGradients(engine.module, names, device, dtype)
+
+
+def _groups_of(
+    blocks: Sequence[Block], names: Sequence[str], plan: Plan, config: KFACConfig, device: torch.device
+) -> list[Group]:
+    by_name = {block.name: block for block in blocks}
+    units = {name: plan.blocks[name].units for name in names}
+    inversion = config.inversion
+    if inversion.structure is Structure.BLOCK_TRIDIAGONAL:
+        chain = [block for block in blocks if block.name in units]
+        return [ChainGroup(chain, [units[block.name] for block in chain], device, working(config))]
+    dtype = torch_dtype(inversion.inverse_dtype)
+    largest = GROUP_BYTES if inversion.offload else None
+    chosen = [by_name[name] for name in names]
+    return build_groups(chosen, units, inversion.solver, device, dtype, largest, working(config))
+
+
+def _bases_elsewhere(
+    blocks: Sequence[Block], plan: Plan, held: Mapping[str, Payloads], config: KFACConfig, device: torch.device
+) -> dict[str, Payloads]:
+    """Return room for the eigenbases, by unit name, of EKFAC's blocks that other columns precondition."""
+    inversion, dtype = config.inversion, torch_dtype(config.inversion.inverse_dtype)
+    found: dict[str, Payloads] = {}
+    for block in blocks:
+        own = plan.blocks[block.name]
+        if own.moments is not None and own.units[0].name not in held:
+            bases = Payloads([block], [own.units], inversion.solver, device, dtype, working(config))
+            found |= dict.fromkeys((unit.name for unit in own.units), bases)
+    return found
+
+
+def _measured_costs(
+    blocks: Sequence[Block], config: KFACConfig, comm: Communicator, device: torch.device
+) -> dict[int, float]:
+    """Return the seconds of one inversion by size, agreed by the ranks."""
+    dtype = working(config)
+
+    def trial(dim: int) -> None:
+        unit = Unit("trial", Side.A, 0, 0, dim, 1, FactorKind.DENSE)
+        solve(
+            [Task(unit, torch.eye(dim, device=device, dtype=dtype)[None], 1.0, None, dtype=dtype)],
+            config.inversion.solver,
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return measure_costs(comm, {unit.dim for block in blocks for unit in block_units(block, config)}, trial)
+
+
+def _split(comm: Communicator, groups: tuple[tuple[int, ...], ...]) -> Communicator:
+    """Return the communicator of this rank's group; the whole one when there is only one group."""
+    return comm if len(groups) == 1 else comm.split(groups)
+
+
+def device_of(coverage: Coverage) -> torch.device:
+    """Return the device on which a model's blocks lie.
+
+    Raises:
+        ModelError: There is no block, or they lie on several devices.
+    """
+    if not coverage.blocks:
+        reasons = [f"  {name}: {reason}" for name, reason in coverage.uncovered.items()]
+        more = [f"  and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
+        raise ModelError(
+            "\n".join(
+                [
+                    "no layer of the model gets a K-FAC block: check kfac.curvature.include and exclude, and that its "
+                    "layers are of a covered type with trainable weights",
+                    *reasons[:_REASONS],
+                    *more,
+                ]
+            )
+        )
+    devices = {parameter.device for block in coverage.blocks for parameter in block.parameters.values()}
+    if len(devices) > 1:
+        raise ModelError(f"the model's layers lie on several devices ({', '.join(map(str, devices))}); K-FAC needs one")
+    return devices.pop()

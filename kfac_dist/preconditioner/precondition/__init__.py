@@ -1,0 +1,1 @@
+"""Gradients → owners → natural gradients of a bounded length → back."""

@@ -1,0 +1,297 @@
+"""Gradients reach who preconditions them, and the results come back into the gradients' own memory.
+
+    collect    gradients set out
+    arriving   ... and come, a few groups at a time: they are preconditioned while others are on their way
+    send       results set out
+    deliver    ... and are scaled and written where the gradients were
+
+Under a replicated engine every rank has every gradient, so only results travel, and only along the rows of the grid:
+
+            column 0   column 1
+    row 0    ●───────▶ ◀───────●       each rank preconditions its column's blocks, then hands them to its row:
+    row 1    ●───────▶ ◀───────●       a few collectives, none when there is one column (placement replicated)
+
+Under a sharded engine a row is the ranks that together hold each gradient once, and an exchange along the row takes a
+block's slices to its column and back. There are as many exchanges as `distribution.buckets`, however many layers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.inverses.precondition import Group
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.distributed.movement.exchange import Exchange, Part, plan_exchange
+from kfac_dist.distributed.movement.gradient_layout import GradientLayout
+from kfac_dist.distributed.movement.owner_buffer import Segment, SegmentLayout, share_segments
+from kfac_dist.distributed.movement.runs import as_rows
+from kfac_dist.engines.base import Engine
+from kfac_dist.preconditioner.plan import Plan
+
+LABEL = "gradients"
+
+
+class Transport(ABC):
+    """Moves gradients between where the engine keeps them and the groups that precondition them."""
+
+    @abstractmethod
+    def collect(self, gradients: dict[str, Tensor]) -> None:
+        """Start to bring gradients to those who precondition them.
+
+        Args:
+            gradients: By parameter name, each as the engine holds its gradient.
+        """
+
+    @abstractmethod
+    def arriving(self) -> Iterator[Sequence[Group]]:
+        """Yield the groups of this rank, some at a time, once their `gradient` workspaces are full."""
+
+    @abstractmethod
+    def send(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
+        """Take what became of the groups that `arriving` yielded last; collective.
+
+        Args:
+            groups: The groups.
+            updates: Their preconditioned gradients, one tensor a group, shaped like its `gradient`.
+        """
+
+    @abstractmethod
+    def deliver(self, gradients: dict[str, Tensor], scale: Tensor | None) -> None:
+        """Write the preconditioned gradients over those that were collected, on every rank.
+
+        Args:
+            gradients: What was collected.
+            scale: 0-dim factor for all of them.
+        """
+
+
+class ReplicatedTransport(Transport):
+    """Transport for engines whose gradients every rank holds whole.
+
+    Args:
+        blocks: All blocks.
+        groups: The groups of this rank's column.
+        plan: Which column preconditions which block.
+        row: The ranks that hand each other preconditioned gradients.
+        dtype: Precision of these.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], groups: Sequence[Group], plan: Plan, row: Communicator, dtype: torch.dtype
+    ) -> None:
+        self._blocks = {block.name: block for block in blocks}
+        self._groups = groups
+        self._row = row
+        self._layout: SegmentLayout | None = None
+        self._buffer: Tensor | None = None
+        self._updates: list[Tensor] = []
+        if row.size > 1:
+            self._layout = update_layout(plan)
+            # Every rank may precondition nothing (more columns than blocks) and still receives everything.
+            device = next(iter(blocks[0].parameters.values())).device
+            self._buffer = torch.zeros(self._layout.sharing_numel, device=device, dtype=dtype)
+
+    def collect(self, gradients: dict[str, Tensor]) -> None:
+        """See `Transport.collect`."""
+        into: list[Tensor] = []
+        out: list[Tensor] = []
+        for group in self._groups:
+            for index, block in enumerate(group.blocks):
+                matrix = group.matrix(group.gradient, index)
+                found = _gradients_of(block, gradients)
+                if found is None:
+                    matrix.zero_()
+                    continue
+                for tensor, view in block.matrix_views(found, matrix):
+                    into.append(view)
+                    out.append(tensor)
+        if into:
+            torch._foreach_copy_(into, out)
+
+    def arriving(self) -> Iterator[Sequence[Group]]:
+        """See `Transport.arriving`: everything is here."""
+        yield self._groups
+
+    def send(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
+        """See `Transport.send`: nothing leaves before it has its scale."""
+        self._updates = list(updates)
+
+    def deliver(self, gradients: dict[str, Tensor], scale: Tensor | None) -> None:
+        """See `Transport.deliver`."""
+        updates, self._updates = self._updates, []
+        if scale is not None and updates:
+            torch._foreach_mul_(updates, scale)
+        matrices = {
+            block.name: group.matrix(update, index)
+            for group, update in zip(self._groups, updates, strict=True)
+            for index, block in enumerate(group.blocks)
+        }
+        if self._layout is not None and self._buffer is not None:
+            matrices = self._share(matrices, self._layout, self._buffer)
+        into: list[Tensor] = []
+        out: list[Tensor] = []
+        for name, block in self._blocks.items():
+            found = _gradients_of(block, gradients)
+            for tensor, view in block.matrix_views(found, matrices[name]) if found is not None else ():
+                into.append(tensor)
+                out.append(view)
+        if into:
+            torch._foreach_copy_(into, out)
+
+    def _share(self, own: dict[str, Tensor], layout: SegmentLayout, buffer: Tensor) -> dict[str, Tensor]:
+        if own:
+            torch._foreach_copy_([layout.view(buffer, name).view_as(m) for name, m in own.items()], list(own.values()))
+        share_segments(self._row, buffer, layout, label=LABEL).wait()
+        return {name: layout.view(buffer, name).view(block.matrix_shape) for name, block in self._blocks.items()}
+
+
+@dataclass
+class _Bucket:
+    """What one exchange carries, and the groups of this rank that need it.
+
+    Attributes:
+        exchange: Carries it, into and out of the groups' workspaces.
+        groups: The groups.
+        staged: Pairs (part, workspace) whose elements can't be exchanged in place, so that parts are apart.
+    """
+
+    exchange: Exchange
+    groups: Sequence[Group]
+    staged: Sequence[tuple[Tensor, Tensor]]
+
+
+class ShardedTransport(Transport):
+    """Transport for engines whose ranks hold slices.
+
+    On CUDA the exchanges run on the stream of their process group, beside the preconditioning of what has come already.
+
+    Args:
+        engine: Where the gradients are.
+        blocks: All blocks.
+        buckets: The groups of this rank's column, bucket by bucket.
+        names: The blocks of each bucket, over all columns; the same on every rank.
+        plan: Which column preconditions which block.
+        row: The ranks that together hold each gradient once; the position in it is the column.
+        device: Where preconditioning happens.
+        dtype: In which precision.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        blocks: Sequence[Block],
+        buckets: Sequence[Sequence[Group]],
+        names: Sequence[Sequence[str]],
+        plan: Plan,
+        row: Communicator,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        layout = engine.layout(dict.fromkeys(name for block in blocks for name in block.parameters))
+        by_name = {block.name: block for block in blocks}
+        # Gradients in bf16 are rounded to it anyway when the results come back; half precision would overflow.
+        wire = torch.bfloat16 if engine.gradient_dtype is torch.bfloat16 else dtype
+        self._buckets = []
+        for groups, inside in zip(buckets, names, strict=True):
+            parts = {name: exchange_parts(by_name[name], layout, plan) for name in inside}
+            places, staged = _places(groups, parts)
+            exchange_plan = plan_exchange(layout, [part for own in parts.values() for part in own], row.rank)
+            exchange = Exchange(row, exchange_plan, places, device=device, wire_dtype=wire, label=LABEL)
+            self._buckets.append(_Bucket(exchange, groups, staged))
+        self._current: _Bucket | None = None
+
+    def collect(self, gradients: dict[str, Tensor]) -> None:
+        """See `Transport.collect`."""
+        for bucket in self._buckets:
+            bucket.exchange.to_owners(gradients)
+
+    def arriving(self) -> Iterator[Sequence[Group]]:
+        """See `Transport.arriving`: bucket by bucket."""
+        for bucket in self._buckets:
+            self._current = bucket
+            bucket.exchange.assembled()
+            if bucket.staged:
+                torch._foreach_copy_([place for _, place in bucket.staged], [part for part, _ in bucket.staged])
+            yield bucket.groups
+
+    def send(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
+        """See `Transport.send`: results leave from where the gradients were."""
+        bucket = self._current
+        assert bucket is not None
+        if groups:
+            torch._foreach_copy_([group.gradient for group in groups], list(updates))
+        if bucket.staged:
+            torch._foreach_copy_([part for part, _ in bucket.staged], [place for _, place in bucket.staged])
+        bucket.exchange.to_shards()
+
+    def deliver(self, gradients: dict[str, Tensor], scale: Tensor | None) -> None:
+        """See `Transport.deliver`."""
+        for bucket in self._buckets:
+            bucket.exchange.delivered(gradients, scale)
+
+
+def update_layout(plan: Plan) -> SegmentLayout:
+    """Return how preconditioned gradients lie in the buffer that a row of ranks shares: by column."""
+    return SegmentLayout(
+        [Segment(name, torch.Size(block.matrix_shape).numel(), block.column) for name, block in plan.blocks.items()],
+        plan.grid.columns,
+    )
+
+
+def exchange_parts(block: Block, layout: GradientLayout, plan: Plan) -> list[Part]:
+    """Return what travels of a block's parameters to who preconditions it, where an engine leaves ranks slices."""
+    owner = plan.blocks[block.name].column
+    return [_part(block, parameter, layout[parameter].shape, owner) for parameter in block.parameters]
+
+
+def _part(block: Block, parameter: str, shape: Sequence[int], owner: int) -> Part:
+    """Return what travels of a parameter to its block's owner: all of it, or the block's own rows."""
+    rows = block.rows(parameter)
+    first, last = (0, shape[0]) if rows is None else rows
+    row = torch.Size(shape[1:]).numel()
+    return Part(f"{block.name}/{parameter}", parameter, (last - first, *shape[1:]), owner, first * row)
+
+
+def _places(
+    groups: Sequence[Group], parts: Mapping[str, Sequence[Part]]
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Return the memory in which each part of the groups' blocks is assembled.
+
+    That is its place in the block's gradient matrix, or, where the matrix has its elements in another order than any
+    two-dimensional view shows, a tensor of its own, to be copied to and from (the pairs).
+    """
+    places: dict[str, Tensor] = {}
+    staged: list[tuple[Tensor, Tensor]] = []
+    for group in groups:
+        for index, block in enumerate(group.blocks):
+            apart = [group.gradient.new_empty(part.shape) for part in parts[block.name]]
+            pairs = list(block.own_views(apart, group.matrix(group.gradient, index)))
+            for part, own, (view, place) in zip(parts[block.name], apart, pairs, strict=True):
+                # The views' dimensions, brought to the order in which the part's elements follow each other.
+                order = sorted(range(view.ndim), key=view.stride().__getitem__, reverse=True)
+                rows = as_rows(place.permute(order))
+                if rows is None:
+                    staged.append((view, place))
+                    rows = own.view(1, -1)
+                places[part.name] = rows
+    return places, staged
+
+
+def _gradients_of(block: Block, gradients: dict[str, Tensor]) -> list[Tensor] | None:
+    """Return the block's gradients in matrix order; None if no rank used the layer in this step.
+
+    One that is missing, of a bias that the loss doesn't know, is zero, as it is where ranks hold slices.
+    """
+    known = next((gradients[name] for name in block.parameters if name in gradients), None)
+    if known is None:
+        return None
+    return [
+        gradients[name] if name in gradients else known.new_zeros(parameter.shape)
+        for name, parameter in block.parameters.items()
+    ]

@@ -1,0 +1,163 @@
+"""How long a step is: grafting, then the trust region by KL; no host sync, and at most one reduction for all layers.
+
+    graft, a layer each     Δ_b ← Δ_b · ‖M_b‖ / ‖Δ_b‖                     where the block is preconditioned
+    graft, all together     Δ ← Δ · ‖M‖ / ‖Δ‖                             ╮ ⟨Δ, ∇⟩, ‖Δ‖², ‖M‖²: three numbers a row
+    trust region            Δ ← Δ · min(1, sqrt(κ / (lr² ⟨Δ, ∇⟩)))        ╯ of ranks adds up
+
+With F̂Δ = ∇ for the damped approximate Fisher F̂, `½ lr² ⟨Δ, ∇⟩ = ½ (lr Δ)ᵀ F̂ (lr Δ)` is the KL divergence that a step by
+lr·Δ is predicted to make (per loss term); the trust region keeps it at κ/2 and below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config.schema import GraftScope, UpdateConfig
+from kfac_dist.curvature.device_ops import scalar
+from kfac_dist.curvature.inverses.precondition import Group
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.engines import Engine
+from kfac_dist.errors import ModelError
+from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
+from kfac_dist.preconditioner.precondition.grafting import first_order_step, graft_blocks, ratio, step_squares
+
+LABEL = "kl_clip"
+
+
+class HasRates(Protocol):
+    """What K-FAC reads learning rates from: an optimizer, or those groups of one that hold the model's parameters."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters, each with its `lr`."""
+
+
+class StepLength:
+    """Sets the length of preconditioned gradients.
+
+    Args:
+        config: What is done with them.
+        engine: Where the gradients are.
+        optimizer: Has the learning rate of the trust region.
+        row: The ranks that together hold each update once.
+        rest: The parameters without a block that have a diagonal Fisher.
+        plain: Those that have none.
+        device: Where preconditioning happens.
+        dtype: In which precision.
+
+    Attributes:
+        kl_scale: ν, by which the trust region shortened the last step, 0-dim.
+        predicted_kl: KL divergence that the last step, so shortened, is predicted to make, 0-dim.
+
+    Raises:
+        ModelError: The trust region needs a learning rate that nobody has.
+    """
+
+    def __init__(
+        self,
+        config: UpdateConfig,
+        engine: Engine,
+        optimizer: HasRates | None,
+        row: Communicator,
+        rest: DiagonalFisher,
+        plain: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        if config.kl_clip is not None and config.kl_clip_lr == "current" and optimizer is None:
+            raise ModelError(
+                "the KL clip needs the learning rate: pass KFAC(..., optimizer=optimizer), set "
+                "kfac.update.kl_clip_lr to a number, or switch it off with kfac.update.kl_clip: null"
+            )
+        self._config = config
+        self._engine = engine
+        self._optimizer = optimizer
+        self._row = row
+        self._rest = rest
+        self._plain = plain
+        self._device = device
+        self._sums: list[Tensor] = []
+        self.kl_scale = torch.ones((), device=device, dtype=dtype)
+        self.predicted_kl = torch.zeros((), device=device, dtype=dtype)
+
+    @property
+    def _grafts_together(self) -> bool:
+        return self._config.graft is not None and self._config.graft_scope is GraftScope.GLOBAL
+
+    def shape(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
+        """Graft what is grafted a layer each, in place, and take note of what `scale` needs.
+
+        Args:
+            groups: The groups that were preconditioned.
+            updates: Their Δ.
+        """
+        graft = self._config.graft
+        for group, update in zip(groups, updates, strict=True):
+            squares = None
+            if graft is not None:
+                squares = step_squares(group.gradient, len(group.blocks), graft, self._engine.gradient_scale)
+                if self._config.graft_scope is GraftScope.LAYER:
+                    graft_blocks(update, squares)
+            terms = [torch.dot(update.flatten(), group.gradient.flatten())]
+            if squares is not None and self._grafts_together:
+                terms += [update.square().sum(), squares.sum()]
+            self._sums.append(torch.stack(terms))
+
+    def scale(self, rest: Tensor) -> Tensor | None:
+        """Return the factor of all updates, 0-dim, the same on every rank; None if they are as long as they should be.
+
+        Collective, unless the configuration wants nothing.
+
+        Args:
+            rest: Δ of the parameters with a diagonal Fisher.
+        """
+        sums, self._sums = self._sums, []
+        clip, together = self._config.kl_clip, self._grafts_together
+        if clip is None and not together:
+            return None
+        total = torch.zeros(3 if together else 1, device=self._device, dtype=self.kl_scale.dtype)
+        total += torch.stack(sums).sum(0) if sums else 0.0
+        for product in self._rest.products(rest):
+            total[0] += product
+        self._row.all_reduce(total, label=LABEL).wait()
+        grafted = ratio(total[2], total[1]) if together else None
+        if clip is None:
+            return grafted
+        product = total[0] if grafted is None else total[0] * grafted
+        length = self._lr() / self._engine.gradient_scale
+        divergence = product * length**2
+        tiny = torch.finfo(divergence.dtype).tiny
+        self.kl_scale = (clip / divergence.clamp(min=tiny)).sqrt().clamp(max=1.0)
+        self.predicted_kl = 0.5 * divergence * self.kl_scale**2
+        return self.kl_scale if grafted is None else self.kl_scale * grafted
+
+    def replace_plain(self, gradients: dict[str, Tensor]) -> None:
+        """Give the parameters that nothing preconditions the step whose length the others have; in place."""
+        if self._config.graft is not None:
+            for name in self._plain:
+                if name in gradients:
+                    first_order_step(gradients[name], self._config.graft, self._engine.gradient_scale)
+
+    def _lr(self) -> float | Tensor:
+        """Return the lr of the trust region: the largest of the groups, so that it holds for all of them."""
+        fixed = self._config.kl_clip_lr
+        if not isinstance(fixed, str):
+            return fixed
+        assert self._optimizer is not None
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        rates = [scalar(rate) if isinstance(rate, Tensor) else rate for rate in rates]
+        return rates[0] if len(rates) == 1 else _largest(rates)
+
+
+def _largest(rates: Sequence[float | Tensor]) -> float | Tensor:
+    """Return the largest of numbers and 0-dim tensors without asking the device, as `max` would."""
+    numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+    tensors = [rate for rate in rates if isinstance(rate, Tensor)]
+    if not tensors:
+        return max(numbers)
+    largest = torch.stack(tensors).amax()
+    return largest.clamp(min=max(numbers)) if numbers else largest

@@ -1,0 +1,1 @@
+"""Local statistics → global statistics, in buckets."""

@@ -1,0 +1,1 @@
+"""Batches: the order of samples, their devices, the terms of a loss."""

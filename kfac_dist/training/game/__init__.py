@@ -1,0 +1,1 @@
+"""Two players in turns or at once, each with a K-FAC of its own."""

@@ -1,0 +1,127 @@
+"""The players of a game, each with a K-FAC of its own; together they are to a training loop what one `KFAC` is.
+
+Curvature, inverses, damping and trust region are each player's: K-FAC's blocks belong to the symmetric part of the
+game's Jacobian. What the players do to each other is in the gradients already (`optimizers.symplectic`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from kfac_dist.preconditioner.invert.inspection import RefreshReading
+from kfac_dist.preconditioner.kfac import KFAC
+
+
+class PlayersKFAC:
+    """Several `KFAC`s that step, save and load together. Its methods are collective where theirs are.
+
+    Args:
+        members: K-FAC of each player, by name; the first one's damping is the one that is shown.
+        damping_factors: What each player's damping is multiplied by.
+    """
+
+    def __init__(self, members: Mapping[str, KFAC], damping_factors: Mapping[str, float]) -> None:
+        self._members = dict(members)
+        self._factors = dict(damping_factors)
+        self.multiply_damping(1.0)
+
+    def __getitem__(self, player: str) -> KFAC:
+        """Return a player's K-FAC."""
+        return self._members[player]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The players' names."""
+        return tuple(self._members)
+
+    @property
+    def members(self) -> tuple[KFAC, ...]:
+        """Every player's K-FAC."""
+        return tuple(self._members.values())
+
+    def step(self) -> None:
+        """Precondition every player's gradients; see `KFAC.step`."""
+        for kfac in self.members:
+            kfac.step()
+
+    def multiply_damping(self, factor: float, *, refresh: bool = False) -> None:
+        """Multiply every player's damping, beyond its own factor; see `KFAC.multiply_damping`."""
+        for player, kfac in self._members.items():
+            kfac.multiply_damping(factor * self._factors[player], refresh=refresh)
+
+    def metrics(self) -> dict[str, float]:
+        """Return every player's numbers under its name, and those of all: the first one's damping, sums of the rest.
+
+        Of asymmetries, which a player has that inverts something here, it is the largest.
+        """
+        by_player = {player: kfac.metrics() for player, kfac in self._members.items()}
+        together: dict[str, float] = {}
+        for numbers in by_player.values():
+            for name, value in numbers.items():
+                match name:
+                    case "damping":
+                        together.setdefault(name, value)
+                    case "asymmetry":
+                        together[name] = max(value, together.get(name, 0.0))
+                    case "kl_scale":  # neither a sum nor either one's
+                        pass
+                    case _:
+                        together[name] = together.get(name, 0.0) + value
+        return together | {
+            f"{player}/{name}": numbers[name]
+            for player, numbers in by_player.items()
+            for name in ("damping", "kl_scale", "failed_inversions")
+        }
+
+    def inspect(self, outside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Read every player's factors at their next refresh; see `KFAC.inspect`."""
+        for kfac in self.members:
+            kfac.inspect(outside)
+
+    def inspection(self) -> list[RefreshReading]:
+        """Return what has been read, with the player before each layer's name; see `KFAC.inspection`."""
+        return [
+            replace(
+                reading,
+                factors=tuple(
+                    replace(factor, block=f"{player}.{factor.block}", unit=f"{player}.{factor.unit}")
+                    for factor in reading.factors
+                ),
+            )
+            for player, kfac in self._members.items()
+            for reading in kfac.inspection()
+        ]
+
+    def remove(self) -> None:
+        """Take every K-FAC off its model."""
+        for kfac in self.members:
+            kfac.remove()
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Return every player's state by its name; see `KFAC.sharded_state_dict`."""
+        return {player: kfac.sharded_state_dict() for player, kfac in self._members.items()}
+
+    def load_sharded_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Take a `sharded_state_dict`; see `KFAC.load_sharded_state_dict`."""
+        for player, kfac in self._members.items():
+            kfac.load_sharded_state_dict(values[player])
+
+    def local_statistics(self) -> dict[str, Tensor]:
+        """Return what this rank has for itself, by player; see `KFAC.local_statistics`."""
+        return {
+            f"{player}.{name}": value
+            for player, kfac in self._members.items()
+            for name, value in kfac.local_statistics().items()
+        }
+
+    def load_local_statistics(self, values: Mapping[str, Tensor]) -> None:
+        """Take `local_statistics`; see `KFAC.load_local_statistics`."""
+        for player, kfac in self._members.items():
+            prefix = f"{player}."
+            own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+            kfac.load_local_statistics(own)

@@ -1,0 +1,1 @@
+"""A run's records: metrics, log lines, variance and curvature over time."""

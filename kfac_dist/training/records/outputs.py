@@ -1,0 +1,39 @@
+"""Where the numbers and the state of a run go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kfac_dist.distributed.communicators.straggler_watch import Watch
+from kfac_dist.reporting.progress import ProgressDisplay
+from kfac_dist.reporting.run_lock import RunLock
+from kfac_dist.training.checkpoints.checkpoint import Checkpoints
+from kfac_dist.training.records.metrics import MetricsWriter
+from kfac_dist.training.records.monitor import Monitor
+from kfac_dist.training.recovery.preemption import StopSignals
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run's numbers go.
+
+    Attributes:
+        writer: Metrics on disk; None on ranks other than 0.
+        checkpoints: Where state is saved.
+        progress: What the user sees.
+        configuration: The resolved configuration, saved with each checkpoint.
+        signals: What this process has been told by its scheduler.
+        watch: Tells other ranks where this one is.
+        monitor: Numbers for those who watch the run; None on ranks other than 0, and where nobody does.
+        lock: Whose the run's directory is; None on ranks other than 0.
+    """
+
+    writer: MetricsWriter | None
+    checkpoints: Checkpoints
+    progress: ProgressDisplay
+    configuration: dict[str, Any]
+    signals: StopSignals = field(default_factory=StopSignals)
+    watch: Watch = field(default_factory=lambda: Watch(None, 0, 1))
+    monitor: Monitor | None = None
+    lock: RunLock | None = None

@@ -1,0 +1,1 @@
+"""A run that diverges, skips steps, is preempted or restarted."""
