@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist import KFAC, KFACConfig
-from kfac_dist.curvature import statistics
+from kfac_dist.curvature import device_ops
 from kfac_dist.curvature.capture import capture
 from kfac_dist.errors import ConfigError, ModelError, PlanMismatchError
 from tests.curvature.waits import Waits
@@ -109,7 +109,7 @@ def test_ddp_keeps_its_bucket_views() -> None:
 
 def waits(name: str, changes: dict[str, dict[str, Any]]) -> list[tuple[bool, list[str]]]:
     """Whether each step refreshes, and where the host waits in it, from forward on and on the path that a GPU takes."""
-    statistics.free_to_read = lambda device: False  # type: ignore[assignment]
+    device_ops.free_to_read = lambda device: False  # type: ignore[assignment]
     try:
         config: dict[str, dict[str, Any]] = {
             "curvature": {"factor_every": 2},
@@ -127,10 +127,10 @@ def waits(name: str, changes: dict[str, dict[str, Any]]) -> list[tuple[bool, lis
         run.close()
         return found
     finally:
-        statistics.free_to_read = ORIGINAL_FREE_TO_READ
+        device_ops.free_to_read = ORIGINAL_FREE_TO_READ
 
 
-ORIGINAL_FREE_TO_READ = statistics.free_to_read
+ORIGINAL_FREE_TO_READ = device_ops.free_to_read
 DISTRIBUTIONS: list[dict[str, Any]] = [
     {},
     {"placement": "owner", "reduction": "reduce_scatter", "reduce_every": "step"},

@@ -163,7 +163,9 @@ def test_init_lists_the_names_and_refuses_others() -> None:
 
 
 def test_a_package_without_its_configurations_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "site-packages" / "kfac_dist" / "config" / "shipped.py"))
+    monkeypatch.setattr(
+        shipped, "__file__", str(tmp_path / "site-packages" / "kfac_dist" / "config" / "yaml" / "shipped.py")
+    )
 
     with pytest.raises(ConfigError, match=r"neither in .*site-packages/kfac_dist/configs nor in .*: install kfac_dist"):
         shipped_names()

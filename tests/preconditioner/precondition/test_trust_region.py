@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist import KFAC
-from kfac_dist.curvature import statistics
+from kfac_dist.curvature import device_ops
 from tests.curvature.waits import Waits
 from tests.harness import run_ranks
 from tests.preconditioner.test_invariance import TOLERANCE, configuration
@@ -98,7 +98,7 @@ def test_the_trust_region_takes_the_largest_rate_and_waits_for_none(
     kfac = KFAC(model, {"update": {"kl_clip": 1e-3, "kl_clip_lr": "current"}}, optimizer=torch.optim.SGD(groups))
     F.cross_entropy(model(torch.randn(8, 6)), torch.randint(3, (8,))).backward()
     kfac.update_curvature()
-    monkeypatch.setattr(statistics, "free_to_read", lambda device: False)
+    monkeypatch.setattr(device_ops, "free_to_read", lambda device: False)
     with Waits() as waits:
         found = kfac._length._lr()
     assert waits.found == []
