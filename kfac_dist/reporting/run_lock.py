@@ -19,6 +19,7 @@ import glob
 import json
 import os
 import re
+import stat
 import threading
 import time
 import uuid
@@ -39,6 +40,7 @@ STALE_SECONDS = 120.0
 PATIENCE_SECONDS = 4.0
 _TAKEOVER_SECONDS = 30.0
 _PAUSE_SECONDS = 0.1
+_MOST_BYTES = 65536
 # Files of one start's own, beside the lock, and how old they are if that start is gone.
 _OWN_FILES = re.compile(r"\.lock\.[0-9a-f]{12}|(\.lock)?\.[0-9a-f]{12}\.now|\.lock\.takeover")
 _LEFT_SECONDS = 600.0
@@ -71,6 +73,18 @@ class Holder:
     slurm_job: str
     since: float
     token: str
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """Return the holder that a lock names.
+
+        Raises:
+            ValueError: It names none.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("expected a JSON object")
+        return cls(**values)
 
     @property
     def is_here(self) -> bool:
@@ -245,12 +259,11 @@ def _read(path: Path) -> tuple[Holder, float] | None:
     """Return who a lock names, and its last sign of life by the server's clock; None if there is no lock."""
     for attempt in range(20):
         try:
-            with path.open() as stream:  # opening it is what makes NFS ask the server
-                beat = os.fstat(stream.fileno()).st_mtime
-                return Holder(**json.load(stream)), beat
+            text, beat = _contents(path)
+            return Holder.read(text), beat
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             # Where there are no links, it is written after it has appeared.
             if attempt == 19:
                 raise ConfigError(
@@ -258,6 +271,26 @@ def _read(path: Path) -> tuple[Holder, float] | None:
                 ) from error
         time.sleep(_PAUSE_SECONDS)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _contents(path: Path) -> tuple[str, float]:
+    """Return what a lock says, and when it was touched; of what else may have its name, nothing is read."""
+    try:
+        # Opening it is what makes NFS ask the server.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if path.is_symlink():
+            raise ConfigError(f"{path}: is a link, expected a run's lock: move it away") from error
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{path}: is no regular file, expected a run's lock: move it away")
+        return os.read(descriptor, _MOST_BYTES).decode(), found.st_mtime
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.errors import KFACError
+from kfac_dist.errors import ConfigError, KFACError
 from kfac_dist.reporting import run_lock
 from kfac_dist.reporting.run_lock import Holder, RunInUseError, RunLock, living_holder, lock_path, this_process
 
@@ -207,6 +208,29 @@ def test_a_lock_that_can_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     lock_path(tmp_path / "a").write_text("{")
     with pytest.raises(KFACError, match=r"a\.lock: can't be read"):
         RunLock(tmp_path / "a").__enter__()
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "lost link", "device", "deep"])
+def test_what_is_no_lock_is_named_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(run_lock, "_PAUSE_SECONDS", 0.001)
+    path = lock_path(tmp_path / "a")
+    {
+        "directory": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "lost link": lambda: path.symlink_to(tmp_path / "nowhere"),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "deep": lambda: path.write_text("[" * 200_000),
+    }[kind]()
+    said = {
+        "lost link": "is a link, expected",
+        "device": "is a link, expected",
+        "deep": "can't be read: maximum recursion",
+    }
+    expected = re.escape(f"{path}: {said.get(kind, 'is no regular file, expected')}")
+    for ask in (RunLock(tmp_path / "a").__enter__, lambda: living_holder(tmp_path / "a")):
+        with pytest.raises(ConfigError, match=f"^{expected}"):
+            ask()
+    assert _files(tmp_path) == ["a.lock"]
 
 
 def test_a_takeover_that_died_in_the_midst_does_not_last(tmp_path: Path) -> None:

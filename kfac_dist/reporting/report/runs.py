@@ -88,7 +88,7 @@ def _read(directory: Path, name: str) -> RunData:
     configuration = _text(directory / "config.yaml")
     try:
         values = yaml.safe_load(configuration)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise KFACError(f"{directory / 'config.yaml'} is no YAML: {error}") from error
     return RunData(
         name=name,
@@ -113,7 +113,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
             break
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise KFACError(f"{path}:{number}: no JSON: {error}") from error
         if not isinstance(record, dict):
             raise KFACError(f"{path}:{number}: expected a JSON object, found {line.strip()[:40]}")
@@ -141,7 +141,7 @@ def _result(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KFACError(f"{path}: no JSON: {error}") from error
     row = found[0] if isinstance(found, list) and found else found
     if not isinstance(row, dict):
@@ -150,6 +150,8 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 
 def _text(path: Path) -> str:
+    if not path.is_file():
+        raise KFACError(f"{path}: is no regular file: move it away")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
