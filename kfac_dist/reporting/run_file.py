@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
+from kfac_dist.config.text import read_text
 from kfac_dist.errors import KFACError
 from kfac_dist.reporting.restarts import launcher_restarts
 
@@ -138,9 +139,20 @@ class RunFile:
         )
         if self._path is None:
             return
-        written = self._path.with_suffix(".json.writing")
-        written.write_text(json.dumps(asdict(self._record), indent=1) + "\n")
-        written.replace(self._path)
+        write_whole(self._path, json.dumps(asdict(self._record), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of a run's directory that appears complete, whatever was there before: a pipe is not waited for.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    written = path.with_name(f"{path.name}.writing")
+    written.unlink(missing_ok=True)
+    with written.open("x") as stream:
+        stream.write(text)
+    written.replace(path)
 
 
 def read_record(directory: Path) -> RunRecord | None:
@@ -151,9 +163,9 @@ def read_record(directory: Path) -> RunRecord | None:
     """
     path = directory / STATE_FILE
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_text(path))
         return RunRecord(**{**values, "state": State(values["state"])})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise KFACError(f"{path}: can't be read: {error}") from error

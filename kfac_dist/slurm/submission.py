@@ -154,11 +154,11 @@ def submitted(directory: Path) -> SubmittedJob | None:
         SubmissionError: Its file can't be read.
     """
     try:
-        facts = json.loads((directory / JOB_FILE).read_text())
+        facts = json.loads(read_text(directory / JOB_FILE))
         return SubmittedJob(str(facts["job"]), int(facts["tasks"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SubmissionError(f"{directory / JOB_FILE}: can't be read: {error}") from error
 
 

@@ -42,7 +42,7 @@ from kfac_dist.reporting.curves import Curve, draw_losses
 from kfac_dist.reporting.exporter import Exporter
 from kfac_dist.reporting.live import build_progress, others_lines
 from kfac_dist.reporting.progress import ProgressDisplay, SilentProgress
-from kfac_dist.reporting.run_file import RunFile
+from kfac_dist.reporting.run_file import RunFile, write_whole
 from kfac_dist.reporting.run_lock import RunLock
 from kfac_dist.reporting.summary import RunSummary, result_table
 from kfac_dist.training.agreement import agreed
@@ -295,7 +295,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
         parts.engine.close()
     with agreed(session.communicator, what=f"can't write {directory}"):
         if session.leads:
-            (directory / "result.json").write_text(json.dumps(_plain(summary), indent=2) + "\n")
+            write_whole(directory / "result.json", json.dumps(_plain(summary), indent=2) + "\n")
             if variances:
                 write_variances(variances, directory)
                 session.progress.note(describe_variances(variances))
@@ -323,7 +323,7 @@ def _train_compared(
             if own.exists() and _begins_anew(own, compared, session.job):
                 _make_room(own, session.progress)
             own.mkdir(exist_ok=True)
-            (own / "config.yaml").write_text(dump_yaml(compared))
+            write_whole(own / "config.yaml", dump_yaml(compared))
     try:
         return _train_one(compared, name, own, session, record)
     except DivergedError as error:
@@ -411,8 +411,10 @@ def _prepare(directory: Path, config: Config, session: Session, *, overwrite: bo
     earlier = None
     if directory.exists() and _begins_anew(directory, config, session.job):
         earlier = _make_room(directory, session.progress, overwrite=overwrite)
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise ConfigError(f"{directory}: is no directory: move it away, or give another --name")
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(dump_yaml(config))
+    write_whole(directory / "config.yaml", dump_yaml(config))
     return earlier
 
 
@@ -471,7 +473,7 @@ def _tell(line: str, progress: ProgressDisplay) -> None:
 
 def _report(config: Config, runs: list[RunSummary], directory: Path, progress: ProgressDisplay) -> None:
     folders = [directory, *(directory / f"compare-{run.name}" for run in runs[1:])]
-    (directory / "result.json").write_text(json.dumps([_plain(run) for run in runs], indent=2) + "\n")
+    write_whole(directory / "result.json", json.dumps([_plain(run) for run in runs], indent=2) + "\n")
     curves = [_curve(run.name, folder) for run, folder in zip(runs, folders, strict=True)]
     draw_losses(curves, directory / "loss.png", config.run.name)
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)

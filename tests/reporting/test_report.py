@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -119,13 +120,19 @@ def test_what_is_no_run_is_told(run_directory: Path, tmp_path: Path) -> None:
         ("metrics.jsonl", b'{"loss": \xff}\n', "metrics.jsonl: can't be read: 'utf-8' codec"),
         ("metrics.jsonl", b"3\n", "metrics.jsonl:1: expected a JSON object, found 3"),
         ("config.yaml", b"\xff", "config.yaml: can't be read"),
+        ("metrics.jsonl", b"[" * 200_000 + b"\n", "metrics.jsonl:1: no JSON"),
+        ("config.yaml", b"[" * 200_000, "config.yaml is no YAML"),
+        ("curvature.jsonl", None, "curvature.jsonl: is no regular file: move it away"),
         ("result.json", b"[]", "result.json: expected a JSON object"),
         ("result.json", b'[{"name": "kf', "result.json: no JSON"),
     ],
 )
-def test_damaged_files_are_told(tmp_path: Path, file: str, content: bytes, said: str) -> None:
+def test_damaged_files_are_told(tmp_path: Path, file: str, content: bytes | None, said: str) -> None:
     (tmp_path / "config.yaml").write_text("run: {name: mine}\n")
-    (tmp_path / file).write_bytes(content)
+    if content is None:
+        os.mkfifo(tmp_path / file)
+    else:
+        (tmp_path / file).write_bytes(content)
     with pytest.raises(KFACError, match=re.escape(said)):
         read_run(tmp_path)
 

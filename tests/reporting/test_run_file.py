@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from kfac_dist.reporting.report import read_run, write_report
 from kfac_dist.reporting.restarts import launcher_restarts
-from kfac_dist.reporting.run_file import RunFile, read_record
+from kfac_dist.reporting.run_file import RunFile, read_record, write_whole
 
 
 def test_restarts_by_any_launcher_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +23,16 @@ def test_restarts_by_any_launcher_count(tmp_path: Path, monkeypatch: pytest.Monk
     assert record.restarts == sum(launcher_restarts().values()) == 7
     write_report(read_run(tmp_path), tmp_path / "page.html")
     assert "<td>3</td><td>7</td>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_files_of_a_run_are_replaced_whatever_was_there(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("of another")
+    os.mkfifo(tmp_path / "a")
+    os.mkfifo(tmp_path / "a.writing")
+    (tmp_path / "b").symlink_to(tmp_path / "kept")
+    for name in ("a", "b"):
+        write_whole(tmp_path / name, "ours")
+        assert (tmp_path / name).read_text() == "ours"
+        assert not (tmp_path / name).is_symlink()
+    assert (tmp_path / "kept").read_text() == "of another"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "kept"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,4 +179,17 @@ def test_no_run_is_an_error(tmp_path: Path) -> None:
         run_statuses(tmp_path)
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(KFACError, match=r"state\.json: can't be read"):
+        run_statuses(tmp_path)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, _device, Path.mkdir, lambda path: path.write_text("[" * 200_000)])
+@pytest.mark.parametrize("file", ["state.json", "job.json"])
+def test_what_is_no_file_of_a_run_is_named_and_not_read(tmp_path: Path, file: str, make: Callable[[Path], Any]) -> None:
+    make(tmp_path / file)
+
+    with pytest.raises(KFACError, match=rf"^{re.escape(str(tmp_path / file))}: (can't be read|is a )"):
         run_statuses(tmp_path)

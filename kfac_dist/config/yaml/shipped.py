@@ -64,7 +64,7 @@ def find_config(path: Path) -> Path:
 
 def meant(path: Path) -> str:
     """Return what a file that isn't there may have been, to end a message: a neighbour, or a shipped run."""
-    siblings = [str(file) for file in sorted(path.parent.glob("*.y*ml"))]
+    siblings = [str(file) for file in sorted(path.parent.glob("*.y*ml")) if file.is_file()]
     close = difflib.get_close_matches(str(path), siblings, n=1)
     if close:
         return f"; did you mean {close[0]}?"

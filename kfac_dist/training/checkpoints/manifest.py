@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kfac_dist.errors import CheckpointError
+from kfac_dist.config.text import read_text
+from kfac_dist.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+# Thousands of ranks have a file each.
+_MOST_BYTES = 64 * 2**20
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -81,7 +84,7 @@ def read_manifest(path: Path) -> Checkpoint:
     if not NAME.fullmatch(path.name):
         raise CheckpointError(f"{path}: not a complete checkpoint (those are named step-<number>)")
     try:
-        facts = json.loads((path / MANIFEST).read_text())
+        facts = json.loads(read_text(path / MANIFEST, _MOST_BYTES))
         version = facts.pop("format")
         if version != FORMAT:
             raise CheckpointError(f"{path}: its format is {version}, this version of kfac_dist reads {FORMAT}")
@@ -91,7 +94,9 @@ def read_manifest(path: Path) -> Checkpoint:
         step = int(facts.pop("step"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not a complete checkpoint, {MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {MANIFEST} can't be read: {error}") from error
     for name, file in files.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None

@@ -140,8 +140,13 @@ def test_a_manifest_of_another_format_is_refused(checkpoints: Checkpoints) -> No
     manifest.write_text(manifest.read_text().replace('"epoch": 12', '"epoch": 13'))
     with pytest.raises(CheckpointError, match=r"damaged, manifest\.json has other contents"):
         read_manifest(path)
-    manifest.write_text("[]")
-    with pytest.raises(CheckpointError, match="can't be read"):
+    for nothing in ("[]", "[" * 200_000):
+        manifest.write_text(nothing)
+        with pytest.raises(CheckpointError, match="can't be read"):
+            read_manifest(path)
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: is a FIFO, expected a regular file"):
         read_manifest(path)
 
 
