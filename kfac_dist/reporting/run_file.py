@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from kfac_dist.config.text import read_text
 from kfac_dist.errors import KFACError
 from kfac_dist.reporting.restarts import launcher_restarts
 
@@ -163,7 +163,9 @@ def read_record(directory: Path) -> RunRecord | None:
     """
     path = directory / STATE_FILE
     try:
-        values = json.loads(read_text(path))
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait, and reading a device not end
+            raise KFACError(f"{path}: can't be read: is no regular file")
+        values = json.loads(path.read_text())
         return RunRecord(**{**values, "state": State(values["state"])})
     except FileNotFoundError:
         return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kfac_dist.config.text import read_text
+from kfac_dist.config.yaml.text import read_text
 from kfac_dist.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
