@@ -26,7 +26,8 @@ from torch import Tensor
 
 from kfac_dist.distributed.communicators.base import Communicator, Work
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# SIGHUP: the terminal is gone.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # Ctrl-C reaches a rank from its terminal and from its launcher, within milliseconds.
 SAME_SECONDS = 1.0
 # A run that is interrupted while there is nothing to save has so long to put its things away.
@@ -50,14 +51,15 @@ class Preempted(Exception):
 
 
 class StopSignals:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT came, in place of what they did before; a context.
+    """Remembers that SIGTERM, SIGUSR1, SIGHUP or SIGINT came, in place of what they did before; a context.
 
         Ctrl-C   while training         remembered: the run saves at the next boundary, and returns
                  before, or after       KeyboardInterrupt, at once: there is nothing to save
                  once more              ends the process at once, wherever it is
 
     A terminal and a launcher may both pass one Ctrl-C on: what comes within `SAME_SECONDS` is one. Python lets only the
-    main thread handle signals: elsewhere they keep doing what they did. So does a Ctrl-C that was ignored before.
+    main thread handle signals: elsewhere they keep doing what they did. So do
+    a terminal's that were ignored before (nohup).
 
     Args:
         end: Ends the process; without it, a second Ctrl-C is a KeyboardInterrupt.
@@ -103,7 +105,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self
-        signals = [number for number in SIGNALS if not _is_ignored_interrupt(number)]
+        signals = [number for number in SIGNALS if not _is_ignored(number)]
         if self._end is not None and signal.SIGINT in signals:
             # Handlers wait for what the main thread waits for; a thread hears of signals at once.
             read, write = os.pipe()
@@ -166,9 +168,9 @@ class StopSignals:
             end()
 
 
-def _is_ignored_interrupt(number: signal.Signals) -> bool:
-    """Whether Ctrl-C is not for this process: what a shell starts in the background has it ignored."""
-    return number is signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
+def _is_ignored(number: signal.Signals) -> bool:
+    """Whether a terminal's signal is not for this process: Ctrl-C isn't for what a shell starts in the background."""
+    return number in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(number) is signal.SIG_IGN
 
 
 class Preemption:

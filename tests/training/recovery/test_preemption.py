@@ -268,6 +268,19 @@ def test_ctrl_c_is_an_exception_only_where_nothing_is_to_be_saved() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_terminal_that_is_gone_stops_a_run_unless_that_was_ignored() -> None:
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.caught == "SIGHUP"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.caught is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_another_thread_leaves_signals_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen: list[Any] = []
