@@ -11,13 +11,16 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.fx
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node, _get_grad_fn_or_grad_acc, saved_tensors_hooks
+from torch.distributed import distributed_c10d as c10d
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -48,6 +51,7 @@ __all__ = [
     "save_dcp",
     "saved_names",
     "schema_of",
+    "shorten_unchosen_timeouts",
     "storage_info_type",
     "times_written",
     "tree_leaves",
@@ -269,6 +273,33 @@ _KNOWS_BASES = torch.__version__ >= "2.13"
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module inside of what `torch.compile(model)` returned; it has the same parameters by shorter names."""
     return cast(nn.Module, model._orig_mod) if type(model).__name__ == "OptimizedModule" else model
+
+
+# ---- process groups
+
+
+def shorten_unchosen_timeouts() -> None:
+    """Give process groups that were made without a timeout that of the default group.
+
+    Torch gives such groups, as DeepSpeed's and a device mesh's are, its own default of 10 or 30 minutes, and not the
+    default group's: a rank that stands still would keep the others waiting for as long.
+    """
+    if not dist.is_initialized():
+        return
+    unchosen = {c10d.default_pg_timeout, c10d.default_pg_nccl_timeout}
+    default = c10d.GroupMember.WORLD
+    chosen = next(iter(_timeouts(default)), None)
+    if chosen is None:
+        return
+    for group in list(c10d._world.pg_map):
+        if group is not default and _timeouts(group) & unchosen:
+            c10d._set_pg_timeout(chosen, group)
+
+
+def _timeouts(group: Any) -> set[timedelta]:
+    """Return the timeouts of a group's backends."""
+    backends = [group._get_backend(device) for device in group._device_types]
+    return {backend.options._timeout for backend in backends if hasattr(backend, "options")}
 
 
 # ---- modules, operations, checkpoints

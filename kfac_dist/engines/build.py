@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kfac_dist.compat.torch import shorten_unchosen_timeouts
 from kfac_dist.config.schema import EngineConfig, EngineName, TrainConfig
 from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.engines.base import Engine
@@ -89,6 +90,14 @@ def build_engine(
     Raises:
         ConfigError: See `check_engine`; FSDP2's options don't fit the model or the number of ranks.
     """
+    engine, optimizer = _built(model, config, train, world, build_optimizer)
+    shorten_unchosen_timeouts()
+    return engine, optimizer
+
+
+def _built(
+    model: nn.Module, config: EngineConfig, train: TrainConfig, world: World, build_optimizer: OptimizerOf
+) -> tuple[Engine, torch.optim.Optimizer]:
     check_engine(config, train, world)
     if config.sync_batchnorm and world.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
