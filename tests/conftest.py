@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 from multiprocessing import forkserver
 
 import pytest
 
+# Started in the background by a shell, tests inherit that it ignores Ctrl-C; the processes that they interrupt would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Files that take half a minute or more, though no single test of them is marked.
 LONG = (
-    "engines/test_zero.py",
+    "engines/zero/test_engine.py",
     "engines/test_fsdp2.py",
     "integrations/test_huggingface.py",
     "training/test_bad_runs.py",
     "training/test_engines.py",
-    "training/test_preemption.py",
+    "training/recovery/test_preemption.py",
     "training/test_resume.py",
 )
 
