@@ -7,7 +7,7 @@ from multiprocessing import forkserver
 
 import pytest
 
-# Started in the background by a shell, tests inherit that it ignores Ctrl-C; the processes that they interrupt would too.
+# A shell starts background jobs with Ctrl-C ignored, and processes that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
