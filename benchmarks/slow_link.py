@@ -104,7 +104,7 @@ class Variant:
 
     @torch.no_grad()
     def _reduce(self) -> None:
-        self.kfac._measurement.finish(self.kfac._finite())
+        self.kfac._measurement.finish(self.kfac._engine.finite_everywhere(self.kfac.communicator))
 
     def _share(self) -> None:
         column = self.kfac._refresh._sharing
