@@ -23,6 +23,7 @@ SHOWN = (
     "benchmarks/results/*.png",
     "configs/*.yaml",
     "examples/*.py",
+    "examples/extensions/*.py",
     "kfac_dist/reporting/grafana.json",
     "kfac_dist/tasks/*.py",
     "CHANGELOG.md",

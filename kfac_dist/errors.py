@@ -18,6 +18,10 @@ class ModelError(KFACError):
     """A model that K-FAC can't serve as asked: names the layer."""
 
 
+class ExtensionError(KFACError):
+    """A registration that can't be taken: names the function, what it was given and what to write instead."""
+
+
 class DataError(KFACError):
     """Data that can't be trained on: names the data set and what is wrong with it."""
 

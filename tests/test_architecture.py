@@ -96,6 +96,7 @@ MAY_IMPORT = {
         "training",
     },
     "integrations": {"config", "hooks", "preconditioner"},
+    "extensions": {"config", "curvature", "distributed", "engines", "errors", "reporting"},
     "__main__": {"cli"},
     "__init__": {"config", "errors", "preconditioner"},
 }

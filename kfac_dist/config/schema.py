@@ -65,7 +65,7 @@ from kfac_dist.config.optimizer import OptimizerConfig as OptimizerConfig
 from kfac_dist.config.optimizer import OptimizerName as OptimizerName
 from kfac_dist.config.schedules import Schedule as Schedule
 from kfac_dist.config.schedules import ScheduleKind as ScheduleKind
-from kfac_dist.config.section import MOST_NAME, FilePath, Name, Seconds, Seed
+from kfac_dist.config.section import MOST_NAME, FilePath, ModuleName, Name, Seconds, Seed
 from kfac_dist.config.section import Section as Section
 from kfac_dist.config.train import BatchGrowth as BatchGrowth
 from kfac_dist.config.train import TrainConfig as TrainConfig
@@ -127,6 +127,8 @@ class Config(Section):
         metrics: What is measured beside losses, and who may read it while the run trains.
         game: Two players instead of one model.
         compare: Optimizers that `--compare` trains beside K-FAC, by name, from the same weights on the same data.
+        extensions: Modules of your own, as package.module, that are imported before this file is checked: each
+            registers layer types, solvers or whatever else it adds.
     """
 
     run: RunConfig
@@ -141,6 +143,7 @@ class Config(Section):
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     game: GameConfig | None = None
     compare: dict[str, OptimizerConfig] = Field(default_factory=dict)
+    extensions: tuple[ModuleName, ...] = ()
 
     @field_validator("compare")
     @classmethod

@@ -19,6 +19,7 @@ from kfac_dist.config.section import can_be_path
 from kfac_dist.config.yaml.document import MOST_VALUES, Document, Dumper, parse, parse_override, show, told
 from kfac_dist.config.yaml.explain import config_error
 from kfac_dist.config.yaml.shipped import find_config, meant
+from kfac_dist.config.yaml.targets import import_module
 from kfac_dist.config.yaml.text import MOST_BYTES, read_text
 from kfac_dist.errors import ConfigError
 
@@ -56,10 +57,29 @@ def merged(document: Document, overrides: Sequence[str] = (), *, top: Iterable[D
         raise ConfigError(told(problems))
     for layer in top:
         document = document.merged_with(layer)
+    _import_extensions(document)
     try:
         return Config.model_validate(document.values)
     except ValidationError as error:
         raise config_error(error, document) from None
+
+
+def _import_extensions(document: Document) -> None:
+    """Import the modules under `extensions`: what they register is then known; nothing else of theirs is called.
+
+    Raises:
+        ConfigError: One can't be imported.
+    """
+    names = document.values.get("extensions")
+    problems = []
+    for index, name in enumerate(names if isinstance(names, list) else ()):
+        if isinstance(name, str) and all(part.isidentifier() for part in name.split(".")):  # the schema refuses others
+            try:
+                import_module(name, f"extensions: found {show(name)}")
+            except ConfigError as error:
+                problems.append(f"{document.place(('extensions', index))}: {error}")
+    if problems:
+        raise ConfigError(told(problems))
 
 
 def resolve(config: Config) -> Config:

@@ -76,27 +76,39 @@ def build_target(target: Target, shipped: Mapping[str, Callable[..., Any]], kind
         raise ConfigError(f"{kind}.args: {target.name} refuses them: {said}") from error
 
 
-def _imported(name: str, kind: Kind) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    where = f"{kind}.name: found {name!r}"
-    parts = [*module_name.split("."), *attribute.split(".")]
-    if not all(part.isidentifier() for part in parts):
-        raise ConfigError(f"{where}, expected package.module:callable, both sides made of Python names")
+def import_module(name: str, where: str) -> types.ModuleType:
+    """Import a module of the user's own, looked up from the working directory, too.
+
+    Args:
+        name: Its full name.
+        where: The key that names it and what was found there, for messages.
+
+    Raises:
+        ConfigError: There is none, or importing it fails.
+    """
     if (folder := os.getcwd()) not in sys.path:
         sys.path.insert(0, folder)
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigError(f"{where}, but importing {module_name} fails: {error}; install what it needs") from error
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise ConfigError(f"{where}, but importing {name} fails: {error}; install what it needs") from error
         raise ConfigError(
             f"{where}, but there is no module {error.name!r}: modules are looked up in {folder} and among the "
             "installed packages"
         ) from None
     # The user's own code: whatever it raises, the run can't start, and this says where. A script may end itself.
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{where}, but importing {module_name} raises {type(error).__name__}: {error}") from error
-    found: Any = module
+        raise ConfigError(f"{where}, but importing {name} raises {type(error).__name__}: {error}") from error
+
+
+def _imported(name: str, kind: Kind) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    where = f"{kind}.name: found {name!r}"
+    parts = [*module_name.split("."), *attribute.split(".")]
+    if not all(part.isidentifier() for part in parts):
+        raise ConfigError(f"{where}, expected package.module:callable, both sides made of Python names")
+    found: Any = import_module(module_name, where)
     owner = module_name
     for part in attribute.split("."):
         if not hasattr(found, part):

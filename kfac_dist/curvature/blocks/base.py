@@ -53,11 +53,14 @@ class Block(ABC):
         by_class: Whether its statistics can be kept apart by class.
         heads: What the layer has to do with attention's heads, if `find_blocks` has found that out.
         per_sample: Whether rows of A and G make the gradients of single samples, as EKFAC needs them.
+        parameter_names: How the layer calls its parameters, in the order of `parameters`; without the first, the
+            weight, it has no block.
     """
 
     partial_traces = False
     by_class = False
     per_sample = False
+    parameter_names: tuple[str, ...] = ("weight", "bias")
 
     def __init__(
         self,
@@ -72,7 +75,9 @@ class Block(ABC):
         self.module = module
         self.modules = (module, *also)
         self.sharing = sharing
-        self.parameters = trained_parameters(name, self.modules) if parameters is None else parameters
+        self.parameters = (
+            trained_parameters(name, self.modules, self.parameter_names) if parameters is None else parameters
+        )
         self.heads: Heads | None = None
 
     factors: tuple[FactorSpec, ...]
@@ -226,14 +231,15 @@ class KroneckerBlock(Block):
         sink.add_count(self.name, Side.G, batch.terms * (kept_total / max(total, 1)), counts)
 
 
-def trained_parameters(name: str, modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the first module's own trained weight and bias by full name, those that all the modules share."""
+def trained_parameters(
+    name: str, modules: Sequence[nn.Module], keys: Sequence[str] = ("weight", "bias")
+) -> dict[str, nn.Parameter]:
+    """Return the first module's own trained parameters among `keys` by full name, those that all the modules share."""
+    own = dict(modules[0].named_parameters(recurse=False))
     return {
         f"{name}.{key}" if name else key: parameter
-        for key, parameter in modules[0].named_parameters(recurse=False)
-        if parameter.requires_grad
-        and key in ("weight", "bias")
-        and all(getattr(other, key, None) is parameter for other in modules)
+        for key, parameter in ((key, own[key]) for key in keys if key in own)
+        if parameter.requires_grad and all(getattr(other, key, None) is parameter for other in modules)
     }
 
 

@@ -106,7 +106,7 @@ def _blocks_of(
     reason = _deselected(name, config) or _unfit(module, kind, own, config)
     if reason is not None:
         return reason, []
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention) and issubclass(kind, AttentionBlock):
         return _attention(name, module, own, owners, config)
     sharers = _unique(
         [
@@ -162,8 +162,9 @@ def _attention(
 def _tied(name: str, module: nn.Module, sharers: Sequence[Named], config: CurvatureConfig) -> tuple[str, list[Block]]:
     """Return the one block of modules that share a weight, if there is a kind for them."""
     refused = f"its weight is tied to that of {sharers[0][0]}"
+    weight = getattr(module, "weight", None)
     for other, sharer in sharers:
-        if getattr(sharer, "weight", None) is not module.weight:
+        if weight is None or getattr(sharer, "weight", None) is not weight:
             return refused, []
         kind = block_class(sharer)
         reason = _deselected(other, config) or _unfit(
@@ -182,14 +183,11 @@ def _tied(name: str, module: nn.Module, sharers: Sequence[Named], config: Curvat
 
 def _kind_of_tied(modules: Sequence[nn.Module]) -> type[LinearBlock | EmbeddingBlock | TiedBlock] | None:
     kinds = {block_class(module) for module in modules}
-    match sorted("" if kind is None else kind.__name__ for kind in kinds):
-        case ["EmbeddingBlock"]:
-            return EmbeddingBlock
-        case ["LinearBlock"]:
-            return LinearBlock
-        case ["EmbeddingBlock", "LinearBlock"]:
-            return TiedBlock
-    return None
+    if kinds == {EmbeddingBlock}:
+        return EmbeddingBlock
+    if kinds == {LinearBlock}:
+        return LinearBlock
+    return TiedBlock if kinds == {EmbeddingBlock, LinearBlock} else None
 
 
 def _owners(model: nn.Module) -> dict[int, list[Named]]:
@@ -219,7 +217,8 @@ def _unfit(
     if kind is None:
         return f"{type(module).__name__} has no block"
     # A scale may have any name.
-    weights = [p for key, p in own.items() if key.endswith("weight") or issubclass(kind, ScaledBlock)]
+    weight_name = kind.parameter_names[0]
+    weights = [p for key, p in own.items() if key.endswith(weight_name) or issubclass(kind, ScaledBlock)]
     if not weights:
         return "its weight is computed from other parameters"
     if any(isinstance(weight, UninitializedParameter) for weight in weights):

@@ -19,7 +19,7 @@ class LinearBlock(KroneckerBlock):
     def __init__(self, name: str, module: nn.Module, sharing: Sharing, *, also: Sequence[nn.Module] = ()) -> None:
         super().__init__(name, module, sharing, also=also)
         self.has_bias = len(self.parameters) > 1
-        outputs, inputs = self.shape_of(cast(Tensor, module.weight))
+        outputs, inputs = self.shape_of(cast(Tensor, getattr(module, self.parameter_names[0])))
         self.factors = (dense(Side.A, inputs + self.has_bias), dense(Side.G, outputs))
         self.matrix_shape = (1, outputs, inputs + self.has_bias)
 
