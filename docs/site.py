@@ -24,6 +24,7 @@ SHOWN = (
     "configs/*.yaml",
     "examples/*.py",
     "examples/extensions/*.py",
+    "kfac_dist/reference.py",
     "kfac_dist/reporting/grafana.json",
     "kfac_dist/tasks/*.py",
     "CHANGELOG.md",

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "inputs": set(),
     "precision": {"config"},
     "processes": set(),
+    "reference": set(),
     "config": {"errors"},
     "curvature": {"compat", "config", "errors", "hooks", "inputs", "precision"},
     "distributed": {"config", "errors", "precision", "processes"},
