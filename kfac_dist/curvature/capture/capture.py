@@ -321,10 +321,11 @@ class Capture:
         if not nodes or batch_size is None or batch_size == 1:
             return
         consumers = consumers_of(output)
+        sizes = {size for shape in shapes.inputs if batch_size not in shape[:2] for size in shape}
         self.samples = {}
         for name, own, below in nodes:
             node = own if own in consumers else below  # an activation in place takes a view's own node out of the graph
-            samples = samples_of(node, consumers, batch_size, () if constants is None else constants)
+            samples = samples_of(node, consumers, batch_size, () if constants is None else constants, sizes)
             if self._ahead is None and samples in (Samples.EXPAND, Samples.PREPEND):
                 samples = Samples.SHARED  # no input tells how often to expand
             if samples is not Samples.OWN and self.samples.get(name) is not Samples.SHARED:

@@ -67,7 +67,13 @@ def consumers_of(outputs: object) -> dict[Node, list[Node]]:
     return found
 
 
-def samples_of(node: Node, consumers: Consumers, batch_size: int, constants: Container[Node] = ()) -> Samples:
+def samples_of(
+    node: Node,
+    consumers: Consumers,
+    batch_size: int,
+    constants: Container[Node] = (),
+    shared_sizes: Container[int] | None = None,
+) -> Samples:
     """Say whether samples have rows of their own in a node's result.
 
     Args:
@@ -75,10 +81,17 @@ def samples_of(node: Node, consumers: Consumers, batch_size: int, constants: Con
         consumers: The graph, from `consumers_of`.
         batch_size: B.
         constants: The nodes whose results no sample has entered.
+        shared_sizes: Sizes of the model's inputs that have no dimension for the samples; None if inputs aren't known.
     """
     readers = consumers.get(node, [])
     if _is_opaque(node):
         return Samples.OWN
+    if node not in constants and shared_sizes is not None:
+        # Rows of sequences laid end to end, as experts and their routers take them: what they are spread over then,
+        # such as experts as many as there are samples, are no samples.
+        rows = _shape(node)[:1]
+        if any(size > batch_size and size % batch_size == 0 and size not in shared_sizes for size in rows):
+            return Samples.OWN
     meets = node in constants and _meets_samples(node, consumers, batch_size, constants)
     if not meets and not _is_shared(node, consumers, batch_size):
         return Samples.OWN
@@ -149,8 +162,9 @@ def _spreads(own: Shape, spread: Shape, batch_size: int, *, elementwise: bool) -
         return False
     if elementwise:
         aligned = (1,) * (len(spread) - len(own)) + own
-        # Samples come first or second; further back it is chance that something is as large as the batch.
-        return any((a, b) == (1, batch_size) for a, b in zip(aligned[:2], spread[:2], strict=True))
+        # Samples come first, or second of three; elsewhere it is chance that something is as large as the batch.
+        places = 2 if len(spread) > 2 else 1
+        return any((a, b) == (1, batch_size) for a, b in zip(aligned[:places], spread[:places], strict=True))
     # Any other operation that makes B of one, such as attention with a bias.
     return len(own) == len(spread) > 2 and (own[0], spread[0]) == (1, batch_size)
 

@@ -228,3 +228,84 @@ def test_rows_of_samples_are_none_that_they_share(use: str) -> None:
         model(inputs).square().sum(-1).mean().backward()
         kfac.step()
     assert set(kfac._measurement.samples().values()) == {Samples.OWN}
+
+
+EXPERTS = 4
+ROUTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # Of [N, E] scores: gates times masks, as in NLLB-MoE's top-2 router.
+    "gates": lambda x, s: s.amax(-1, keepdim=True) * nn.functional.one_hot(s.argmax(-1), EXPERTS),
+    "experts first": lambda x, s: (s.amax(-1) * nn.functional.one_hot(s.argmax(-1), EXPERTS).T).T,
+    # Every expert sees every row.
+    "dense": lambda x, s: torch.einsum("end,ne->ned", x.expand(EXPERTS, -1, -1), s).sum(-1),
+    "in the middle": lambda x, s: (x.sum(-1)[:, None, None] * s[:, :, None]).sum(-1),
+}
+
+
+class Routed(nn.Module):
+    """Sequences laid end to end for a router over as many experts as a part of the batch has samples."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor], tokens: slice = slice(None)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.router = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, EXPERTS)
+        self.head, self.use, self.tokens = nn.Linear(EXPERTS, 2), use, tokens
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = self.before(inputs).flatten(0, 1)
+        routed = torch.zeros(len(rows), EXPERTS)
+        kept = torch.arange(len(rows))[self.tokens]
+        routed = routed.index_add(0, kept, self.use(rows[kept], self.router(rows[kept]).softmax(-1)))
+        return self.head(routed).view(*inputs.shape[:2], 2)
+
+
+def routed_factors(model: Routed, parts: int, inputs: Tensor) -> dict[str, Tensor]:
+    kfac = build_kfac(model, loss_terms="token")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index, part in enumerate(inputs.chunk(parts)):
+            kfac.micro_batch(divisor=inputs[..., 0].numel(), terms=part[..., 0].numel(), last=index + 1 == parts)
+            (model(part).square().sum() / inputs[..., 0].numel()).backward()
+        kfac.step()
+    kfac.remove()
+    assert set(kfac._measurement.samples().values()) == {Samples.OWN}
+    return factors(kfac)
+
+
+@pytest.mark.parametrize("use", ROUTED)
+def test_as_many_experts_as_samples(use: str) -> None:
+    """Factors of a batch of 8 are those of two parts of 4, where 4 experts have rows of 4 samples."""
+    inputs = torch.randn(2 * EXPERTS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    wanted, found = (routed_factors(Routed(ROUTED[use]), parts, inputs) for parts in (1, 2))
+    for name, value in wanted.items():
+        assert float(value.abs().max()) > 0
+        assert_close(found[name], value)
+
+
+def test_as_many_experts_as_samples_and_tokens_left_out() -> None:
+    inputs = torch.randn(EXPERTS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    found = routed_factors(Routed(ROUTED["gates"], slice(1, None)), 1, inputs)
+    assert float(found["router/G"].abs().max()) > 0
+
+
+class Given(nn.Module):
+    """Positions that the caller passes in, without a dimension for the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.head = nn.Embedding(2 * SAMPLES, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, inputs: Tensor, places: Tensor) -> Tensor:
+        return self.head(torch.tanh(inputs + self.positions(places)))
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_given_positions_twice_as_many_as_samples_are_shared(dims: int) -> None:
+    kfac = build_kfac(model := Given(), loss_terms="token")
+    places = torch.arange(2 * SAMPLES)
+    model(torch.randn(SAMPLES, 2 * SAMPLES, WIDTH), places.view((1,) * (dims - 1) + (-1,))).sum().backward()
+    kfac.step()
+    found = kfac._measurement.samples()
+    kfac.remove()
+    assert {found[name] for name in found if name.startswith("positions")} == {
+        Samples.PREPEND if dims == 1 else Samples.EXPAND
+    }
