@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import CurvatureConfig
 from kfac_dist.curvature.blocks import find_blocks
+from tests.curvature.measured import assert_close, build_kfac, factors
 
 
 class Scaled(nn.Linear):
@@ -164,6 +166,118 @@ def test_what_computes_the_same_keeps_its_block(name: str) -> None:
     assert len(find_blocks(nn.Sequential(module), CurvatureConfig()).blocks) == 1
     for key, value in module.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+class Turned:
+    """A forward that brings its units where the norm has them, and back."""
+
+    place, own = 1, -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(self.place, self.own)).movedim(self.own, self.place)  # type: ignore[misc]
+
+
+class Sequences(nn.LayerNorm):
+    """SqueezeBERT's: takes three dimensions alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 1)).permute(0, 2, 1)
+
+
+class ByHand(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        unit = centred * (centred.square().mean(1, keepdim=True) + self.eps).rsqrt()
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        return unit * self.weight.view(shape) + self.bias.view(shape)
+
+
+class TurnedLayerNorm(Turned, nn.LayerNorm):
+    pass
+
+
+class TurnedRMSNorm(Turned, nn.RMSNorm):
+    pass
+
+
+class TurnedGroupNorm(Turned, nn.GroupNorm):
+    place, own = -1, 1
+
+
+class TurnedBatchNorm(Turned, nn.BatchNorm1d):
+    place, own = -1, 1
+
+
+class TurnedBatchNorm2d(Turned, nn.BatchNorm2d):
+    place, own = -1, 1
+
+
+class EitherWay(nn.LayerNorm):
+    """ConvNeXt's: images either way, by an argument."""
+
+    def __init__(self, width: int, first: bool) -> None:
+        super().__init__(width)
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.first else super().forward(x)
+
+
+C = 3
+TURNED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "sequences": (lambda: Sequences(C), (4, C, 6)),
+    "one position": (lambda: Sequences(C), (4, C, 1)),
+    "as many positions as units": (lambda: Sequences(C), (4, C, C)),
+    "as many of all": (lambda: Sequences(C), (C, C, C)),
+    "by hand": (lambda: ByHand(C), (4, C, C)),
+    "images by hand": (lambda: ByHand(C), (4, C, C, C)),
+    "volumes": (lambda: TurnedLayerNorm(C), (4, C, 2, 2, C)),
+    "RMS": (lambda: TurnedRMSNorm(C), (4, C, C)),
+    "in the middle": (lambda: type("Middle", (TurnedLayerNorm,), {"place": 2})(C), (4, C, C, C)),
+    "groups": (lambda: TurnedGroupNorm(1, C), (4, C, C)),
+    "groups of one": (lambda: TurnedGroupNorm(3, C), (4, 1, C)),
+    "batch": (lambda: TurnedBatchNorm(C), (4, C, C)),
+    "batch, one position": (lambda: TurnedBatchNorm(C), (4, 1, C)),
+    "batch of images": (lambda: TurnedBatchNorm2d(C), (4, C, C, C)),
+    "images, channels first": (lambda: EitherWay(C, True), (4, C, 5, C)),
+    "images, channels last": (lambda: EitherWay(C, False), (4, C, 5, C)),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_a_norm_that_turns_its_input_is_measured_along_its_units(name: str) -> None:
+    """F is made of each sample's own gradients, whatever else is as large as the units are many."""
+    make, shape = TURNED[name]
+    torch.manual_seed(0)
+    module = make()
+    kfac = build_kfac(model := nn.Sequential(module, nn.Flatten()))
+    inputs, weights = torch.randn(shape), torch.randn(shape).flatten(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outputs = model(inputs)
+        (outputs * weights).sum().div(len(inputs)).backward()
+        kfac.step()
+    kfac.remove()
+    [found] = factors(kfac).values()
+    # The gradients of one sample, with the batch's own statistics.
+    rows = []
+    for sample in range(len(inputs)):
+        outputs = module(inputs).flatten(1)
+        own = torch.autograd.grad((outputs * weights)[sample].sum(), list(module.parameters()))
+        rows.append(torch.stack(own, dim=-1).double())
+    wanted = torch.stack(rows)  # [B, units, width]
+    assert_close(found, torch.einsum("bui,buj->uij", wanted, wanted) / len(inputs))
+
+
+class ChannelsFirstLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_a_linear_layer_that_turns_its_input_gets_no_block() -> None:
+    coverage = find_blocks(nn.Sequential(ChannelsFirstLinear(4, 3)), CurvatureConfig())
+    assert not coverage.blocks
+    assert "forward computes something else than nn.Linear" in coverage.uncovered["0.weight"]
 
 
 def test_a_tied_head_is_judged_by_both_of_its_modules() -> None:

@@ -26,7 +26,12 @@ from kfac_dist.precision import widened
 
 
 class NormBlock(Block):
-    """F: one 2×2 matrix (1×1 without a shift) a unit; the gradient matrix has a row a unit."""
+    """F: one 2×2 matrix (1×1 without a shift) a unit; the gradient matrix has a row a unit.
+
+    Attributes:
+        unit_dims: The units' dimension in inputs of so many dimensions, where a subclass of the norm has it in another
+            place than its type (images' channels in front, sequences' behind); found by trying it out.
+    """
 
     def __init__(
         self, name: str, module: nn.Module, sharing: Sharing, *, parameters: dict[str, nn.Parameter] | None = None
@@ -34,6 +39,7 @@ class NormBlock(Block):
         super().__init__(name, module, sharing, parameters=parameters)
         self.units = next(iter(self.parameters.values())).numel()
         width = len(self.parameters)
+        self.unit_dims: dict[int, int] = {}
         self.factors = (dense(Side.F, width, self.units),)
         self.matrix_shape = (self.units, 1, width)
 
@@ -107,22 +113,24 @@ def _moments(columns: Tensor) -> Tensor:
 class LayerNormBlock(NormBlock):
     """`nn.LayerNorm` and `nn.RMSNorm`: units are the normalised elements.
 
-    Subclasses that take images, `[B, C, H, W]`, and normalise their channels (torchvision's and timm's `LayerNorm2d`)
-    are measured channels last.
+    Subclasses that take images `[B, C, H, W]` or sequences `[B, C, T]` and normalise their channels (torchvision's and
+    timm's `LayerNorm2d`, SqueezeBERT's) are measured channels last.
     """
 
     def normalized(self, inputs: Tensor) -> Tensor:
         """See `NormBlock.normalized`."""
-        module, rows = self._norm, self._channels_last(inputs)
+        module, dim = self._norm, self._dim(inputs)
+        rows = inputs.movedim(dim, -1)
         if isinstance(module, nn.RMSNorm):
             found = F.rms_norm(rows, self._shape, eps=module.eps)
         else:
             found = F.layer_norm(rows, self._shape, eps=module.eps)
-        return found if rows is inputs else found.movedim(-1, 1)
+        return found.movedim(-1, dim)
 
     def positions(self, tensor: Tensor, batch_size: int | None) -> Tensor:
         """See `NormBlock.positions`."""
-        return batch_first(self._channels_last(tensor), batch_size, feature_dims=len(self._shape)).flatten(2)
+        rows = tensor.movedim(self._dim(tensor), -1)
+        return batch_first(rows, batch_size, feature_dims=len(self._shape)).flatten(2)
 
     def unbatched(self, inputs: Tensor) -> bool:
         """See `Block.unbatched`."""
@@ -136,34 +144,43 @@ class LayerNormBlock(NormBlock):
     def _shape(self) -> list[int]:
         return list(self._norm.normalized_shape)
 
-    def _channels_last(self, tensor: Tensor) -> Tensor:
-        shape = self._shape
-        fits = list(tensor.shape[-len(shape) :]) == shape
-        own_forward = type(self._norm).forward not in (nn.LayerNorm.forward, nn.RMSNorm.forward)
-        if len(shape) == 1 and tensor.ndim == 4 and tensor.shape[1] == shape[0] and (own_forward or not fits):
-            return tensor.movedim(1, -1)
-        if not fits:
-            raise ModelError(
-                f"layer {self.name} ({type(self._norm).__name__}) was given {list(tensor.shape)}, which doesn't end in "
-                f"its normalized_shape {shape}: name it in kfac.curvature.exclude"
-            )
-        return tensor
+    def _dim(self, tensor: Tensor) -> int:
+        """Return the last of the dimensions that are normalised."""
+        shape, dim = self._shape, self.unit_dims.get(tensor.ndim, -1)
+        if list(tensor.shape[-len(shape) :] if dim == -1 else tensor.shape[dim : dim + 1]) == shape:
+            return dim
+        if len(shape) == 1 and tensor.ndim == 4 and tensor.shape[1] == shape[0]:
+            return 1
+        raise ModelError(
+            f"layer {self.name} ({type(self._norm).__name__}) was given {list(tensor.shape)}, which doesn't end in "
+            f"its normalized_shape {shape}: name it in kfac.curvature.exclude"
+        )
 
 
 class ChannelNormBlock(NormBlock):
-    """Norms whose units are channels of `[B, C, *spatial]`."""
+    """Norms whose units are channels of `[B, C, *spatial]`, or of `[B, *spatial, C]` in subclasses that turn them."""
 
     def positions(self, tensor: Tensor, batch_size: int | None) -> Tensor:
         """See `NormBlock.positions`."""
+        tensor = tensor.movedim(self.unit_dims.get(tensor.ndim, 1), 1)
         rows = tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:])).transpose(1, 2)
         return fold_samples(rows.unsqueeze(0), batch_size)[0]
+
+    def normalized(self, inputs: Tensor) -> Tensor:
+        """See `NormBlock.normalized`."""
+        dim = self.unit_dims.get(inputs.ndim, 1)
+        return self.channels_normalized(inputs.movedim(dim, 1)).movedim(1, dim)
+
+    @abstractmethod
+    def channels_normalized(self, inputs: Tensor) -> Tensor:
+        """Return x̂ of `[B, C, *spatial]`."""
 
 
 class GroupNormBlock(ChannelNormBlock):
     """`nn.GroupNorm`."""
 
-    def normalized(self, inputs: Tensor) -> Tensor:
-        """See `NormBlock.normalized`."""
+    def channels_normalized(self, inputs: Tensor) -> Tensor:
+        """See `ChannelNormBlock.channels_normalized`."""
         module = cast(nn.GroupNorm, self.module)
         return F.group_norm(inputs, module.num_groups, eps=module.eps)
 
@@ -178,8 +195,11 @@ class BatchNormBlock(ChannelNormBlock):
         """See `Block.kept`: autocast leaves batch norms alone."""
         return inputs
 
-    def normalized(self, inputs: Tensor) -> Tensor:
-        """See `NormBlock.normalized`: by the batch's statistics in training, by the running ones otherwise."""
+    def channels_normalized(self, inputs: Tensor) -> Tensor:
+        """See `ChannelNormBlock.channels_normalized`.
+
+        By the batch's statistics in training, by the running ones otherwise.
+        """
         module = cast(nn.BatchNorm2d, self.module)
         own = module.training or module.running_mean is None
         mean, variance = (None, None) if own else (module.running_mean, module.running_var)

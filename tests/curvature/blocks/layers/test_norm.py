@@ -181,10 +181,10 @@ def test_layer_norms_of_images(shape: tuple[int, ...]) -> None:
     assert_close(measure(nn.Sequential(LayerNorm2d(2)), images, loss)["0/F"], wanted)
 
 
-def test_a_norm_that_turns_its_input_around_has_no_block() -> None:
+def test_a_norm_that_turns_its_input_around_and_not_back_has_no_block() -> None:
     class Odd(nn.LayerNorm):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+            return super().forward(x.transpose(1, 2))
 
     coverage = find_blocks(nn.Sequential(Odd(2), nn.Linear(4, 4)), CurvatureConfig())
     assert [block.name for block in coverage.blocks] == ["1"]
