@@ -381,6 +381,7 @@ class Capture:
             return
         batch = self.batch
         batch.shapes.layers.append(UNBATCHED if block.unbatched(inputs) else tuple(inputs.shape))
+        batch.shapes.nearest = output.numel()
         pending = batch.of(block.name)
         written, arrange = below_view(output, arrange)
         if self.samples is None and not in_backward():

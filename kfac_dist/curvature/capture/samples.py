@@ -8,7 +8,7 @@ has nodes and edges for its inputs and graphs in its outputs; position ids `[1, 
     several numbers            the one with which an input begins, too
     none (a loss alone)        the number with which the inputs begin
     the model wasn't called    the number with which the inputs of its layers begin
-    one sample, no batch       1
+    one sample, no batch       1, told by the layer nearest to the loss, whose output is the model's
 
 Where that leaves no single number, nothing is measured and the loop is asked. A loss that shows by its gradient over
 how many terms it is a mean (`curvature.scale`) decides before all shapes.
@@ -37,7 +37,7 @@ class Place:
     """A dimension of one of a pass's tensors.
 
     Attributes:
-        kind: `inputs`, `outputs` or `layers`.
+        kind: `inputs`, `outputs` or `layers`; `one` stands for one sample without a batch's dimension.
         tensor: Which one.
         dim: The dimension.
     """
@@ -45,6 +45,9 @@ class Place:
     kind: str
     tensor: int
     dim: int = 0
+
+
+_ONE = Place("one", 0)
 
 
 @dataclass
@@ -55,14 +58,18 @@ class PassShapes:
         inputs: Of what the model was called with.
         outputs: Of what it returned that depends on trained parameters.
         layers: Of what its layers saw.
+        nearest: Values that the last of them returned.
     """
 
     inputs: tuple[Shape, ...] = ()
     outputs: tuple[Shape, ...] = ()
     layers: list[Shape] = field(default_factory=list)
+    nearest: int = 0
 
     def read(self, place: Place) -> int | None:
         """Return the size at a place; None if this pass has no such place."""
+        if place == _ONE:
+            return 1 if is_unbatched(self) else None
         shapes: Sequence[Shape] = getattr(self, place.kind)
         if place.tensor >= len(shapes) or place.dim >= len(shapes[place.tensor]):
             return None
@@ -113,7 +120,7 @@ def _parts(value: object) -> Iterable[object]:
 def find_samples(shapes: PassShapes) -> Place | None:
     """Return where a pass's shapes show the number of samples; None if they contradict each other or show nothing."""
     if is_unbatched(shapes):
-        return Place("layers", 0)
+        return None if _looks_batched(shapes) else _ONE
     if shapes.outputs:
         return _by_outputs(shapes.outputs, shapes.inputs)
     if shapes.inputs:
@@ -124,8 +131,21 @@ def find_samples(shapes: PassShapes) -> Place | None:
 
 
 def is_unbatched(shapes: PassShapes) -> bool:
-    """Whether the layers saw one sample without a batch's dimension."""
-    return bool(shapes.layers) and all(shape == UNBATCHED for shape in shapes.layers)
+    """Whether the pass is of one sample without a batch's dimension: the last layer saw one, and made the outputs.
+
+    The layers before it may have seen the positions of that sample, `[T, d]`. Where single samples go through the
+    layers one by one inside of the model, its outputs are those of several.
+    """
+    if not shapes.layers or shapes.layers[-1] != UNBATCHED:
+        return False
+    return not shapes.outputs or not shapes.nearest or any(_product(s) == shapes.nearest for s in shapes.outputs)
+
+
+def _looks_batched(shapes: PassShapes) -> bool:
+    """Whether inputs and outputs of an unbatched pass begin with one number, as those of a batch do."""
+    if all(shape == UNBATCHED for shape in shapes.layers):
+        return False
+    return bool({shape[0] for shape in shapes.outputs} & {shape[0] for shape in shapes.inputs})
 
 
 def _by_outputs(outputs: Sequence[Shape], inputs: Sequence[Shape]) -> Place | None:

@@ -19,7 +19,7 @@ from tests.curvature.blocks.reference import (
     positions_of,
     rounding,
 )
-from tests.curvature.measured import assert_close, build_kfac, factors
+from tests.curvature.measured import assert_close, build_kfac, factors, measure
 
 Make = Callable[[], nn.Module]
 
@@ -167,6 +167,40 @@ def test_embeddings_expand_always(name: str, solver: str) -> None:
 def test_unbatched_inputs_are_one_sample(name: str, sharing: str) -> None:
     make, inputs = UNBATCHED[name]
     check(make, inputs, sharing, "cholesky", samples=1)
+
+
+class Pooled(nn.Module):
+    """A label for the mean of what another layer makes of a sample's positions."""
+
+    def __init__(self, before: nn.Module) -> None:
+        super().__init__()
+        self.before, self.head = before, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.before(x, x, x)[0] if isinstance(self.before, nn.MultiheadAttention) else self.before(x)
+        out: Tensor = self.head(found.mean(-2) if found.ndim > 1 else found)
+        return out
+
+
+POOLED: dict[str, tuple[Make, Tensor]] = {
+    "attention": (lambda: nn.MultiheadAttention(4, 2, batch_first=True), noise(3, 4)),
+    "positions": (lambda: nn.Linear(5, 4), noise(3, 5)),
+    "tokens": (lambda: nn.Embedding(6, 4), tokens(3)),
+    "one token": (lambda: nn.Embedding(6, 4), tokens(1)[0]),
+    "norm": (lambda: nn.LayerNorm(4), noise(3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_one_sample_without_a_batch_is_a_batch_of_one(name: str) -> None:
+    make, inputs = POOLED[name]
+    found = []
+    for batch in (inputs, inputs[None]):
+        torch.manual_seed(0)
+        found.append(measure(Pooled(make()), batch, lambda outputs: outputs.tanh().square().mean()))
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[1].items():
+        assert_close(found[0][key], value)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -32,6 +32,10 @@ CASES: list[tuple[str, PassShapes, int | None]] = [
     ("layers called", PassShapes(layers=[(B, T, D), (B, D)]), B),
     ("layers called, ragged", PassShapes(layers=[(B, D), (N, D)]), None),
     ("one sample", PassShapes(((D,),), ((C,),), [UNBATCHED]), 1),
+    ("one sample of several positions", PassShapes(((T, D),), ((C,),), [(T, D), UNBATCHED], C), 1),
+    ("as many classes as positions", PassShapes(((C, D),), ((C,),), [(C, D), UNBATCHED], C), None),
+    ("samples one by one", PassShapes(((B, D),), ((B, C),), [UNBATCHED] * B, C), B),
+    ("a vector of all samples' own", PassShapes(((B, D),), ((B, C),), [UNBATCHED, (B, D)], B * C), B),
     ("nothing", PassShapes(), None),
 ]
 

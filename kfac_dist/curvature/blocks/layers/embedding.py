@@ -76,7 +76,7 @@ class EmbeddingBlock(Block):
 def project_lookup(use: Use, grad: Tensor, signs: Signs) -> tuple[Tensor, Tensor]:
     """Project the gradient that one call of an embedding gives its table."""
     padding = cast(nn.Embedding, use.source).padding_idx
-    tokens, grads = use.inputs.flatten(), grad.flatten(0, -2)
+    tokens, grads = use.inputs.flatten(), grad.reshape(-1, grad.shape[-1])  # of one token: [d]
     if padding is not None:
         grads = grads * (tokens != padding)[:, None]
     return signs.project_lookup(grads, tokens)

@@ -102,7 +102,7 @@ class TiedBlock(Block):
         assert use.grad is not None
         if isinstance(use.source, nn.Embedding):
             return project_lookup(use, use.grad, signs)
-        inputs, grads = use.inputs.flatten(0, -2), use.grad.flatten(0, -2)
+        inputs, grads = (t.reshape(-1, t.shape[-1]) for t in (use.inputs, use.grad))
         return signs.project_rows(inputs[None], grads[None], ones=False)
 
     def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
