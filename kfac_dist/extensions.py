@@ -1,4 +1,4 @@
-"""Registration of code outside of the package: layer types' blocks.
+"""Registration of code outside of the package: layer types' blocks and metric sinks.
 
 A module of yours registers what it adds when it is imported; a run imports it by `extensions: [package.module]` in its
 YAML file, a program by an import before it makes `KFAC`. Each registration names the version of this interface that it
@@ -6,6 +6,8 @@ was written for, `api_version=1`. What `__all__` lists here keeps its meaning as
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import nn
 
@@ -20,6 +22,8 @@ from kfac_dist.curvature.blocks.rows import batch_first as batch_first
 from kfac_dist.curvature.blocks.table import add_block_type
 from kfac_dist.curvature.factors import Side as Side
 from kfac_dist.errors import ExtensionError as ExtensionError
+from kfac_dist.reporting.sinks import Sink as Sink
+from kfac_dist.reporting.sinks import add_sink
 
 API_VERSION = 1
 
@@ -32,10 +36,12 @@ __all__ = [
     "LinearBlock",
     "MicroBatch",
     "Side",
+    "Sink",
     "Use",
     "batch_first",
     "dense",
     "register_block",
+    "register_sink",
 ]
 
 
@@ -55,6 +61,22 @@ def register_block(layer_type: type[nn.Module] | str, block_type: type[Block], *
     """
     _check_version("register_block", api_version)
     add_block_type(layer_type, block_type)
+
+
+def register_sink(name: str, make: Callable[..., Sink], *, api_version: int) -> None:
+    """Add a metric sink, which a run chooses by `metrics.sinks: {name: {argument: value}}`.
+
+    Args:
+        name: Lower-case letters, digits and '_'.
+        make: A class that derives from `Sink`, or what returns one; called on rank 0 with the run's directory, the
+            number of steps that a resumed run has done, and the YAML file's arguments by keyword.
+        api_version: The `API_VERSION` that the sink was written for.
+
+    Raises:
+        ExtensionError: Another version, a name that is taken, or no sink; says what to write.
+    """
+    _check_version("register_sink", api_version)
+    add_sink(name, make)
 
 
 def _check_version(function: str, version: int) -> None:

@@ -137,8 +137,9 @@ ONLY = {
 
 # Where names are used that other packages keep to themselves: a release may take them away, and one file has to change.
 PRIVATE = ("kfac_dist/compat/",)
-# `torch._foreach_*` are documented; `os._exit` is public by another name, and a named tuple's methods are too.
-NOT_PRIVATE = ("_foreach_", "_exit", "_replace", "_asdict", "_fields", "_make")
+# `torch._foreach_*` are documented, and so are an enumeration's `_name_` and `_value_`; `os._exit` is public by another
+# name, and a named tuple's methods are too.
+NOT_PRIVATE = ("_foreach_", "_exit", "_name_", "_value_", "_replace", "_asdict", "_fields", "_make")
 
 # What the parts below `training` may read of a configuration: values, not files.
 PLAIN_CONFIG = (

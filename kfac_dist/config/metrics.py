@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kfac_dist.config.section import CountOrZero, Flag, Seconds, Section
+from kfac_dist.config.spelling import did_you_mean
+
+# Registered by `kfac_dist.reporting.sinks.add_sink`.
+SINK_NAMES: set[str] = set()
 
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
@@ -23,6 +27,7 @@ class MetricsConfig(Section):
             the end; of optimizers that average gradients and their squares with one β.
         spectra: How often in a run the spectra of all factors are read and written to `curvature.jsonl`, at the refresh
             that comes next; each costs an eigenvalue decomposition beside the inversions. 0 never does.
+        sinks: Name of a registered metric sink to its arguments: each record of `metrics.jsonl` goes there, too.
     """
 
     port: Port | None = None
@@ -30,3 +35,16 @@ class MetricsConfig(Section):
     stale_seconds: Seconds = 600.0
     relative_variance: Flag = False
     spectra: CountOrZero = 20
+    sinks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("sinks")
+    @classmethod
+    def _sinks_are_registered(cls, sinks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in sinks:
+            if name not in SINK_NAMES:
+                known = ", ".join(sorted(SINK_NAMES)) or "none"
+                raise ValueError(
+                    f"found {name[:60]!r}{did_you_mean(name, SINK_NAMES)}; registered by the modules under extensions: "
+                    f"{known}"
+                )
+        return sinks

@@ -60,13 +60,16 @@ from kfac_dist.config.kfac.update import GraftScope as GraftScope
 from kfac_dist.config.kfac.update import UpdateConfig as UpdateConfig
 from kfac_dist.config.loss import LossConfig as LossConfig
 from kfac_dist.config.loss import LossName as LossName
+from kfac_dist.config.metrics import SINK_NAMES as SINK_NAMES
 from kfac_dist.config.metrics import MetricsConfig as MetricsConfig
 from kfac_dist.config.optimizer import OptimizerConfig as OptimizerConfig
 from kfac_dist.config.optimizer import OptimizerName as OptimizerName
 from kfac_dist.config.schedules import Schedule as Schedule
 from kfac_dist.config.schedules import ScheduleKind as ScheduleKind
 from kfac_dist.config.section import MOST_NAME, FilePath, ModuleName, Name, Seconds, Seed
+from kfac_dist.config.section import OpenNames as OpenNames
 from kfac_dist.config.section import Section as Section
+from kfac_dist.config.section import check_new_name as check_new_name
 from kfac_dist.config.train import BatchGrowth as BatchGrowth
 from kfac_dist.config.train import TrainConfig as TrainConfig
 

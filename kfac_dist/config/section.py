@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from kfac_dist.errors import ExtensionError
 
 # No run has so many of anything. Float32 has numbers from 1e-38 to 3e38: beyond these little is left for products.
 MOST_COUNT = 10**9
@@ -46,6 +51,57 @@ ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$", ma
 FilePath = Annotated[str, Field(max_length=MOST_PATH), AfterValidator(_checked_path)]
 Flag = Annotated[bool, Field(strict=True)]
 Pattern = Annotated[str, Field(min_length=1)]
+
+
+def check_new_name(function: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name under which nothing can be registered.
+
+    Args:
+        function: What registers it, for the message.
+        name: The name.
+        known: Names that are taken.
+
+    Raises:
+        ExtensionError: It isn't lower-case letters, digits and '_', or it is taken.
+    """
+    if not (isinstance(name, str) and len(name) <= MOST_NAME and re.fullmatch(r"[a-z][a-z0-9_]*", name)):
+        raise ExtensionError(f"{function}: found the name {name!r}; expected lower-case letters, digits and '_'")
+    if name in (taken := sorted(known)):
+        raise ExtensionError(f"{function}: the name {name!r} is taken, as are {', '.join(taken)}: choose another")
+
+
+class OpenNames(StrEnum):
+    """Names to which code outside of the package may add its own; those are members in all but the class's listing."""
+
+    @classmethod
+    def add(cls, name: str, function: str) -> Self:
+        """Make a name known, and return it; `function` registers it.
+
+        Raises:
+            ExtensionError: See `check_new_name`.
+        """
+        check_new_name(function, name, cls.known())
+        member = str.__new__(cls, name)
+        member._name_ = member._value_ = name
+        _ADDED.setdefault(cls, {})[name] = member
+        return member
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """Return all names, the class's own first."""
+        return [*(member.value for member in cls), *_ADDED.get(cls, {})]
+
+    @property
+    def added(self) -> bool:
+        """Whether the name is one that was added."""
+        return self.value in _ADDED.get(type(self), {})
+
+    @classmethod
+    def _missing_(cls, value: object) -> OpenNames | None:
+        return _ADDED.get(cls, {}).get(str(value))
+
+
+_ADDED: dict[type[OpenNames], dict[str, OpenNames]] = {}
 
 
 class Section(BaseModel):

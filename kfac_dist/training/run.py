@@ -29,7 +29,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kfac_dist.config.schema import Config, OptimizerConfig, StepSolver
+from kfac_dist.config.schema import Config, MetricsConfig, OptimizerConfig, StepSolver
 from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.communicators.build import build_communicator
@@ -44,6 +44,7 @@ from kfac_dist.reporting.live import build_progress, others_lines
 from kfac_dist.reporting.progress import ProgressDisplay, SilentProgress
 from kfac_dist.reporting.run_file import RunFile, write_whole
 from kfac_dist.reporting.run_lock import RunLock
+from kfac_dist.reporting.sinks import build_sinks
 from kfac_dist.reporting.summary import RunSummary, result_table
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.checkpoint import Checkpoint, Checkpoints, read_manifest
@@ -264,7 +265,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
         with session.watch.explaining():  # before what follows takes the ranks apart
             at("looking for a checkpoint")
             start = _start(config, checkpoints, session.job)
-            with _writer(directory, start, session) as writer:
+            with _writer(directory, config.metrics, start, session) as writer:
                 values = config.model_dump(mode="json")
                 monitor = None
                 if session.exporter is not None:
@@ -376,11 +377,14 @@ def _configured_start(config: Config, checkpoints: Checkpoints) -> Checkpoint | 
 
 
 @contextmanager
-def _writer(directory: Path, start: Checkpoint | None, session: Session) -> Iterator[MetricsWriter | None]:
+def _writer(
+    directory: Path, config: MetricsConfig, start: Checkpoint | None, session: Session
+) -> Iterator[MetricsWriter | None]:
     writer = None
     with agreed(session.communicator, what=f"can't write {directory}"):
         if session.leads:
-            writer = MetricsWriter(directory, start.step if start is not None else 0)
+            first_step = start.step if start is not None else 0
+            writer = MetricsWriter(directory, first_step, build_sinks(config.sinks, directory, first_step))
     try:
         yield writer
     finally:

@@ -15,7 +15,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from kfac_dist.config.schema import Config, Schedule, Section, Target
-from kfac_dist.config.section import MOST, MOST_COUNT
+from kfac_dist.config.section import MOST, MOST_COUNT, OpenNames
 
 Path = tuple[str | int, ...]
 # Bounds that only a slip or malice reaches.
@@ -42,7 +42,9 @@ class Allowed:
         """The names among which the value must be, if it is an enum or a literal."""
         found: list[str] = []
         for option in self._options():
-            if isinstance(option.annotation, type) and issubclass(option.annotation, Enum):
+            if isinstance(option.annotation, type) and issubclass(option.annotation, OpenNames):
+                found += option.annotation.known()
+            elif isinstance(option.annotation, type) and issubclass(option.annotation, Enum):
                 found += [str(member.value) for member in option.annotation]
             elif get_origin(option.annotation) is Literal:
                 found += [str(value) for value in get_args(option.annotation)]

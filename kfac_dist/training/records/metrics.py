@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from kfac_dist.errors import KFACError
 from kfac_dist.reporting.pictures import is_pictures, write_grid
+from kfac_dist.reporting.sinks import Sink
 
 METRICS_FILE = "metrics.jsonl"
 CURVATURE_FILE = "curvature.jsonl"
@@ -31,14 +33,16 @@ class MetricsWriter:
     Args:
         directory: The run's directory.
         first_step: Steps that a resumed run has done; what an earlier attempt logged beyond them is dropped.
+        sinks: Where records go, too, by name; closed with the files.
 
     Attributes:
         failure: Why a record could not be written. It is kept, not raised: rank 0 must not leave the others alone.
     """
 
-    def __init__(self, directory: Path, first_step: int = 0) -> None:
+    def __init__(self, directory: Path, first_step: int = 0, sinks: Mapping[str, Sink] | None = None) -> None:
         self.failure: KFACError | None = None
         self._directory = directory
+        self._sinks = sinks or {}
         self._open(first_step)
 
     def _open(self, first_step: int) -> None:
@@ -51,8 +55,11 @@ class MetricsWriter:
 
     def rewind(self, step: int) -> None:
         """Forget what was logged beyond a step: the run goes on from there."""
-        self.close()
+        self._close_files()
         self._open(step)
+        for name, sink in self._sinks.items():
+            with self._noting_sink(name, "rewind"):
+                sink.rewind(step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; `step` numbers it, every other number becomes a TensorBoard scalar."""
@@ -64,6 +71,9 @@ class MetricsWriter:
                 for name, value in record.items():
                     if name != "step":
                         self._board.add_scalar(name, value, record["step"])
+        for name, sink in self._sinks.items():
+            with self._noting_sink(name, "write"):
+                sink.write(_finite(record))
 
     def write_curvature(self, record: dict[str, Any], spectra: Mapping[str, Sequence[float]]) -> None:
         """Write what one rank has read at one refresh; spectra become TensorBoard histograms, of log₁₀ λ."""
@@ -87,7 +97,16 @@ class MetricsWriter:
             self.failure = KFACError(f"can't write {path}: {error.strerror}")
 
     def close(self) -> None:
-        """Flush and close all files."""
+        """Flush and close all files, and the sinks."""
+        self._close_files()
+        for name, sink in self._sinks.items():
+            before = self.failure
+            with self._noting_sink(name, "close"):
+                sink.close()
+            if self.failure is not before:  # nobody asks for it any more
+                warnings.warn(str(self.failure), stacklevel=2)
+
+    def _close_files(self) -> None:
         for stream in self._streams.values():
             with suppress(OSError):  # what a full disk didn't take is known as `failure`
                 stream.close()
@@ -105,6 +124,14 @@ class MetricsWriter:
             yield
         except OSError as error:
             self.failure = KFACError(f"can't write {self._directory / name}: {error.strerror}")
+
+    @contextmanager
+    def _noting_sink(self, name: str, method: str) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything, and no rank may stop alone
+            told = f"metrics.sinks.{name}: its {method} raises {type(error).__name__}: {error}"
+            self.failure = self.failure or KFACError(told)
 
 
 def _finite(value: Any) -> Any:
