@@ -170,7 +170,7 @@ class OwnLayer(nn.Module):
         ("GainLinear", LinearBlock, "expected a class that derives from torch.nn.Module, or its full name"),
         (int, LinearBlock, "found the layer type builtins.int; expected a class that derives from torch.nn.Module"),
         (OwnLayer, int, "expected a class that derives from kfac_dist.extensions.KroneckerBlock or Block"),
-        (OwnLayer, Unfinished, "Unfinished lacks methods: write input_rows, output_rows, own_views"),
+        (OwnLayer, Unfinished, "Unfinished lacks methods: write input_rows, output_rows, parameter_views"),
         (OwnLayer, Unmade, "Unmade can't be made of (name, module, sharing)"),
     ],
 )

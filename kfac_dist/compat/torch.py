@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import sys
 import threading
 import warnings
@@ -170,9 +171,12 @@ def base_of(tensor: Tensor) -> Tensor | None:
     return tensor._base
 
 
-def times_written(tensor: Tensor) -> int:
-    """Return how often a tensor has been written into, through any view; nothing is asked of the device."""
-    return tensor._version
+def times_written(tensors: Iterable[Tensor]) -> int:
+    """Return how often tensors have been written into, all together and by any view; the device is not asked."""
+    return sum(map(_VERSION, tensors))
+
+
+_VERSION = operator.attrgetter("_version")
 
 
 def gradient_shapes(node: Node) -> list[tuple[int, ...]]:

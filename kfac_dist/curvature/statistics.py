@@ -16,6 +16,7 @@ transaction.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -156,7 +157,7 @@ class RunningAverages:
         # Terms of the step's micro-batches, also by class, and which of these each unit has been measured in.
         self._terms: dict[object, tuple[float | Tensor, Tensor | None]] = {}
         self._current: object = None
-        self._seen: list[set[object]] = [set() for _ in units]
+        self._seen: defaultdict[int, set[object]] = defaultdict(set)
         # Columns of the rows that made a dense unit; None if it was added as a whole.
         self._widths: dict[str, int | None] = {}
         self._pieces: dict[tuple[str, Side], list[Unit]] = {}
@@ -287,8 +288,7 @@ class RunningAverages:
         """Forget the step's micro-batches."""
         self._terms.clear()
         self._current = None
-        for seen in self._seen:
-            seen.clear()
+        self._seen.clear()
 
     def count_dropped(self, taken: Tensor) -> None:
         """Count what the closed spans of a step have dropped, unless the whole step is skipped; no host sync.

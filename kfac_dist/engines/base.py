@@ -111,9 +111,9 @@ class Engine(ABC):
         """
         return False
 
-    def times_written(self, tensor: Tensor) -> int:
-        """Return how often one of the `trained` parameters, or its gradient, has been written into."""
-        return times_written(tensor)
+    def times_written(self, tensors: Iterable[Tensor]) -> int:
+        """Return how often some of the `trained` parameters, or their gradients, have been written into together."""
+        return times_written(tensors)
 
     @property
     def gradient_dtype(self) -> torch.dtype:

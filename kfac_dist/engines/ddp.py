@@ -39,7 +39,7 @@ class DDPEngine(Engine):
 
     def gradients(self) -> dict[str, Tensor]:
         """See `Engine.gradients`."""
-        return {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+        return {name: grad for name, p in self._trained.items() if (grad := p.grad) is not None}
 
     def parameters(self) -> dict[str, Tensor]:
         """See `Engine.parameters`."""

@@ -105,9 +105,10 @@ class FSDP2Engine(Engine):
         return super().named_parameters()
 
     @torch.no_grad()
-    def times_written(self, tensor: Tensor) -> int:
+    def times_written(self, tensors: Iterable[Tensor]) -> int:
         """See `Engine.times_written`: what is written into a DTensor and what into its shard is counted apart."""
-        return times_written(tensor) + times_written(cast(DTensor, tensor).to_local())
+        known = list(tensors)
+        return times_written(known) + times_written(cast(DTensor, tensor).to_local() for tensor in known)
 
     @property
     def gradient_dtype(self) -> torch.dtype:

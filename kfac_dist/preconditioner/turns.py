@@ -43,12 +43,12 @@ class _Left:
     def of(cls, engine: Engine) -> _Left:
         """Take note of an engine's."""
         trained = list(engine.trained())
-        present = [p.grad for p in trained if p.grad is not None]
+        present = [grad for p in trained if (grad := p.grad) is not None]
         return cls(
             tuple(weakref.ref(grad) for grad in present[:_KNOWN]),
             len(present),
-            sum(map(engine.times_written, present)),
-            next(((place, engine.times_written(p)) for place, p in enumerate(trained) if p.grad is not None), None),
+            engine.times_written(present),
+            next(((place, engine.times_written([p])) for place, p in enumerate(trained) if p.grad is not None), None),
         )
 
     def same(self, other: _Left) -> bool:
@@ -63,7 +63,7 @@ class _Left:
             return False
         place, version = self.parameter
         parameter = next(itertools.islice(engine.trained(), place, None), None)
-        return parameter is None or engine.times_written(parameter) != version
+        return parameter is None or engine.times_written([parameter]) != version
 
 
 class Turns:

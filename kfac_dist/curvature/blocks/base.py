@@ -7,6 +7,7 @@ parameters fill the gradient matrix; everything else (sharing, sampling, scales,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
@@ -78,10 +79,17 @@ class Block(ABC):
         self.parameters = (
             trained_parameters(name, self.modules, self.parameter_names) if parameters is None else parameters
         )
+        # As they are now: an engine that shards them may show less later.
+        self._shapes = [tuple(parameter.shape) for parameter in self.parameters.values()]
         self.heads: Heads | None = None
 
     factors: tuple[FactorSpec, ...]
     matrix_shape: tuple[int, int, int]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shapes of `parameters`, as they were when the block was found."""
+        return dict(zip(self.parameters, self._shapes, strict=False))  # some blocks leave the bias to others
 
     def watch(self, recorder: Recorder) -> list[Handle]:
         """Put hooks on the layer that report its calls; by default one on each of the block's modules."""
@@ -142,15 +150,32 @@ class Block(ABC):
         """Return which rows `[first, last)` of a parameter are this block's, where it shares one; None: all of it."""
         return None
 
+    def own_shapes(self) -> list[tuple[int, ...]]:
+        """Return the shape of what this block has of each parameter: all of it, or its `rows`."""
+        rows = [self.rows(name) for name in self.parameters]
+        return [
+            shape if own is None else (own[1] - own[0], *shape[1:])
+            for shape, own in zip(self.shapes.values(), rows, strict=True)
+        ]
+
     def matrix_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Pair views of parameter-shaped tensors with the views of the gradient matrix that hold the same values."""
-        rows = [self.rows(name) for name in self.parameters]
-        own = [tensor if own is None else tensor[own[0] : own[1]] for tensor, own in zip(tensors, rows, strict=True)]
-        return self.own_views(own, matrix)
+        views = self.parameter_views(matrix)
+        return [
+            (part_of(tensor, self.rows(name), view), view)
+            for name, tensor, view in zip(self.parameters, tensors, views, strict=True)
+        ]
 
     @abstractmethod
-    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Do what `matrix_views` does for tensors that hold this block's `rows` of its parameters alone."""
+    def parameter_views(self, matrix: Tensor) -> list[Tensor]:
+        """Return views of a gradient matrix that are shaped like this block's parameters, as `own_shapes` says.
+
+        Together they cover every entry once. They stay valid as long as the matrix's memory. Where groups lie apart in
+        the matrix, a first dimension may be cut in two, `[groups, rows, ...]`; see `part_of`.
+
+        Args:
+            matrix: Contiguous, of `matrix_shape`.
+        """
 
     @abstractmethod
     def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
@@ -251,15 +276,18 @@ def as_autocast(inputs: Tensor) -> Tensor:
     return inputs.detach().to(torch.get_autocast_dtype(device))
 
 
-def weight_and_bias_views(tensors: Sequence[Tensor], matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pair `[d_out, ...]` weight and `[d_out]` bias tensors with the columns of `[batch, d_out/batch, d_in(+1)]`."""
-    batch, d_out, _ = matrix.shape
-    # Only the first dimension is split, so that any memory format (channels_last) has such a view.
-    weight = tensors[0].unflatten(0, (batch, d_out))
-    pairs = [(weight, matrix[:, :, : weight[0, 0].numel()].unflatten(2, weight.shape[2:]))]
-    if len(tensors) > 1:
-        pairs.append((tensors[1].view(batch, d_out), matrix[:, :, -1]))
-    return pairs
+def part_of(tensor: Tensor, rows: tuple[int, int] | None, view: Tensor) -> Tensor:
+    """Return a block's rows of a parameter-shaped tensor, in the shape of its view of the gradient matrix."""
+    own = tensor if rows is None else tensor[rows[0] : rows[1]]
+    # Only a first dimension is cut, so that any memory format (channels_last) has such a view.
+    return own if own.ndim == view.ndim else own.unflatten(0, view.shape[:2])
+
+
+def weight_and_bias_views(shapes: Sequence[Sequence[int]], matrix: Tensor) -> list[Tensor]:
+    """View the columns of `[batch, d_out/batch, d_in(+1)]` as a `[d_out, ...]` weight and a `[d_out]` bias."""
+    rows = matrix.view(-1, matrix.shape[-1])
+    weight = rows[:, : math.prod(shapes[0][1:])].unflatten(1, shapes[0][1:])
+    return [weight, rows[:, -1]][: len(shapes)]
 
 
 def dense(side: Side, dim: int, batch: int = 1) -> FactorSpec:

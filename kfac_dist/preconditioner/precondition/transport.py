@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.blocks.base import part_of
 from kfac_dist.curvature.inverses.precondition import Group
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.exchange import Exchange, Part, plan_exchange
@@ -71,6 +72,63 @@ class Transport(ABC):
         """
 
 
+class ParameterViews:
+    """Views of gradient matrices in the shapes of the parameters, made once: a copy each way is one call.
+
+    Args:
+        blocks: Blocks; those without a matrix are left out.
+        matrices: The memory of each block's gradient matrix, by name; it must stay where it is.
+    """
+
+    def __init__(self, blocks: Sequence[Block], matrices: Mapping[str, Tensor]) -> None:
+        # Parameters that one view takes whole, in the order of the views; of others (rows of a fused weight, groups
+        # that lie apart) the parts are cut out of each step's gradient.
+        self._whole: dict[str, Tensor] = {}
+        self._cut: dict[str, list[tuple[tuple[int, int] | None, Tensor]]] = {}
+        for block in blocks:
+            if block.name not in matrices:
+                continue
+            views = block.parameter_views(matrices[block.name])
+            for (name, shape), view in zip(block.shapes.items(), views, strict=True):
+                if tuple(view.shape) == shape:
+                    self._whole[name] = view
+                else:
+                    self._cut.setdefault(name, []).append((block.rows(name), view))
+        self._views = list(self._whole.values())
+
+    def fill(self, gradients: Mapping[str, Tensor]) -> None:
+        """Copy gradients into the matrices; one that is missing counts as zero."""
+        parts, views = self._pairs(gradients)
+        if len(views) < len(self._whole) + sum(map(len, self._cut.values())):
+            missing = [view for name, view in self._whole.items() if name not in gradients]
+            missing += [view for name, own in self._cut.items() if name not in gradients for _, view in own]
+            torch._foreach_zero_(missing)
+        if parts:
+            torch._foreach_copy_(views, parts)
+
+    def empty_into(self, gradients: Mapping[str, Tensor]) -> None:
+        """Copy what the matrices hold over the gradients that there are."""
+        parts, views = self._pairs(gradients)
+        if parts:
+            torch._foreach_copy_(parts, views)
+
+    def _pairs(self, gradients: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the gradients, or parts of them, and the views that hold the same values."""
+        if self._whole.keys() <= gradients.keys():
+            parts, views = list(map(gradients.__getitem__, self._whole)), self._views
+        else:
+            known = [name for name in self._whole if name in gradients]
+            parts, views = [gradients[name] for name in known], [self._whole[name] for name in known]
+        if self._cut:
+            views = list(views)
+        for name, own in self._cut.items():
+            gradient = gradients.get(name)
+            if gradient is not None:
+                parts += [part_of(gradient, rows, view) for rows, view in own]
+                views += [view for _, view in own]
+        return parts, views
+
+
 class ReplicatedTransport(Transport):
     """Transport for engines whose gradients every rank holds whole.
 
@@ -85,34 +143,29 @@ class ReplicatedTransport(Transport):
     def __init__(
         self, blocks: Sequence[Block], groups: Sequence[Group], plan: Plan, row: Communicator, dtype: torch.dtype
     ) -> None:
-        self._blocks = {block.name: block for block in blocks}
         self._groups = groups
         self._row = row
         self._layout: SegmentLayout | None = None
-        self._buffer: Tensor | None = None
         self._updates: list[Tensor] = []
+        own = {
+            block.name: group.matrix(group.gradient, index)
+            for group in groups
+            for index, block in enumerate(group.blocks)
+        }
+        self._collected = self._delivered = ParameterViews(blocks, own)
         if row.size > 1:
-            self._layout = update_layout(plan)
+            self._layout = layout = update_layout(plan)
             # Every rank may precondition nothing (more columns than blocks) and still receives everything.
             device = next(iter(blocks[0].parameters.values())).device
-            self._buffer = torch.zeros(self._layout.sharing_numel, device=device, dtype=dtype)
+            self._buffer = torch.zeros(layout.sharing_numel, device=device, dtype=dtype)
+            sent = {block.name: layout.view(self._buffer, block.name).view(block.matrix_shape) for block in blocks}
+            self._delivered = ParameterViews(blocks, sent)
+            self._sent = [sent[name] for name in own]
+            self._own = list(own.values())
 
     def collect(self, gradients: dict[str, Tensor]) -> None:
         """See `Transport.collect`."""
-        into: list[Tensor] = []
-        out: list[Tensor] = []
-        for group in self._groups:
-            for index, block in enumerate(group.blocks):
-                matrix = group.matrix(group.gradient, index)
-                found = _gradients_of(block, gradients)
-                if found is None:
-                    matrix.zero_()
-                    continue
-                for tensor, view in block.matrix_views(found, matrix):
-                    into.append(view)
-                    out.append(tensor)
-        if into:
-            torch._foreach_copy_(into, out)
+        self._collected.fill(gradients)
 
     def arriving(self) -> Iterator[Sequence[Group]]:
         """See `Transport.arriving`: everything is here."""
@@ -125,30 +178,17 @@ class ReplicatedTransport(Transport):
     def deliver(self, gradients: dict[str, Tensor], scale: Tensor | None) -> None:
         """See `Transport.deliver`."""
         updates, self._updates = self._updates, []
-        if scale is not None and updates:
-            torch._foreach_mul_(updates, scale)
-        matrices = {
-            block.name: group.matrix(update, index)
-            for group, update in zip(self._groups, updates, strict=True)
-            for index, block in enumerate(group.blocks)
-        }
-        if self._layout is not None and self._buffer is not None:
-            matrices = self._share(matrices, self._layout, self._buffer)
-        into: list[Tensor] = []
-        out: list[Tensor] = []
-        for name, block in self._blocks.items():
-            found = _gradients_of(block, gradients)
-            for tensor, view in block.matrix_views(found, matrices[name]) if found is not None else ():
-                into.append(tensor)
-                out.append(view)
-        if into:
-            torch._foreach_copy_(into, out)
-
-    def _share(self, own: dict[str, Tensor], layout: SegmentLayout, buffer: Tensor) -> dict[str, Tensor]:
-        if own:
-            torch._foreach_copy_([layout.view(buffer, name).view_as(m) for name, m in own.items()], list(own.values()))
-        share_segments(self._row, buffer, layout, label=LABEL).wait()
-        return {name: layout.view(buffer, name).view(block.matrix_shape) for name, block in self._blocks.items()}
+        # Into the workspaces, whose views are kept: by now nobody needs the plain gradients there.
+        for group, update in zip(self._groups, updates, strict=True):
+            if scale is None:
+                group.gradient.copy_(update)
+            else:
+                torch.mul(update, scale, out=group.gradient)
+        if self._layout is not None:
+            if self._own:
+                torch._foreach_copy_(self._sent, self._own)
+            share_segments(self._row, self._buffer, self._layout, label=LABEL).wait()
+        self._delivered.empty_into(gradients)
 
 
 @dataclass
@@ -270,28 +310,12 @@ def _places(
     staged: list[tuple[Tensor, Tensor]] = []
     for group in groups:
         for index, block in enumerate(group.blocks):
-            apart = [group.gradient.new_empty(part.shape) for part in parts[block.name]]
-            pairs = list(block.own_views(apart, group.matrix(group.gradient, index)))
-            for part, own, (view, place) in zip(parts[block.name], apart, pairs, strict=True):
-                # The views' dimensions, brought to the order in which the part's elements follow each other.
-                order = sorted(range(view.ndim), key=view.stride().__getitem__, reverse=True)
-                rows = as_rows(place.permute(order))
+            views = block.parameter_views(group.matrix(group.gradient, index))
+            for part, place in zip(parts[block.name], views, strict=True):
+                rows = as_rows(place)
                 if rows is None:
-                    staged.append((view, place))
-                    rows = own.view(1, -1)
+                    apart = place.new_empty(place.shape)
+                    staged.append((apart, place))
+                    rows = apart.view(1, -1)
                 places[part.name] = rows
     return places, staged
-
-
-def _gradients_of(block: Block, gradients: dict[str, Tensor]) -> list[Tensor] | None:
-    """Return the block's gradients in matrix order; None if no rank used the layer in this step.
-
-    One that is missing, of a bias that the loss doesn't know, is zero, as it is where ranks hold slices.
-    """
-    known = next((gradients[name] for name in block.parameters if name in gradients), None)
-    if known is None:
-        return None
-    return [
-        gradients[name] if name in gradients else known.new_zeros(parameter.shape)
-        for name, parameter in block.parameters.items()
-    ]

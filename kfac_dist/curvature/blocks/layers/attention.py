@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -109,9 +109,9 @@ class AttentionBlock(KroneckerBlock):
             return None
         return self.projection.start, self.projection.stop
 
-    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.own_views`."""
-        return weight_and_bias_views(tensors, matrix)
+    def parameter_views(self, matrix: Tensor) -> list[Tensor]:
+        """See `Block.parameter_views`."""
+        return weight_and_bias_views(self.own_shapes(), matrix)
 
     @property
     def _weight_is_own(self) -> bool:

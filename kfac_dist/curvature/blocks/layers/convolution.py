@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -122,9 +122,9 @@ class ConvolutionBlock(KroneckerBlock):
         ]
         return sum_of(parts)
 
-    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.own_views`."""
-        return weight_and_bias_views(tensors, matrix)
+    def parameter_views(self, matrix: Tensor) -> list[Tensor]:
+        """See `Block.parameter_views`."""
+        return weight_and_bias_views(self.own_shapes(), matrix)
 
 
 def padding_of(module: Convolution) -> list[tuple[int, int]]:

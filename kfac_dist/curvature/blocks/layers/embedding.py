@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -68,9 +68,9 @@ class EmbeddingBlock(Block):
         assert use.grad is not None
         return project_lookup(use, use.grad, signs)
 
-    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.own_views`: the table is stored input first."""
-        return [(tensors[0].mT, matrix[0])]
+    def parameter_views(self, matrix: Tensor) -> list[Tensor]:
+        """See `Block.parameter_views`: the table is stored input first."""
+        return [matrix[0].mT]
 
 
 def project_lookup(use: Use, grad: Tensor, signs: Signs) -> tuple[Tensor, Tensor]:

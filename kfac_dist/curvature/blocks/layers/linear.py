@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -35,9 +35,9 @@ class LinearBlock(KroneckerBlock):
         """Return `[1, B, T, d_out]`."""
         return batch_first(grad, batch_size).unsqueeze(0)
 
-    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.own_views`."""
-        return weight_and_bias_views(tensors, matrix)
+    def parameter_views(self, matrix: Tensor) -> list[Tensor]:
+        """See `Block.parameter_views`."""
+        return weight_and_bias_views(self.own_shapes(), matrix)
 
 
 class InputFirstLinearBlock(LinearBlock):
@@ -47,6 +47,8 @@ class InputFirstLinearBlock(LinearBlock):
         """Return `(d_out, d_in)`."""
         return weight.shape[1], weight.shape[0]
 
-    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.own_views`."""
-        return weight_and_bias_views([tensors[0].mT, *tensors[1:]], matrix)
+    def parameter_views(self, matrix: Tensor) -> list[Tensor]:
+        """See `Block.parameter_views`."""
+        weight, *bias = self.own_shapes()
+        turned, *rest = weight_and_bias_views([weight[::-1], *bias], matrix)
+        return [turned.mT, *rest]

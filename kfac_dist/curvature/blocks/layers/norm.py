@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -92,9 +92,9 @@ class NormBlock(Block):
         size = torch.stack([column.abs().sum(0) for column in columns], dim=-1)
         return signs.project(matrix[:, None]), size.double().sum().expand(PROJECTIONS)
 
-    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.own_views`."""
-        return [(tensor.flatten(), matrix[:, 0, column]) for column, tensor in enumerate(tensors)]
+    def parameter_views(self, matrix: Tensor) -> list[Tensor]:
+        """See `Block.parameter_views`."""
+        return [matrix[:, 0, column].view(shape) for column, shape in enumerate(self.own_shapes())]
 
 
 def _moments(columns: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ division by the trace over all ranks comes with the refresh.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -105,6 +105,6 @@ class TiedBlock(Block):
         inputs, grads = (t.reshape(-1, t.shape[-1]) for t in (use.inputs, use.grad))
         return signs.project_rows(inputs[None], grads[None], ones=False)
 
-    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.own_views`: width first."""
-        return [(tensors[0].mT, matrix[0])]
+    def parameter_views(self, matrix: Tensor) -> list[Tensor]:
+        """See `Block.parameter_views`: width first."""
+        return [matrix[0].mT]

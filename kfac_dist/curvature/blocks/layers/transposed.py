@@ -11,7 +11,7 @@ So A = [c_in/groups · kernel (+1)]² over output positions and G = [c_out/group
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch.nn.functional as F
@@ -48,13 +48,15 @@ class TransposedConvolutionBlock(ConvolutionBlock):
         patches = patches.flip(tuple(range(2 + self._spatial, 2 + 2 * self._spatial)))
         return fold_samples(self._rows_of(patches), batch_size)
 
-    def own_views(self, tensors: Sequence[Tensor], matrix: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """See `Block.own_views`."""
-        weight = tensors[0].unflatten(0, (self.groups, -1)).transpose(1, 2)  # [groups, c_out, c_in, *kernel]
-        pairs = [(weight, matrix[:, :, : weight[0, 0].numel()].unflatten(2, weight.shape[2:]))]
-        if len(tensors) > 1:
-            pairs.append((tensors[1].view(matrix.shape[:2]), matrix[:, :, -1]))
-        return pairs
+    def parameter_views(self, matrix: Tensor) -> list[Tensor]:
+        """See `Block.parameter_views`."""
+        shapes = self.own_shapes()
+        c_in, _, *kernel = shapes[0]
+        fan_in = c_in // self.groups
+        weight = matrix[:, :, : fan_in * math.prod(kernel)].unflatten(2, (fan_in, *kernel))
+        turned = weight.transpose(1, 2)  # [groups, c_in/groups, c_out/groups, *kernel]
+        bias = matrix.view(-1, matrix.shape[-1])[:, -1]
+        return [turned if self.groups > 1 else turned[0], bias][: len(shapes)]
 
     def _correlates(self, images: Tensor) -> bool:
         """Never: what is shifted here is mostly zeros."""
