@@ -1,4 +1,4 @@
-"""The command line: `kfac-dist init|train|launch|submit|status|plan|calibrate|doctor|…`: arguments in, hands over.
+"""The command line: `kfac-dist init|config|train|launch|submit|status|plan|…`: arguments in, hands over.
 
 A file for the commands of each purpose. What needs torch is imported inside of them, so that `--help` and a refused
 configuration take no time.
@@ -9,6 +9,7 @@ import typer
 from kfac_dist.cli.doctor import doctor
 from kfac_dist.cli.init import init
 from kfac_dist.cli.jobs import status, submit
+from kfac_dist.cli.keys import config
 from kfac_dist.cli.plan import calibrate, plan
 from kfac_dist.cli.report import report
 from kfac_dist.cli.train import launch, train
@@ -25,7 +26,7 @@ app = typer.Typer(
 app.command()(train)
 # What follows CONFIG goes to the launcher's own script.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
-for command in (init, submit, status, plan, calibrate, doctor, report):
+for command in (init, config, submit, status, plan, calibrate, doctor, report):
     app.command()(command)
 app.command("version")(show_version)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from kfac_dist.errors import ExtensionError
 
@@ -104,10 +105,42 @@ class OpenNames(StrEnum):
 _ADDED: dict[type[OpenNames], dict[str, OpenNames]] = {}
 
 
+@dataclass(frozen=True)
+class Gone:
+    """A key that a section had once.
+
+    Attributes:
+        default: Its default then. That value is taken and dropped: what runs wrote when they began spells defaults out,
+            and says nothing else than what is done without the key.
+        instead: What to write in place of any other value.
+    """
+
+    default: Any
+    instead: str
+
+
 class Section(BaseModel):
-    """A frozen section that refuses unknown keys and silent type coercion."""
+    """A frozen section that refuses unknown keys and silent type coercion.
+
+    Attributes:
+        questions: Its keys by the question that they answer, where there are many; each key once.
+        gone: Keys that it had once.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+    questions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    gone: ClassVar[Mapping[str, Gone]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_is_gone(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        for key in cls.gone.keys() & data.keys():
+            if data[key] != cls.gone[key].default:
+                raise ValueError(f"{key} is gone: {cls.gone[key].instead}")
+        return {key: value for key, value in data.items() if key not in cls.gone} if cls.gone else data
 
 
 def check_one_in_k(name: str, share: float, consequence: str) -> None:

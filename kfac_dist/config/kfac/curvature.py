@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -108,6 +109,14 @@ class CurvatureConfig(Section):
             is judged once, at the first step that measures it.
         seed: Seed of the labels that `mc` draws.
     """
+
+    questions: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Which layers?": ("include", "exclude", "uncovered", "on_mismatch"),
+        "Whose gradients?": ("fisher", "likelihood", "loss_terms", "class_conditional", "seed"),
+        "What of positions that share a weight?": ("sharing", "sharing_overrides"),
+        "How often, and of how much?": ("factor_every", "stagger", "sample_fraction"),
+        "For how long, and how precisely?": ("decay", "decay_ramp", "factor_dtype"),
+    }
 
     fisher: Fisher = Fisher.EMPIRICAL
     likelihood: Likelihood | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
@@ -76,6 +77,13 @@ class DistributionConfig(Section):
             `kfac.micro_batch(last=True)`; off, or without that word, reduces in `step()`.
         timeout_seconds: How long a collective of K-FAC may wait before it fails on every rank.
     """
+
+    questions: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Who inverts?": ("assignment", "cost_model"),
+        "Who holds inverses and preconditions?": ("placement", "grad_worker_fraction"),
+        "How do statistics become global, and when?": ("reduction", "reduce_every", "buckets", "overlap"),
+        "What crosses the network?": ("backend", "communication_dtype", "pack_triangles", "timeout_seconds"),
+    }
 
     backend: Backend = Backend.TORCH
     assignment: AssignmentStrategy = AssignmentStrategy.ROUND_ROBIN

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -73,6 +74,14 @@ class InversionConfig(Section):
         offload: Keep inverses in host memory, and bring each group of them to the device when it preconditions: two
             groups are there at a time. Costs their way over the bus in every step; on a CPU it costs and saves nothing.
     """
+
+    questions: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "How is it inverted?": ("solver", "structure"),
+        "With how much damping?": ("damping", "adapt"),
+        "How often?": ("inverse_every", "early_refresh", "stagger", "inverse_lag", "rescale_every"),
+        "Where are factors cut?": ("max_factor_dim", "splits"),
+        "How are inverses kept?": ("inverse_dtype", "offload"),
+    }
 
     solver: Solver = Solver.CHOLESKY
     structure: Structure = Structure.BLOCK_DIAGONAL

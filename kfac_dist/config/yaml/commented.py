@@ -21,7 +21,7 @@ from kfac_dist.config.yaml.fields import Path as KeyPath
 from kfac_dist.config.yaml.fields import allowed_at
 from kfac_dist.config.yaml.load import read_document
 
-_WIDTH = 110
+WIDTH = 110
 _ENTRY = re.compile(r"    (\w+): (.*)")
 
 
@@ -86,14 +86,14 @@ def _entry(path: KeyPath, value: Any) -> Iterator[str]:
     """Yield the lines of a key and all below it."""
     indent = "  " * (len(path) - 1)
     if text := meaning(path):
-        yield from textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-    key = _flow(str(path[-1]))
+        yield from textwrap.wrap(text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    key = flow(str(path[-1]))
     if isinstance(value, Mapping) and value and _opens(path):
         yield f"{indent}{key}:"
         for inner in _ordered(path, value):
             yield from _entry((*path, inner), value[inner])
     else:
-        yield f"{indent}{key}: {_flow(value)}"
+        yield f"{indent}{key}: {flow(value)}"
 
 
 def _ordered(path: KeyPath, value: Mapping[str, Any]) -> list[str]:
@@ -113,6 +113,7 @@ def _opens(path: KeyPath) -> bool:
     return allowed.section not in (None, Schedule)
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
+    """Return a value as YAML in one line."""
     text = yaml.dump([value], Dumper=Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
     return text.strip()[1:-1]

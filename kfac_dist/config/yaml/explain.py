@@ -41,7 +41,7 @@ def _message(detail: ErrorDetails) -> str:
 
 def _explain(path: Path, detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
-        return f"{dotted(path)}: unknown key{_meant_key(path)}"
+        return f"{dotted(path)}: unknown key{meant_key(path)}"
     if detail["type"] == "value_error":
         message = _message(detail)
         word = message.split(maxsplit=1)[0]
@@ -88,7 +88,8 @@ def _blamed(message: str, path: Path, document: Document) -> Path:
     return path
 
 
-def _meant_key(path: Path) -> str:
+def meant_key(path: Path) -> str:
+    """Return what was probably meant by an unknown key at a path, to end a message, or which keys there are."""
     key = str(path[-1])
     parent = allowed_at(path[:-1])
     own = list(parent.section.model_fields) if parent is not None and parent.section is not None else []
