@@ -84,6 +84,49 @@ class Scaled(nn.Module):
         return inputs @ self.matrix
 
 
+class Keeps(nn.Module):
+    """Keeps something of a pass for the next one.
+
+    A `scale` in evaluation mode, as LeViT its biases, with its graph or `detached` from it; or a `state` always.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.what, self.kept = what, None
+
+    def train(self, mode: bool = True) -> Keeps:
+        self.kept = None
+        return super().train(mode)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        if self.what == "state":
+            hidden = hidden * self.scale if self.kept is None else hidden * self.scale + self.kept
+            self.kept = hidden.mean(0, keepdim=True)
+            return self.head(hidden)
+        if self.training:
+            return self.head(torch.tanh(hidden * self.scale.exp()))
+        scale = self.scale.exp() if self.kept is None else self.kept
+        self.kept = scale.detach() if self.what == "detached" else scale
+        return self.head(torch.tanh(hidden * scale))
+
+
+class TrainsAlone(nn.Module):
+    """Reformer's backward pass wants training mode; between its layers something is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.norm(self.drop(torch.tanh(self.first(inputs))))
+        assert self.training or not torch.is_grad_enabled(), "call model.train() before you train it"
+        return self.head(hidden)
+
+
 class Branches(nn.Module):
     """Runs the left layer, the right one, or both, by a rule."""
 

@@ -26,8 +26,8 @@ from kfac_dist.curvature.gram import complete
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.doctor.findings import CurvatureRow, Finding, Severity
 from kfac_dist.doctor.gauss_newton import ENTRIES, compare, hessian_rows
+from kfac_dist.doctor.measure import Still, found_shared, measuring
 from kfac_dist.doctor.measure import factors as measured_factors
-from kfac_dist.doctor.measure import found_shared, measuring
 from kfac_dist.doctor.symmetry import examine_symmetry
 from kfac_dist.hooks import after_forward
 from kfac_dist.inputs import Inputs, each
@@ -51,7 +51,12 @@ Micro = tuple[Inputs, Tensor]
 
 
 def examine_curvature(
-    config: Config, module: nn.Module, loss: Loss, data: Source, ranks: Communicator
+    config: Config,
+    module: nn.Module,
+    loss: Loss,
+    data: Source,
+    ranks: Communicator,
+    still: Still = nn.Module.eval,
 ) -> tuple[list[Finding], tuple[CurvatureRow, ...]]:
     """Compare one sample, then as many as `ROWS` backward passes allow; collective, on the same samples everywhere.
 
@@ -61,12 +66,13 @@ def examine_curvature(
         loss: The loss.
         data: The training data.
         ranks: The ranks.
+        still: Sets the mode in which the model is measured.
     """
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     if trained > PARAMETERS:
         text = f"not compared with the exact curvature: {trained:,} values, at most {PARAMETERS:,} are compared"
         return [Finding("curvature", Severity.FINE, text)], ()
-    module.eval()
+    still(module)
     one = _first_position(config, module, _samples(config, data, 1))
     with torch.no_grad():
         columns = forward(module, one[0])[0].numel()
@@ -101,7 +107,7 @@ def _first_position(config: Config, module: nn.Module, one: Micro) -> Micro:
     try:
         with torch.no_grad():
             outputs = module(short[0])
-    except (RuntimeError, ValueError, IndexError):  # a model of one fixed length
+    except (RuntimeError, ValueError, IndexError, AssertionError):  # a model of one fixed length
         return one
     return short if outputs.shape[:-1].numel() == 1 else one
 

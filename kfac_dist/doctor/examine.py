@@ -1,6 +1,7 @@
 """The checks in their order: each needs what the one before it has shown to work.
 
-    environment ─ model, data ─ a trial pass ─ samples ─ blocks and plan ─ scale of the statistics ─ exact curvature
+    environment ─ model, data ─ a trial pass ─ samples ─ blocks and plan ─ a mode to measure in ─ exact curvature
+    ─ scale of the statistics
     ─ on request: the diagonal Fisher's estimators
 
 A check that fails on one rank fails on all of them; the report is the same everywhere.
@@ -26,6 +27,7 @@ from kfac_dist.doctor.curvature import examine_curvature
 from kfac_dist.doctor.findings import CurvatureRow, Finding, Report, Severity
 from kfac_dist.doctor.fisher.examine import Wish, examine_fisher
 from kfac_dist.doctor.fisher.report import FisherReport
+from kfac_dist.doctor.measure import Still, still_in_training
 from kfac_dist.doctor.parameters import coverage_finding, parameter_rows
 from kfac_dist.doctor.plans import examine_plan
 from kfac_dist.doctor.samples import examine_samples
@@ -41,7 +43,7 @@ from kfac_dist.training.checkpoints.random_state import seed_everything
 from kfac_dist.training.data.batches import Source, Stream, source_of
 from kfac_dist.training.data.sampler import Position, sampler_of
 from kfac_dist.training.setup import Parts, parameter_shapes, with_classes
-from kfac_dist.training.trial import Trial, try_out
+from kfac_dist.training.trial import Trial, try_out, try_two_passes
 
 
 @dataclass
@@ -108,10 +110,11 @@ def _examine(case: _Case, planned: int, fisher: Wish | None) -> Report:
     if plan is not None:
         case.findings.append(coverage_finding(rows, uncovered))
         report = replace(report, plan_hash=plan_digest(plan.rows()), load=tuple(plan.assignment.load()))
-        if case.healthy and trial is not None:
-            report = replace(report, curvature=_measure(case, model, loss, train, test))
-    if fisher is not None and case.healthy and trial is not None:
-        report = replace(report, fisher=_measure_fisher(case, fisher))
+        still = _mode(case, model, loss, train) if case.healthy and trial is not None else None
+        if still is not None:
+            report = replace(report, curvature=_measure(case, model, loss, train, test, still))
+            if fisher is not None and case.healthy:
+                report = replace(report, fisher=_measure_fisher(case, fisher, still))
     return replace(report, findings=tuple(case.findings))
 
 
@@ -223,12 +226,39 @@ def _plan(case: _Case, coverage: Coverage, planned: int, trial: Trial | None) ->
     return plan
 
 
-def _measure(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Source) -> tuple[CurvatureRow, ...]:
+def _mode(case: _Case, model: nn.Module, loss: Loss, train: Source) -> Still | None:
+    """Return how to set the mode in which the model can be differentiated time and again; None if there is none."""
+    refused = []
+    for still in (nn.Module.eval, still_in_training):
+        with agreed(case.ranks):
+            why = try_two_passes(model, loss, train, still)
+        # Of any rank: the ranks have to go on together.
+        found = [own for own in case.ranks.gather_objects(why, label="modes") if own is not None]
+        refused += found[:1]
+        if not found and refused:
+            text = (
+                f"the model can't be differentiated in evaluation mode ({refused[0]}): what follows was measured in "
+                "training mode, in which torch's own layers drop nothing and batch norms use their running statistics"
+            )
+            case.findings.append(Finding("evaluation", Severity.WARNING, text))
+        if not found:
+            return still
+    text = (
+        f"the first samples can't be passed through the model and back twice ({refused[-1]}): a second step would fail "
+        "alike. Detach what the model keeps of one pass for the next"
+    )
+    case.findings.append(Finding("forward", Severity.ERROR, text))
+    return None
+
+
+def _measure(
+    case: _Case, model: nn.Module, loss: Loss, train: Source, test: Source, still: Still
+) -> tuple[CurvatureRow, ...]:
     """Run K-FAC's own measurements: on the bare model against the exact curvature, then the way that training goes."""
     config, ranks = case.config, case.ranks
     rows: tuple[CurvatureRow, ...] = ()
     try:
-        findings, rows = examine_curvature(config, model, loss, train, ranks)
+        findings, rows = examine_curvature(config, model, loss, train, ranks, still)
         case.findings += findings
         check_sections(config.engine, config.train, on_cpu=case.world.device.type == "cpu")
         # Inputs and output gradients are whole under every engine, so that what they measure is seen under DDP, too.
@@ -239,7 +269,7 @@ def _measure(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Sou
         sampler = sampler_of(config.train, len(train), config.run.seed)
         stream = Stream(train, sampler, rank=ranks.rank, world_size=ranks.size, accumulate=config.train.accumulate)
         parts = Parts(engine, optimizer, None, loss, stream, train, test, 1)
-        case.findings += examine_scale(config, parts, ranks)
+        case.findings += examine_scale(config, parts, ranks, still)
     except CollectiveError:
         raise
     except KFACError as error:
@@ -247,10 +277,10 @@ def _measure(case: _Case, model: nn.Module, loss: Loss, train: Source, test: Sou
     return rows
 
 
-def _measure_fisher(case: _Case, wish: Wish) -> FisherReport | None:
+def _measure_fisher(case: _Case, wish: Wish, still: Still) -> FisherReport | None:
     """Compare the diagonal Fisher's estimators; that a model doesn't allow it is nothing against the run."""
     try:
-        return examine_fisher(case.config, case.world, case.ranks, wish)
+        return examine_fisher(case.config, case.world, case.ranks, wish, still)
     except CollectiveError:
         raise
     except ModelError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,20 @@ from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.engines import Engine
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.renewal import IDLE, MISMATCHED
+
+Still = Callable[[nn.Module], object]
+"""Sets the mode in which a model is measured: by default evaluation mode, in which nothing is drawn."""
+
+
+def still_in_training(module: nn.Module) -> None:
+    """Set training mode for a model that needs it, and evaluation mode for torch's own layers in it.
+
+    These drop nothing then, and their batch norms leave samples apart.
+    """
+    module.train()
+    for part in module.modules():
+        if type(part).__module__.startswith("torch.nn."):
+            part.training = False
 
 
 @contextmanager

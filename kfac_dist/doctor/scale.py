@@ -22,7 +22,7 @@ from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.curvature.factors import Side
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
-from kfac_dist.doctor.measure import factors, found_shared, measuring
+from kfac_dist.doctor.measure import Still, factors, found_shared, measuring
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.inputs import each
 from kfac_dist.preconditioner.kfac import KFAC
@@ -43,15 +43,18 @@ FAINT = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 Units = Mapping[str, Mapping[str, Tensor]]
 
 
-def examine_scale(config: Config, parts: Parts, communicator: Communicator) -> list[Finding]:
+def examine_scale(
+    config: Config, parts: Parts, communicator: Communicator, still: Still = nn.Module.eval
+) -> list[Finding]:
     """Measure a batch in two ways; collective.
 
     Args:
         config: The run's configuration.
         parts: The run's parts; its `kfac` isn't used.
         communicator: The ranks.
+        still: Sets the mode in which the model is measured.
     """
-    parts.engine.module.eval()
+    still(parts.engine.module)
     batch = _batch(config, parts, communicator)
     with measuring(parts.engine, config.kfac, Fisher.EMPIRICAL) as kfac:
         whole = _measure_batch(config, parts, communicator, kfac, batch)

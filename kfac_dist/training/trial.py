@@ -6,17 +6,18 @@ leaves no trace in the model's buffers, its gradients or the random generators.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.errors import DataError, ModelError
+from kfac_dist.distributed.communicators.lost import first_line
+from kfac_dist.errors import CollectiveError, DataError, ModelError
 from kfac_dist.tasks import Loss
 from kfac_dist.training.data.batches import InMemorySource, Source
-from kfac_dist.training.passes import explained, forward, loss_total, unused_parameters
+from kfac_dist.training.passes import explained, forward, loss_total, unused_parameters, user_line
 
 # Enough for layers that normalise over the batch.
 SAMPLES = 2
@@ -62,6 +63,38 @@ def try_out(model: nn.Module, loss: Loss, data: Source, test: Source) -> Trial:
         unused = unused_parameters(model)
         _try_evaluation(model, loss, test)
     return Trial(outputs.detach(), unused)
+
+
+def try_two_passes(model: nn.Module, loss: Loss, data: Source, prepare: Callable[[nn.Module], object]) -> str | None:
+    """Say why a second pass through model and loss, forward and back, isn't the first one's like; None if it is.
+
+    A model may keep what a pass has computed, of which the second backward pass then finds the graph freed, or refuse
+    to be differentiated at all outside of training mode.
+
+    Args:
+        model: The model on its device.
+        loss: The loss.
+        data: The training data.
+        prepare: Sets the mode in which it is tried; the model is left in the mode in which it was.
+    """
+    [(inputs, targets)] = data.fetch([torch.arange(min(SAMPLES, len(data)))], seed=0)
+    training, reached = model.training, list[list[str]]()
+    with _without_trace(model):
+        try:
+            prepare(model)
+            for _ in range(2):
+                loss_total(loss, forward(model, inputs), targets, model).backward()
+                reached.append(unused_parameters(model))
+                model.zero_grad()
+        except (CollectiveError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the user's code, which may say no in any way
+            return f"{type(error).__name__}: {first_line(error)}{user_line(error)}"
+        finally:
+            model.train(training)
+    if lost := sorted(set(reached[1]) - set(reached[0])):
+        return f"the second of two passes brings no gradient to {', '.join(lost[:3])}{' and others' * (len(lost) > 3)}"
+    return None
 
 
 @torch.no_grad()

@@ -84,6 +84,11 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "not a tensor": ({"model": "NotATensor"}, "forward", "the model returns dict"),
     "frozen": ({"model": "frozen"}, "forward", "requires_grad is false everywhere"),
     "nothing to precondition": ({"model": "Scaled"}, "plan", "no layer gets a K-FAC block"),
+    "kept": (
+        {"model": "Keeps", "args": {"what": "state"}},
+        "forward",
+        r"and back twice \(RuntimeError: Trying to backward .*\): .* Detach what the model keeps of one pass",
+    ),
     "scale by samples": (
         {"model": "LeakyScale", "args": {"factor": "samples"}},
         "scale",
@@ -102,6 +107,21 @@ WARNED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"model": "Borrowed"},
         "capture",
         "first: what its hooks captured misses .*name the layer in kfac",
+    ),
+    "kept in evaluation": (
+        {"model": "Keeps", "args": {"what": "scale"}},
+        "evaluation",
+        r"be differentiated in evaluation mode \(RuntimeError: Trying to backward through the graph a second time",
+    ),
+    "detached in evaluation": (
+        {"model": "Keeps", "args": {"what": "detached"}},
+        "evaluation",
+        r"evaluation mode \(the second of two passes brings no gradient to scale\): .* in training mode",
+    ),
+    "training alone": (
+        {"model": "TrainsAlone"},
+        "evaluation",
+        r"\(AssertionError: call model.train\(\) before you train it \(.*bad_models.py:\d+\)\)",
     ),
     "coupled": ({"model": "Coupled"}, "scale", "samples influence each other"),
 }
@@ -150,6 +170,16 @@ def test_remarks_leave_a_run_ready(reports: list[dict[str, Report]]) -> None:
             found = [(f.check, f.text) for f in by_name[name].findings if f.severity is Severity.WARNING]
             assert any(check == kind and re.search(words, text) for kind, text in found), (name, found)
             assert by_name[name].ready
+
+
+def test_what_needs_training_mode_is_measured_in_it(reports: list[dict[str, Report]]) -> None:
+    """Nothing is dropped then, so that the scale can be checked and blocks are exact."""
+    for by_name in reports:
+        for name in ("kept in evaluation", "detached in evaluation", "training alone"):
+            report = by_name[name]
+            assert [f.check for f in report.findings if f.severity is not Severity.FINE] == ["evaluation"]
+            assert {row.block for row in report.curvature if row.exact} >= {"first", "head"}
+            assert all((row.error or 0.0) < 1e-4 for row in report.curvature if row.exact)
 
 
 def test_ranks_report_the_same(reports: list[dict[str, Report]]) -> None:

@@ -37,6 +37,7 @@ from kfac_dist.doctor.fisher.layers import (
 )
 from kfac_dist.doctor.fisher.report import FisherCost, FisherReport, layer_row, trend_rows
 from kfac_dist.doctor.fisher.smoothness import Course, observe
+from kfac_dist.doctor.measure import Still
 from kfac_dist.errors import ModelError
 from kfac_dist.reporting.progress import SilentProgress
 from kfac_dist.tasks import Loss, build_model
@@ -97,7 +98,9 @@ class _Subject:
         )
 
 
-def examine_fisher(config: Config, world: World, ranks: Communicator, wish: Wish) -> FisherReport:
+def examine_fisher(
+    config: Config, world: World, ranks: Communicator, wish: Wish, still: Still = nn.Module.eval
+) -> FisherReport:
     """Measure both estimators in every layer, at first and over some steps; collective, the same on every rank.
 
     Args:
@@ -105,6 +108,7 @@ def examine_fisher(config: Config, world: World, ranks: Communicator, wish: Wish
         world: This process's place.
         ranks: The ranks.
         wish: What to find out.
+        still: Sets the mode in which the model is measured.
 
     Raises:
         KFACError: The run can't be built, its steps can't be taken, or torch can't differentiate the model twice in
@@ -118,7 +122,7 @@ def examine_fisher(config: Config, world: World, ranks: Communicator, wish: Wish
             agreed(ranks, ModelError),
             torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []),
         ):
-            twin = build_model(config.model).to(world.device).eval()
+            still(twin := build_model(config.model).to(world.device))
         return _examine(replicated, parts, twin, ranks, wish)
     finally:
         if parts.kfac is not None:
