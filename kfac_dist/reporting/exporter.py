@@ -46,6 +46,7 @@ class Reading:
         skipped_steps: Steps that were measured and not taken, because gradients were not finite.
         damping: λ; None without K-FAC.
         failed_inversions: Units that rank 0 could not solve, and left as they were.
+        raised_dampings: Factors that rank 0 inverted with more damping than configured, for negative eigenvalues.
         dropped_statistics: How often a rank has dropped statistics of a step, because they were not finite.
         phase_seconds: Seconds that rank 0 spent in each phase of K-FAC's steps.
         collectives: Collectives that rank 0 took part in, by what they carried.
@@ -59,6 +60,7 @@ class Reading:
     skipped_steps: int = 0
     damping: float | None = None
     failed_inversions: int = 0
+    raised_dampings: int = 0
     dropped_statistics: int = 0
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     collectives: Mapping[str, int] = field(default_factory=dict)
@@ -195,6 +197,9 @@ class Exporter:
         yield self._gauge("damping", "Damping of K-FAC's factors.", {(): reading.damping}, labels)
         yield self._counter(
             "failed_inversions", "Units that rank 0 could not solve.", {(): reading.failed_inversions}, labels
+        )
+        yield self._counter(
+            "raised_dampings", "Factors that rank 0 inverted with more damping.", {(): reading.raised_dampings}, labels
         )
         yield self._counter(
             "dropped_statistics", "Statistics of a rank that weren't finite.", {(): reading.dropped_statistics}, labels

@@ -52,6 +52,8 @@ def test_the_page_has_everything_inside(run_directory: Path, tmp_path: Path) -> 
     assert not re.search(r'(?:src|href)="(?:https?:)?//', body)
     for heading in ("Loss", "Where a step", "Who inverted what: mine", "Factors: mine", "Damping, clip"):
         assert heading in body
+    for drawn in ("inversions that failed", "factors inverted with more damping", "statistics dropped"):
+        assert f"{drawn}, so far" in text
     assert "early_refresh: 10" in body  # the resolved configuration
 
 

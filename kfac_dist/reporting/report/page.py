@@ -110,6 +110,8 @@ def _sections(runs: Sequence[RunData]) -> Iterator[Section]:
         ("lr", "learning rate", {}),
         ("skipped", "steps skipped since the last point", {}),
         ("kfac/failed_inversions", "inversions that failed, so far", {}),
+        ("kfac/raised_dampings", "factors inverted with more damping, so far", {}),
+        ("kfac/dropped_statistics", "statistics dropped, so far", {}),
         ("memory_bytes", "peak memory of rank 0, GB", {"scale": 1e-9}),
     ]
     shown = [charts.over_steps(runs, key, label, **how) for key, label, how in numbers if charts.has(runs, key)]

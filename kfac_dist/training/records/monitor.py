@@ -57,6 +57,7 @@ class Monitor:
                 skipped_steps=self._skipped + int(by_engine),
                 damping=record.get("kfac/damping"),
                 failed_inversions=record.get("kfac/failed_inversions", 0),
+                raised_dampings=record.get("kfac/raised_dampings", 0),
                 dropped_statistics=record.get("kfac/dropped_statistics", 0),
                 phase_seconds=self._parts.phase_seconds(),
                 collectives=calls,

@@ -99,6 +99,7 @@ def _compare(found: dict[tuple[str, str], float], record: dict[str, Any]) -> Non
         ("samples_per_second", "samples_per_second"),
         ("damping", "kfac/damping"),
         ("failed_inversions_total", "kfac/failed_inversions"),
+        ("raised_dampings_total", "kfac/raised_dampings"),
         ("dropped_statistics_total", "kfac/dropped_statistics"),
     ):
         assert found[f"kfac_dist_{name}", ""] == record[key]
