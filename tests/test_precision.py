@@ -201,7 +201,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("cholesky", options(pack_triangles=True, reduction="reduce_scatter", placement="owner")),
     (
         "cholesky",
-        options(reduction="reduce_scatter", reduce_every="step", assignment="balanced", cost_model="measured"),
+        options(reduction="reduce_scatter", reduce_every="step", assignment="balanced"),
     ),
     ("cholesky", options(inversion={"offload": True}, overlap=False, buckets=1)),
     ("cholesky", options(curvature={"factor_dtype": "float64"})),
@@ -307,7 +307,7 @@ DEFAULTS: list[tuple[str, dict[str, Any]]] = [
     ("mlp", {"curvature": {"class_conditional": {"classes": 4}}, "distribution": {"reduction": "reduce_scatter"}}),
     ("mlp", {"inversion": {"solver": "eigen", "structure": "block_tridiagonal"}}),
     ("mlp", {"curvature": {"fisher": "type2", "uncovered": "diagonal_mc", "exclude": ["2"]}}),
-    ("conv", {"inversion": {"solver": "ekfac"}, "update": {"graft": "gradient", "graft_scope": "global"}}),
+    ("conv", {"inversion": {"solver": "ekfac"}, "update": {"graft": "gradient"}}),
     ("conv", {"curvature": {"fisher": "mc"}, "distribution": {"placement": "owner"}}),
     ("token", {"curvature": {"loss_terms": "token", "uncovered": "diagonal"}, "inversion": {"adapt": {"every": 1}}}),
 ]

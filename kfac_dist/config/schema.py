@@ -40,7 +40,6 @@ from kfac_dist.config.kfac.curvature import Sharing as Sharing
 from kfac_dist.config.kfac.curvature import Uncovered as Uncovered
 from kfac_dist.config.kfac.distribution import AssignmentStrategy as AssignmentStrategy
 from kfac_dist.config.kfac.distribution import Backend as Backend
-from kfac_dist.config.kfac.distribution import CostModel as CostModel
 from kfac_dist.config.kfac.distribution import DistributionConfig as DistributionConfig
 from kfac_dist.config.kfac.distribution import Placement as Placement
 from kfac_dist.config.kfac.distribution import ReduceEvery as ReduceEvery
@@ -56,7 +55,6 @@ from kfac_dist.config.kfac.solver import StepSolver as StepSolver
 from kfac_dist.config.kfac.splits import SplitBy as SplitBy
 from kfac_dist.config.kfac.splits import SplitConfig as SplitConfig
 from kfac_dist.config.kfac.update import Graft as Graft
-from kfac_dist.config.kfac.update import GraftScope as GraftScope
 from kfac_dist.config.kfac.update import UpdateConfig as UpdateConfig
 from kfac_dist.config.loss import LossConfig as LossConfig
 from kfac_dist.config.loss import LossName as LossName

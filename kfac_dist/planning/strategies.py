@@ -151,7 +151,6 @@ def _distributions(config: KFACConfig, world_size: int, node_size: int, *, shard
                     same = (own.reduction, own.reduce_every) == (reduction, every)
                     if not same or own.placement != placement["placement"]:
                         continue
-                    chosen["cost_model"] = "cubic"
                 yield {"distribution": chosen}
 
 

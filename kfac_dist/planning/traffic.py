@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_dist.config.schema import GraftScope, Uncovered
+from kfac_dist.config.schema import Uncovered
 from kfac_dist.curvature.class_product import Summary
 from kfac_dist.distributed.communicators.base import Communicator, SoloCommunicator
 from kfac_dist.distributed.communicators.recording import Call, Rehearsal
@@ -96,10 +96,8 @@ class _Step:
             self._vote(renewal.LABEL)
             self._refresh(slots)
         self._transport()
-        update = self._config.update
-        together = update.graft is not None and update.graft_scope is GraftScope.GLOBAL
-        if update.kl_clip is not None or together:
-            self._sum(3 if together else 1, step_length.LABEL, self._row)
+        if self._config.update.kl_clip is not None:
+            self._sum(1, step_length.LABEL, self._row)
 
     def _reduce(
         self,

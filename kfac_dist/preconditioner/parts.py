@@ -8,16 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kfac_dist.config.schema import CostModel, KFACConfig, Placement, Structure, Uncovered
+from kfac_dist.config.schema import KFACConfig, Placement, Structure, Uncovered
 from kfac_dist.curvature.block_tridiagonal_units import ChainGroup
 from kfac_dist.curvature.blocks import Block, Coverage
-from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.inverses.offload import GROUP_BYTES, Offload
 from kfac_dist.curvature.inverses.payloads import Payloads
 from kfac_dist.curvature.inverses.precondition import Group, build_groups
-from kfac_dist.curvature.inverses.solvers import Task, solve
 from kfac_dist.curvature.statistics import RunningAverages
-from kfac_dist.distributed.assignment.inversion_cost import measure_costs
 from kfac_dist.distributed.communicators.agreement import agree_on_plan
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.engines import Engine
@@ -29,7 +26,7 @@ from kfac_dist.preconditioner.invert.ekfac import Moments
 from kfac_dist.preconditioner.invert.refresh import Refresh
 from kfac_dist.preconditioner.measure.sampled_gradients import DrawnGradients
 from kfac_dist.preconditioner.memory import keeps_own_factors_only
-from kfac_dist.preconditioner.plan import Plan, block_units, build_plan, exchange_buckets
+from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
 from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
 from kfac_dist.preconditioner.precondition.transport import ReplicatedTransport, ShardedTransport, Transport
 from kfac_dist.preconditioner.reduce.reduction import FactorReduction
@@ -78,15 +75,12 @@ def make_plan(
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     together = f"{local} ranks a node" if config.distribution.placement is Placement.NODE else ""
     agree_on_plan(comm, [("configuration", f"{config!r} {together}")])
-    measured = config.distribution.cost_model is CostModel.MEASURED
-    costs = _measured_costs(blocks, config, comm, device) if measured else None
     plan = build_plan(
         blocks,
         config,
         world_size=comm.size,
         local_world_size=local,
         shard_size=engine.shard_size(comm.size),
-        unit_cost=None if costs is None else (lambda unit: costs[unit.dim] * unit.batch),
     )
     agree_on_plan(comm, plan.rows())
     check_class_memory(plan, config)
@@ -211,24 +205,6 @@ def _bases_elsewhere(
             bases = Payloads([block], [own.units], inversion.solver, device, dtype, working(config))
             found |= dict.fromkeys((unit.name for unit in own.units), bases)
     return found
-
-
-def _measured_costs(
-    blocks: Sequence[Block], config: KFACConfig, comm: Communicator, device: torch.device
-) -> dict[int, float]:
-    """Return the seconds of one inversion by size, agreed by the ranks."""
-    dtype = working(config)
-
-    def trial(dim: int) -> None:
-        unit = Unit("trial", Side.A, 0, 0, dim, 1, FactorKind.DENSE)
-        solve(
-            [Task(unit, torch.eye(dim, device=device, dtype=dtype)[None], 1.0, None, dtype=dtype)],
-            config.inversion.solver,
-        )
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return measure_costs(comm, {unit.dim for block in blocks for unit in block_units(block, config)}, trial)
 
 
 def _split(comm: Communicator, groups: tuple[tuple[int, ...], ...]) -> Communicator:

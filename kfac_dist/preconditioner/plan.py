@@ -7,7 +7,7 @@ hash of its rows is compared before anything else travels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kfac_dist.config.schema import AssignmentStrategy, Fisher, KFACConfig, Placement
@@ -142,7 +142,6 @@ def build_plan(
     world_size: int,
     local_world_size: int = 1,
     shard_size: int = 1,
-    unit_cost: Callable[[Unit], float] | None = None,
 ) -> Plan:
     """Plan the work of `world_size` ranks.
 
@@ -153,7 +152,6 @@ def build_plan(
         local_world_size: Ranks of one node, for placement `node`.
         shard_size: How many consecutive ranks together hold each gradient once: they are the rows of the grid, and what
             placement `auto` means is theirs to say. 1 if every rank holds all.
-        unit_cost: Cost of one inversion; n³ by default, measured seconds for `cost_model: measured`.
 
     Raises:
         ConfigError: The placement doesn't fit the number of ranks or the engine's shards, or a split its layers.
@@ -162,9 +160,8 @@ def build_plan(
     grid = _grid(config, world_size, local_world_size, shard_size)
     check_patterns(blocks, config.inversion.splits)
     units = {block.name: block_units(block, config) for block in blocks}
-    cost = unit_cost or (lambda unit: unit.cost)
     items = [
-        WorkItem(unit.name, name, cost(unit), _FLOAT * payload_numel(unit, config.inversion.solver))
+        WorkItem(unit.name, name, unit.cost, _FLOAT * payload_numel(unit, config.inversion.solver))
         for name, own in units.items()
         for unit in own
     ]

@@ -46,7 +46,7 @@ CASES = [
     Case("scaled", configuration(curvature={"uncovered": "diagonal"})),
     Case("scaled", configuration(), clip=0.05),
     Case("scaled", {**configuration(), "update": {"graft": "sign"}}),
-    Case("token", {**configuration(curvature=TOKEN, **LEAN), "update": {"graft": "gradient", "graft_scope": "global"}}),
+    Case("token", {**configuration(curvature=TOKEN, **LEAN), "update": {"graft": "gradient"}}),
     Case("checkpointed", configuration()),
     Case("reentrant", configuration(**LEAN)),
     Case("gpt2", configuration(curvature=TOKEN, inversion={"max_factor_dim": 6}, **LEAN)),

@@ -38,7 +38,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"inversion": {"solver": "eigen"}, "update": {"kl_clip": None}},
     {"inversion": {"solver": "ekfac"}},
     {"inversion": {"adapt": {"every": 2}}, "curvature": {"uncovered": "diagonal"}},
-    {"update": {"graft": "gradient", "graft_scope": "global"}},
+    {"update": {"graft": "gradient"}},
 ]
 
 

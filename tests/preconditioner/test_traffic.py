@@ -85,7 +85,7 @@ EVERY_KIND: dict[str, dict[str, Any]] = {
     "scattered second moments": {"inversion": {"solver": "ekfac"}, "distribution": {"reduction": "reduce_scatter"}},
     "chain": {"inversion": {"solver": "eigen", "structure": "block_tridiagonal"}},
     "classes": {"curvature": {"class_conditional": {"classes": CLASSES}}},
-    "grafted": {"update": {"graft": "gradient", "graft_scope": "global"}},
+    "grafted": {"update": {"graft": "gradient"}},
     "adapted": {"inversion": {"adapt": {}}},
 }
 

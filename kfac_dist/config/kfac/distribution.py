@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 
 from kfac_dist.config.kfac.curvature import DType
-from kfac_dist.config.section import Count, Flag, Fraction, Seconds, Section
+from kfac_dist.config.section import Count, Flag, Fraction, Gone, Seconds, Section
 
 
 class AssignmentStrategy(StrEnum):
@@ -17,13 +17,6 @@ class AssignmentStrategy(StrEnum):
 
     ROUND_ROBIN = "round_robin"
     BALANCED = "balanced"
-
-
-class CostModel(StrEnum):
-    """What the balanced assignment believes an inversion costs: n³, or seconds measured at start-up."""
-
-    CUBIC = "cubic"
-    MEASURED = "measured"
 
 
 class Placement(StrEnum):
@@ -63,8 +56,7 @@ class DistributionConfig(Section):
     Attributes:
         backend: What carries factors and inverses: `torch` (gloo, NCCL), or `mpi` for CPU clusters whose network only
             MPI drives; the ranks are then started by mpirun.
-        assignment: Which rank inverts which unit.
-        cost_model: Cost that `balanced` equalises.
+        assignment: Which rank inverts which unit: in turns, or so that the ranks' sums of n³ are `balanced`.
         placement: Who holds inverses and preconditions; `auto` is `replicated` under DDP, `owner` when sharded.
         grad_worker_fraction: `hybrid` only: share of the ranks that precondition one block; times W it is a whole
             number that divides W.
@@ -79,15 +71,18 @@ class DistributionConfig(Section):
     """
 
     questions: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Who inverts?": ("assignment", "cost_model"),
+        "Who inverts?": ("assignment",),
         "Who holds inverses and preconditions?": ("placement", "grad_worker_fraction"),
         "How do statistics become global, and when?": ("reduction", "reduce_every", "buckets", "overlap"),
         "What crosses the network?": ("backend", "communication_dtype", "pack_triangles", "timeout_seconds"),
     }
 
+    gone: ClassVar[Mapping[str, Gone]] = {
+        "cost_model": Gone("cubic", "leave it out; assignment: balanced goes by n³"),
+    }
+
     backend: Backend = Backend.TORCH
     assignment: AssignmentStrategy = AssignmentStrategy.ROUND_ROBIN
-    cost_model: CostModel = CostModel.CUBIC
     placement: Placement = Placement.AUTO
     grad_worker_fraction: Fraction | None = None
     reduction: Reduction = Reduction.ALL_REDUCE
@@ -107,6 +102,4 @@ class DistributionConfig(Section):
             )
         if not hybrid and self.grad_worker_fraction is not None:
             raise ValueError(f"grad_worker_fraction needs placement hybrid; with {self.placement} leave it out")
-        if self.assignment is AssignmentStrategy.ROUND_ROBIN and self.cost_model is CostModel.MEASURED:
-            raise ValueError("cost_model measured has no effect on round_robin: set assignment to balanced")
         return self

@@ -7,13 +7,14 @@ cg        the model's minimum by conjugate gradients, with K-FAC's inverse as th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from kfac_dist.config.schedules import Damping, Schedule, ScheduleKind
-from kfac_dist.config.section import Count, CountOrZero, Flag, Positive, Section, check_one_in_k
+from kfac_dist.config.section import Count, CountOrZero, Flag, Gone, Positive, Section, check_one_in_k
 
 
 class StepSolver(StrEnum):
@@ -38,11 +39,13 @@ class CGConfig(Section):
         warm_start: The last step's solution times this is where the next one starts; 0 starts from nothing.
         backtracking: How often the solution may be halved until the batch's loss falls enough; then the step is
             left out. 0 doesn't look.
-        compare_every: Steps between comparisons: how many iterations would conjugate gradients without K-FAC have
-            needed to lower the model as far? 0 never asks.
-        compare_iterations: Iterations after which such a comparison ends; `plain_above` in the metrics, in place of
-            `plain`, says that it did.
+        compare_every: Steps between comparisons: how many iterations, 500 at most, would conjugate gradients without
+            K-FAC have needed to lower the model as far? 0 never asks.
     """
+
+    gone: ClassVar[Mapping[str, Gone]] = {
+        "compare_iterations": Gone(500, "leave it out; comparisons end after 500 iterations"),
+    }
 
     lr: Schedule = Schedule(value=1.0)
     damping: Damping | None = None
@@ -53,16 +56,6 @@ class CGConfig(Section):
     warm_start: Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)] = 0.95
     backtracking: CountOrZero = 0
     compare_every: CountOrZero = 0
-    compare_iterations: Count = 500
-
-    @model_validator(mode="after")
-    def _comparisons_have_a_time(self) -> Self:
-        if not self.compare_every and self.compare_iterations != type(self).model_fields["compare_iterations"].default:
-            raise ValueError(
-                f"compare_iterations ({self.compare_iterations}) has no effect while compare_every is 0, which never "
-                "compares: leave it out, or give compare_every a number of steps"
-            )
-        return self
 
     @model_validator(mode="after")
     def _one_moves_the_damping(self) -> Self:

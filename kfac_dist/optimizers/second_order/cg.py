@@ -26,6 +26,8 @@ from kfac_dist.preconditioner.kfac import KFAC
 
 # Share of the fall that the slope promises below which a step is halved (Armijo's rule).
 _ENOUGH = 0.01
+# Iterations of a comparison without K-FAC, at most.
+COMPARED_ITERATIONS = 500
 # How far λ may go from where it began, either way.
 _RANGE = 1e4
 
@@ -116,7 +118,7 @@ class CGStepper(Stepper):
         }
         if options.compare_every and self.kfac.steps % options.compare_every == 0:
             # As far as K-FAC went, by as many iterations as it takes without.
-            rule = Rule(options.compare_iterations, target=solution.values[-1])
+            rule = Rule(COMPARED_ITERATIONS, target=solution.values[-1])
             plain = conjugate_gradients(multiply, lambda vector: vector, problem.gradient, damping, rule, start)
             arrived = plain.values[-1] <= rule.target
             self._numbers.pop("plain_above" if arrived else "plain", None)

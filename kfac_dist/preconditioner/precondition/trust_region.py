@@ -1,8 +1,7 @@
 """How long a step is: grafting, then the trust region by KL; no host sync, and at most one reduction for all layers.
 
-    graft, a layer each     Δ_b ← Δ_b · ‖M_b‖ / ‖Δ_b‖                     where the block is preconditioned
-    graft, all together     Δ ← Δ · ‖M‖ / ‖Δ‖                             ╮ ⟨Δ, ∇⟩, ‖Δ‖², ‖M‖²: three numbers a row
-    trust region            Δ ← Δ · min(1, sqrt(κ / (lr² ⟨Δ, ∇⟩)))        ╯ of ranks adds up
+    graft           Δ_b ← Δ_b · ‖M_b‖ / ‖Δ_b‖                     where the block is preconditioned
+    trust region    Δ ← Δ · min(1, sqrt(κ / (lr² ⟨Δ, ∇⟩)))        ⟨Δ, ∇⟩: a number that a row of ranks adds up
 
 With F̂Δ = ∇ for the damped approximate Fisher F̂, `½ lr² ⟨Δ, ∇⟩ = ½ (lr Δ)ᵀ F̂ (lr Δ)` is the KL divergence that a step by
 lr·Δ is predicted to make (per loss term); the trust region keeps it at κ/2 and below.
@@ -16,14 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kfac_dist.config.schema import GraftScope, UpdateConfig
+from kfac_dist.config.schema import UpdateConfig
 from kfac_dist.curvature.device_ops import scalar
 from kfac_dist.curvature.inverses.precondition import Group
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
-from kfac_dist.preconditioner.precondition.grafting import first_order_step, graft_blocks, ratio, step_squares
+from kfac_dist.preconditioner.precondition.grafting import first_order_step, graft_blocks, step_squares
 
 LABEL = "kl_clip"
 
@@ -84,12 +83,8 @@ class StepLength:
         self.kl_scale = torch.ones((), device=device, dtype=dtype)
         self.predicted_kl = torch.zeros((), device=device, dtype=dtype)
 
-    @property
-    def _grafts_together(self) -> bool:
-        return self._config.graft is not None and self._config.graft_scope is GraftScope.GLOBAL
-
     def shape(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
-        """Graft what is grafted a layer each, in place, and take note of what `scale` needs.
+        """Graft each layer's update, in place, and take note of what `scale` needs.
 
         Args:
             groups: The groups that were preconditioned.
@@ -97,15 +92,10 @@ class StepLength:
         """
         graft = self._config.graft
         for group, update in zip(groups, updates, strict=True):
-            squares = None
             if graft is not None:
                 squares = step_squares(group.gradient, len(group.blocks), graft, self._engine.gradient_scale)
-                if self._config.graft_scope is GraftScope.LAYER:
-                    graft_blocks(update, squares)
-            terms = [torch.dot(update.flatten(), group.gradient.flatten())]
-            if squares is not None and self._grafts_together:
-                terms += [update.square().sum(), squares.sum()]
-            self._sums.append(torch.stack(terms))
+                graft_blocks(update, squares)
+            self._sums.append(torch.dot(update.flatten(), group.gradient.flatten()))
 
     def scale(self, rest: Tensor) -> Tensor | None:
         """Return the factor of all updates, 0-dim, the same on every rank; None if they are as long as they should be.
@@ -116,24 +106,20 @@ class StepLength:
             rest: Δ of the parameters with a diagonal Fisher.
         """
         sums, self._sums = self._sums, []
-        clip, together = self._config.kl_clip, self._grafts_together
-        if clip is None and not together:
-            return None
-        total = torch.zeros(3 if together else 1, device=self._device, dtype=self.kl_scale.dtype)
-        total += torch.stack(sums).sum(0) if sums else 0.0
-        for product in self._rest.products(rest):
-            total[0] += product
-        self._row.all_reduce(total, label=LABEL).wait()
-        grafted = ratio(total[2], total[1]) if together else None
+        clip = self._config.kl_clip
         if clip is None:
-            return grafted
-        product = total[0] if grafted is None else total[0] * grafted
+            return None
+        product = torch.zeros(1, device=self._device, dtype=self.kl_scale.dtype)
+        product += torch.stack(sums).sum() if sums else 0.0
+        for own in self._rest.products(rest):
+            product += own
+        self._row.all_reduce(product, label=LABEL).wait()
         length = self._lr() / self._engine.gradient_scale
-        divergence = product * length**2
+        divergence = product[0] * length**2
         tiny = torch.finfo(divergence.dtype).tiny
         self.kl_scale = (clip / divergence.clamp(min=tiny)).sqrt().clamp(max=1.0)
         self.predicted_kl = 0.5 * divergence * self.kl_scale**2
-        return self.kl_scale if grafted is None else self.kl_scale * grafted
+        return self.kl_scale
 
     def replace_plain(self, gradients: dict[str, Tensor]) -> None:
         """Give the parameters that nothing preconditions the step whose length the others have; in place."""

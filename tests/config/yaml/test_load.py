@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+import functools
+import operator
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kfac_dist.config.schema import (
     Config,
     Likelihood,
     LossTerms,
     ScheduleKind,
+    Section,
     Sharing,
 )
 from kfac_dist.config.yaml.load import dump_yaml, load_config, resolve
+from kfac_dist.config.yaml.options import parse_kfac
+from kfac_dist.config.yaml.reference import explain_key
+from kfac_dist.errors import ConfigError
 
 # base.yaml holds what the others share; it is no run by itself.
 SHIPPED = [file for file in sorted((Path(__file__).parents[3] / "configs").glob("*.yaml")) if file.name != "base.yaml"]
@@ -217,3 +226,42 @@ def test_a_resolved_configuration_survives_writing_and_reading(minimal: Path, ov
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
 def test_a_shipped_configuration_loads(file: Path) -> None:
     assert isinstance(resolve(load_config(file)), Config)
+
+
+def sections(config: Section, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Section]]:
+    """Every section of a configuration, by its path."""
+    yield path, config
+    for name in type(config).model_fields:
+        if isinstance(below := getattr(config, name), Section):
+            yield from sections(below, (*path, name))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_what_a_run_saved_with_keys_that_are_gone_loads(file: Path, tmp_path: Path) -> None:
+    """Saved files spell every default out: those of keys that are gone say what is done today."""
+    config = resolve(load_config(file))
+    values = yaml.safe_load(dump_yaml(config))
+    added = []
+    for path, section in sections(config):
+        below = functools.reduce(operator.getitem, path, values)
+        below |= {key: gone.default for key, gone in section.gone.items()}
+        added += section.gone
+    saved = write(tmp_path / "config.yaml", yaml.safe_dump(values, allow_unicode=True))
+
+    assert {"graft_scope", "cost_model"} <= set(added)
+    assert ("compare_iterations" in added) == (config.kfac.cg is not None)
+    assert load_config(saved) == config
+
+
+def test_keys_that_are_gone_say_what_to_write_instead(minimal: Path) -> None:
+    message = "kfac.update.graft_scope is gone: leave it out; each layer gets its own length"
+    with pytest.raises(ConfigError, match=re.escape(f"command line (kfac.update.graft_scope=global): {message}")):
+        load_config(minimal, ["kfac.update.graft_scope=global"])
+    file = write(minimal, MINIMAL + "kfac:\n  update:\n    graft: sign\n    graft_scope: global\n")
+    with pytest.raises(ConfigError, match=re.escape(f"minimal.yaml:10: {message}")):
+        load_config(file)
+    with pytest.raises(ConfigError, match=re.escape("graft_scope is gone: leave it out; each layer")):
+        parse_kfac({"update": {"graft": "sign", "graft_scope": "global"}})
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        explain_key("kfac.update.graft_scope")
+    assert parse_kfac({"update": {"graft_scope": "layer"}}) == parse_kfac({})

@@ -18,6 +18,7 @@ from kfac_dist import KFAC
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import CheckpointError, ConfigError, ModelError
 from kfac_dist.optimizers import Stepper, build_stepper
+from kfac_dist.optimizers.second_order import cg as cg_module
 from kfac_dist.training import train
 from kfac_dist.training.records.metrics import read_metrics
 from tests.harness import run_ranks
@@ -103,16 +104,18 @@ def test_the_preconditioner_saves_iterations() -> None:
     assert seen[2]["iterations_total"] == sum(numbers["iterations"] for numbers in seen)
 
 
-def test_a_comparison_that_ends_before_it_came_as_far_says_so() -> None:
+def test_a_comparison_that_ends_before_it_came_as_far_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cg_module, "COMPARED_ITERATIONS", 3)
     model = net()
-    cg = {**EXACT, "damping": 1e-4, "compare_every": 2, "compare_iterations": 3}
+    cg = {**EXACT, "damping": 1e-4, "compare_every": 2}
     stepper = stepper_on(model, cg)
     take_steps(model, stepper, 1)
     numbers = stepper.metrics()
     assert numbers["compared"] > 3
     assert numbers["plain_above"] == 3
     assert "plain" not in numbers
-    stepper.options = stepper.options.model_copy(update={"compare_iterations": 500, "max_iterations": 2})
+    monkeypatch.setattr(cg_module, "COMPARED_ITERATIONS", 500)
+    stepper.options = stepper.options.model_copy(update={"max_iterations": 2})
     take_steps(model, stepper, 2)  # the second of them is compared, and gets there
     numbers = stepper.metrics()
     assert numbers["compared"] == 2

@@ -147,3 +147,19 @@ def test_a_checkpoint_without_a_configuration_loads(tmp_path: Path, capsys: pyte
     _resume(tmp_path)
     assert _said(capsys) == []
     assert sorted(losses(tmp_path / "small")) == list(range(1, 10))
+
+
+def test_a_checkpoint_whose_configuration_has_keys_that_are_gone_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begun(tmp_path)
+    path = tmp_path / "small/checkpoints/step-00000006"
+    facts = json.loads((path / "manifest.json").read_text())
+    files = {name: FileFacts(**file) for name, file in facts.pop("files").items()}
+    facts["config"]["kfac"]["update"]["graft_scope"] = "global"
+    facts["config"]["kfac"]["distribution"]["cost_model"] = "cubic"
+    write_manifest(path, {key: value for key, value in facts.items() if key not in ("format", "sha256")}, files)
+    assert read_manifest(path).facts["config"]["kfac"]["update"]["graft_scope"] == "global"
+    _resume(tmp_path)
+    assert _said(capsys) == ["differs from the checkpoint: train.steps: 6 → 9"]
+    assert sorted(losses(tmp_path / "small")) == list(range(1, 10))
