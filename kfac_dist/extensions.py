@@ -1,4 +1,4 @@
-"""Registration of code outside of the package: layer types' blocks and metric sinks.
+"""Registration of code outside of the package: layers' blocks, solvers, engines, communicators, metric sinks.
 
 A module of yours registers what it adds when it is imported; a run imports it by `extensions: [package.module]` in its
 YAML file, a program by an import before it makes `KFAC`. Each registration names the version of this interface that it
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from kfac_dist.config.schema import Backend as Backend
+from kfac_dist.config.schema import EngineConfig as EngineConfig
 from kfac_dist.curvature.blocks.base import Block as Block
 from kfac_dist.curvature.blocks.base import KroneckerBlock as KroneckerBlock
 from kfac_dist.curvature.blocks.base import dense as dense
@@ -21,6 +24,19 @@ from kfac_dist.curvature.blocks.rows import MicroBatch as MicroBatch
 from kfac_dist.curvature.blocks.rows import batch_first as batch_first
 from kfac_dist.curvature.blocks.table import add_block_type
 from kfac_dist.curvature.factors import Side as Side
+from kfac_dist.curvature.inverses.solvers import add_solver
+from kfac_dist.distributed.communicators.base import Communicator as Communicator
+from kfac_dist.distributed.communicators.base import SoloCommunicator as SoloCommunicator
+from kfac_dist.distributed.communicators.base import Work as Work
+from kfac_dist.distributed.communicators.build import add_communicator
+from kfac_dist.distributed.communicators.build import build_communicator as build_communicator
+from kfac_dist.distributed.communicators.torch_communicator import TorchCommunicator as TorchCommunicator
+from kfac_dist.distributed.movement.gradient_layout import GradientLayout as GradientLayout
+from kfac_dist.distributed.movement.gradient_layout import ParameterSlices as ParameterSlices
+from kfac_dist.distributed.startup.bootstrap import World as World
+from kfac_dist.engines.base import Engine as Engine
+from kfac_dist.engines.build import add_engine
+from kfac_dist.errors import CollectiveError as CollectiveError
 from kfac_dist.errors import ExtensionError as ExtensionError
 from kfac_dist.reporting.sinks import Sink as Sink
 from kfac_dist.reporting.sinks import add_sink
@@ -29,19 +45,34 @@ API_VERSION = 1
 
 __all__ = [
     "API_VERSION",
+    "Backend",
     "Block",
+    "CollectiveError",
+    "Communicator",
+    "Engine",
+    "EngineConfig",
     "ExtensionError",
+    "GradientLayout",
     "InputFirstLinearBlock",
     "KroneckerBlock",
     "LinearBlock",
     "MicroBatch",
+    "ParameterSlices",
     "Side",
     "Sink",
+    "SoloCommunicator",
+    "TorchCommunicator",
     "Use",
+    "Work",
+    "World",
     "batch_first",
+    "build_communicator",
     "dense",
     "register_block",
+    "register_communicator",
+    "register_engine",
     "register_sink",
+    "register_solver",
 ]
 
 
@@ -61,6 +92,64 @@ def register_block(layer_type: type[nn.Module] | str, block_type: type[Block], *
     """
     _check_version("register_block", api_version)
     add_block_type(layer_type, block_type)
+
+
+def register_solver(name: str, invert: Callable[[Tensor, Tensor], Tensor], *, api_version: int) -> None:
+    """Add a solver, which `kfac.inversion.solver` then names.
+
+    `invert` gets dense factors with their damping, equal sizes in one batch, `[k, n, n]`, which it may overwrite, and
+    the last inverses of the same factors, at first the identity or zero; it returns the inverses `[k, n, n]`, or what
+    preconditions well in their place. Of the result the symmetric part is taken. Where it raises, or returns what
+    isn't finite or has no positive diagonal, Cholesky inverts, and the factor is named with the reason. Diagonal
+    factors aren't given to it. Inverses are saved and resumed as those of `cholesky`; a solver has no other state.
+
+    Args:
+        name: Lower-case letters, digits and '_'.
+        invert: A function of `(matrices, previous)`.
+        api_version: The `API_VERSION` that the solver was written for.
+
+    Raises:
+        ExtensionError: Another version, a name that is taken, or nothing to call; says what to write.
+    """
+    _check_version("register_solver", api_version)
+    add_solver(name, invert)
+
+
+def register_communicator(
+    name: str, make: Callable[[ProcessGroup | None, float], Communicator], *, api_version: int
+) -> None:
+    """Add a communicator for K-FAC's collectives, which `kfac.distribution.backend` then names.
+
+    It is made by all ranks together, where there is more than one; a class that derives from `TorchCommunicator` by its
+    `create`.
+
+    Args:
+        name: Lower-case letters, digits and '_'.
+        make: A function of `(group, timeout_seconds)`, of the ranks that average gradients (None: all) and of how long
+            a collective may wait; returns a `Communicator` over them.
+        api_version: The `API_VERSION` that the communicator was written for.
+
+    Raises:
+        ExtensionError: Another version, a name that is taken, or nothing to call; says what to write.
+    """
+    _check_version("register_communicator", api_version)
+    add_communicator(name, make)
+
+
+def register_engine(name: str, make: Callable[[nn.Module, EngineConfig, World], Engine], *, api_version: int) -> None:
+    """Add an engine, which `engine.name` then names.
+
+    Args:
+        name: Lower-case letters, digits and '_'.
+        make: A class that derives from `Engine`, or what returns one; called on every rank with the model, on its
+            device, the `engine` section and the ranks. The optimizer is built of the parameters of its `module`.
+        api_version: The `API_VERSION` that the engine was written for.
+
+    Raises:
+        ExtensionError: Another version, a name that is taken, or no engine; says what to write.
+    """
+    _check_version("register_engine", api_version)
+    add_engine(name, make)
 
 
 def register_sink(name: str, make: Callable[..., Sink], *, api_version: int) -> None:

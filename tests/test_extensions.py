@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import sqlite3
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +20,39 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.extensions import sink as sink_example
+from examples.extensions import solver as solver_example
 from examples.extensions.block import GainLinear, GainLinearBlock
+from examples.extensions.communicator import COLLECTIVES, CountedCommunicator
+from examples.extensions.engine import OneAllReduce
 from kfac_dist import KFAC
 from kfac_dist.cli.configuration import check_targets
-from kfac_dist.config.yaml.load import load_config
+from kfac_dist.config.schema import Solver
+from kfac_dist.config.yaml.load import dump_yaml, load_config
+from kfac_dist.curvature.factors import FactorKind, Side, Unit
+from kfac_dist.curvature.inverses.solvers import Task, solve
 from kfac_dist.errors import ConfigError, KFACError
 from kfac_dist.extensions import (
     API_VERSION,
+    Engine,
     ExtensionError,
     KroneckerBlock,
     LinearBlock,
     Sink,
     register_block,
+    register_communicator,
+    register_engine,
     register_sink,
+    register_solver,
 )
 from kfac_dist.training import train
 from kfac_dist.training.records.metrics import MetricsWriter, read_metrics
 from tests.harness import run_ranks
-from tests.training.runs import launched, small_config
+from tests.training.runs import final_model, launched, losses, small_config
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples/extensions").glob("*.py"))
 RATE = 0.1
 assert sink_example.SQLiteSink
+assert solver_example.conjugate_gradients
 OPTIONS = {
     "curvature": {"likelihood": "categorical", "factor_dtype": "float64", "factor_every": 1},
     "inversion": {"inverse_every": 2, "damping": 0.05},
@@ -201,7 +215,7 @@ train: {{steps: 2, batch_size: 8}}
 """
 
 
-def run_file(directory: Path, extension: str, model: str = "mlp") -> Path:
+def run_file(directory: Path, extension: str, model: str = "{name: mlp, args: {dims: [64, 10]}}") -> Path:
     path = directory / "run.yaml"
     path.write_text(RUN.format(extension=extension, model=model))
     return path
@@ -384,6 +398,213 @@ def test_no_sink_is_refused(name: Any, sink: Any, said: str) -> None:
         register_sink(name, sink, api_version=1)
     assert str(error.value).startswith(f"register_sink: {said}")
     assert "\n" not in str(error.value)
+
+
+def options_with(section: str, **values: Any) -> dict[str, Any]:
+    return {**OPTIONS, section: {**OPTIONS.get(section, {}), **values}}
+
+
+def solved() -> tuple[list[Tensor], list[Tensor]]:
+    wanted, _ = trained(linear_model(), OPTIONS)
+    found, _ = trained(linear_model(), options_with("inversion", solver="conjugate_gradients"))
+    return wanted, found
+
+
+@ONE_AND_TWO
+def test_the_solver_takes_the_step_of_cholesky(ranks: int) -> None:
+    for wanted, found in run_ranks(ranks, solved):
+        for theirs, ours in zip(wanted, found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+            assert not torch.equal(ours, theirs)
+
+
+SEEN: list[tuple[Tensor, Tensor]] = []
+
+
+def kept_and_cholesky(matrices: Tensor, previous: Tensor) -> Tensor:
+    SEEN.append((matrices.clone(), previous.clone()))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrices))
+    matrices.zero_()
+    return inverse
+
+
+def wrong_shape(matrices: Tensor, previous: Tensor) -> Tensor:
+    return matrices[0]
+
+
+def negative(matrices: Tensor, previous: Tensor) -> Tensor:
+    return -torch.linalg.inv(matrices)
+
+
+def not_finite(matrices: Tensor, previous: Tensor) -> Tensor:
+    return torch.linalg.inv(matrices) / 0
+
+
+def raising(matrices: Tensor, previous: Tensor) -> Tensor:
+    raise ZeroDivisionError("no")
+
+
+register_solver("kept", kept_and_cholesky, api_version=1)
+for bad in (wrong_shape, negative, not_finite, raising):
+    register_solver(f"bad_{bad.__name__}", bad, api_version=1)
+
+
+def test_a_solver_gets_damped_factors_and_its_last_inverses() -> None:
+    SEEN.clear()
+    found, _ = trained(linear_model(), options_with("inversion", solver="kept"), steps=3)
+    wanted, _ = trained(linear_model(), OPTIONS, steps=3)
+    for theirs, ours in zip(wanted, found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    shapes = [tuple(matrices.shape) for matrices, _ in SEEN]
+    assert sorted(set(shapes)) == [(1, 3, 3), (1, 7, 7), (2, 6, 6)]
+    assert all(
+        torch.equal(previous, torch.eye(previous.shape[-1]).double().expand_as(previous)) for _, previous in SEEN[:3]
+    )
+    for (matrices, _), (_, previous) in zip(SEEN[:3], SEEN[3:6], strict=True):
+        assert torch.equal(matrices, matrices.mT)
+        torch.testing.assert_close(previous @ matrices, torch.eye(matrices.shape[-1]).double().expand_as(matrices))
+
+
+@pytest.mark.parametrize(
+    ("solver", "said"),
+    [
+        ("bad_wrong_shape", "returned [3, 3] where [1, 3, 3] was due"),
+        ("bad_negative", "returned no positive definite matrix"),
+        ("bad_not_finite", "returned no positive definite matrix"),
+        ("bad_raising", "raises ZeroDivisionError: no"),
+    ],
+)
+def test_cholesky_inverts_and_says_why_where_a_solver_fails(solver: str, said: str) -> None:
+    factor = torch.tensor([[4.0, 1, 0], [1, 3, 0], [0, 0, 2]]).double()
+    unit = Unit("layer", Side.A, 0, 0, 3, 1, FactorKind.DENSE)
+    raised: dict[str, str] = {}
+    task = Task(unit, factor[None], 0.5, None, dtype=torch.float64)
+    (payload,), failures = solve([task], Solver(solver), raised=raised)
+    assert payload is not None
+    torch.testing.assert_close(payload.view(3, 3), torch.linalg.inv(factor + 0.5 * torch.eye(3).double()))
+    assert failures == 0
+    assert raised == {"layer/A/0": f"inverted by cholesky, since {solver} {said}"}
+
+
+def counted() -> tuple[list[Tensor], list[Tensor], dict[Any, int], dict[str, Any]]:
+    wanted, _ = trained(linear_model(), OPTIONS)
+    before = len(COLLECTIVES)
+    assert before == 0
+    model = linear_model()
+    wrapped = DistributedDataParallel(model) if dist.get_world_size() > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    kfac = KFAC(wrapped, options_with("distribution", backend="counted"))
+    for inputs, labels in batches(5):
+        cross_entropy(wrapped(inputs), labels).backward()
+        kfac.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    traffic = kfac.communicator.traffic.snapshot()
+    counts = dict(COLLECTIVES)
+    COLLECTIVES.clear()
+    kfac.remove()
+    return wanted, [p.detach() for p in model.parameters()], counts, traffic
+
+
+@ONE_AND_TWO
+def test_the_communicator_counts_the_collectives_of_an_equal_run(ranks: int) -> None:
+    for wanted, found, counts, traffic in run_ranks(ranks, counted):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+        if ranks == 1:
+            assert counts == {}  # one rank talks to nobody
+            continue
+        totals = Counter[str]()
+        for (kind, label), count in counts.items():
+            assert kind in ("all_reduce", "broadcast")
+            totals[label] += count
+        assert {"factors", "inverses"} <= set(totals)
+        assert {label: traffic[label][0] for label in totals} == totals
+
+
+def train_by(directory: str, engine: str) -> None:
+    as_launched()
+    train(small_config(directory, kfac=True, engine={"name": engine}, checkpoint={"every": 12}), quiet=True)
+
+
+@ONE_AND_TWO
+def test_the_engine_trains_as_ddp_does(ranks: int, tmp_path: Path) -> None:
+    for name in ("ddp", "one_all_reduce"):
+        run_ranks(ranks, train_by, str(tmp_path / name), name)
+    wanted, found = (losses(tmp_path / name / "small") for name in ("ddp", "one_all_reduce"))
+    assert len(found) == 12
+    assert found == pytest.approx(wanted, rel=1e-5)
+    end = final_model(tmp_path / "ddp/small")
+    for name, value in final_model(tmp_path / "one_all_reduce/small").items():
+        torch.testing.assert_close(value, end[name], rtol=1e-4, atol=1e-6)
+
+
+class Silent(Engine):
+    """Lacks methods."""
+
+
+REGISTRATIONS = {
+    "register_solver": (register_solver, kept_and_cholesky, "expected a function of (matrices, previous)"),
+    "register_communicator": (register_communicator, CountedCommunicator.create, "expected a function of (group, "),
+    "register_engine": (register_engine, OneAllReduce, "expected a class that derives from Engine"),
+}
+SHIPPED = {"register_solver": "cholesky", "register_communicator": "mpi", "register_engine": "ddp"}
+OWN = {
+    "register_solver": "conjugate_gradients",
+    "register_communicator": "counted",
+    "register_engine": "one_all_reduce",
+}
+
+
+@pytest.mark.parametrize("function", REGISTRATIONS)
+def test_what_cannot_serve_is_refused(function: str) -> None:
+    register, good, expected = REGISTRATIONS[function]
+    for name, thing, version, said in [
+        (SHIPPED[function], good, 1, f"the name {SHIPPED[function]!r} is taken, as are "),
+        (OWN[function], good, 1, f"the name {OWN[function]!r} is taken, as are "),
+        ("Own", good, 1, "found the name 'Own'; expected lower-case letters, digits and '_'"),
+        ("own", good, 2, "found api_version=2, this kfac_dist has 1"),
+        ("own", 5, 1, expected),
+        ("own", lambda: None, 1, "too many positional arguments"),
+    ]:
+        with pytest.raises(ExtensionError) as error:
+            register(name, thing, api_version=version)
+        assert str(error.value).startswith(f"{function}: ")
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_an_engine_without_methods_is_refused() -> None:
+    with pytest.raises(ExtensionError, match="Silent lacks methods: write communicator, gradients, layout, parameters"):
+        register_engine("silent", Silent, api_version=1)
+    with pytest.raises(ExtensionError, match="OwnLayer must derive from kfac_dist"):
+        register_engine("silent", OwnLayer, api_version=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "own", "wrong"),
+    [
+        ("kfac.inversion.solver", "conjugate_gradients", "conjugate_gradient"),
+        ("kfac.distribution.backend", "counted", "count"),
+        ("engine.name", "one_all_reduce", "one_allreduce"),
+    ],
+)
+def test_registered_names_are_names_of_a_run(key: str, own: str, wrong: str, tmp_path: Path) -> None:
+    """And go through its resolved YAML, copies and pickles unchanged."""
+    path = run_file(tmp_path, "examples.extensions.solver")
+    config = load_config(path, [f"{key}={own}"])
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    assert (value, type(value)(own) is value, value.added) == (own, True, True)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_yaml(config))
+    assert load_config(resolved) == config
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [f"{key}={wrong}"])
+    assert f"{key}: found {wrong!r}, expected one of " in str(error.value)
+    assert str(error.value).endswith(f"; did you mean {own!r}?")
+    check_targets(config)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -15,12 +15,12 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from kfac_dist.config.section import Count, Flag, Pattern, Positive, Section
+from kfac_dist.config.section import Count, Flag, OpenNames, Pattern, Positive, Section
 from kfac_dist.errors import ConfigError
 
 
-class EngineName(StrEnum):
-    """How the model's parameters are distributed."""
+class EngineName(OpenNames):
+    """How the model's parameters are distributed: as by one of these, or by an engine that was registered."""
 
     DDP = "ddp"
     FSDP2 = "fsdp2"
@@ -32,6 +32,11 @@ class EngineName(StrEnum):
     def zero_stage(self) -> int | None:
         """DeepSpeed's stage; None for engines that are not DeepSpeed's."""
         return {EngineName.ZERO1: 1, EngineName.ZERO2: 2, EngineName.ZERO3: 3}.get(self)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the planner knows it to cut gradients over ranks; of a registered engine it takes them for whole."""
+        return self is not EngineName.DDP and not self.added
 
 
 class Precision(StrEnum):
@@ -79,7 +84,7 @@ class EngineConfig(Section):
     """How the model's parameters are distributed.
 
     Attributes:
-        name: Who distributes them.
+        name: Who distributes them; or an engine that a module under `extensions` registers.
         precision: In what the model computes. `bfloat16` needs fsdp2 or ZeRO, `float16` ZeRO, which scales the loss.
         sync_batchnorm: Make BatchNorm take its statistics over all ranks.
         bucket_cap_mb: DDP: size of the buckets of gradients.
@@ -107,7 +112,7 @@ class EngineConfig(Section):
         Raises:
             ConfigError: The model's copies don't divide the ranks.
         """
-        if self.name is EngineName.DDP:
+        if not self.name.cuts:
             return 1
         copies = self.fsdp2.replicas if self.name is EngineName.FSDP2 else 1
         if world_size % copies:

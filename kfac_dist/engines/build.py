@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 
@@ -15,9 +16,36 @@ from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.engines.base import Engine
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.engines.zero.engine import ZeroEngine, is_deepspeed_engine
-from kfac_dist.errors import ConfigError, ModelError
+from kfac_dist.errors import ConfigError, ExtensionError, ModelError
 
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Make = Callable[[nn.Module, EngineConfig, World], Engine]
+# Those that code outside of the package has added.
+REGISTERED: dict[EngineName, Make] = {}
+
+
+def add_engine(name: str, make: Make) -> None:
+    """Add an engine by name; see `kfac_dist.extensions.register_engine`.
+
+    Raises:
+        ExtensionError: The name is taken or no name, or what is given can't make an engine.
+    """
+    where = "register_engine"
+    if isinstance(make, type) and not issubclass(make, Engine):
+        raise ExtensionError(f"{where}: {make.__name__} must derive from kfac_dist.extensions.Engine")
+    if inspect.isabstract(make):
+        missing = ", ".join(sorted(getattr(make, "__abstractmethods__", ())))
+        raise ExtensionError(f"{where}: {getattr(make, '__name__', make)} lacks methods: write {missing}")
+    if not callable(make):
+        raise ExtensionError(f"{where}: found {make!r} for {name!r}; expected a class that derives from Engine")
+    try:
+        inspect.signature(make).bind(None, None, None)
+    except TypeError as error:
+        raise ExtensionError(
+            f"{where}: {name!r} can't be made of (model, config, world): {error}; write "
+            "def __init__(self, model, config, world)"
+        ) from None
+    REGISTERED[EngineName.add(name, where)] = make
 
 
 def as_engine(model: nn.Module | Engine) -> Engine:
@@ -54,7 +82,7 @@ def check_engine(config: EngineConfig, train: TrainConfig, world: World) -> None
     Raises:
         ConfigError: A sharded engine without a launcher; DeepSpeed is missing, or refuses its section.
     """
-    if config.name is not EngineName.DDP and world.backend is None:
+    if config.name.cuts and world.backend is None:
         raise ConfigError(
             f"engine.name: {config.name} needs ranks that a launcher started, if only one: torchrun --standalone "
             "--nproc-per-node 1 -m kfac_dist train ..."
@@ -103,6 +131,14 @@ def _built(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(world.device)
     engine: Engine
+    if config.name in REGISTERED:
+        engine = REGISTERED[config.name](model, config, world)
+        if not isinstance(engine, Engine):
+            raise ConfigError(
+                f"engine.name: {config.name} made {type(engine).__name__}, expected what derives from "
+                "kfac_dist.extensions.Engine"
+            )
+        return engine, build_optimizer(engine.module.parameters())
     match config.name:
         case EngineName.DDP:
             engine = _build_ddp(model, config, world)

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 
 from kfac_dist.config.kfac.curvature import DType
-from kfac_dist.config.section import Count, Flag, Fraction, Gone, Seconds, Section
+from kfac_dist.config.section import Count, Flag, Fraction, Gone, OpenNames, Seconds, Section
 
 
 class AssignmentStrategy(StrEnum):
@@ -43,8 +43,11 @@ class ReduceEvery(StrEnum):
     STEP = "step"
 
 
-class Backend(StrEnum):
-    """What carries K-FAC's own collectives; gradients always travel as the engine sends them."""
+class Backend(OpenNames):
+    """What carries K-FAC's own collectives: one of these, or a communicator that was registered.
+
+    Gradients always travel as the engine sends them.
+    """
 
     TORCH = "torch"
     MPI = "mpi"
@@ -55,7 +58,7 @@ class DistributionConfig(Section):
 
     Attributes:
         backend: What carries factors and inverses: `torch` (gloo, NCCL), or `mpi` for CPU clusters whose network only
-            MPI drives; the ranks are then started by mpirun.
+            MPI drives; the ranks are then started by mpirun. Or one that a module under `extensions` registers.
         assignment: Which rank inverts which unit: in turns, or so that the ranks' sums of n³ are `balanced`.
         placement: Who holds inverses and preconditions; `auto` is `replicated` under DDP, `owner` when sharded.
         grad_worker_fraction: `hybrid` only: share of the ranks that precondition one block; times W it is a whole

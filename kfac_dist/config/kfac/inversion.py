@@ -11,11 +11,11 @@ from pydantic import AfterValidator, Field
 from kfac_dist.config.kfac.curvature import DType
 from kfac_dist.config.kfac.splits import SplitConfig, refuse_idle
 from kfac_dist.config.schedules import Damping, Schedule
-from kfac_dist.config.section import MOST, Count, CountOrZero, Flag, Fraction, Section
+from kfac_dist.config.section import MOST, Count, CountOrZero, Flag, Fraction, OpenNames, Section
 
 
-class Solver(StrEnum):
-    """How a damped factor is inverted."""
+class Solver(OpenNames):
+    """How a damped factor is inverted: as one of these, or as a solver that was registered."""
 
     CHOLESKY = "cholesky"
     EIGEN = "eigen"
@@ -53,6 +53,7 @@ class InversionConfig(Section):
     Attributes:
         solver: `cholesky` and `newton_schulz` damp the factors (factored Tikhonov); `eigen` damps exactly;
             `ekfac` does, and measures the eigenvalues of A ⊗ G instead of multiplying them (George et al. 2018).
+            Or one that a module under `extensions` registers.
         structure: `block_tridiagonal`, for chains of linear layers, takes account of neighbouring layers (Martens &
             Grosse 2015, §4.3). It is solved by `eigen`, and damps the factors all the same.
         damping: λ; a number or a schedule over steps, whose warm-up has to say from where: `warmup_from`.

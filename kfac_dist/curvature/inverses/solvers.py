@@ -2,7 +2,7 @@
 
 A *payload* is what the owner of a unit computes and the others receive, one flat tensor a unit:
 
-    dense unit,    cholesky / newton_schulz   (M + δI)⁻¹                  batch·n²
+    dense unit,    cholesky / newton_schulz   (M + δI)⁻¹                  batch·n²     also of a registered solver
     dense unit,    eigen / ekfac              Q, then eigenvalues d       batch·(n² + n)
     diagonal unit, cholesky / newton_schulz   1 / (m + δ)                 batch·n
     diagonal unit, eigen / ekfac              m itself                    batch·n
@@ -15,9 +15,10 @@ Gram matrices are, up to rounding, so that something is wrong with it.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from kfac_dist.config.schema import Solver
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import asymmetry, complete
+from kfac_dist.errors import ExtensionError
 
 # EKFAC's bases are those of the factors; what it measures in them is `moments`' affair.
 _EIGEN = (Solver.EIGEN, Solver.EKFAC)
@@ -36,6 +38,28 @@ _NEWTON_SCHULZ_STEPS = 60
 _NEWTON_SCHULZ_TRIAL = 3
 # How near an inverse has to come before the last step, which squares the rest.
 _NEWTON_SCHULZ_RESIDUAL = 1e-4
+
+Invert = Callable[[Tensor, Tensor], Tensor]
+# Those that code outside of the package has added.
+REGISTERED: dict[Solver, Invert] = {}
+
+
+def add_solver(name: str, invert: Invert) -> None:
+    """Add a solver by name; see `kfac_dist.extensions.register_solver`.
+
+    Raises:
+        ExtensionError: The name is taken or no name, or what is given can't be called.
+    """
+    where = "register_solver"
+    if isinstance(invert, type) or not callable(invert):
+        raise ExtensionError(
+            f"{where}: found {invert!r} for {name!r}; expected a function of (matrices, previous) that returns inverses"
+        )
+    try:
+        inspect.signature(invert).bind(None, None)
+    except TypeError as error:
+        raise ExtensionError(f"{where}: {name!r} can't be called with (matrices, previous): {error}") from None
+    REGISTERED[Solver.add(name, where)] = invert
 
 
 @dataclass(frozen=True)
@@ -170,13 +194,13 @@ def _solve_batch(
                 payloads[position] = torch.cat([q.flatten(), d.flatten()])
         return
     damping = torch.cat([torch.full((task.unit.batch,), task.damping, dtype=torch.float64) for task in tasks])
-    inverse, good, factors = _inverse(matrices, damping.to(matrices.device), tasks, solver)
+    inverse, good, factors = _inverse(matrices, damping.to(matrices.device), tasks, solver, raised)
     for task, own in zip(tasks, factors.split(sizes), strict=True):
         if (factor := float(own.max())) > 1:
             raised[task.unit.name] = f"inverted with {factor:g} times its damping {task.damping:.3g}"
     if asymmetries is not None:
         asymmetries |= {task.unit.name: asymmetry(part) for task, part in zip(tasks, inverse.split(sizes), strict=True)}
-    if solver is Solver.NEWTON_SCHULZ:
+    if solver is not Solver.CHOLESKY:
         inverse = (inverse + inverse.mT) / 2
     for position, part, ok in zip(positions, torch.split(inverse, sizes), torch.split(good, sizes), strict=True):
         if bool(ok.all()):
@@ -228,7 +252,9 @@ def _clamp_spectra(values: Tensor, tasks: Sequence[Task], raised: dict[str, str]
     values.clamp_(min=0)
 
 
-def _inverse(matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solver) -> tuple[Tensor, Tensor, Tensor]:
+def _inverse(
+    matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solver, raised: dict[str, str]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(M + δI)⁻¹` for `[k, n, n]`, which of them are good, and by what their δ was multiplied, on the host.
 
     It escalates for those that aren't good.
@@ -241,6 +267,11 @@ def _inverse(matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solve
     finite = torch.isfinite(diagonal.sum(-1))
     if solver is Solver.NEWTON_SCHULZ:
         inverse, good = newton_schulz(matrices, _stack_previous(tasks))
+    elif solver in REGISTERED:
+        inverse, good, problem = _registered_inverse(matrices, _stack_previous(tasks), solver)
+        for task, ok in zip(tasks, good.split([task.unit.batch for task in tasks]), strict=True):
+            if not bool(ok.all()):
+                raised[task.unit.name] = f"inverted by cholesky, since {solver} {problem}"
     else:
         inverse, good = _cholesky_inverse(matrices)
     good &= finite
@@ -260,6 +291,21 @@ def _inverse(matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solve
         if bool(good.all()):
             break
     return inverse, good, factors
+
+
+def _registered_inverse(matrices: Tensor, previous: Tensor, solver: Solver) -> tuple[Tensor, Tensor, str]:
+    """Return what a registered solver makes of `[k, n, n]`, which of it can be an inverse, and what is wrong else."""
+    failed = torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
+    try:
+        inverse = REGISTERED[solver](matrices.clone(), previous)
+    except Exception as error:  # the user's own code may raise anything, and no rank may stop alone
+        return torch.empty_like(matrices), failed, f"raises {type(error).__name__}: {error}"
+    if not isinstance(inverse, Tensor) or inverse.shape != matrices.shape:
+        found = list(inverse.shape) if isinstance(inverse, Tensor) else type(inverse).__name__
+        return torch.empty_like(matrices), failed, f"returned {found} where {list(matrices.shape)} was due"
+    inverse = inverse.to(matrices)
+    lowest = inverse.diagonal(dim1=-2, dim2=-1).amin(-1)  # an inverse's diagonal is positive
+    return inverse, torch.isfinite(inverse.sum((-2, -1))) & (lowest > 0), "returned no positive definite matrix"
 
 
 def _cholesky_inverse(matrices: Tensor) -> tuple[Tensor, Tensor]:

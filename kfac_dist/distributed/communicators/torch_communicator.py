@@ -163,7 +163,7 @@ class TorchCommunicator(Communicator):
         created = _new_group(groups, self._ranks, self._timeout)
         if created is None:
             return SoloCommunicator(self.traffic, self.device)
-        child = TorchCommunicator(created, self._timeout.total_seconds(), self.traffic, destroy=world)
+        child = type(self)(created, self._timeout.total_seconds(), self.traffic, destroy=world)
         self._children.append(child)
         return SoloCommunicator(self.traffic, self.device) if alone else child
 
