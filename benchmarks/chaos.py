@@ -142,7 +142,7 @@ def _strike(round_: Round, job: Job, generator: random.Random) -> None:
             _expect(round_, job, f"no answer from rank {round_.rank}", "nor does the store answer")
         case "corrupt" | "truncate":
             job.end()
-            word = f"ignored: {_damage(round_, job, generator)}: "
+            word = f"ignored: {_damage(round_, job, generator)}"
             job.start()
             wait_for(lambda: word in job.output(), job, "a word about the damaged checkpoint")
             _expect(round_, job, word)

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.fx
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.autograd import Variable
 from torch.autograd.graph import Node, _get_grad_fn_or_grad_acc, saved_tensors_hooks
 from torch.distributed import distributed_c10d as c10d
@@ -39,6 +39,7 @@ __all__ = [
     "compile_anew",
     "eagerly",
     "forward_hooks",
+    "function_modes",
     "gradient_shapes",
     "holds",
     "in_backward",
@@ -47,6 +48,8 @@ __all__ = [
     "of_the_loop",
     "own_parameters",
     "parameters_of",
+    "pop_function_mode",
+    "push_function_mode",
     "register_first_hook",
     "running_node",
     "save_dcp",
@@ -277,6 +280,24 @@ _KNOWS_BASES = torch.__version__ >= "2.13"
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module inside of what `torch.compile(model)` returned; it has the same parameters by shorter names."""
     return cast(nn.Module, model._orig_mod) if type(model).__name__ == "OptimizedModule" else model
+
+
+# ---- function modes
+
+
+def function_modes() -> list[Any]:
+    """Return this thread's function modes, the innermost last."""
+    return list(overrides._get_current_function_mode_stack())
+
+
+def push_function_mode(mode: overrides.TorchFunctionMode) -> None:
+    """Put a function mode on this thread's stack."""
+    overrides._push_mode(mode)
+
+
+def pop_function_mode() -> None:
+    """Take the innermost function mode off this thread's stack."""
+    overrides._pop_mode()
 
 
 # ---- process groups

@@ -51,6 +51,7 @@ from kfac_dist.curvature.capture.autograd import (
     in_backward,
     purpose,
 )
+from kfac_dist.curvature.capture.call_mode import leave_ended_calls
 from kfac_dist.curvature.capture.constants import Constants
 from kfac_dist.curvature.capture.samples import UNBATCHED, PassShapes, Place, count_samples, shapes_of
 from kfac_dist.curvature.capture.shared_outputs import Samples, consumers_of, expand, samples_of
@@ -286,6 +287,8 @@ class Capture:
         self._note_pass(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
             return
+        leave_ended_calls()
+        self._constants = [mode for mode in self._constants if mode is None or not mode.over]
         looks = self.watching and self.samples is None and self.batch_size != 1
         self._constants.append(Constants(module) if looks else None)
         if (constants := self._constants[-1]) is not None:

@@ -14,13 +14,13 @@ What isn't known (a kernel's output, a compiled function's) counts as the sample
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
+
+from kfac_dist.curvature.capture.call_mode import CallMode
 
 # Their tensors lend a shape, a type or a device, no values.
 _SHAPE_ALONE = ("expand_as", "view_as", "reshape_as", "type_as")
@@ -30,7 +30,7 @@ _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 _WRITERS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
 
-class Constants(TorchFunctionMode):
+class Constants(CallMode):
     """Sees a forward pass, and knows afterwards what no sample has entered.
 
     Args:
@@ -39,19 +39,10 @@ class Constants(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._entered = ExitStack()
         self._storages: dict[int, StorageWeakRef] = {}
         self._nodes: set[Any] = set()
         for tensor in (*model.buffers(), *_plain_tensors(model)):
             self._add(tensor)
-
-    def begin(self) -> None:
-        """Look at what runs from now on."""
-        self._entered.enter_context(self)
-
-    def end(self) -> None:
-        """Look no longer."""
-        self._entered.close()
 
     def __contains__(self, node: object) -> bool:
         """Whether a node of the graph makes a constant."""
@@ -62,7 +53,7 @@ class Constants(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch, and take note of what it made."""
         result = func(*args, **(kwargs or {}))
-        if not torch.compiler.is_dynamo_compiling():
+        if not torch.compiler.is_dynamo_compiling() and not self.over:
             self._note(getattr(func, "__name__", ""), [*args, *(kwargs or {}).values()], result)
         return result
 

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.base import KroneckerBlock, dense, weight_and_bias_views
 from kfac_dist.curvature.blocks.layer_calls import Handle, Recorder
 from kfac_dist.curvature.blocks.rows import batch_first
+from kfac_dist.curvature.capture.call_mode import CallMode
 from kfac_dist.curvature.factors import Side
 from kfac_dist.hooks import after_forward, before_forward
 
@@ -148,7 +149,7 @@ class _Calls:
     def __init__(self, module: nn.MultiheadAttention) -> None:
         self._module = module
         self._watchers: list[tuple[AttentionBlock, Recorder]] = []
-        self._modes: list[ExitStack] = []
+        self._modes: list[_SeesProjections] = []
 
     def watch(self, block: AttentionBlock, recorder: Recorder) -> list[Handle]:
         watcher = (block, recorder)
@@ -164,13 +165,14 @@ class _Calls:
     def _begins(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         watchers = [(block, recorder) for block, recorder in self._watchers if recorder.watching]
         if watchers:
-            self._modes.append(ExitStack())
-            mode = self._modes[-1].enter_context(_SeesProjections(watchers))
-            self._modes[-1].enter_context(mode.in_place_of_linear())
+            if not torch.compiler.is_dynamo_compiling():
+                self._modes = [mode for mode in self._modes if not mode.over]
+            self._modes.append(_SeesProjections(watchers))
+            self._modes[-1].begin()
 
     def _ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._modes:
-            self._modes.pop().close()
+            self._modes.pop().end()
 
 
 class _Watcher:
@@ -184,24 +186,25 @@ class _Watcher:
             self._watchers.remove(self._own)
 
 
-class _SeesProjections(TorchFunctionMode):
+class _SeesProjections(CallMode):
     """Records the `F.linear` calls of one forward pass whose weights are projections."""
 
     def __init__(self, watchers: Sequence[tuple[AttentionBlock, Recorder]]) -> None:
+        super().__init__()
         self._watchers = watchers
         self._batch = 1
         self._compute: Callable[..., Tensor] = F.linear
 
-    @contextmanager
-    def in_place_of_linear(self) -> Iterator[None]:
-        """Stand in for somebody's replacement of `F.linear`, which no mode gets to see: DeepSpeed's, under ZeRO-3."""
-        if not isinstance(self._compute, types.FunctionType):
-            yield
-            return
-        F.linear = self._linear
-        try:
-            yield
-        finally:
+    @override
+    def begin(self) -> None:
+        """Enter the mode, and stand in for a replacement of `F.linear` that no mode sees: DeepSpeed's, under ZeRO-3."""
+        super().begin()
+        if isinstance(self._compute, types.FunctionType):
+            F.linear = self._linear
+
+    @override
+    def undo(self) -> None:
+        if F.linear == self._linear:
             F.linear = self._compute
 
     def __torch_function__(
@@ -215,6 +218,8 @@ class _SeesProjections(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not torch.compiler.is_dynamo_compiling() and self.over:
+            return self._compute(input, weight, bias)
         found = [(block, recorder, block.columns_in(weight)) for block, recorder in self._watchers]
         output: Tensor | None = None
         # Inside, tensors are [T, B, E] whatever `batch_first` says, and rows [T·B, E] before out_proj.
