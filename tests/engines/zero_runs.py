@@ -102,7 +102,6 @@ class Case:
         groups: Whether each parameter has its own group, with a learning rate of its own.
         init: Whether the model is built by `zero.Init`.
         by_hand: Whether the loop calls `kfac.step()` itself.
-        public: Whether gradients move through DeepSpeed's public functions.
     """
 
     stage: int
@@ -116,7 +115,6 @@ class Case:
     groups: bool = False
     init: bool = False
     by_hand: bool = False
-    public: bool = False
 
     @property
     def mathematics(self) -> Case:
@@ -263,10 +261,6 @@ class Run:
             model.load_state_dict(state["model"], strict=False)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=case.build_optimizer(model), config=config)
         self.wrapped: Engine = as_engine(self.engine)
-        if case.public:
-            from kfac_dist.engines.zero.public import PublicZeroEngine
-
-            self.wrapped = PublicZeroEngine(self.engine)
         self.kfac = KFAC(self.wrapped, case.kfac_config())
         if state is not None:
             self.kfac.load_state_dict(state["kfac"])
