@@ -377,6 +377,31 @@ def test_another_penalty_is_named_as_a_cause() -> None:
     kfac.remove()
 
 
+def test_tensors_in_place_of_the_parameters_are_named_as_a_cause() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    kfac = build_kfac(model)
+    halves = {name: parameter * 0.5 for name, parameter in model.named_parameters()}
+    torch.func.functional_call(model, halves, (torch.randn(8, 4),)).square().mean().backward()
+    with pytest.warns(UserWarning, match="functional_call"):
+        kfac.step()
+    assert set(kfac.coverage.mismatched) == {"0", "2"}
+
+
+def test_a_gradient_asked_for_inside_of_unobserved_is_named_as_a_cause() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    kfac = build_kfac(model)
+    inputs = torch.randn(8, 4, requires_grad=True)
+    outputs = model(inputs)
+    with kfac.unobserved():
+        (slope,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+    (outputs.square().mean() + slope.square().mean()).backward()
+    with pytest.warns(UserWarning, match="create_graph=True"):
+        kfac.step()
+    assert kfac.coverage.mismatched
+
+
 def test_a_frozen_layer_is_no_mismatch() -> None:
     _, kfac, said = train(Frozen(), CONFIG)
     assert [block.name for block in kfac.coverage.blocks] == ["middle"]

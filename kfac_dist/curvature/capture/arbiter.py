@@ -84,6 +84,7 @@ class Arbiter:
     Attributes:
         open: Names of the blocks that no step has shown yet.
         differentiated: Whether a backward pass was itself to be differentiated (`create_graph=True`).
+        replaced: Blocks whose calls used tensors computed from their parameters in place of these.
         paused: Whether to ignore the passes that run now.
     """
 
@@ -91,6 +92,7 @@ class Arbiter:
         self._blocks = {block.name: block for block in blocks}
         self.open = set(self._blocks) - judged
         self.differentiated = False
+        self.replaced: set[str] = set()
         self.paused = False
         self._sides: dict[str, _Sides] = {}
         self._refused: dict[str, str] = {}
@@ -170,6 +172,7 @@ class Arbiter:
         self._refused.clear()
         self._postponed.clear()
         self.differentiated = False
+        self.replaced.clear()
         self.remove()
 
     def remove(self) -> None:
@@ -211,7 +214,12 @@ class Arbiter:
             square = float(rows.square().sum())
             scale = float((rows * gradient).sum()) / square if square else math.inf
             off = distance / norm if norm else math.inf
-            cause = _cause(self._blocks[name], captured=sides.captured, differentiated=self.differentiated)
+            cause = _cause(
+                self._blocks[name],
+                captured=sides.captured,
+                replaced=name in self.replaced,
+                differentiated=self.differentiated,
+            )
             wrong.append(Mismatch(name, off, scale, cause))
         self.reset()
         return judged, wrong
@@ -249,10 +257,15 @@ def _norm(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _cause(block: Block, *, captured: bool, differentiated: bool) -> str:
+def _cause(block: Block, *, captured: bool, replaced: bool, differentiated: bool) -> str:
     """Return the probable cause of a mismatch, and the way out."""
     kind = type(block.module)
     name = kind.__name__
+    if replaced:
+        return (
+            "its calls used tensors computed from its parameters in their place, as torch.func.functional_call does; "
+            "K-FAC measures the parameters themselves: call the model, or name the layer in kfac.curvature.exclude"
+        )
     if not captured:
         return (
             "its weight got a gradient, and no call of the layer made it: the weight is used by hand, as in "

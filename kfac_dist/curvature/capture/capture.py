@@ -389,7 +389,8 @@ class Capture:
         written, arrange = below_view(output, arrange)
         if self.samples is None and not in_backward():
             self._nodes.append((block.name, output.grad_fn, written.grad_fn))
-        found = accumulators(written, block.own_tensors(source))
+        own = block.own_tensors(source)
+        found = accumulators(written, own)
         use = Use(source, output.shape, arrange=arrange, owners=tuple(found.values()), batch=batch)
         later = region is not None and not self._own_backward
         if not later:
@@ -398,6 +399,8 @@ class Capture:
         pending.regions.append(weakref.ref(region) if later else None)
         if self.arbiter is not None:
             self.arbiter.watch(block, found)
+            if any(tensor.grad_fn is not None for tensor in own.values()):
+                self.arbiter.replaced.add(block.name)
             if self._own_backward:
                 written.register_hook(functools.partial(self._judge, block, copy.copy(use)))
         if self._own_backward:
@@ -419,13 +422,13 @@ class Capture:
     def _gradient_came(
         self, block: Block, pending: Pending, reference: weakref.ref[Use], graph: _Graph, grad: Tensor
     ) -> None:
+        if self.arbiter is not None and differentiated():
+            self.arbiter.differentiated = True
         use = reference()
         if self.paused or use is None or not any(use is other for other in pending.uses):
             return
         if is_batched(grad):
             return
-        if self.arbiter is not None and differentiated():
-            self.arbiter.differentiated = True
         match purpose(use.owners):
             case Purpose.OTHER:
                 pass
