@@ -35,6 +35,7 @@ from kfac_dist.extensions import (
     API_VERSION,
     Engine,
     ExtensionError,
+    InputFirstLinearBlock,
     KroneckerBlock,
     LinearBlock,
     Sink,
@@ -140,13 +141,15 @@ def test_the_block_measures_its_own_inputs(ranks: int) -> None:
         torch.testing.assert_close(own["0/G"], factors["0/G"], rtol=1e-10, atol=1e-12)
 
 
-def test_a_registered_block_goes_on_from_its_saved_state() -> None:
-    whole, _ = trained(gain_model(linear_model(), 0.5), OPTIONS, steps=5)
+@pytest.mark.parametrize("solver", ["cholesky", "conjugate_gradients"])
+def test_registered_blocks_and_solvers_go_on_from_their_saved_state(solver: str) -> None:
+    options = options_with("inversion", solver=solver)
+    whole, _ = trained(gain_model(linear_model(), 0.5), options, steps=5)
     model = gain_model(linear_model(), 0.5)
     state = None
     for part in (batches(5)[:3], batches(5)[3:]):
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-        kfac = KFAC(model, OPTIONS)
+        kfac = KFAC(model, options)
         if state is not None:
             kfac.load_state_dict(state)
         for inputs, labels in part:
@@ -158,6 +161,33 @@ def test_a_registered_block_goes_on_from_its_saved_state() -> None:
         kfac.remove()
     for ours, theirs in zip(model.parameters(), whole, strict=True):
         assert torch.equal(ours, theirs)
+
+
+class WrongLinear(GainLinear):
+    """Has a block that doesn't know of its gain."""
+
+
+class WrongBlock(InputFirstLinearBlock):
+    """Forgets the gain."""
+
+    parameter_names = ("kernel", "offset")
+
+
+register_block(WrongLinear, WrongBlock, api_version=1)
+
+
+def test_a_wrong_block_leaves_its_layer_the_plain_gradient() -> None:
+    model = nn.Sequential(WrongLinear(5, 6, gain=0.5), nn.Tanh(), nn.Linear(6, 3)).double()
+    kfac = KFAC(model, OPTIONS)
+    (inputs, labels), *_ = batches(1)
+    cross_entropy(model(inputs), labels).backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    kfac.step()
+    assert set(kfac.coverage.mismatched) == {"0"}
+    assert [block.name for block in kfac.coverage.blocks] == ["2"]
+    equal = [torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), plain, strict=True) if p.grad is not None]
+    assert equal == [True, True, False, False]
+    kfac.remove()
 
 
 class Unfinished(KroneckerBlock):
