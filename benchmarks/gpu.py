@@ -104,7 +104,7 @@ class Stepper:
         if self.kfac is not None:
             self.kfac.steps = INVERSE_EVERY - 1
             self.step()
-            self.kfac.phases.enabled = True
+            self.kfac.monitor.phases.enabled = True
 
     def window(self) -> list[float]:
         """Take one window of steps and return the seconds of each."""
@@ -162,7 +162,7 @@ def phases(stepper: Stepper, rates: dict[str, float], *, fractions: bool) -> dic
     """
     kfac = stepper.kfac
     assert kfac is not None
-    taken = {str(phase): seconds for phase, seconds in kfac.phases.seconds().items()}
+    taken = {str(phase): seconds for phase, seconds in kfac.monitor.phases.seconds().items()}
     if not fractions:
         return {"phase_seconds": taken}
     roofline = {}

@@ -111,16 +111,16 @@ def measured(workload: Workload, strategy: str, rounds: int) -> Found:
     bare, _ = _stepper(workload, None)
     own, kfac = _stepper(workload, config_of(workload, strategy))
     assert kfac is not None
-    kfac.phases.enabled = True
+    kfac.monitor.phases.enabled = True
     seconds: dict[str, list[float]] = defaultdict(list)
     phases: dict[str, dict[Phase, list[float]]] = {kind: defaultdict(list) for kind in KINDS}
     for turn, kind in itertools.product(range(rounds + 1), KINDS):
-        before = kfac.phases.seconds()
+        before = kfac.monitor.phases.seconds()
         pair = seconds_of(bare), seconds_of(own)
         if turn:  # the first steps allocate
             seconds["bare"].append(pair[0])
             seconds[kind].append(pair[1])
-            for phase, after in kfac.phases.seconds().items():
+            for phase, after in kfac.monitor.phases.seconds().items():
                 phases[kind][phase].append(after - before[phase])
     typical = {kind: 1000 * quartile(values) for kind, values in seconds.items()}
     return Found(

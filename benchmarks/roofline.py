@@ -84,7 +84,7 @@ def work(kfac: KFAC, rows: Mapping[tuple[str, Side], float]) -> dict[str, Work]:
     """Return what one measurement, one refresh of everything and one preconditioning have to do on one rank."""
     flops = dict.fromkeys(("statistics", "averaging", "inversion", "preconditioning"), 0.0)
     values = dict.fromkeys(flops, 0.0)
-    for name, block in kfac.plan.blocks.items():
+    for name, block in kfac.monitor.plan.blocks.items():
         for unit in block.units:
             count = rows.get((name, unit.side), 0.0)
             dense = len(unit.shape) == 3

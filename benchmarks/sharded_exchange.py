@@ -61,7 +61,7 @@ class Setting:
             self.deepspeed.backward(workload.loss(self.deepspeed(inputs), inputs))
 
     def exchange(self) -> None:
-        transport, gradients = self.kfac._transport, self.engine.gradients()
+        transport, gradients = self.kfac._parts.transport, self.engine.gradients()
         transport.collect(gradients)
         for groups in transport.arriving():
             transport.send(groups, [group.gradient for group in groups])
@@ -101,7 +101,7 @@ class Setting:
         """Return what this rank sends: what it holds and does not own, and what it owns and does not hold."""
         layout, rank = self.engine.layout(self.names), dist.get_rank()
         elements = 0
-        for name, block in self.kfac.plan.blocks.items():
+        for name, block in self.kfac.monitor.plan.blocks.items():
             for parameter in self._block(name).parameters:
                 held = layout[parameter].held_by(rank)
                 here = 0 if held is None else held.numel

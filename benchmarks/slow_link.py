@@ -72,7 +72,7 @@ class Variant:
         self.kfac = KFAC(self.model, {**every, "distribution": distribution}, optimizer=optimizer)
         self._measure()
         self.kfac.step()  # lays buffers out, and looks at the loss's scale
-        (self.wire,) = self.kfac._refresh._wires.values()
+        (self.wire,) = self.kfac._parts.refresh._wires.values()
 
     def measure(self, rounds: int) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {part: [] for part in PARTS}
@@ -85,7 +85,7 @@ class Variant:
                 took, counted[part], seen[part] = self._timed(action)
                 seconds[part].append(took)
             self.kfac.steps += 1
-            self.kfac._begin()
+            self.kfac._core.begin()
         self.kfac.remove()
         spreads = {part: spread(values) for part, values in seconds.items()}
         median = {part: spreads[part]["median"] if counted[part] else 0.0 for part in PARTS}
@@ -104,17 +104,17 @@ class Variant:
 
     @torch.no_grad()
     def _reduce(self) -> None:
-        self.kfac._measurement.finish(self.kfac._engine.finite_everywhere(self.kfac.communicator))
+        self.kfac._parts.measurement.finish(self.kfac._engine.finite_everywhere(self.kfac.communicator))
 
     def _share(self) -> None:
-        column = self.kfac._refresh._sharing
+        column = self.kfac._parts.refresh._sharing
         if column.size > 1:
             buffer = self.wire.sharing_buffer(torch.float32, torch.device("cpu")).zero_()
             share_segments(column, buffer, self.wire.layout, label=refresh.LABEL).wait()
 
     @torch.no_grad()
     def _return_updates(self) -> Callable[[], None]:
-        transport, gradients = self.kfac._transport, self.kfac.engine.gradients()
+        transport, gradients = self.kfac._parts.transport, self.kfac.solver_access.engine.gradients()
         transport.collect(gradients)
         for groups in transport.arriving():
             transport.send(groups, [group.gradient for group in groups])

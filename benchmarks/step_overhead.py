@@ -151,7 +151,7 @@ def floors(stepper: Stepper, bare_seconds: float) -> dict[str, float]:
     """Return each phase's flops over the rate of a matrix product, in bare steps; what one rank of all has to do."""
     assert stepper.kfac is not None
     rate = matmul_rate()
-    plan, rows = stepper.kfac.plan, _rows(stepper)
+    plan, rows = stepper.kfac.monitor.plan, _rows(stepper)
     rank, size = stepper.kfac.communicator.rank, stepper.kfac.communicator.size
     flops = dict.fromkeys(("precondition", "statistics", "inversion"), 0.0)
     owned: list[Unit] = []

@@ -133,7 +133,7 @@ def test_a_copy_takes_a_kfac_of_its_own(duplicate: Callable[[nn.Module], nn.Modu
     second.step()
     for name, value in factors(second).items():
         assert_close(value, expected[name])
-    assert first.measured == 0
+    assert first.monitor.measured == 0
     second.remove()
     assert hooks_on(twin) == 0
     assert hooks_on(model) > 0, "the original is still watched"
@@ -144,7 +144,7 @@ def test_a_copy_takes_a_kfac_of_its_own(duplicate: Callable[[nn.Module], nn.Modu
 def test_copies_hold_nothing_of_kfac() -> None:
     model = Model()
     kfac = build_kfac(model)
-    capture, before = weakref.ref(kfac._measurement._capture), captures()
+    capture, before = weakref.ref(kfac._parts.measurement._capture), captures()
     copies = [copy.deepcopy(model) for _ in range(3)]
     assert captures() <= before
     kfac.remove()

@@ -122,8 +122,7 @@ def _show_plan(resolved: Config, world_size: int, node_size: int | None, console
     from kfac_dist.planning.memory_options import savings
     from kfac_dist.planning.plan_table import is_small, plan_summary, plan_view
     from kfac_dist.precision import settled
-    from kfac_dist.preconditioner.class_memory import check_class_memory
-    from kfac_dist.preconditioner.memory import rank_bytes
+    from kfac_dist.preconditioner.memory import check_class_memory, rank_bytes
     from kfac_dist.preconditioner.plan import build_plan
 
     model = model_of_shapes(resolved.model)

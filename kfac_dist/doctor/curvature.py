@@ -258,7 +258,7 @@ def _factors(kfac: KFAC) -> dict[str, tuple[tuple[Tensor, ...], float]]:
     units = measured_factors(kfac)
     found: dict[str, tuple[tuple[Tensor, ...], float]] = {}
     for block in kfac.coverage.blocks:
-        own = block_units(block, kfac.config)
+        own = block_units(block, kfac.solver_access.config)
         entries: Mapping[Side, Tensor] = {
             unit.side: _quotient(units[unit.name], unit, partial_trace=block.partial_traces)
             for unit in own

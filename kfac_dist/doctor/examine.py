@@ -35,7 +35,7 @@ from kfac_dist.doctor.scale import examine_scale
 from kfac_dist.engines import build_engine, check_sections
 from kfac_dist.errors import CollectiveError, ConfigError, DataError, KFACError, ModelError
 from kfac_dist.optimizers import build_optimizer
-from kfac_dist.preconditioner.class_memory import check_class_memory
+from kfac_dist.preconditioner.memory import check_class_memory
 from kfac_dist.preconditioner.plan import Plan, build_plan
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.training.agreement import agreed

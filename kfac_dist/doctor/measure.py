@@ -90,6 +90,8 @@ def found_shared(kfac: KFAC) -> dict[str, Samples]:
     """
     units = kfac.state_dict()["units"]
     known = {
-        block.name: int(units[unit.name]["samples"]) for block in kfac.plan.blocks.values() for unit in block.units
+        block.name: int(units[unit.name]["samples"])
+        for block in kfac.monitor.plan.blocks.values()
+        for unit in block.units
     }
     return {name: Samples(number) for name, number in known.items() if number not in (0, Samples.OWN)}

@@ -19,7 +19,7 @@ def examine_symmetry(kfac: KFAC, ranks: Communicator) -> list[Finding]:
         kfac: After a refresh.
         ranks: The ranks.
     """
-    gathered = ranks.gather_objects(kfac.asymmetries(), label="symmetry")
+    gathered = ranks.gather_objects(kfac.monitor.asymmetries(), label="symmetry")
     found = {key: value for own in gathered for key, value in own.items()}
     said, largest = [], 0.0
     for kind, plural in _NAMES.items():
@@ -30,7 +30,7 @@ def examine_symmetry(kfac: KFAC, ranks: Communicator) -> list[Finding]:
             largest = max(largest, *values.values())
         elif kind == "factor":
             said.append("factors by construction not: what measured them keeps one half")
-        elif kfac.config.inversion.solver is Solver.EIGEN:
+        elif kfac.solver_access.config.inversion.solver is Solver.EIGEN:
             said.append("of eigenbases there is nothing to compare")
     if not found:
         return []

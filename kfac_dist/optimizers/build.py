@@ -23,7 +23,7 @@ def build_stepper(kfac: KFAC, total: Total, *, total_steps: int | None = None) -
     Raises:
         ConfigError: `kfac.solver` is direct, or the engine shards parameters.
     """
-    match kfac.config.solver:
+    match kfac.solver_access.config.solver:
         case StepSolver.DIRECT:
             raise ConfigError("kfac.solver is direct: a first-order optimizer takes the step after kfac.step()")
         case StepSolver.NEWTON:

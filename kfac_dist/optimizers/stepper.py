@@ -68,17 +68,17 @@ class Stepper(ABC):
     """
 
     def __init__(self, kfac: KFAC, total: Total, *, total_steps: int | None = None) -> None:
-        if kfac.engine.sharded:
+        if kfac.solver_access.engine.sharded:
             raise ConfigError(
-                f"kfac.solver {kfac.config.solver} needs every parameter whole on every rank: train under DDP, or set "
-                "kfac.solver to direct"
+                f"kfac.solver {kfac.solver_access.config.solver} needs every parameter whole on every rank: train "
+                "under DDP, or set kfac.solver to direct"
             )
         self.kfac = kfac
-        self.space = VectorSpace(kfac.engine.module)
+        self.space = VectorSpace(kfac.solver_access.engine.module)
         self._total = total
         self._total_steps = total_steps
         self._passes: list[RecordedPass] = []
-        self._discarded = kfac.discarded
+        self._discarded = kfac.solver_access.discarded
 
     # ---- what loops call
 
@@ -114,31 +114,32 @@ class Stepper(ABC):
         """
         self._forget_discarded()
         if not self._passes:
-            raise ModelError(f"kfac.solver {self.kfac.config.solver}: call micro_batch(inputs, targets) before forward")
-        kfac, passes = self.kfac, self._passes
+            solver = self.kfac.solver_access.config.solver
+            raise ModelError(f"kfac.solver {solver}: call micro_batch(inputs, targets) before forward")
+        kfac, access, passes = self.kfac, self.kfac.solver_access, self._passes
         self._passes = []
-        finite = bool(kfac.engine.finite_everywhere(kfac.communicator))
+        finite = bool(access.engine.finite_everywhere(kfac.communicator))
         if terms is None:
             terms = sum(len(one.targets) for one in passes) * kfac.communicator.size
-        gradient = self.space.flatten(kfac.engine.gradients())
-        if l2 := kfac.config.update.l2:
+        gradient = self.space.flatten(access.engine.gradients())
+        if l2 := access.config.update.l2:
             gradient.add_(self.space.point(), alpha=l2)
-        kfac.update_curvature()
+        access.update_curvature()
         if finite:
             with kfac.unobserved():
-                batch = BatchLoss(kfac.engine.module, self.space, passes, self._total, terms, kfac.communicator)
+                batch = BatchLoss(access.engine.module, self.space, passes, self._total, terms, kfac.communicator)
                 step = self.find(Problem(gradient, batch))
             self._write(step)
-        kfac.advance()
+        access.advance()
 
     @torch.no_grad()
     def step(self, terms: float | Tensor | None = None) -> bool:
         """Find the step and take it, for loops without an optimizer; returns whether it was finite and so taken."""
         self.propose(terms)
-        gradients = self.kfac.engine.gradients()
-        if not bool(self.kfac.engine.finite_everywhere(self.kfac.communicator)):
+        gradients = self.kfac.solver_access.engine.gradients()
+        if not bool(self.kfac.solver_access.engine.finite_everywhere(self.kfac.communicator)):
             return False
-        parameters = self.kfac.engine.parameters()
+        parameters = self.kfac.solver_access.engine.parameters()
         torch._foreach_sub_([parameters[name] for name in gradients], list(gradients.values()))
         return True
 
@@ -172,7 +173,7 @@ class Stepper(ABC):
     def precondition(self, vector: Tensor) -> Tensor:
         """Return K-FAC's damped inverse times a vector, a new one; collective."""
         result = vector.clone()
-        self.kfac.precondition(self.space.views(result))
+        self.kfac.solver_access.precondition(self.space.views(result))
         return result
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
@@ -192,8 +193,8 @@ class Stepper(ABC):
 
     def _forget_discarded(self) -> None:
         """Let go of the micro-batches of a step that `KFAC.discard` has ended."""
-        if self._discarded != self.kfac.discarded:
-            self._discarded = self.kfac.discarded
+        if self._discarded != self.kfac.solver_access.discarded:
+            self._discarded = self.kfac.solver_access.discarded
             self._passes.clear()
 
     def _write(self, step: Tensor) -> None:
@@ -202,6 +203,6 @@ class Stepper(ABC):
         self.kfac.communicator.all_reduce(bad, label="finite").wait()
         if taken := not bool(bad):
             self.took(step)
-        gradients, views = self.kfac.engine.gradients(), self.space.views(-step)
+        gradients, views = self.kfac.solver_access.engine.gradients(), self.space.views(-step)
         for name, gradient in gradients.items():
             gradient.copy_(views[name]) if taken else gradient.fill_(torch.nan)

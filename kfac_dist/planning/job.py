@@ -16,11 +16,11 @@ from kfac_dist.distributed.movement.exchange import ExchangePlan, plan_exchange
 from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices, Slice
 from kfac_dist.precision import working
 from kfac_dist.preconditioner.invert.ekfac import moments_distribution
+from kfac_dist.preconditioner.invert.refresh_schedule import RefreshSchedule
 from kfac_dist.preconditioner.memory import RankBytes, rank_bytes
 from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
 from kfac_dist.preconditioner.precondition.transport import exchange_parts
 from kfac_dist.preconditioner.reduce.buckets import ReductionLayout
-from kfac_dist.preconditioner.schedule import Cadence
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class StepKind:
     slots: tuple[int, ...]
 
     @classmethod
-    def at(cls, cadence: Cadence, step: int) -> StepKind:
+    def at(cls, cadence: RefreshSchedule, step: int) -> StepKind:
         """Return the kind of one step."""
         return cls(cadence.measured(step), cadence.begins_round(step), cadence.rescales(step), cadence.due(step))
 
 
-def kinds_of(cadence: Cadence) -> Counter[StepKind]:
+def kinds_of(cadence: RefreshSchedule) -> Counter[StepKind]:
     """Return the kinds of steps in one window of `inverse_every` steps after the start, and how many of each."""
     return Counter(StepKind.at(cadence, cadence.inverse_every + step) for step in range(cadence.inverse_every))
 
@@ -118,7 +118,7 @@ class Job:
     @cached_property
     def kinds(self) -> Counter[StepKind]:
         """The kinds of steps in one window, and how many there are of each."""
-        return kinds_of(Cadence.of(self.config))
+        return kinds_of(RefreshSchedule.of(self.config))
 
     @cached_property
     def owned(self) -> Mapping[int, Sequence[Unit]]:

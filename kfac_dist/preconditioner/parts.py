@@ -11,6 +11,8 @@ import torch
 from kfac_dist.config.schema import KFACConfig, Placement, Structure, Uncovered
 from kfac_dist.curvature.block_tridiagonal_units import ChainGroup
 from kfac_dist.curvature.blocks import Block, Coverage
+from kfac_dist.curvature.capture.arbiter import Arbiter
+from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.inverses.offload import GROUP_BYTES, Offload
 from kfac_dist.curvature.inverses.payloads import Payloads
 from kfac_dist.curvature.inverses.precondition import Group, build_groups
@@ -20,15 +22,22 @@ from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ConfigError, ModelError
 from kfac_dist.precision import torch_dtype, working
-from kfac_dist.preconditioner.class_memory import check_class_memory
 from kfac_dist.preconditioner.invert.block_tridiagonal import ChainRefresh
+from kfac_dist.preconditioner.invert.damping import Damping
+from kfac_dist.preconditioner.invert.damping_rules import DampingAdaptation
 from kfac_dist.preconditioner.invert.ekfac import Moments
 from kfac_dist.preconditioner.invert.refresh import Refresh
+from kfac_dist.preconditioner.invert.refresh_queue import RefreshQueue
+from kfac_dist.preconditioner.measure.loss_terms import TermCounter
+from kfac_dist.preconditioner.measure.measurement import Measurement
 from kfac_dist.preconditioner.measure.sampled_gradients import DrawnGradients
-from kfac_dist.preconditioner.memory import keeps_own_factors_only
+from kfac_dist.preconditioner.memory import check_class_memory, keeps_own_factors_only
+from kfac_dist.preconditioner.phases import PhaseTimer
 from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
 from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
+from kfac_dist.preconditioner.precondition.preconditioner import Preconditioner
 from kfac_dist.preconditioner.precondition.transport import ReplicatedTransport, ShardedTransport, Transport
+from kfac_dist.preconditioner.precondition.trust_region import HasRates, TrustRegion
 from kfac_dist.preconditioner.reduce.reduction import FactorReduction
 
 # Parameters whose reason is shown when none has a block.
@@ -36,30 +45,70 @@ _REASONS = 5
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """What one rank works with.
+class Loop:
+    """The training loop's own things that K-FAC reads.
 
     Attributes:
-        averages: Its statistics.
-        reduction: Adds the ranks' statistics up.
-        row: The ranks that hand each other gradients.
-        groups: The blocks that it preconditions.
-        offload: Keeps the groups' inverses on the host, if it is asked for.
-        rest: What it does with parameters that have no block.
-        refresh: Keeps the groups' inverses up to date.
-        moments: EKFAC's, if there are any.
-        transport: Moves gradients to the groups and back.
+        optimizer: Has the learning rates, if K-FAC was given one.
+        scaler: The AMP scaler, if one is enabled.
+        total_steps: Length of the run, for schedules that span it.
+        check_scale: Whether the first measured step looks at the loss's scale.
     """
 
+    optimizer: HasRates | None
+    scaler: torch.amp.GradScaler | None
+    total_steps: int | None
+    check_scale: bool
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one K-FAC on this rank, for one set of blocks.
+
+    Attributes:
+        plan: The work of every rank.
+        communicator: All ranks.
+        averages: This rank's statistics.
+        reduction: Adds the ranks' statistics up.
+        measurement: From hooks to statistics.
+        queue: What the step measures and refreshes.
+        groups: The blocks that this rank preconditions.
+        offload: Keeps the groups' inverses on the host, if it is asked for.
+        rest: The diagonal Fisher of parameters that have no block.
+        refresh: Keeps the groups' inverses up to date.
+        moments: EKFAC's second moments, if there are any.
+        transport: Moves gradients to the groups and back.
+        preconditioner: Gradients to updates, through groups and diagonal Fisher.
+        trust_region: The updates' length.
+        damping: λ.
+        mismatched: Why blocks were left out during the run, by name.
+    """
+
+    plan: Plan
+    communicator: Communicator
     averages: RunningAverages
     reduction: FactorReduction
-    row: Communicator
+    measurement: Measurement
+    queue: RefreshQueue
     groups: Sequence[Group]
     offload: Offload | None
     rest: DiagonalFisher
     refresh: Refresh
     moments: Moments | None
     transport: Transport
+    preconditioner: Preconditioner
+    trust_region: TrustRegion
+    damping: Damping
+    mismatched: Mapping[str, str]
+
+    @property
+    def lagged(self) -> bool:
+        """Whether new inverses are used some steps after their refresh."""
+        return self.queue.cadence.lag > 0
+
+    def owns(self, unit: Unit) -> bool:
+        """Whether this rank inverts the unit."""
+        return self.plan.assignment.owners[unit.name] == self.communicator.rank
 
 
 def make_plan(
@@ -88,9 +137,33 @@ def make_plan(
 
 
 def assemble(
-    engine: Engine, coverage: Coverage, config: KFACConfig, comm: Communicator, plan: Plan, device: torch.device
-) -> Assembly:
+    engine: Engine,
+    coverage: Coverage,
+    config: KFACConfig,
+    loop: Loop,
+    comm: Communicator,
+    plan: Plan,
+    device: torch.device,
+    *,
+    queue: RefreshQueue,
+    phases: PhaseTimer,
+    counter: TermCounter,
+    arbiter: Arbiter,
+) -> Parts:
     """Build what the plan asks of this rank; collective, because ranks are split into rows and columns.
+
+    Args:
+        engine: The model.
+        coverage: Its blocks.
+        config: The configuration, with every precision settled.
+        loop: What the training loop has.
+        comm: All ranks.
+        plan: The work of every rank.
+        device: Where the blocks lie.
+        queue: What steps measure and refresh.
+        phases: Told how long measuring takes.
+        counter: Counts the loss's terms, through changes of the model.
+        arbiter: Compares what is captured with the blocks' gradients.
 
     Raises:
         ConfigError: The engine doesn't give what `uncovered` needs.
@@ -148,16 +221,40 @@ def assemble(
         device=device,
         dtype=precision,
     )
-    return Assembly(
-        averages,
-        FactorReduction(averages, plan, comm, distribution),
-        row,
-        groups,
-        offload,
-        rest,
-        refresh,
-        moments,
-        transport,
+    reduction = FactorReduction(averages, plan, comm, distribution)
+    adaptation = DampingAdaptation(config.inversion.adapt, comm, device, precision)
+    plain = [name for name in coverage.uncovered if name not in rest.names]
+    return Parts(
+        plan=plan,
+        communicator=comm,
+        averages=averages,
+        reduction=reduction,
+        measurement=Measurement(
+            engine,
+            coverage.blocks,
+            averages,
+            reduction,
+            moments,
+            curvature,
+            communicator=comm,
+            scaler=loop.scaler,
+            phases=phases,
+            drawn=rest.drawn,
+            check_scale=loop.check_scale,
+            counter=counter,
+            arbiter=arbiter,
+        ),
+        queue=queue,
+        groups=groups,
+        offload=offload,
+        rest=rest,
+        refresh=refresh,
+        moments=moments,
+        transport=transport,
+        preconditioner=Preconditioner(transport, rest, offload),
+        trust_region=TrustRegion(config.update, engine, loop.optimizer, row, rest, plain, device, precision),
+        damping=Damping(config.inversion.damping, adaptation, loop.total_steps, config.update.l2),
+        mismatched=coverage.mismatched,
     )
 
 

@@ -69,7 +69,7 @@ class ParameterWatch:
             if own and not self._named:
                 self._named = True
                 warnings.warn(
-                    f"{self.message()}: its layers are covered anew at the next refresh of inverses", stacklevel=5
+                    f"{self.message()}: its layers are covered anew at the next refresh of inverses", stacklevel=7
                 )
             return False
         votes = torch.tensor([float(own)], dtype=torch.float32, device=device)

@@ -25,23 +25,18 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_dist.curvature.factors import Unit
-from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.owner_buffer import Segment, SegmentLayout, share_segments
 from kfac_dist.errors import CheckpointError, CollectiveError
-from kfac_dist.preconditioner.invert.damping import Damping
-from kfac_dist.preconditioner.invert.ekfac import Moments
-from kfac_dist.preconditioner.invert.refresh import Refresh, Refreshed
+from kfac_dist.preconditioner.invert.refresh import Refreshed
+from kfac_dist.preconditioner.parts import Parts
 from kfac_dist.preconditioner.plan import Plan
-from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
-from kfac_dist.preconditioner.reduce.reduction import FactorReduction
 
 LABEL = "checkpoint"
 _LOAD = "load_state_dict"
@@ -50,30 +45,6 @@ MISMATCHED = "mismatched"
 _NEVER = -1
 # Seconds after which a rank says that it waits for others in a call that all of them have to make.
 PATIENCE = 5.0
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a `KFAC` that have state."""
-
-    plan: Plan
-    averages: RunningAverages
-    reduction: FactorReduction
-    refresh: Refresh
-    moments: Moments | None
-    communicator: Communicator
-    lagged: bool
-    rest: DiagonalFisher
-    damping: Damping
-    step: int
-    overdue: set[int]
-    refreshed: set[int]
-    samples: Mapping[str, int]
-    mismatched: Mapping[str, str]
-
-    def owns(self, unit: Unit) -> bool:
-        """Whether this rank inverts the unit."""
-        return self.plan.assignment.owners[unit.name] == self.communicator.rank
 
 
 def meet(communicator: Communicator, call: str, said: Any = None) -> list[Any]:
@@ -153,18 +124,18 @@ def refuse_to_load(communicator: Communicator, problem: CheckpointError) -> None
     meet(communicator, _LOAD, (str(problem), -1))
 
 
-def held(parts: Parts) -> dict[str, Any]:
+def held(parts: Parts, step: int) -> dict[str, Any]:
     """Return what this rank holds: sums that are global here, and payloads of its column; collective."""
     parts.reduction.consolidate()
     pending = _pending(parts)
-    holders = parts.refresh.holders
+    holders, samples = parts.refresh.holders, parts.measurement.samples()
     units: dict[str, dict[str, Tensor]] = {}
     for unit in parts.plan.units:
         entry = {
             "scalars": parts.reduction.consolidated_scalars(unit).clone(),
-            "overdue": torch.tensor(parts.plan.blocks[unit.block].slot in parts.overdue),
-            "refreshed": torch.tensor(parts.plan.blocks[unit.block].slot in parts.refreshed),
-            "samples": torch.tensor(parts.samples[unit.block]),
+            "overdue": torch.tensor(parts.plan.blocks[unit.block].slot in parts.queue.overdue),
+            "refreshed": torch.tensor(parts.plan.blocks[unit.block].slot in parts.queue.refreshed),
+            "samples": torch.tensor(samples[unit.block]),
         }
         if parts.reduction.keeps(unit):
             entry["sum"] = parts.averages.sums(unit).clone()
@@ -175,7 +146,7 @@ def held(parts: Parts) -> dict[str, Any]:
                 entry |= {"pending": payload, "due": torch.tensor(due)}
         units[unit.name] = entry
     return {
-        "step": torch.tensor(parts.step),
+        "step": torch.tensor(step),
         "shares": torch.tensor(parts.reduction.shares),
         "refreshes": torch.tensor(parts.refresh.refreshes),
         "units": units,
@@ -187,9 +158,9 @@ def held(parts: Parts) -> dict[str, Any]:
     }
 
 
-def gather(parts: Parts) -> dict[str, Any]:
+def gather(parts: Parts, step: int) -> dict[str, Any]:
     """Return the state of all units, the same on every rank; collective."""
-    values = held(parts)
+    values = held(parts, step)
     if parts.communicator.size == 1:
         return values
     for key in ("sum", "payload", *(("pending",) if parts.lagged else ())):

@@ -183,7 +183,7 @@ class Trainer:
         if not unforeseen:
             self._begin_window()
         elif self.parts.kfac is not None:
-            self.parts.kfac.load_local_statistics(own["kfac"])
+            self.parts.kfac.solver_access.load_local_statistics(own["kfac"])
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint; collective.
@@ -220,11 +220,13 @@ class Trainer:
     def _own_state(self) -> dict[str, dict[str, Tensor]]:
         """Return what this rank has for itself."""
         kfac = self.parts.kfac
-        return {"window": self._window.state()} | ({"kfac": kfac.local_statistics()} if kfac is not None else {})
+        return {"window": self._window.state()} | (
+            {"kfac": kfac.solver_access.local_statistics()} if kfac is not None else {}
+        )
 
     def _restore_own(self, own: dict[str, dict[str, Tensor]], window: dict[str, Any]) -> None:
         if self.parts.kfac is not None:
-            self.parts.kfac.load_local_statistics(own["kfac"])
+            self.parts.kfac.solver_access.load_local_statistics(own["kfac"])
         self._window.restore(own["window"], window["counts"])
         self._window_began = window["began"]
         self._window_positions = [Position(*position) for position in window["positions"]]

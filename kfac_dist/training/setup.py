@@ -79,7 +79,7 @@ class Parts:
         """Return how long the parts of K-FAC's steps have taken so far, by name; of all players together."""
         total: Counter[str] = Counter()
         for kfac in self.kfacs:
-            total.update({str(phase): seconds for phase, seconds in kfac.phases.seconds().items()})
+            total.update({str(phase): seconds for phase, seconds in kfac.monitor.phases.seconds().items()})
         return dict(total)
 
 

@@ -71,7 +71,7 @@ class Passes:
     ) -> None:
         kfac, engine = self._kfac, self._parts.engine
         if kfac is not None:
-            by_class = kfac.config.curvature.class_conditional is not None
+            by_class = kfac.solver_access.config.curvature.class_conditional is not None
             classes = self._parts.loss.labels(micro.targets) if by_class else None
             kfac.micro_batch(
                 first_sample=micro.first_sample,

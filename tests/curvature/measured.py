@@ -30,8 +30,8 @@ def factors(kfac: KFAC) -> dict[str, Tensor]:
 
     Pieces of a factor that was cut lie on the diagonal of a zero matrix.
     """
-    averages, found = kfac._averages, {}
-    for name, block in kfac.plan.blocks.items():
+    averages, found = kfac._parts.averages, {}
+    for name, block in kfac.monitor.plan.blocks.items():
         for side in Side:
             units = [unit for unit in block.units if unit.side is side]
             if not units:

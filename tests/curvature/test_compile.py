@@ -50,7 +50,7 @@ def train(make: Callable[[nn.Module], tuple[Call, nn.Module]], *, late: bool = F
         F.cross_entropy(call(x), labels).backward()
         kfac.step()
         optimizer.step()
-    assert all(name == name.replace("_orig_mod.", "") for name in kfac.plan.blocks)
+    assert all(name == name.replace("_orig_mod.", "") for name in kfac.monitor.plan.blocks)
     kfac.remove()
     return {name: value.detach() for name, value in model.named_parameters()}
 

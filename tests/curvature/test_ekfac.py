@@ -52,8 +52,8 @@ def two_steps(model: nn.Module, kfac: KFAC, inputs: Tensor, loss: Callable[[Tens
 
 def basis(kfac: KFAC, block: str) -> tuple[Tensor, Tensor]:
     """Q_G and Q_A, `[batch, n, n]`."""
-    assert kfac._moments is not None
-    held = kfac._moments._bases[block]
+    assert kfac._parts.moments is not None
+    held = kfac._parts.moments._bases[block]
     return tuple(  # type: ignore[return-value]
         torch.stack([torch.block_diag(*matrices) for matrices in zip(*held.basis(block, side), strict=True)]).double()
         for side in (Side.G, Side.A)
@@ -61,11 +61,11 @@ def basis(kfac: KFAC, block: str) -> tuple[Tensor, Tensor]:
 
 
 def measured(kfac: KFAC, block: str) -> Tensor:
-    assert kfac._moments is not None
-    averages, unit = kfac._moments.averages, kfac.plan.blocks[block].moments
+    assert kfac._parts.moments is not None
+    averages, unit = kfac._parts.moments.averages, kfac.monitor.plan.blocks[block].moments
     assert unit is not None
     weight = averages.scalars[0, averages.layout.index(unit)]
-    return (averages.sums(unit) / weight).double().view(kfac.plan.blocks[block].matrix_shape)
+    return (averages.sums(unit) / weight).double().view(kfac.monitor.plan.blocks[block].matrix_shape)
 
 
 def gradient_matrix(kfac: KFAC, block: str, gradients: dict[str, Tensor]) -> Tensor:
@@ -151,7 +151,7 @@ def test_it_is_the_mean_square_of_per_sample_gradients_in_the_basis(
     kfac = attach(model)
     two_steps(model, kfac, inputs, lambda outputs: F.cross_entropy(outputs, labels))
     kfac.remove()
-    checked = [name for name, block in kfac.plan.blocks.items() if block.moments is not None]
+    checked = [name for name, block in kfac.monitor.plan.blocks.items() if block.moments is not None]
     assert len(checked) == len(kfac.coverage.blocks) > 1
     for block in checked:
         gradients = per_sample(model, kfac, block, inputs, lambda i, out: F.cross_entropy(out[i], labels[i]))
@@ -186,7 +186,7 @@ def test_no_diagonal_in_this_basis_is_nearer_to_the_exact_block(name: str) -> No
     kfac.remove()
     probabilities = model(inputs).detach().softmax(1).double()
     nearer = 0
-    for block in kfac.plan.blocks:
+    for block in kfac.monitor.plan.blocks:
         q_g, q_a = basis(kfac, block)
         if len(q_g) > 1:
             continue  # groups: a block each
@@ -201,7 +201,7 @@ def test_no_diagonal_in_this_basis_is_nearer_to_the_exact_block(name: str) -> No
         rotated = q.T @ fisher @ q
         own = measured(kfac, block).flatten()
         assert_close(own, rotated.diagonal(), 1e-4)
-        held = kfac._moments._bases[block]  # type: ignore[union-attr]
+        held = kfac._parts.moments._bases[block]  # type: ignore[union-attr]
         d_g, d_a = held.sides[Side.G].vectors().double(), held.sides[Side.A].vectors().double()
         error, kronecker = (
             (rotated - d.diag()).norm() for d in (own, torch.outer(d_g.flatten(), d_a.flatten()).flatten())
@@ -218,7 +218,7 @@ def test_damping_is_exact() -> None:
     kfac = attach(model, damping=0.3)
     gradients = two_steps(model, kfac, inputs, lambda outputs: F.cross_entropy(outputs, labels))
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    for block in kfac.plan.blocks:
+    for block in kfac.monitor.plan.blocks:
         q_g, q_a = basis(kfac, block)
         q = torch.kron(q_g[0], q_a[0])
         curvature = q @ measured(kfac, block).flatten().diag() @ q.T
@@ -264,7 +264,7 @@ def test_sampled_rows_keep_the_scale() -> None:
         kfac = attach(model, sample_fraction=0.5)
         two_steps(model, kfac, inputs, lambda outputs, y=doubled: F.cross_entropy(outputs, y))
         kfac.remove()
-        for block in kfac.plan.blocks:
+        for block in kfac.monitor.plan.blocks:
             gradients = per_sample(model, kfac, block, half, lambda i, out, y=labels: F.cross_entropy(out[i], y[i]))
             assert_close(measured(kfac, block), squared(gradients, *basis(kfac, block)), 1e-4)
 
@@ -272,7 +272,7 @@ def test_sampled_rows_keep_the_scale() -> None:
 def test_blocks_that_it_is_not_defined_for_keep_their_own_solve() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, CLASSES))
     kfac = attach(model)
-    assert {name: block.moments is not None for name, block in kfac.plan.blocks.items()} == {
+    assert {name: block.moments is not None for name, block in kfac.monitor.plan.blocks.items()} == {
         "0": False,
         "1": False,
         "2": True,

@@ -43,8 +43,12 @@ def tensors_of(root: object) -> Iterator[Tensor]:
 def bookkeeping(kfac: KFAC) -> list[Tensor]:
     """A number or a few a unit: weights, traces, places; the planner counts none of them."""
     matrices = {"average", "window", "_window"}
-    kept = (kfac._averages, kfac._reduction, kfac._refresh, kfac._length, kfac._damping.adaptation, kfac._rest)
-    moments = () if kfac._moments is None else (kfac._moments.averages, kfac._moments.reduction)
+    parts = kfac._parts
+    kept = (
+        *(parts.averages, parts.reduction, parts.refresh, parts.trust_region, parts.rest),
+        parts.damping.adaptation,
+    )
+    moments = () if parts.moments is None else (parts.moments.averages, parts.moments.reduction)
     return [
         value
         for owner in (*kept, *moments)

@@ -65,9 +65,9 @@ def kept(name: str, size: int) -> Kept:
         model.zero_grad()
     after = live_bytes(kfac)
     assert size == 1 or after == constructed
-    planned = rank_bytes(kfac.plan, kfac.config, sharded=size > 1)
-    diagonals = sum(unit.batch * unit.dim for unit in kfac.plan.units if unit.kind is FactorKind.DENSE)
-    small = 8 * diagonals + 64 * len(kfac.plan.units)
+    planned = rank_bytes(kfac.monitor.plan, kfac.solver_access.config, sharded=size > 1)
+    diagonals = sum(unit.batch * unit.dim for unit in kfac.monitor.plan.units if unit.kind is FactorKind.DENSE)
+    small = 8 * diagonals + 64 * len(kfac.monitor.plan.units)
     kfac.remove()
     return Kept(after, planned[dist.get_rank()].total, max(rank.total for rank in planned), small)
 

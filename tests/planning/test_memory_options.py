@@ -39,8 +39,8 @@ def trained(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Tensor]]:
     for name, config in cases:
         run = Run(name, config)
         found.append(run.train(8))
-        offload = run.kfac._offload
-        planned = rank_bytes(run.kfac.plan, run.kfac.config, sharded=False)[run.rank]
+        offload = run.kfac._parts.offload
+        planned = rank_bytes(run.kfac.monitor.plan, run.kfac.solver_access.config, sharded=False)[run.rank]
         if offload is not None:
             assert (planned.inverses, planned.host) == (offload.device_bytes, offload.host_bytes)
         run.close()
@@ -53,8 +53,8 @@ def sharded(cases: list[tuple[str, dict[str, Any]]], size: int) -> list[dict[str
     for name, config in cases:
         run = ShardedRun(name, config, size)
         found.append(run.train(8))
-        offload = run.kfac._offload
-        planned = rank_bytes(run.kfac.plan, run.kfac.config, sharded=True)[run.rank]
+        offload = run.kfac._parts.offload
+        planned = rank_bytes(run.kfac.monitor.plan, run.kfac.solver_access.config, sharded=True)[run.rank]
         assert offload is not None
         assert (planned.inverses, planned.host) == (offload.device_bytes, offload.host_bytes)
         run.close()
@@ -227,8 +227,8 @@ def test_asymmetry_is_measured_before_anything_mirrors(solver: str) -> None:
     run = Run("conv", configuration(solver, inversion={"inverse_every": 2}))
     assert "asymmetry" not in run.kfac.metrics()
     run.train(2)
-    found = run.kfac.asymmetries()
-    names = {unit.name for unit in run.kfac.plan.units}
+    found = run.kfac.monitor.asymmetries()
+    names = {unit.name for unit in run.kfac.monitor.plan.units}
     assert {name for name, kind in found if kind == "factor"} == names  # all are dense
     inverses = {name for name, kind in found if kind == "inverse"}
     # Unit-wise blocks are inverted whatever the solver.
@@ -238,10 +238,10 @@ def test_asymmetry_is_measured_before_anything_mirrors(solver: str) -> None:
     if solver == "newton_schulz":
         assert found["stem/A/0", "inverse"] > 0  # products of rounded numbers
     # What is put into one half alone is seen, and named.
-    unit = next(unit for unit in run.kfac.plan.units if unit.name == "stem/G/0")
-    run.kfac._averages.sums(unit)[0, 3, 1] += 100.0
+    unit = next(unit for unit in run.kfac.monitor.plan.units if unit.name == "stem/G/0")
+    run.kfac._parts.averages.sums(unit)[0, 3, 1] += 100.0
     run.train(1, first=2)
-    spoilt = run.kfac.asymmetries()
+    spoilt = run.kfac.monitor.asymmetries()
     assert max(spoilt, key=lambda key: spoilt[key]) == ("stem/G/0", "factor")
     assert spoilt["stem/G/0", "factor"] > 0.1
     run.close()
@@ -250,7 +250,7 @@ def test_asymmetry_is_measured_before_anything_mirrors(solver: str) -> None:
 def packed() -> dict[tuple[str, str], float]:
     run = Run("mlp", configuration(pack_triangles=True))
     run.train(1)
-    found = run.kfac.asymmetries()
+    found = run.kfac.monitor.asymmetries()
     run.close()
     return found
 
@@ -266,13 +266,15 @@ def spoilt_on_the_last_rank(structure: str) -> tuple[float, dict[str, float], fl
     run = Run("mlp", configuration("eigen", inversion=inversion))
     run.train(2)
     before = run.kfac.metrics()["asymmetry"]
-    owners = run.kfac.plan.assignment.owners
-    unit = next(unit for unit in run.kfac.plan.units if owners[unit.name] == 2 and unit.kind is FactorKind.DENSE)
-    run.kfac._averages.sums(unit)[0, 3, 1] += 100.0
+    owners = run.kfac.monitor.plan.assignment.owners
+    unit = next(
+        unit for unit in run.kfac.monitor.plan.units if owners[unit.name] == 2 and unit.kind is FactorKind.DENSE
+    )
+    run.kfac._parts.averages.sums(unit)[0, 3, 1] += 100.0
     run.train(1, first=2)
-    own = {name: value for (name, kind), value in run.kfac.asymmetries().items() if kind == "factor"}
+    own = {name: value for (name, kind), value in run.kfac.monitor.asymmetries().items() if kind == "factor"}
     numbers = run.kfac.metrics()
-    assert numbers["asymmetry"] == max(run.kfac.asymmetries().values())
+    assert numbers["asymmetry"] == max(run.kfac.monitor.asymmetries().values())
     logged = of_all_ranks(numbers, run.kfac.communicator)["asymmetry"]
     run.close()
     return logged, own, before

@@ -18,7 +18,7 @@ from kfac_dist.curvature.factors import Unit
 from kfac_dist.planning.job import Job, Model, StepKind
 from kfac_dist.planning.strategies import AXES, crossed, distributions
 from kfac_dist.planning.traffic import rehearse
-from kfac_dist.preconditioner.schedule import Cadence
+from kfac_dist.preconditioner.invert.refresh_schedule import RefreshSchedule
 from tests.engines.fsdp2_runs import mesh_of, sharded
 from tests.engines.live_bytes import bookkeeping, live_bytes
 from tests.fake_ranks import fake_ranks
@@ -119,11 +119,11 @@ def test_every_strategy_sends_inverts_and_keeps_what_was_planned(
 
 def agrees(config: dict[str, Any], job: Job, rank: int) -> None:
     size = job.world_size
-    cadence = Cadence.of(job.config)
+    cadence = RefreshSchedule.of(job.config)
     window = cadence.inverse_every
     with fake_ranks(rank, size):
         sent, solved, kfac = counted(config, rank, size, 2 * window)
-        assert kfac.plan.rows() == job.plan.rows()
+        assert kfac.monitor.plan.rows() == job.plan.rows()
         for step in range(window, 2 * window):
             kind = StepKind.at(cadence, step)
             assert rehearse(job, kind, rank).traffic.snapshot() == sent[step], (config, rank, step)
@@ -141,7 +141,7 @@ def sharded_steps(size: int, ranks: list[int]) -> list[tuple[Any, Any]]:
     for distribution in ({}, {"reduction": "reduce_scatter", "reduce_every": "step", "buckets": 2}):
         config = merged(CONFIG, {"distribution": distribution})
         parsed = parse_kfac(config)
-        cadence = Cadence.of(parsed)
+        cadence = RefreshSchedule.of(parsed)
         window = range(cadence.inverse_every, 2 * cadence.inverse_every)
         with torch.device("meta"):
             blocks = find_blocks(plain(), parsed.curvature).blocks

@@ -268,7 +268,7 @@ def test_right_models_pass(fisher: str, dtype: torch.dtype) -> None:
         F.cross_entropy(outputs, labels).backward()
     kfac.step()
     assert len(kfac.coverage.blocks) == 4
-    assert kfac._measurement.judged == {"0", "1", "4", "5"}
+    assert kfac._parts.measurement.judged == {"0", "1", "4", "5"}
     kfac.remove()
 
 
@@ -363,7 +363,7 @@ def test_a_penalty_on_weights_that_is_part_of_the_loss_is_no_mismatch(name: str)
     x, labels = batch()
     (F.cross_entropy(model(x), labels) + sum(PENALTIES[name](p) for p in model.parameters())).backward()
     kfac.step()
-    assert kfac._measurement.judged == {"0", "2"}
+    assert kfac._parts.measurement.judged == {"0", "2"}
     kfac.remove()
 
 
@@ -526,7 +526,7 @@ def test_a_changed_model_is_covered_anew(change: Callable[[nn.Module], None], sa
     assert len([text for text in said if said_of in text]) == 1
     after = kfac.state_dict()["units"]
     # The layer that stays goes on with what it knew: a running average of three measurements, not of two.
-    decay = kfac.config.curvature.decay
+    decay = kfac.solver_access.config.curvature.decay
     assert float(before["0/A/0"][0]) == pytest.approx(SAMPLES * (1 - decay))
     assert float(after["0/A/0"]["scalars"][0]) == pytest.approx(SAMPLES * (1 - decay**3), rel=1e-5)
     # Every layer's gradient is preconditioned, also that of parameters which were not there at first.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
 from typing import Any
 
@@ -118,7 +120,7 @@ def waits(name: str, changes: dict[str, dict[str, Any]]) -> list[tuple[bool, lis
         run = Run(name, {key: {**config.get(key, {}), **changes.get(key, {})} for key in {*config, *changes}})
         found = []
         for step in range(6):
-            refreshes = bool(run.kfac._pace.slots)
+            refreshes = bool(run.kfac._parts.queue.slots)
             with Waits() as mode:
                 run.gradients(step)
                 assert mode.found.pop() == "_local_scalar_dense"  # the loop's own, of the loss
@@ -185,8 +187,8 @@ def test_a_step_copies_nothing_between_host_and_device(
     inversion = {"early_refresh": 0, **changes.get("inversion", {})}
     config = {"curvature": {"factor_every": 1}, **changes, "inversion": inversion}
     kfac = KFAC(model, config, optimizer=optimizer, check_scale=False)
-    kfac._measurement._arbiter.open.clear()  # as the first step has judged them all
-    kfac.advance()
+    kfac._parts.measurement._arbiter.open.clear()  # as the first step has judged them all
+    kfac.solver_access.advance()
     inputs, labels = (tensor.to("meta") for tensor in global_batch(name, 0))
     with Waits() as mode:
         F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten()).backward()
@@ -257,14 +259,14 @@ def test_any_vector_is_preconditioned_as_the_gradient_is_and_nothing_else_happen
     plain = gradients(model)
     direct.step()
     expected = gradients(twin)
-    kfac.update_curvature()
+    kfac.solver_access.update_curvature()
     doubled = {name: 2 * value for name, value in plain.items()}
-    kfac.precondition(doubled)
+    kfac.solver_access.precondition(doubled)
     for name, value in gradients(model).items():
         torch.testing.assert_close(doubled[name], 2 * expected[name])
         assert torch.equal(value, plain[name]), "the gradient itself stays"
     assert kfac.steps == 0
-    kfac.advance()
+    kfac.solver_access.advance()
     assert kfac.steps == 1
 
 
@@ -503,16 +505,16 @@ def refreshing_again() -> list[str]:
         run = Run("mlp", {"curvature": {"factor_every": 1}, "inversion": inversion})
         for step in range(4):
             run.gradients(step)
-            run.kfac.update_curvature()
+            run.kfac.solver_access.update_curvature()
             before = run.kfac.communicator.traffic.total_calls
             try:
-                run.kfac.set_damping(0.5)
-                run.kfac.refresh_again()
+                run.kfac.solver_access.set_damping(0.5)
+                run.kfac.solver_access.refresh_again()
                 said.append("")
             except ConfigError as error:
                 said.append(str(error))
                 assert run.kfac.communicator.traffic.total_calls == before
-            run.kfac.advance()
+            run.kfac.solver_access.advance()
         run.close()
     return said
 
@@ -537,8 +539,8 @@ def test_a_bias_without_a_gradient_counts_as_zero() -> None:
             bias.grad = None if missing else torch.zeros_like(bias)
         run.kfac.step()
     one, other = runs
-    assert float(one.kfac._length.kl_scale) < 1
-    assert torch.equal(one.kfac._length.kl_scale, other.kfac._length.kl_scale)
+    assert float(one.kfac._parts.trust_region.kl_scale) < 1
+    assert torch.equal(one.kfac._parts.trust_region.kl_scale, other.kfac._parts.trust_region.kl_scale)
     for name, parameter in one.model.named_parameters():
         if name in ("0.bias", "4.bias"):
             assert parameter.grad is None
@@ -577,3 +579,12 @@ def test_what_was_never_measured_keeps_its_plain_gradient(solver: str) -> None:
         assert all(torch.equal(plain[name], model.get_parameter(name).grad) for name in idle)
         assert not torch.allclose(model.head.weight.grad, seen)
     kfac.remove()
+
+
+def test_kfac_has_few_doors() -> None:
+    kfac = KFAC(nn.Sequential(nn.Linear(2, 2)), {"update": {"kl_clip": None}})
+    members = [name for name in dir(kfac) if not name.startswith("_")]
+    kfac.remove()
+    assert len(members) <= 16, members
+    assert {"step", "micro_batch", "state_dict", "metrics", "solver_access", "monitor"} <= set(members)
+    assert len(inspect.getsource(sys.modules[KFAC.__module__]).splitlines()) < 350

@@ -21,7 +21,7 @@ def _stepped(device: str, *, enabled: bool, steps: int = 4) -> tuple[KFAC, nn.Mo
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = {"curvature": {"factor_every": 1}, "inversion": {"inverse_every": 2}}
     kfac = KFAC(model, config, optimizer=optimizer)
-    kfac.phases.enabled = enabled
+    kfac.monitor.phases.enabled = enabled
     for step in range(steps):
         inputs = torch.randn(8, 20, generator=torch.Generator().manual_seed(step)).to(device)
         loss = nn.functional.cross_entropy(model(inputs), torch.arange(8, device=device) % 5)
@@ -52,11 +52,11 @@ def test_a_phase_interrupts_the_one_around_it() -> None:
 
 def test_kfac_measures_its_phases_when_asked_and_nothing_else_changes() -> None:
     silent, model = _stepped("cpu", enabled=False)
-    assert set(silent.phases.seconds().values()) == {0.0}
+    assert set(silent.monitor.phases.seconds().values()) == {0.0}
     began = time.perf_counter()
     timed, same = _stepped("cpu", enabled=True)
     took = time.perf_counter() - began
-    seconds = timed.phases.seconds()
+    seconds = timed.monitor.phases.seconds()
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds.values()) < took
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
@@ -98,4 +98,4 @@ def test_events_measure_the_device_and_need_no_synchronisation(monkeypatch: pyte
 def test_kfac_measures_its_phases_on_a_gpu() -> None:
     kfac, _ = _stepped("cuda", enabled=True)
     torch.cuda.synchronize()
-    assert all(value > 0 for value in kfac.phases.seconds().values())
+    assert all(value > 0 for value in kfac.monitor.phases.seconds().values())

@@ -31,7 +31,7 @@ def test_sub_blocks_leave_the_parameters_alone() -> None:
 
 def test_each_sub_block_may_have_another_owner() -> None:
     run = Run("mlp", configuration(inversion=SPLITS))
-    plan = build_plan(run.kfac.coverage.blocks, run.kfac.config, world_size=3)
+    plan = build_plan(run.kfac.coverage.blocks, run.kfac.solver_access.config, world_size=3)
     assert [unit.dim for unit in plan.blocks["0"].units] == [4, 5, 3, 4, 4]
     assert plan.blocks["0"].owners == (0, 1, 2, 0, 1)
     assert plan.blocks["0"].inversion_cost == 4**3 + 5**3 + 3**3 + 4**3 + 4**3

@@ -157,17 +157,17 @@ def damped(*, old: bool = False) -> list[bool]:
     for own in (None, 0.2):
         run = Run("mlp", BASE)
         run.train(BEFORE)
-        run.kfac.set_damping(own)
-        run.kfac.multiply_damping(10.0, refresh=True)
+        run.kfac.solver_access.set_damping(own)
+        run.kfac.solver_access.multiply_damping(10.0, refresh=True)
         saved = save(run)
         if old:
             del saved["kfac"]["damping"]
         again = resume(BASE, saved)
-        same.append(again.kfac.damping == run.kfac.damping == 10 * (own or 0.05))
+        same.append(again.kfac.solver_access.damping == run.kfac.solver_access.damping == 10 * (own or 0.05))
         wanted, found = run.train(AFTER, BEFORE), again.train(AFTER, BEFORE)
         same.append(all(torch.equal(found[name], value) for name, value in wanted.items()))
-        again.kfac.set_damping(None)
-        same.append(again.kfac.damping == again.kfac.damping_factor * 0.05)
+        again.kfac.solver_access.set_damping(None)
+        same.append(again.kfac.solver_access.damping == again.kfac.solver_access.damping_factor * 0.05)
         run.close()
         again.close()
     return same
@@ -185,9 +185,9 @@ def test_a_state_from_before_dampings_were_saved_leaves_them() -> None:
     saved = save(run)
     del saved["kfac"]["damping"]
     again = Run("mlp", BASE)
-    again.kfac.multiply_damping(4.0)
+    again.kfac.solver_access.multiply_damping(4.0)
     again.kfac.load_state_dict(saved["kfac"])
-    assert again.kfac.damping == pytest.approx(0.2)
+    assert again.kfac.solver_access.damping == pytest.approx(0.2)
     run.close()
     again.close()
 
@@ -262,12 +262,12 @@ def test_what_was_on_its_way_is_used_at_once_where_there_is_no_lag() -> None:
     run = Run("mlp", {**BASE, "inversion": {**inversion, "inverse_lag": 3}}, lr=0.0)
     run.train(5)
     again = resume({**BASE, "inversion": inversion}, save(run))
-    old = run.kfac.inverses()
+    old = run.kfac.solver_access.inverses()
     run.train(3, 5)
     again.step(5)
-    for name, value in run.kfac.inverses().items():
+    for name, value in run.kfac.solver_access.inverses().items():
         assert not torch.equal(value, old[name])
-        assert torch.equal(again.kfac.inverses()[name], value)
+        assert torch.equal(again.kfac.solver_access.inverses()[name], value)
     run.close()
     again.close()
 

@@ -128,7 +128,7 @@ def accumulate(
     for index, own in enumerate(micro_batches(rank, size)):
         last = index == 2
         kfac.micro_batch(first_sample=own.start, divisor=SAMPLES / size, terms=own.stop - own.start, last=last)
-        with kfac.engine.synchronize(last):
+        with kfac.solver_access.engine.synchronize(last):
             loss = F.cross_entropy(model(inputs[own]), labels[own], reduction="sum") / (SAMPLES / size)
             loss.backward()
         if last or beside:

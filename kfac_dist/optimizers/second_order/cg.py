@@ -40,7 +40,7 @@ class CGStepper(Stepper):
 
     def __init__(self, kfac: KFAC, total: Total, *, total_steps: int | None = None) -> None:
         super().__init__(kfac, total, total_steps=total_steps)
-        self.options = kfac.config.cg_options
+        self.options = kfac.solver_access.config.cg_options
         self._last = self.space.zeros()
         self._coming = self._last
         self._started = False
@@ -56,7 +56,7 @@ class CGStepper(Stepper):
         kfac = self.kfac
         scheduled = value_at(self._schedule, kfac.steps, self._total_steps)
         own = self._trust.damping if self.options.adapt_every else scheduled
-        return kfac.config.update.l2 + kfac.damping_factor * own
+        return kfac.solver_access.config.update.l2 + kfac.solver_access.damping_factor * own
 
     def find(self, problem: Problem) -> Tensor:
         """See `Stepper.find`."""
@@ -100,7 +100,7 @@ class CGStepper(Stepper):
 
     @property
     def _schedule(self) -> Schedule:
-        return self.options.damping or self.kfac.config.inversion.damping
+        return self.options.damping or self.kfac.solver_access.config.inversion.damping
 
     def _solve(self, problem: Problem) -> Solution:
         options = self.options
@@ -127,7 +127,7 @@ class CGStepper(Stepper):
 
     def _judge(self, problem: Problem, solution: Solution, scale: float, *, adapts: bool) -> float:
         """Return what the solution is multiplied by, after a look at the batch's loss there; adapt λ by it."""
-        l2, value = self.kfac.config.update.l2, solution.values[-1]
+        l2, value = self.kfac.solver_access.config.update.l2, solution.values[-1]
         ray = Ray.along(solution.point, problem.gradient, value, problem.batch, l2, self.kfac.communicator)
         before = ray.loss(0)
         after = ray.loss(scale)

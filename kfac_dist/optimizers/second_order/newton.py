@@ -45,10 +45,10 @@ class NewtonStepper(Stepper):
 
     def __init__(self, kfac: KFAC, total: Total, *, total_steps: int | None = None) -> None:
         super().__init__(kfac, total, total_steps=total_steps)
-        self.options = kfac.config.newton_options
+        self.options = kfac.solver_access.config.newton_options
         if self.options.products_fraction < 1:
-            _refuse_batch_norm(kfac.engine.module, self.options.products_fraction)
-        start, self._l2 = kfac.config.inversion.damping.value, kfac.config.update.l2
+            _refuse_batch_norm(kfac.solver_access.engine.module, self.options.products_fraction)
+        start, self._l2 = kfac.solver_access.config.inversion.damping.value, kfac.solver_access.config.update.l2
         bounds = Bounds(*self.options.damping_bounds)
         self.trust = LevenbergMarquardt(start, self.options.damping_every, bounds)
         self.search = GammaSearch(start, self._l2, self.options.gamma_every, bounds)
@@ -60,7 +60,7 @@ class NewtonStepper(Stepper):
     @property
     def damping(self) -> float:
         """λ + η of the quadratic model; raised like K-FAC's own after steps that had to be skipped."""
-        return self.kfac.damping_factor * self.trust.damping + self._l2
+        return self.kfac.solver_access.damping_factor * self.trust.damping + self._l2
 
     def find(self, problem: Problem) -> Tensor:
         """See `Stepper.find`.
@@ -75,7 +75,7 @@ class NewtonStepper(Stepper):
         best = self.search.choose(gammas, [value for _, value in found])
         self._use(gammas[best])
         if inverses:
-            self.kfac.use_inverses(inverses[best])
+            self.kfac.solver_access.use_inverses(inverses[best])
         (alpha, mu), predicted = found[best]
         step = alpha * proposals[best]
         if self._started:
@@ -112,7 +112,7 @@ class NewtonStepper(Stepper):
 
     def _propose(self, gradient: Tensor) -> tuple[Sequence[float], list[Tensor], list[dict[str, Tensor]]]:
         """Return the γ to choose from, what each proposes, and its inverses where there is a choice."""
-        if not (self.search.due(self.kfac.steps) and self.kfac.can_refresh_again):
+        if not (self.search.due(self.kfac.steps) and self.kfac.solver_access.can_refresh_again):
             return (self.search.gamma,), [-self.precondition(gradient)], []
         gammas = self.search.candidates()
         proposals: list[Tensor] = []
@@ -120,9 +120,9 @@ class NewtonStepper(Stepper):
         for place, gamma in enumerate(gammas):
             if place:  # the present γ is what this step's own refresh has used
                 self._use(gamma)
-                self.kfac.refresh_again()
+                self.kfac.solver_access.refresh_again()
             proposals.append(-self.precondition(gradient))
-            inverses.append(self.kfac.inverses())
+            inverses.append(self.kfac.solver_access.inverses())
         return gammas, proposals, inverses
 
     def _model(self, problem: Problem, directions: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,7 @@ class NewtonStepper(Stepper):
 
     def _use(self, gamma: float) -> None:
         """Damp K-FAC's inverses by γ from the next refresh on."""
-        self.kfac.set_damping(gamma**2 - self._l2)
+        self.kfac.solver_access.set_damping(gamma**2 - self._l2)
 
 
 def _refuse_batch_norm(module: nn.Module, fraction: float) -> None:

@@ -54,7 +54,7 @@ class Damping:
             ConfigError: By what is no positive number.
         """
         if not (math.isfinite(factor) and factor > 0):
-            raise ConfigError(f"kfac.multiply_damping({factor}): it takes a positive number, 1 for no change")
+            raise ConfigError(f"multiply_damping({factor}): it takes a positive number, 1 for no change")
         self.factor = factor
 
     def set(self, value: float | None) -> None:
@@ -65,8 +65,8 @@ class Damping:
         """
         if value is not None and not (math.isfinite(value) and value + self._l2 > 0):
             raise ConfigError(
-                f"kfac.set_damping({value}): together with kfac.update.l2 ({self._l2:g}) it has to be a positive "
-                "number; None goes back to what is configured"
+                f"set_damping({value}): together with kfac.update.l2 ({self._l2:g}) it has to be a positive number; "
+                "None goes back to what is configured"
             )
         self.own = value
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kfac_dist.preconditioner.invert.refresh_schedule import RefreshSchedule
 from kfac_dist.preconditioner.plan import Plan
-from kfac_dist.preconditioner.schedule import Cadence
 
 
-class Pace:
+class RefreshQueue:
     """Keeps the slots of one run; the same on every rank, as it follows from the plan and from what ranks agree on.
 
     Args:
@@ -28,7 +28,7 @@ class Pace:
         slots: Those of them that it refreshes.
     """
 
-    def __init__(self, cadence: Cadence, plan: Plan) -> None:
+    def __init__(self, cadence: RefreshSchedule, plan: Plan) -> None:
         self.cadence = cadence
         self.overdue: set[int] = set()
         self.refreshed: set[int] = set()

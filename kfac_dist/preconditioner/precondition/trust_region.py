@@ -23,6 +23,7 @@ from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
 from kfac_dist.preconditioner.precondition.grafting import first_order_step, graft_blocks, step_squares
+from kfac_dist.preconditioner.precondition.preconditioner import Updates
 
 LABEL = "kl_clip"
 
@@ -35,7 +36,7 @@ class HasRates(Protocol):
         """Groups of parameters, each with its `lr`."""
 
 
-class StepLength:
+class TrustRegion:
     """Sets the length of preconditioned gradients.
 
     Args:
@@ -79,39 +80,33 @@ class StepLength:
         self._rest = rest
         self._plain = plain
         self._device = device
-        self._sums: list[Tensor] = []
         self.kl_scale = torch.ones((), device=device, dtype=dtype)
         self.predicted_kl = torch.zeros((), device=device, dtype=dtype)
 
-    def shape(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
-        """Graft each layer's update, in place, and take note of what `scale` needs.
+    def shape(self, group: Group, update: Tensor) -> Tensor:
+        """Graft a group's update, in place, and return its share of ⟨Δ, ∇⟩, which `scale` needs.
 
         Args:
-            groups: The groups that were preconditioned.
-            updates: Their Δ.
+            group: A group that was preconditioned.
+            update: Its Δ.
         """
         graft = self._config.graft
-        for group, update in zip(groups, updates, strict=True):
-            if graft is not None:
-                squares = step_squares(group.gradient, len(group.blocks), graft, self._engine.gradient_scale)
-                graft_blocks(update, squares)
-            self._sums.append(torch.dot(update.flatten(), group.gradient.flatten()))
+        if graft is not None:
+            squares = step_squares(group.gradient, len(group.blocks), graft, self._engine.gradient_scale)
+            graft_blocks(update, squares)
+        return torch.dot(update.flatten(), group.gradient.flatten())
 
-    def scale(self, rest: Tensor) -> Tensor | None:
+    def scale(self, updates: Updates) -> Tensor | None:
         """Return the factor of all updates, 0-dim, the same on every rank; None if they are as long as they should be.
 
         Collective, unless the configuration wants nothing.
-
-        Args:
-            rest: Δ of the parameters with a diagonal Fisher.
         """
-        sums, self._sums = self._sums, []
         clip = self._config.kl_clip
         if clip is None:
             return None
         product = torch.zeros(1, device=self._device, dtype=self.kl_scale.dtype)
-        product += torch.stack(sums).sum() if sums else 0.0
-        for own in self._rest.products(rest):
+        product += torch.stack(updates.sums).sum() if updates.sums else 0.0
+        for own in self._rest.products(updates.rest):
             product += own
         self._row.all_reduce(product, label=LABEL).wait()
         length = self._lr() / self._engine.gradient_scale

@@ -109,7 +109,7 @@ def restore_state(
         _check_model(engine, holdings, saved, checkpoint.path)
         if isinstance(kfac, KFAC):
             names = (name.removeprefix(_UNITS) for name in saved if name.startswith(_UNITS))
-            check_units(kfac.plan, {name.rsplit(".", 1)[0] for name in names})
+            check_units(kfac.monitor.plan, {name.rsplit(".", 1)[0] for name in names})
     if kfac is not None:
         _leave_out(checkpoints, checkpoint, kfac, saved)
     wanted = [Wanted(f"model.{h.name}", h.start, h.values) for h in holdings]
@@ -160,7 +160,7 @@ def _leave_out(checkpoints: Checkpoints, checkpoint: Checkpoint, kfac: KFAC | Pl
         }
         if texts:
             checkpoints.load(checkpoint, {f"{prefix}{block}": text for block, text in texts.items()})
-            member.leave_out(mismatched({MISMATCHED: texts}))
+            member.solver_access.leave_out(mismatched({MISMATCHED: texts}))
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def _is_same_solver(checkpoints: Checkpoints, checkpoint: Checkpoint, parts: Par
     Solvers' states have names in common, such as λ's, and what one has set the damping to is no other's.
     """
     before = checkpoint.facts.get("config", {}).get("kfac", {}).get("solver", StepSolver.DIRECT)
-    now = parts.kfacs[0].config.solver if parts.kfacs else before
+    now = parts.kfacs[0].solver_access.config.solver if parts.kfacs else before
     if before != now and parts.stepper is not None:
         checkpoints.notice(f"{checkpoint.path}: written with kfac.solver {before}; {now} starts afresh")
     return bool(before == now)

@@ -44,15 +44,25 @@ class PlayersKFAC:
         """Every player's K-FAC."""
         return tuple(self._members.values())
 
+    @property
+    def solver_access(self) -> PlayersKFAC:
+        """This, for what loops ask of `KFAC.solver_access`: damping, and each rank's own statistics."""
+        return self
+
+    @property
+    def monitor(self) -> PlayersKFAC:
+        """This, for what logs ask of `KFAC.monitor`: readings of spectra."""
+        return self
+
     def step(self) -> None:
         """Precondition every player's gradients; see `KFAC.step`."""
         for kfac in self.members:
             kfac.step()
 
     def multiply_damping(self, factor: float, *, refresh: bool = False) -> None:
-        """Multiply every player's damping, beyond its own factor; see `KFAC.multiply_damping`."""
+        """Multiply every player's damping, beyond its own factor; see `SolverAccess`."""
         for player, kfac in self._members.items():
-            kfac.multiply_damping(factor * self._factors[player], refresh=refresh)
+            kfac.solver_access.multiply_damping(factor * self._factors[player], refresh=refresh)
 
     def metrics(self) -> dict[str, float]:
         """Return every player's numbers under its name, and those of all: the first one's damping, sums of the rest.
@@ -79,12 +89,12 @@ class PlayersKFAC:
         }
 
     def inspect(self, outside: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """Read every player's factors at their next refresh; see `KFAC.inspect`."""
+        """Read every player's factors at their next refresh; see `Monitor.inspect`."""
         for kfac in self.members:
-            kfac.inspect(outside)
+            kfac.monitor.inspect(outside)
 
     def inspection(self) -> list[RefreshReading]:
-        """Return what has been read, with the player before each layer's name; see `KFAC.inspection`."""
+        """Return what has been read, with the player before each layer's name; see `Monitor.inspection`."""
         return [
             replace(
                 reading,
@@ -94,7 +104,7 @@ class PlayersKFAC:
                 ),
             )
             for player, kfac in self._members.items()
-            for reading in kfac.inspection()
+            for reading in kfac.monitor.inspection()
         ]
 
     def remove(self) -> None:
@@ -112,16 +122,16 @@ class PlayersKFAC:
             kfac.load_sharded_state_dict(values[player])
 
     def local_statistics(self) -> dict[str, Tensor]:
-        """Return what this rank has for itself, by player; see `KFAC.local_statistics`."""
+        """Return what this rank has for itself, by player; see `SolverAccess`."""
         return {
             f"{player}.{name}": value
             for player, kfac in self._members.items()
-            for name, value in kfac.local_statistics().items()
+            for name, value in kfac.solver_access.local_statistics().items()
         }
 
     def load_local_statistics(self, values: Mapping[str, Tensor]) -> None:
-        """Take `local_statistics`; see `KFAC.load_local_statistics`."""
+        """Take `local_statistics`; see `SolverAccess`."""
         for player, kfac in self._members.items():
             prefix = f"{player}."
             own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-            kfac.load_local_statistics(own)
+            kfac.solver_access.load_local_statistics(own)

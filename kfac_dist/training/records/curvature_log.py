@@ -45,7 +45,7 @@ class CurvatureLog:
         """
         if self._every and step // self._every != self._asked:
             self._asked = step // self._every
-            self._kfac.inspect(self._paused)
+            self._kfac.monitor.inspect(self._paused)
 
     def write(self, refreshes: float) -> None:
         """Write what was read since the last call; collective where there has been a refresh.
@@ -56,7 +56,7 @@ class CurvatureLog:
         if not self._every or refreshes == self._refreshes:
             return
         self._refreshes = refreshes
-        for reading in self._kfac.inspection():
+        for reading in self._kfac.monitor.inspection():
             if self._writer is not None:
                 spectra = {f.unit: [value for value in f.spectrum if value is not None] for f in reading.factors}
                 self._writer.write_curvature(asdict(reading), spectra)

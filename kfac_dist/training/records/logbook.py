@@ -35,7 +35,7 @@ class Logbook:
         self._curvature: CurvatureLog | None = None
         if parts.kfac is not None:
             for kfac in parts.kfacs:
-                kfac.phases.enabled = True
+                kfac.monitor.phases.enabled = True
             self._curvature = CurvatureLog(
                 parts.kfac, outputs.writer, config.metrics.spectra, parts.total_steps, paused
             )

@@ -156,10 +156,10 @@ class Window:
         return self._measured_so_far() - self._measured_before
 
     def _dropped_so_far(self) -> Tensor:
-        return sum((kfac.dropped for kfac in self._kfacs), torch.zeros_like(self._terms_on_device))
+        return sum((kfac.monitor.dropped for kfac in self._kfacs), torch.zeros_like(self._terms_on_device))
 
     def _measured_so_far(self) -> int:
-        return sum(kfac.measured for kfac in self._kfacs)
+        return sum(kfac.monitor.measured for kfac in self._kfacs)
 
     def _first_bad(self, communicator: Communicator) -> tuple[int, float] | None:
         losses = self._losses.tolist()

@@ -47,7 +47,7 @@ class Skips:
         self._note = note
         self._warned = False
         for kfac in parts.kfacs:
-            kfac.names_dropped = False  # told here, of all ranks
+            kfac.monitor.names_dropped = False  # told here, of all ranks
 
     @property
     def may_go_back(self) -> bool:
@@ -102,7 +102,7 @@ class Skips:
 
     def _blame_layers(self, step: int) -> None:
         """Name the layers whose statistics were dropped, and warn of the first ones; collective."""
-        own = [name for kfac in self._parts.kfacs for name in kfac.not_finite()]
+        own = [name for kfac in self._parts.kfacs for name in kfac.monitor.not_finite()]
         ranks = self._communicator.gather_objects(own, label="diagnosis")
         layers = list(dict.fromkeys(name for names in ranks for name in names))
         where = [str(rank) for rank, names in enumerate(ranks) if names]
@@ -132,7 +132,7 @@ class Skips:
 
     def _set_damping(self, *, refresh: bool = False) -> None:
         if self._parts.kfac is not None:
-            self._parts.kfac.multiply_damping(self.recovery.damping_factor, refresh=refresh)
+            self._parts.kfac.solver_access.multiply_damping(self.recovery.damping_factor, refresh=refresh)
 
     def _explain(self, what: str, step: int) -> str:
         remedy = "lower optimizer.lr, raise kfac.inversion.damping, or lower kfac.update.kl_clip"

@@ -45,9 +45,9 @@ def test_activation_checkpointing_changes_nothing(fisher: str, reentrant: bool) 
             assert found[name].shape == value.shape
         else:
             assert_close(found[name], value)
-    for name, block in kfac.plan.blocks.items():
+    for name, block in kfac.monitor.plan.blocks.items():
         for unit in block.units:
-            assert float(kfac._averages.scalars[0, kfac._averages.layout.index(unit)]) == 5.0, name
+            assert float(kfac._parts.averages.scalars[0, kfac._parts.averages.layout.index(unit)]) == 5.0, name
 
 
 class EndsInLayer(Checkpointed):

@@ -227,7 +227,7 @@ def test_rows_of_samples_are_none_that_they_share(use: str) -> None:
         warnings.simplefilter("error")
         model(inputs).square().sum(-1).mean().backward()
         kfac.step()
-    assert set(kfac._measurement.samples().values()) == {Samples.OWN}
+    assert set(kfac._parts.measurement.samples().values()) == {Samples.OWN}
 
 
 EXPERTS = 4
@@ -267,7 +267,7 @@ def routed_factors(model: Routed, parts: int, inputs: Tensor) -> dict[str, Tenso
             (model(part).square().sum() / inputs[..., 0].numel()).backward()
         kfac.step()
     kfac.remove()
-    assert set(kfac._measurement.samples().values()) == {Samples.OWN}
+    assert set(kfac._parts.measurement.samples().values()) == {Samples.OWN}
     return factors(kfac)
 
 
@@ -304,7 +304,7 @@ def test_given_positions_twice_as_many_as_samples_are_shared(dims: int) -> None:
     places = torch.arange(2 * SAMPLES)
     model(torch.randn(SAMPLES, 2 * SAMPLES, WIDTH), places.view((1,) * (dims - 1) + (-1,))).sum().backward()
     kfac.step()
-    found = kfac._measurement.samples()
+    found = kfac._parts.measurement.samples()
     kfac.remove()
     assert {found[name] for name in found if name.startswith("positions")} == {
         Samples.PREPEND if dims == 1 else Samples.EXPAND

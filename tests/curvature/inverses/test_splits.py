@@ -75,7 +75,7 @@ def test_groups_apart_are_the_same_mathematics(solver: str) -> None:
             kfac.step()
         updates.append(gradient_matrix(model[0]))
         groups = model[0].groups
-        units = kfac.plan.blocks["0"].units
+        units = kfac.monitor.plan.blocks["0"].units
         assert [unit.batch for unit in units] == ([1] * 2 * groups if splits else [groups] * 2)
         assert len({unit.name for unit in units}) == len(units)
         kfac.remove()
@@ -202,10 +202,10 @@ def test_ekfac_measures_in_the_heads_bases() -> None:
         model.zero_grad()
         model["attention"](inputs, inputs, inputs, need_weights=False)[0].square().sum(-1).mean(-1).mean().backward()
         kfac.step()
-    assert kfac._moments is not None
-    for name, block in kfac.plan.blocks.items():
+    assert kfac._parts.moments is not None
+    for name, block in kfac.monitor.plan.blocks.items():
         assert block.moments is not None
-        moments = kfac._moments.averages.sums(block.moments)
+        moments = kfac._parts.moments.averages.sums(block.moments)
         assert moments.numel() == torch.Size(block.matrix_shape).numel()
         assert bool((moments > 0).any()), name
     assert all(bool(torch.isfinite(grad).all()) for grad in gradients_of(model).values())

@@ -165,9 +165,9 @@ def test_where_the_model_curves_down_lambda_grows(lr: float) -> None:
         stepper.micro_batch(inputs, targets)
         before = saddle(model(inputs), targets) / len(inputs)
         before.backward()
-        gradient = stepper.space.flatten(stepper.kfac.engine.gradients())
+        gradient = stepper.space.flatten(stepper.kfac.solver_access.engine.gradients())
         assert stepper.step()
-        numbers, step = stepper.metrics(), -stepper.space.flatten(stepper.kfac.engine.gradients())
+        numbers, step = stepper.metrics(), -stepper.space.flatten(stepper.kfac.solver_access.engine.gradients())
         assert numbers["curved_down"]
         # ρ compares the loss with M(lr·d), which follows from the slope and M(d).
         slope = float(gradient @ step) / lr

@@ -126,18 +126,18 @@ def test_a_search_takes_the_gamma_whose_own_inverses_give_the_lowest_model() -> 
         assert stepper.step()
     _backward(case, stepper)
     kfac, last = stepper.kfac, stepper._last.clone()
-    gradient = stepper.space.flatten(kfac.engine.gradients()) + L2 * stepper.space.point()
+    gradient = stepper.space.flatten(kfac.solver_access.engine.gradients()) + L2 * stepper.space.point()
     model, candidates = _Model(case, stepper, gradient), stepper.search.candidates()
     tried: list[tuple[float, Tensor]] = []
-    kfac.update_curvature()
+    kfac.solver_access.update_curvature()
     for gamma in candidates:
-        kfac.set_damping(gamma**2 - L2)
-        kfac.refresh_again()
+        kfac.solver_access.set_damping(gamma**2 - L2)
+        kfac.solver_access.refresh_again()
         proposal = -stepper.precondition(gradient)
         tried.append((model(model.lowest(proposal, last)), proposal))
-    kfac.set_damping(candidates[0] ** 2 - L2)
-    kfac.refresh_again()
-    kfac.update_curvature = lambda: None  # type: ignore[method-assign]  # this step's statistics are taken already
+    kfac.solver_access.set_damping(candidates[0] ** 2 - L2)
+    kfac.solver_access.refresh_again()
+    kfac.solver_access.update_curvature = lambda: None  # type: ignore[method-assign]  # this step's statistics are taken already
     assert stepper.step()
     values = [value for value, _ in tried]
     best = values.index(min(values))
@@ -171,7 +171,7 @@ def test_products_may_be_taken_over_a_share_of_the_batch() -> None:
     part = Case(case.model, case.inputs[::4], case.targets[::4], case.total, 3)
     again = _stepper(case, momentum=False)
     _backward(case, again)
-    gradient = again.space.flatten(again.kfac.engine.gradients()) + L2 * again.space.point()
+    gradient = again.space.flatten(again.kfac.solver_access.engine.gradients()) + L2 * again.space.point()
     model = _Model(part, again, gradient)
     proposal = -(stepper._last / stepper.metrics()["alpha"])
     torch.testing.assert_close(stepper._last.double(), model.lowest(proposal), rtol=1e-3, atol=1e-5)

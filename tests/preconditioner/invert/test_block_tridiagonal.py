@@ -222,11 +222,11 @@ def test_its_state_is_refused_by_layers_that_stand_alone() -> None:
 def test_spectra_of_its_factors_are_read() -> None:
     model = _model()
     kfac = _kfac(model)
-    kfac.inspect()
+    kfac.monitor.inspect()
     for _ in range(2):
         _backward(model, kfac, slice(0, 18), 18)
         kfac.step()
-    [reading] = kfac.inspection()
+    [reading] = kfac.monitor.inspection()
     assert {factor.side for factor in reading.factors} == {"A", "G"}
     a, g = _moments(model)
     found = next(factor for factor in reading.factors if factor.unit == "3/G/0")

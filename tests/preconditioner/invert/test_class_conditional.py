@@ -111,10 +111,10 @@ def correlated(samples: int, width: int = 6, classes: int = 3) -> tuple[Tensor, 
 
 def combined_blocks(kfac: KFAC) -> dict[str, Tensor]:
     """G ⊗ A of every block as a refresh would solve it."""
-    units, averages = kfac.plan.units, kfac._averages
-    found = combine(units, units, averages, kfac._reduction.totals, kfac.communicator)
+    units, averages = kfac.monitor.plan.units, kfac._parts.averages
+    found = combine(units, units, averages, kfac._parts.reduction.totals, kfac.communicator)
     blocks = {}
-    for name, block in kfac.plan.blocks.items():
+    for name, block in kfac.monitor.plan.blocks.items():
         factors = {}
         for unit in block.units:
             sums = averages.sums(unit).double()
@@ -172,8 +172,8 @@ def test_sums_by_class_add_up_to_the_plain_ones_and_weights_are_counts() -> None
     kfac = build_kfac(model, class_conditional={"classes": 3})
     kfac.micro_batch(classes=labels)
     measure(model, inputs, lambda outputs: F.cross_entropy(outputs, labels), kfac=kfac)
-    averages = kfac._averages
-    for unit in kfac.plan.units:
+    averages = kfac._parts.averages
+    for unit in kfac.monitor.plan.units:
         index = averages.layout.index(unit)
         assert_close(averages.scalars[2:, index], labels.bincount(minlength=3))
         sums = averages.sums(unit).double().sum(0) / len(labels)

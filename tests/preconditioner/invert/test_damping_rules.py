@@ -67,12 +67,12 @@ def _train(steps: int, state: Any = None) -> tuple[dict[str, Tensor], list[float
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.kfac.load_state_dict(state["kfac"])
-        run.kfac.load_local_statistics(state["own"])
+        run.kfac.solver_access.load_local_statistics(state["own"])
     dampings = []
     for step in range(first, steps):
         run.step(step)
-        dampings.append(run.kfac.damping)
-    own = {name: value.clone() for name, value in run.kfac.local_statistics().items()}
+        dampings.append(run.kfac.solver_access.damping)
+    own = {name: value.clone() for name, value in run.kfac.solver_access.local_statistics().items()}
     kfac = run.kfac.state_dict()
     saved = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "kfac": kfac, "own": own}
     found = run.parameters()

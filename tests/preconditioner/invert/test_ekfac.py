@@ -104,12 +104,12 @@ def plan_and_traffic(config: dict[str, Any]) -> tuple[int, dict[str, int], int]:
     """This rank's bytes by the plan; and calls in a step that measures, of as many layers."""
     run = Run("mlp", config)
     run.train(6)
-    kept = rank_bytes(run.kfac.plan, run.kfac.config, sharded=False)[run.rank]
+    kept = rank_bytes(run.kfac.monitor.plan, run.kfac.solver_access.config, sharded=False)[run.rank]
     before = dict(run.kfac.communicator.traffic.calls)
     run.train(1, first=6)  # measures, and refreshes nothing
     calls = {key: count - before.get(key, 0) for key, count in run.kfac.communicator.traffic.calls.items()}
-    assert run.kfac._moments is not None
-    numel = run.kfac._moments.averages.average.numel()
+    assert run.kfac._parts.moments is not None
+    numel = run.kfac._parts.moments.averages.average.numel()
     run.close()
     return kept.factors, calls, numel
 
@@ -127,7 +127,7 @@ def test_the_plan_counts_what_is_kept() -> None:
 
 def plain_factors(config: dict[str, Any]) -> int:
     run = Run("mlp", config)
-    kept = rank_bytes(run.kfac.plan, run.kfac.config, sharded=False)[run.rank].factors
+    kept = rank_bytes(run.kfac.monitor.plan, run.kfac.solver_access.config, sharded=False)[run.rank].factors
     run.close()
     return kept
 
@@ -135,14 +135,14 @@ def plain_factors(config: dict[str, Any]) -> int:
 def test_a_step_that_is_not_taken_leaves_no_trace() -> None:
     run = Run("mlp", {"curvature": {"factor_every": 1}, "inversion": {"solver": "ekfac", "inverse_every": 10}})
     run.train(2)
-    assert run.kfac._moments is not None
-    before = run.kfac._moments.averages.average.clone(), run.kfac._moments.averages.scalars.clone()
+    assert run.kfac._parts.moments is not None
+    before = run.kfac._parts.moments.averages.average.clone(), run.kfac._parts.moments.averages.scalars.clone()
     run.gradients(2)
     next(run.model.parameters()).grad.fill_(torch.inf)
     run.kfac.step()
     run.gradients(3)
     run.kfac.discard()
-    after = run.kfac._moments.averages.average, run.kfac._moments.averages.scalars
+    after = run.kfac._parts.moments.averages.average, run.kfac._parts.moments.averages.scalars
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
@@ -150,7 +150,7 @@ def quotients(**curvature: Any) -> list[Tensor]:
     """S/w of a layer after each of three measurements between two of the factors', at unmoved parameters."""
     inversion = {"solver": "ekfac", "inverse_every": 4, "rescale_every": 1, "early_refresh": 0}
     run = Run("mlp", {"curvature": {"factor_every": 4, **curvature}, "inversion": inversion})
-    moments, found = run.kfac._moments, []
+    moments, found = run.kfac._parts.moments, []
     assert moments is not None
     for step in range(4):
         run.gradients(step)

@@ -33,7 +33,7 @@ def trained(steps: int, **inversion: object) -> tuple[KFAC, list[str]]:
         yield
         stood.append("started")
 
-    kfac.inspect(outside)
+    kfac.monitor.inspect(outside)
     for _ in range(steps):
         model(torch.randn(8, 6)).square().sum(-1).mean().backward()
         kfac.step()
@@ -43,18 +43,18 @@ def trained(steps: int, **inversion: object) -> tuple[KFAC, list[str]]:
 
 def readings() -> list[RefreshReading]:
     kfac, _ = trained(3)
-    found = kfac.inspection()
+    found = kfac.monitor.inspection()
     kfac.remove()
     return found
 
 
 def test_a_reading_has_the_spectrum_of_what_was_inverted() -> None:
     kfac, stood = trained(1)
-    (reading,) = kfac.inspection()
+    (reading,) = kfac.monitor.inspection()
     assert stood == ["stopped", "started"]
     assert reading.step == 0
     assert reading.seconds > 0
-    assert {factor.unit for factor in reading.factors} == {unit.name for unit in kfac.plan.units}
+    assert {factor.unit for factor in reading.factors} == {unit.name for unit in kfac.monitor.plan.units}
     state = kfac.state_dict()["units"]
     for factor in reading.factors:
         stored = state[factor.unit]
@@ -72,15 +72,15 @@ def test_a_reading_has_the_spectrum_of_what_was_inverted() -> None:
 
 def test_each_factor_is_read_once_for_each_time_that_one_asks() -> None:
     kfac, _ = trained(6)
-    assert [reading.step for reading in kfac.inspection()] == [0]
-    assert kfac.inspection() == []
+    assert [reading.step for reading in kfac.monitor.inspection()] == [0]
+    assert kfac.monitor.inspection() == []
 
 
 def test_staggered_factors_are_read_when_they_are_due() -> None:
     kfac, _ = trained(9, inverse_every=2, stagger=2)
-    found = kfac.inspection()
+    found = kfac.monitor.inspection()
     units = [factor.unit for reading in found for factor in reading.factors]
-    assert sorted(units) == sorted(unit.name for unit in kfac.plan.units)
+    assert sorted(units) == sorted(unit.name for unit in kfac.monitor.plan.units)
 
 
 def test_every_rank_tells_of_what_it_owns() -> None:

@@ -37,7 +37,7 @@ def inverses_by_step(lag: int, solver: str, steps: int, distribution: dict[str, 
     found = []
     for step in range(steps):
         run.step(step)
-        found.append(run.kfac.inverses())
+        found.append(run.kfac.solver_access.inverses())
     run.close()
     return found
 
@@ -90,7 +90,7 @@ def fails_beside() -> tuple[bool, float, list[bool], list[bool]]:
 
     run = Run("mlp", config(LAG))
     run.step(0)
-    before = run.kfac.inverses()
+    before = run.kfac.solver_access.inverses()
     for step in range(1, 4):
         run.step(step)
     solve_batch = solvers._solve_batch
@@ -105,13 +105,13 @@ def fails_beside() -> tuple[bool, float, list[bool], list[bool]]:
         for step in range(4, 8):
             run.step(step)
     solvers._solve_batch = solve_batch
-    after = run.kfac.inverses()
+    after = run.kfac.solver_access.inverses()
     for step in range(8, 12):
         run.step(step)
-    last = run.kfac.inverses()
+    last = run.kfac.solver_access.inverses()
     said = any("planted" in str(warning.message) for warning in caught)
     failures = run.kfac.metrics()["failed_inversions"]
-    owners = run.kfac.plan.assignment.owners
+    owners = run.kfac.monitor.plan.assignment.owners
     names = [name for name in before if owners[name] == 1]
     run.close()
     kept = [torch.equal(before[name], after[name]) for name in names]
@@ -140,7 +140,7 @@ def test_a_layer_is_measured_in_its_turn_alone() -> None:
         every.step(step)
         wanted.append(every.factors())
         turns.step(step)
-    plan = turns.kfac.plan
+    plan = turns.kfac.monitor.plan
     found = turns.factors()
     assert {block.slot for block in plan.blocks.values()} == {0, 1}
     for unit in plan.units:
@@ -168,16 +168,18 @@ def owed(solver: str, lag: int) -> tuple[list[dict[str, Tensor]], dict[str, int]
     again: Run | None = None
     for step in range(26):
         if step == 17:
-            run.kfac.multiply_damping(10.0, refresh=True)
+            run.kfac.solver_access.multiply_damping(10.0, refresh=True)
         run.step(step)
-        found.append(run.kfac.inverses())
+        found.append(run.kfac.solver_access.inverses())
         if again is not None:
             again.step(step)
-            same = same and all(torch.equal(value, found[-1][name]) for name, value in again.kfac.inverses().items())
+            same = same and all(
+                torch.equal(value, found[-1][name]) for name, value in again.kfac.solver_access.inverses().items()
+            )
         if step == 18:
             again = Run("conv", {**SLOTS, "inversion": inversion}, lr=0.0)
             again.kfac.load_state_dict(run.kfac.state_dict())
-    slots = {unit.name: run.kfac.plan.blocks[unit.block].slot for unit in run.kfac.plan.units}
+    slots = {unit.name: run.kfac.monitor.plan.blocks[unit.block].slot for unit in run.kfac.monitor.plan.units}
     run.close()
     assert again is not None
     again.close()
@@ -213,10 +215,10 @@ def spoiled(solver: str, lag: int) -> tuple[list[str], float, bool]:
     inversion = {"solver": solver, "inverse_every": 2, "inverse_lag": lag, "early_refresh": 0, "damping": 1e-4}
     run = Run("mlp", {"curvature": {"factor_every": 1, "decay": 0.5}, "inversion": inversion}, lr=0.0)
     run.step(0)
-    unit = next(unit for unit in run.kfac.plan.units if unit.block == "0" and str(unit.side) == "A")
+    unit = next(unit for unit in run.kfac.monitor.plan.units if unit.block == "0" and str(unit.side) == "A")
     said = []
     for step in range(1, 8):
-        sums = run.kfac._averages.sums(unit)
+        sums = run.kfac._parts.averages.sums(unit)
         values, vectors = torch.linalg.eigh(sums[0].triu() + sums[0].triu(1).T)
         values[0] = -20.0  # so much that half of it outweighs what the step measures
         sums[0].copy_(vectors @ values.diag() @ vectors.T)
@@ -224,9 +226,9 @@ def spoiled(solver: str, lag: int) -> tuple[list[str], float, bool]:
             warnings.simplefilter("always")
             run.step(step)
         said += [str(warning.message) for warning in caught if "positive definite" in str(warning.message)]
-    finite = all(bool(torch.isfinite(value).all()) for value in run.kfac.inverses().values())
+    finite = all(bool(torch.isfinite(value).all()) for value in run.kfac.solver_access.inverses().values())
     count = run.kfac.metrics()["raised_dampings"]
-    owner = run.kfac.plan.assignment.owners[unit.name] == run.rank
+    owner = run.kfac.monitor.plan.assignment.owners[unit.name] == run.rank
     run.close()
     return (said, count, finite) if owner else (["another's"], count, finite)
 

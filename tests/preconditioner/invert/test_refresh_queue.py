@@ -6,16 +6,16 @@ from typing import Any
 
 from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.block_tridiagonal_units import find_all
-from kfac_dist.preconditioner.invert.refresh_queue import Pace
+from kfac_dist.preconditioner.invert.refresh_queue import RefreshQueue
+from kfac_dist.preconditioner.invert.refresh_schedule import RefreshSchedule
 from kfac_dist.preconditioner.plan import Plan, build_plan
-from kfac_dist.preconditioner.schedule import Cadence
 from tests.preconditioner.workloads import deep
 
 
-def planned(layers: int, world_size: int = 1, **sections: Any) -> tuple[Pace, Plan]:
+def planned(layers: int, world_size: int = 1, **sections: Any) -> tuple[RefreshQueue, Plan]:
     config = parse_kfac(sections)
     plan = build_plan(find_all(deep(layers), config).blocks, config, world_size=world_size)
-    return Pace(Cadence.of(config), plan), plan
+    return RefreshQueue(RefreshSchedule.of(config), plan), plan
 
 
 TURNS = {

@@ -244,7 +244,7 @@ def test_steps_that_show_nothing_postpone_the_question_three_times_at_most() -> 
     model = LossAlone(nn.Linear(FEATURES, 4), nn.Linear(4, CLASSES))
     config = {"curvature": {"factor_every": 1}, "update": {"kl_clip": None}}
     kfac = KFAC(model, config)
-    watch = kfac._measurement._scale
+    watch = kfac._parts.measurement._scale
     for number in range(3):
         assert not watch.over, number
         model.zero_grad()

@@ -373,7 +373,7 @@ def test_a_layer_without_rows_keeps_its_average_and_disturbs_no_other(
     def after(*rows: int) -> tuple[dict[str, Tensor], KFAC]:
         model = Branches()
         kfac = build_kfac(model, sharing=sharing, loss_terms=loss_terms, inversion={"solver": solver, "damping": 0.1})
-        kfac._averages.decay = 0.5
+        kfac._parts.averages.decay = 0.5
         for number in rows:
             model.zero_grad()
             squares(model(draw(7, D), number)).backward()

@@ -76,12 +76,12 @@ def run(config: dict[str, Any], *, micro_batches: int = 1, saved_at: int | None 
     kfac = KFAC(wrapped, config, optimizer=optimizer)
     for step in range(STEPS):
         if step == saved_at:
-            own = {name: value.clone() for name, value in kfac.local_statistics().items()}
+            own = {name: value.clone() for name, value in kfac.solver_access.local_statistics().items()}
             state = kfac.state_dict()
             kfac.remove()
             kfac = KFAC(wrapped, config, optimizer=optimizer)
             kfac.load_state_dict(state)
-            kfac.load_local_statistics(own)
+            kfac.solver_access.load_local_statistics(own)
         optimizer.zero_grad()
         inputs, route, labels = batch_of(step)
         own_rows = range(*part(rank, size).indices(BATCH))

@@ -85,10 +85,10 @@ def test_the_trust_region_takes_the_largest_rate_and_waits_for_none(
     groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(model, rates, strict=True)]
     kfac = KFAC(model, {"update": {"kl_clip": 1e-3, "kl_clip_lr": "current"}}, optimizer=torch.optim.SGD(groups))
     F.cross_entropy(model(torch.randn(8, 6)), torch.randint(3, (8,))).backward()
-    kfac.update_curvature()
+    kfac.solver_access.update_curvature()
     monkeypatch.setattr(device_ops, "free_to_read", lambda device: False)
     with Waits() as waits:
-        found = kfac._length._lr()
+        found = kfac._parts.trust_region._lr()
     assert waits.found == []
     assert float(found) == 0.5
     kfac.remove()

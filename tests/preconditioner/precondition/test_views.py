@@ -103,12 +103,12 @@ def test_missing_gradients_count_as_zero_and_stay_missing() -> None:
     model = Parallel(3, others=True)
     kfac, _ = started(model)
     vectors = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    kfac.precondition({name: vector.clone() for name, vector in vectors.items()})
+    kfac.solver_access.precondition({name: vector.clone() for name, vector in vectors.items()})
     gone = {"layers.1.weight", "layers.1.bias", "layers.2.bias", "attention.in_proj_bias", "spread.weight"}
     with_zeros = {name: torch.zeros_like(v) if name in gone else v.clone() for name, v in vectors.items()}
     without = {name: v.clone() for name, v in vectors.items() if name not in gone}
-    kfac.precondition(with_zeros)
-    kfac.precondition(without)
+    kfac.solver_access.precondition(with_zeros)
+    kfac.solver_access.precondition(without)
     assert without.keys() == vectors.keys() - gone
     for name, vector in without.items():
         assert vector.equal(with_zeros[name]), name
@@ -130,8 +130,8 @@ def test_gradients_of_any_precision_and_memory_format_go_through_the_same_views(
     wide = {name: v.float() for name, v in rounded.items()}
     if channels_last:
         rounded = {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in rounded.items()}
-    kfac.precondition(wide)
-    kfac.precondition(rounded)
+    kfac.solver_access.precondition(wide)
+    kfac.solver_access.precondition(rounded)
     for name, vector in rounded.items():
         assert vector.equal(wide[name].bfloat16()), name
     kfac.remove()

@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_for_one_player_is_skipped_by_both(tmp_path: P
     assert not taken
     assert all(torch.equal(p, before[name]) for name, p in parts.engine.module.named_parameters())
     for member in parts.kfac.members:
-        statistics = member.local_statistics()
+        statistics = member.solver_access.local_statistics()
         assert all((value == 0).all() for value in statistics.values() if value.is_floating_point())
 
 

@@ -147,7 +147,7 @@ def test_state_and_statistics_are_each_players_own() -> None:
     play(game, kfac, "empirical", 1.0)
     kfac.step()
     fresh.load_sharded_state_dict(kfac.sharded_state_dict())
-    fresh.load_local_statistics(kfac.local_statistics())
+    fresh.load_local_statistics(kfac.solver_access.local_statistics())
     assert [member.steps for member in fresh.members] == [1, 1]
     for model, preconditioner in ((game, kfac), (other, fresh)):
         play(model, preconditioner, "empirical", 1.0)
@@ -158,6 +158,6 @@ def test_state_and_statistics_are_each_players_own() -> None:
     assert shown["damping"] == shown["generator/damping"] == DAMPING
     assert shown["discriminator/damping"] == 2 * DAMPING
     assert shown["refreshes"] == sum(member.metrics()["refreshes"] for member in kfac.members)
-    kfac.multiply_damping(10.0)
-    assert [member.damping for member in kfac.members] == pytest.approx([10 * DAMPING, 20 * DAMPING])
+    kfac.solver_access.multiply_damping(10.0)
+    assert [member.solver_access.damping for member in kfac.members] == pytest.approx([10 * DAMPING, 20 * DAMPING])
     kfac.remove()

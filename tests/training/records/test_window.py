@@ -47,15 +47,16 @@ def test_a_skipped_step_adds_neither_loss_nor_terms(on_device: bool) -> None:
 
 
 def test_what_was_dropped_is_counted_since_the_last_close_and_goes_on_from_a_checkpoint() -> None:
-    kfac = cast(KFAC, SimpleNamespace(dropped=torch.tensor(4), measured=7))
+    monitor = SimpleNamespace(dropped=torch.tensor(4), measured=7)
+    kfac = cast(KFAC, SimpleNamespace(monitor=monitor))
     window = Window(torch.device("cpu"), [kfac])
-    kfac.dropped, kfac.measured = torch.tensor(6), 10  # type: ignore[misc]
+    monitor.dropped, monitor.measured = torch.tensor(6), 10
     state, counts = window.state(), window.counts()
     totals = window.close(SOLO, lambda: 1.0)
     assert (totals.dropped, totals.measured) == (2, 3)
     resumed = Window(torch.device("cpu"), [kfac])
     resumed.restore(state, counts)
-    kfac.dropped, kfac.measured = torch.tensor(7), 11  # type: ignore[misc]
+    monitor.dropped, monitor.measured = torch.tensor(7), 11
     totals = resumed.close(SOLO, lambda: 1.0)
     assert (totals.dropped, totals.measured) == (3, 4)
     totals = resumed.close(SOLO, lambda: 1.0)

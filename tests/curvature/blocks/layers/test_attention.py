@@ -196,7 +196,7 @@ def test_an_encoder_layer_is_covered_whole() -> None:
     assert not kfac.coverage.uncovered
     loss(model(noise(SAMPLES, QUERIES, WIDTH))).backward()
     kfac.step()
-    assert all(float(kfac._averages.scalars[0, index]) > 0 for index in range(len(kfac.plan.units)))
+    assert all(float(kfac._parts.averages.scalars[0, index]) > 0 for index in range(len(kfac.monitor.plan.units)))
     model.eval()
     with torch.no_grad():  # the fused path of inference
         model(noise(SAMPLES, QUERIES, WIDTH))

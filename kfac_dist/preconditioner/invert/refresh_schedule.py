@@ -21,7 +21,7 @@ from kfac_dist.config.schema import KFACConfig, Solver
 
 
 @dataclass(frozen=True)
-class Cadence:
+class RefreshSchedule:
     """The intervals of one configuration.
 
     With `stagger` slots, slot s refreshes at its own offset in every window of `inverse_every` steps, so that no step
@@ -52,7 +52,7 @@ class Cadence:
     parts: int = 1
 
     @classmethod
-    def of(cls, config: KFACConfig) -> Cadence:
+    def of(cls, config: KFACConfig) -> RefreshSchedule:
         """Return the cadence of a configuration."""
         inversion = config.inversion
         return cls(

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from kfac_dist.config.yaml.options import parse_kfac
-from kfac_dist.preconditioner.schedule import Cadence
+from kfac_dist.preconditioner.invert.refresh_schedule import RefreshSchedule
 
 
-def cadence(factor_every: int = 10, inverse_every: int = 50, parts: int = 1, **inversion: int) -> Cadence:
+def cadence(factor_every: int = 10, inverse_every: int = 50, parts: int = 1, **inversion: int) -> RefreshSchedule:
     config = {
         "curvature": {"factor_every": factor_every, "stagger": parts},
         "inversion": {"inverse_every": inverse_every, **inversion},
     }
-    return Cadence.of(parse_kfac(config))
+    return RefreshSchedule.of(parse_kfac(config))
 
 
-def measured(plan: Cadence, steps: int) -> list[int]:
+def measured(plan: RefreshSchedule, steps: int) -> list[int]:
     return [step for step in range(steps) if plan.measures(step)]
 
 
-def refreshed(plan: Cadence, steps: int, slot: int = 0) -> list[int]:
+def refreshed(plan: RefreshSchedule, steps: int, slot: int = 0) -> list[int]:
     return [step for step in range(steps) if slot in plan.due(step)]
 
 
