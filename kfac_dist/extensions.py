@@ -34,8 +34,8 @@ from kfac_dist.distributed.communicators.torch_communicator import TorchCommunic
 from kfac_dist.distributed.movement.gradient_layout import GradientLayout as GradientLayout
 from kfac_dist.distributed.movement.gradient_layout import ParameterSlices as ParameterSlices
 from kfac_dist.distributed.startup.bootstrap import World as World
-from kfac_dist.engines.base import Engine as Engine
 from kfac_dist.engines.build import add_engine
+from kfac_dist.engines.training_engine import TrainingEngine as Engine
 from kfac_dist.errors import CollectiveError as CollectiveError
 from kfac_dist.errors import ExtensionError as ExtensionError
 from kfac_dist.reporting.sinks import Sink as Sink

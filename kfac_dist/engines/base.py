@@ -22,7 +22,6 @@ from kfac_dist.compat.torch import times_written
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.gradient_layout import GradientLayout
-from kfac_dist.engines.local_shards import Holding, holdings_of
 
 # What the traffic counts the ranks' vote on their gradients as.
 FINITE = "finite"
@@ -51,7 +50,7 @@ class Handle(Protocol):
 
 
 class Engine(ABC):
-    """A model whose gradients are averaged over ranks and held somewhere.
+    """A model whose gradients are averaged over ranks and held somewhere, as K-FAC sees it.
 
     Attributes:
         model: What the training loop calls.
@@ -148,64 +147,6 @@ class Engine(ABC):
     def whole_shapes(self) -> AbstractContextManager[None]:
         """Return a context in which every parameter shows its whole shape, whatever its memory holds."""
         return nullcontext()
-
-    @abstractmethod
-    def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
-        """Return a context for one micro-batch's forward and backward; only the last of a step averages gradients."""
-
-    def averaging_bytes(self, size: int) -> int:
-        """Return how many bytes one of `size` ranks sends as a step's gradients are averaged; 0 if nobody knows."""
-        return 0
-
-    def prepared(self, inputs: Tensor) -> Tensor:
-        """Return a model's inputs in the precision that it computes in, where it doesn't see to that by itself."""
-        return inputs
-
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate a micro-batch's loss, which is divided already by all that it should be divided by."""
-        loss.backward()
-
-    def take_step(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
-        """Clip the norm of all gradients together, step the optimizer and forget the gradients.
-
-        Args:
-            optimizer: The optimizer that was built for this engine.
-            max_norm: Norm to which the gradient that the optimizer sees is clipped; None leaves it.
-        """
-        if max_norm is not None:
-            trained = [p for p in self.module.parameters() if p.requires_grad]
-            torch.nn.utils.clip_grad_norm_(trained, max_norm, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def unused(self) -> list[str]:
-        """Return the trained parameters that the last backward left out, if other ranks then wait for them."""
-        return []
-
-    def holdings(self) -> list[Holding]:
-        """Return what this rank holds of all parameters, between steps, for a checkpoint."""
-        return list(holdings_of(self.module.named_parameters()))
-
-    def restored(self) -> None:  # noqa: B027  most engines compute with what `holdings` views
-        """Take up weights that were written into `holdings`; collective."""
-
-    def counters(self) -> dict[str, Tensor]:
-        """Return what the engine itself counts, such as a loss scale; the same on every rank."""
-        return {}
-
-    def load_counters(self, values: dict[str, Tensor]) -> None:  # noqa: B027
-        """Take `counters` of an engine of this kind."""
-
-    def close(self) -> None:  # noqa: B027  most engines leave nothing behind
-        """Let go of the model; called once no step is taken any more, also after a failure."""
-
-    def settle(self, backward: Callable[[], None]) -> None:  # noqa: B027  most engines need none
-        """Run a backward pass whose results are thrown away, if the engine needs one before its first step.
-
-        Some engines arrange their communication by the first backward that they see. Where that changes the order in
-        which ranks are summed, a resumed run would round differently from one that never stopped. Call this before
-        K-FAC is attached and before a checkpoint is loaded; collective.
-        """
 
     def finite_everywhere(self, communicator: Communicator) -> Tensor:
         """Return `finite` of all ranks together, 0-dim bool, the same on each; collective if ranks hold slices.

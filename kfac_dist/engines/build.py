@@ -15,11 +15,12 @@ from kfac_dist.config.schema import EngineConfig, EngineName, TrainConfig
 from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.engines.base import Engine
 from kfac_dist.engines.ddp import DDPEngine
+from kfac_dist.engines.training_engine import TrainingEngine
 from kfac_dist.engines.zero.engine import ZeroEngine, is_deepspeed_engine
 from kfac_dist.errors import ConfigError, ExtensionError, ModelError
 
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Make = Callable[[nn.Module, EngineConfig, World], Engine]
+Make = Callable[[nn.Module, EngineConfig, World], TrainingEngine]
 # Those that code outside of the package has added.
 REGISTERED: dict[EngineName, Make] = {}
 
@@ -31,7 +32,7 @@ def add_engine(name: str, make: Make) -> None:
         ExtensionError: The name is taken or no name, or what is given can't make an engine.
     """
     where = "register_engine"
-    if isinstance(make, type) and not issubclass(make, Engine):
+    if isinstance(make, type) and not issubclass(make, TrainingEngine):
         raise ExtensionError(f"{where}: {make.__name__} must derive from kfac_dist.extensions.Engine")
     if inspect.isabstract(make):
         missing = ", ".join(sorted(getattr(make, "__abstractmethods__", ())))
@@ -104,7 +105,7 @@ def check_sections(config: EngineConfig, train: TrainConfig, *, on_cpu: bool) ->
 
 def build_engine(
     model: nn.Module, config: EngineConfig, train: TrainConfig, world: World, build_optimizer: OptimizerOf
-) -> tuple[Engine, torch.optim.Optimizer]:
+) -> tuple[TrainingEngine, torch.optim.Optimizer]:
     """Move a model to this rank's device, distribute it as the configuration says, and build its optimizer; collective.
 
     Args:
@@ -125,15 +126,15 @@ def build_engine(
 
 def _built(
     model: nn.Module, config: EngineConfig, train: TrainConfig, world: World, build_optimizer: OptimizerOf
-) -> tuple[Engine, torch.optim.Optimizer]:
+) -> tuple[TrainingEngine, torch.optim.Optimizer]:
     check_engine(config, train, world)
     if config.sync_batchnorm and world.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(world.device)
-    engine: Engine
+    engine: TrainingEngine
     if config.name in REGISTERED:
         engine = REGISTERED[config.name](model, config, world)
-        if not isinstance(engine, Engine):
+        if not isinstance(engine, TrainingEngine):
             raise ConfigError(
                 f"engine.name: {config.name} made {type(engine).__name__}, expected what derives from "
                 "kfac_dist.extensions.Engine"
@@ -153,7 +154,7 @@ def _built(
     return engine, build_optimizer(engine.module.parameters())
 
 
-def _build_ddp(model: nn.Module, config: EngineConfig, world: World) -> Engine:
+def _build_ddp(model: nn.Module, config: EngineConfig, world: World) -> TrainingEngine:
     if world.world_size == 1:
         return DDPEngine(model)
     wrapped = DistributedDataParallel(

@@ -15,10 +15,10 @@ from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.communicators.traffic import all_reduce_bytes
 from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices
-from kfac_dist.engines.base import Engine
+from kfac_dist.engines.training_engine import TrainingEngine
 
 
-class DDPEngine(Engine):
+class DDPEngine(TrainingEngine):
     """A `DistributedDataParallel` model, or a bare module (with several ranks, the user averages its gradients)."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,13 +55,13 @@ class DDPEngine(Engine):
         return True
 
     def unused(self) -> list[str]:
-        """See `Engine.unused`: DDP waits, unless it was told to look for them."""
+        """See `TrainingEngine.unused`: DDP waits, unless it was told to look for them."""
         if self._ddp is None or self._ddp.find_unused_parameters:
             return []
         return [name for name, parameter in self._trained.items() if parameter.grad is None]
 
     def settle(self, backward: Callable[[], None]) -> None:
-        """See `Engine.settle`: DDP rebuilds its buckets in the order in which the first gradients came.
+        """See `TrainingEngine.settle`: DDP rebuilds its buckets in the order in which the first gradients came.
 
         A ring sums an element in an order that depends on its place in the bucket, which shows from three ranks on.
         """
@@ -76,11 +76,11 @@ class DDPEngine(Engine):
             parameter.grad = None
 
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
-        """See `Engine.synchronize`."""
+        """See `TrainingEngine.synchronize`."""
         return nullcontext() if enabled or self._ddp is None else self._ddp.no_sync()
 
     def averaging_bytes(self, size: int) -> int:
-        """See `Engine.averaging_bytes`: DDP all-reduces its buckets, whose bytes add up to the gradients'."""
+        """See `TrainingEngine.averaging_bytes`: DDP all-reduces its buckets, whose bytes add up to the gradients'."""
         if self._ddp is None:
             return 0
         return all_reduce_bytes(sum(p.numel() * p.element_size() for p in self._trained.values()), size)

@@ -26,12 +26,12 @@ from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices
-from kfac_dist.engines.base import Engine
 from kfac_dist.engines.local_shards import Holding
+from kfac_dist.engines.training_engine import TrainingEngine
 from kfac_dist.errors import ModelError
 
 
-class FSDP2Engine(Engine):
+class FSDP2Engine(TrainingEngine):
     """A model whose trained parameters `fully_shard` has cut along their first dimension, over one mesh.
 
     Args:
@@ -117,7 +117,7 @@ class FSDP2Engine(Engine):
         return kinds.pop() if len(kinds) == 1 else torch.float32
 
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
-        """See `Engine.synchronize`."""
+        """See `TrainingEngine.synchronize`."""
         return nullcontext() if enabled else self._without_reduction()
 
     @contextmanager
@@ -132,7 +132,7 @@ class FSDP2Engine(Engine):
 
     @torch.no_grad()  # or `to_local` would be an operation of autograd's
     def holdings(self) -> list[Holding]:
-        """See `Engine.holdings`."""
+        """See `TrainingEngine.holdings`."""
         for module in self._sharded_modules:
             module.reshard()  # an evaluation leaves the outermost module with whole parameters
         return super().holdings()

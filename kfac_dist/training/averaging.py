@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kfac_dist.engines import Engine
+from kfac_dist.engines import TrainingEngine
 from kfac_dist.training.checkpoints.slices import SavedRun, Wanted, run_name
 
 
@@ -26,7 +26,7 @@ class IterateAverage:
         decay: ξ.
     """
 
-    def __init__(self, engine: Engine, decay: float) -> None:
+    def __init__(self, engine: TrainingEngine, decay: float) -> None:
         self._engine = engine
         self._decay = decay
         self._values = [holding.values.clone() for holding in engine.holdings()]

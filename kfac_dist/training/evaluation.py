@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.flat import broadcast_all
-from kfac_dist.engines import Engine
+from kfac_dist.engines import TrainingEngine
 from kfac_dist.inputs import each
 from kfac_dist.tasks.losses import Loss
 from kfac_dist.tasks.scores import Score
@@ -39,7 +39,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine,
+    engine: TrainingEngine,
     loss: Loss,
     source: Source,
     samples: int,

@@ -14,7 +14,7 @@ from kfac_dist.config.schema import Config, KFACConfig, StepSolver
 from kfac_dist.distributed.communicators.agreement import agree_on_plan
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.startup.bootstrap import World
-from kfac_dist.engines import Engine, build_engine, check_engine
+from kfac_dist.engines import TrainingEngine, build_engine, check_engine
 from kfac_dist.errors import ConfigError, DataError
 from kfac_dist.optimizers import Stepper, build_optimizer, build_stepper
 from kfac_dist.preconditioner.kfac import KFAC
@@ -51,7 +51,7 @@ class Parts:
         game: What a game has beside these; None if the run is none.
     """
 
-    engine: Engine
+    engine: TrainingEngine
     optimizer: torch.optim.Optimizer
     kfac: KFAC | PlayersKFAC | None
     loss: Loss
@@ -125,7 +125,7 @@ def build_parts(
         at("comparing what was built")
     agree_on_plan(communicator, parameter_shapes(model))
     total_steps = settings.steps or sampler.steps(settings.epochs or 1)
-    engine: Engine
+    engine: TrainingEngine
     kfac: KFAC | PlayersKFAC | None = None
     stepper = None
     if game is not None:
@@ -179,7 +179,7 @@ def parameter_shapes(model: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
-def _settle(engine: Engine, loss: Loss, data: Source) -> None:
+def _settle(engine: TrainingEngine, loss: Loss, data: Source) -> None:
     """Let the engine arrange its communication by a pass over the first samples, which leaves no trace."""
 
     def backward() -> None:

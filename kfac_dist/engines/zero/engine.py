@@ -31,7 +31,8 @@ from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices
-from kfac_dist.engines.base import BackwardPass, Engine, Handle
+from kfac_dist.engines.base import BackwardPass, Handle
+from kfac_dist.engines.training_engine import TrainingEngine
 from kfac_dist.engines.zero.limits import check_supported
 from kfac_dist.engines.zero.partitions import Partitions, partitions_of
 from kfac_dist.errors import ModelError
@@ -44,7 +45,7 @@ def is_deepspeed_engine(model: object) -> bool:
     )
 
 
-class ZeroEngine(Engine):
+class ZeroEngine(TrainingEngine):
     """A model that `deepspeed.initialize` has wrapped.
 
     Args:
@@ -195,7 +196,7 @@ class ZeroEngine(Engine):
         return _whole_shapes(list(self._names))
 
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
-        """See `Engine.synchronize`: DeepSpeed counts micro-batches itself."""
+        """See `TrainingEngine.synchronize`: DeepSpeed counts micro-batches itself."""
         return nullcontext()
 
     def finite(self) -> Tensor:

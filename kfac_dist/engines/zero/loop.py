@@ -45,43 +45,43 @@ class ZeroLoopEngine(ZeroEngine):
         return BackwardPass(self.gradient_scale, self._index, self._last)
 
     def synchronize(self, enabled: bool) -> AbstractContextManager[None]:
-        """See `Engine.synchronize`."""
+        """See `TrainingEngine.synchronize`."""
         self._last = enabled
         self._deepspeed.set_gradient_accumulation_boundary(enabled)
         return nullcontext()
 
     def prepared(self, inputs: Tensor) -> Tensor:
-        """See `Engine.prepared`."""
+        """See `TrainingEngine.prepared`."""
         return inputs if self._dtype is None or not inputs.is_floating_point() else inputs.to(self._dtype)
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine.backward`."""
+        """See `TrainingEngine.backward`."""
         self._deepspeed.backward(loss, scale_wrt_gas=False)
         self._index += 1
 
     def take_step(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
-        """See `Engine.take_step`: DeepSpeed was told at its start to what it clips."""
+        """See `TrainingEngine.take_step`: DeepSpeed was told at its start to what it clips."""
         self._deepspeed.step()
         self._index = 0
 
     def holdings(self) -> list[Holding]:
-        """See `Engine.holdings`."""
+        """See `TrainingEngine.holdings`."""
         return zero_holdings(self._deepspeed)
 
     def restored(self) -> None:
-        """See `Engine.restored`."""
+        """See `TrainingEngine.restored`."""
         use_restored_weights(self._deepspeed)
 
     def counters(self) -> dict[str, Tensor]:
-        """See `Engine.counters`."""
+        """See `TrainingEngine.counters`."""
         return zero_counters(self._deepspeed)
 
     def close(self) -> None:
-        """See `Engine.close`: DeepSpeed's hooks hold parameters and buffers, which the next run has no room for."""
+        """See `TrainingEngine.close`: DeepSpeed's hooks hold memory that the next run has no room for."""
         self._deepspeed.destroy()
 
     def load_counters(self, values: dict[str, Tensor]) -> None:
-        """See `Engine.load_counters`."""
+        """See `TrainingEngine.load_counters`."""
         load_zero_counters(self._deepspeed, values)
 
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kfac_dist.config.schema import StepSolver
-from kfac_dist.engines import Engine
+from kfac_dist.engines import TrainingEngine
 from kfac_dist.engines.local_shards import Holding
 from kfac_dist.errors import CheckpointError
 from kfac_dist.preconditioner.kfac import KFAC
@@ -195,7 +195,7 @@ def _drop(state: dict[str, Any], key: str) -> None:
             value.pop(key, None)
 
 
-def _buffers(engine: Engine) -> dict[str, Any]:
+def _buffers(engine: TrainingEngine) -> dict[str, Any]:
     """Return the entries of the model's state that are no parameters."""
     parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
     return {name: value for name, value in engine.module.state_dict().items() if name not in parameters}
@@ -242,7 +242,7 @@ def _optimizer_wants(holding: Holding, optimizer: torch.optim.Optimizer, saved: 
             yield Wanted(name, 0, state[key])
 
 
-def _check_model(engine: Engine, holdings: list[Holding], saved: Saved, path: Path) -> None:
+def _check_model(engine: TrainingEngine, holdings: list[Holding], saved: Saved, path: Path) -> None:
     """Compare the parameters with what a checkpoint has.
 
     Raises:

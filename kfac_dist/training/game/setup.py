@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfac_dist.config.schema import Config
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.flat import broadcast_all
-from kfac_dist.engines import Engine
+from kfac_dist.engines import TrainingEngine
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.errors import DataError, ModelError
 from kfac_dist.optimizers import build_optimizer
@@ -74,7 +74,7 @@ def share_judge(game: GameParts, communicator: Communicator) -> None:
 
 def build_players(
     config: Config, game: GameParts, total_steps: int
-) -> tuple[Engine, torch.optim.Optimizer, PlayersKFAC | None]:
+) -> tuple[TrainingEngine, torch.optim.Optimizer, PlayersKFAC | None]:
     """Build an engine of both players, an optimizer with a group for each, and a K-FAC for each; collective."""
     players, own = game.players, game.config.discriminator
     optimizer = build_optimizer(players.generator.parameters(), config.first_order)

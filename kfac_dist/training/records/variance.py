@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kfac_dist.distributed.communicators.base import Communicator
-from kfac_dist.engines import Engine
+from kfac_dist.engines import TrainingEngine
 from kfac_dist.optimizers.variance import TALLY, RelativeVariance, shared_beta, tally_of
 
 FILE = "relative_variance.json"
@@ -18,7 +18,7 @@ FILE = "relative_variance.json"
 
 @torch.no_grad()
 def relative_variances(
-    engine: Engine, optimizer: torch.optim.Optimizer, communicator: Communicator
+    engine: TrainingEngine, optimizer: torch.optim.Optimizer, communicator: Communicator
 ) -> dict[str, RelativeVariance]:
     """Return η² of each parameter by name; empty for optimizers that don't average squares; one sum over the ranks.
 

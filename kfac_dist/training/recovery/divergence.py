@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kfac_dist.config.schema import DivergenceConfig
 from kfac_dist.distributed.communicators.base import Communicator
-from kfac_dist.engines import Engine
+from kfac_dist.engines import TrainingEngine
 from kfac_dist.errors import KFACError
 
 
@@ -40,7 +40,7 @@ class Guard:
         device: Where the losses are.
     """
 
-    def __init__(self, engine: Engine, communicator: Communicator, device: torch.device) -> None:
+    def __init__(self, engine: TrainingEngine, communicator: Communicator, device: torch.device) -> None:
         self._engine = engine
         self._communicator = communicator
         self._trusts_engine = "cur_scale" in engine.counters()  # without one DeepSpeed counts skipped steps, too
