@@ -26,7 +26,7 @@ from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.movement.gradient_layout import GradientLayout, ParameterSlices
-from kfac_dist.engines.local_shards import Holding
+from kfac_dist.engines.local_shards import LocalShard
 from kfac_dist.engines.training_engine import TrainingEngine
 from kfac_dist.errors import ModelError
 
@@ -131,7 +131,7 @@ class FSDP2Engine(TrainingEngine):
                 module.set_requires_gradient_sync(True, recurse=False)
 
     @torch.no_grad()  # or `to_local` would be an operation of autograd's
-    def holdings(self) -> list[Holding]:
+    def holdings(self) -> list[LocalShard]:
         """See `TrainingEngine.holdings`."""
         for module in self._sharded_modules:
             module.reshard()  # an evaluation leaves the outermost module with whole parameters

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
-class Holding:
+class LocalShard:
     """One parameter's run of elements on this rank; never empty.
 
     Attributes:
@@ -69,7 +69,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def holdings_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Holding]:
+def holdings_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[LocalShard]:
     """Yield what this rank holds of parameters that are whole, or sharded by rows over a mesh's last dimension."""
     for name, parameter in parameters:
         key = parameter if parameter.requires_grad else None
@@ -83,4 +83,4 @@ def holdings_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Hold
         shape = tuple(parameter.shape)
         if local.numel():
             whole = local.numel() == parameter.numel()
-            yield Holding(name, shape, start, local if whole else local.view(-1), key)
+            yield LocalShard(name, shape, start, local if whole else local.view(-1), key)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.engines.base import Engine
-from kfac_dist.engines.local_shards import Holding, holdings_of
+from kfac_dist.engines.local_shards import LocalShard, holdings_of
 
 
 class TrainingEngine(Engine):
@@ -49,7 +49,7 @@ class TrainingEngine(Engine):
         """Return the trained parameters that the last backward left out, if other ranks then wait for them."""
         return []
 
-    def holdings(self) -> list[Holding]:
+    def holdings(self) -> list[LocalShard]:
         """Return what this rank holds of all parameters, between steps, for a checkpoint."""
         return list(holdings_of(self.module.named_parameters()))
 

@@ -20,7 +20,7 @@ from kfac_dist.preconditioner.invert.refresh_schedule import RefreshSchedule
 from kfac_dist.preconditioner.memory import RankBytes, rank_bytes
 from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
 from kfac_dist.preconditioner.precondition.transport import exchange_parts
-from kfac_dist.preconditioner.reduce.buckets import ReductionLayout
+from kfac_dist.preconditioner.reduce.buckets import BucketPlan
 
 
 @dataclass(frozen=True)
@@ -153,20 +153,20 @@ class Job:
         return rank_bytes(self.plan, self.config, sharded=self.sharded)
 
     @cached_property
-    def reduction(self) -> ReductionLayout:
+    def reduction(self) -> BucketPlan:
         """How factors are reduced."""
-        return ReductionLayout(
+        return BucketPlan(
             self.plan, self.config.distribution, FlatUnits(self.plan.units), self.world_size, working(self.config)
         )
 
     @cached_property
-    def moments(self) -> tuple[Plan, ReductionLayout] | None:
+    def moments(self) -> tuple[Plan, BucketPlan] | None:
         """The plan of EKFAC's second moments, and how they are reduced; None without any."""
         plan = self.plan.of_moments()
         if not plan.units:
             return None
         distribution = moments_distribution(self.config.distribution)
-        return plan, ReductionLayout(plan, distribution, FlatUnits(plan.units), self.world_size, working(self.config))
+        return plan, BucketPlan(plan, distribution, FlatUnits(plan.units), self.world_size, working(self.config))
 
     @cached_property
     def gradients(self) -> GradientLayout:

@@ -1,6 +1,6 @@
 """What one rank sends in one kind of step: the step's own layouts, sent to nobody.
 
-Every collective is started by the code that starts it in a step (`share_segments`, `ReductionLayout.send`), on tensors
+Every collective is started by the code that starts it in a step (`share_segments`, `BucketPlan.send`), on tensors
 without memory and a communicator that only counts; nothing here has a formula of its own. The step that is counted is
 one of a run's middle, not its first, in which ranks also agree on the loss's scale.
 """
@@ -34,7 +34,7 @@ from kfac_dist.preconditioner.precondition import transport as gradients
 from kfac_dist.preconditioner.precondition import trust_region as step_length
 from kfac_dist.preconditioner.precondition.transport import update_layout
 from kfac_dist.preconditioner.reduce import reduction
-from kfac_dist.preconditioner.reduce.buckets import ReductionLayout
+from kfac_dist.preconditioner.reduce.buckets import BucketPlan
 
 META = torch.device("meta")
 
@@ -101,7 +101,7 @@ class _Step:
 
     def _reduce(
         self,
-        layout: ReductionLayout,
+        layout: BucketPlan,
         slots: tuple[int, ...],
         label: str,
         plan: Plan,

@@ -34,7 +34,7 @@ from kfac_dist.curvature.factors import Unit
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.owner_buffer import Segment, SegmentLayout, share_segments
 from kfac_dist.errors import CheckpointError, CollectiveError
-from kfac_dist.preconditioner.invert.refresh import Refreshed
+from kfac_dist.preconditioner.invert.refresh import PendingRefresh
 from kfac_dist.preconditioner.parts import Parts
 from kfac_dist.preconditioner.plan import Plan
 
@@ -198,7 +198,7 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
                 due = int(entry["due"]) if parts.lagged else int(values["step"])
                 coming.setdefault(due, []).append((unit, entry["pending"].to(parts.averages.device)))
     parts.refresh.pending.extend(
-        Refreshed(due, [unit for unit, _ in payloads], payloads) for due, payloads in sorted(coming.items())
+        PendingRefresh(due, [unit for unit, _ in payloads], payloads) for due, payloads in sorted(coming.items())
     )
     if parts.moments is not None:
         parts.moments.restore(values.get("moments"))

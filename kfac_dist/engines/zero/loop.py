@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kfac_dist.config.schema import EngineConfig, Precision, TrainConfig
 from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.engines.base import BackwardPass
-from kfac_dist.engines.local_shards import Holding
+from kfac_dist.engines.local_shards import LocalShard
 from kfac_dist.engines.zero.config import deepspeed_settings, import_deepspeed
 from kfac_dist.engines.zero.engine import ZeroEngine
 from kfac_dist.engines.zero.state import load_zero_counters, use_restored_weights, zero_counters, zero_holdings
@@ -64,7 +64,7 @@ class ZeroLoopEngine(ZeroEngine):
         self._deepspeed.step()
         self._index = 0
 
-    def holdings(self) -> list[Holding]:
+    def holdings(self) -> list[LocalShard]:
         """See `TrainingEngine.holdings`."""
         return zero_holdings(self._deepspeed)
 

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kfac_dist.compat.deepspeed import use_masters
-from kfac_dist.engines.local_shards import Holding, holdings_of
+from kfac_dist.engines.local_shards import LocalShard, holdings_of
 
 # What decides the next loss scale, in DeepSpeed's words.
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _ENGINE = ("global_steps", "micro_steps", "global_samples", "skipped_steps")
 
 
-def zero_holdings(engine: Any) -> list[Holding]:
+def zero_holdings(engine: Any) -> list[LocalShard]:
     """Return what this rank holds under a DeepSpeed engine of stage 1, 2 or 3."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     whole = engine.zero_optimization_stage() < 3
@@ -73,7 +73,7 @@ def _scaler(engine: Any) -> Any:
     return engine.optimizer.loss_scaler if engine.fp16_enabled() else None
 
 
-def _ranges(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Holding]:
+def _ranges(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[LocalShard]:
     """Stages 1 and 2."""
     for group, parameters in enumerate(optimizer.bit16_groups):
         flat = optimizer.single_partition_of_fp32_groups[group]
@@ -89,7 +89,7 @@ def _ranges(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Holding]
                 yield _holding(names[parameter], parameter.shape, start, flat, offset, count)
 
 
-def _parts(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Holding]:
+def _parts(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[LocalShard]:
     """Stage 3."""
     for group, parameters in enumerate(optimizer.fp16_groups):
         flat = optimizer.fp32_partitioned_groups_flat[group]
@@ -100,12 +100,12 @@ def _parts(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Holding]:
                 yield _holding(names[parameter], parameter.ds_shape, start, flat, offset, count)
 
 
-def _frozen_parts(frozen: list[tuple[str, nn.Parameter]]) -> Iterator[Holding]:
+def _frozen_parts(frozen: list[tuple[str, nn.Parameter]]) -> Iterator[LocalShard]:
     for name, parameter in frozen:
         start, count = _own_part(parameter)
         if count > 0:
             held = _holding(name, parameter.ds_shape, start, parameter.ds_tensor.data, 0, count)  # type: ignore[attr-defined]
-            yield Holding(held.name, held.shape, held.start, held.values, None)
+            yield LocalShard(held.name, held.shape, held.start, held.values, None)
 
 
 def _own_part(parameter: Any) -> tuple[int, int]:
@@ -115,7 +115,7 @@ def _own_part(parameter: Any) -> tuple[int, int]:
     return start, min(size, parameter.ds_numel - start)
 
 
-def _holding(name: str, shape: torch.Size, start: int, flat: Tensor, offset: int, count: int) -> Holding:
+def _holding(name: str, shape: torch.Size, start: int, flat: Tensor, offset: int, count: int) -> LocalShard:
     values = flat.detach().view(-1)[offset : offset + count]
     whole = count == shape.numel()
-    return Holding(name, tuple(shape), start, values.view(shape) if whole else values, flat, offset)
+    return LocalShard(name, tuple(shape), start, values.view(shape) if whole else values, flat, offset)

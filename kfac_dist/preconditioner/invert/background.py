@@ -47,7 +47,7 @@ class Job(Generic[T]):
         return value
 
 
-class SideThread:
+class BackgroundSolver:
     """Runs one piece of work after the other; the thread starts with the first.
 
     Args:

@@ -33,7 +33,7 @@ from kfac_dist.errors import CheckpointError
 from kfac_dist.precision import torch_dtype, working
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.reduce.reduction import FactorReduction
-from kfac_dist.preconditioner.reduce.unit_buffer import UnitWire
+from kfac_dist.preconditioner.reduce.unit_buffer import UnitBuffer
 
 LABEL = "moments"
 
@@ -204,7 +204,7 @@ class Moments:
         weight = self._weight(unit)
         return self.averages.sums(unit).to(self.averages.working) / torch.where(weight > 0, weight, 1.0)
 
-    def _share(self, wire: UnitWire) -> None:
+    def _share(self, wire: UnitBuffer) -> None:
         buffer = wire.sharing_buffer(self.averages.working, self.averages.device)
         for unit in wire.units:
             if self.plan.assignment.owners[unit.name] == self._rank:
@@ -223,7 +223,7 @@ def moments_distribution(config: DistributionConfig) -> DistributionConfig:
     return config.model_copy(update={"reduce_every": ReduceEvery.STEP, "overlap": False})
 
 
-def moments_wire(plan: Plan, column: int) -> UnitWire:
+def moments_wire(plan: Plan, column: int) -> UnitBuffer:
     """Return the layout in which owners send S/w to the rest of a column.
 
     Args:
@@ -232,7 +232,7 @@ def moments_wire(plan: Plan, column: int) -> UnitWire:
     """
     grid, owners = plan.grid, plan.assignment.owners
     units = [unit for unit in plan.units if plan.blocks[unit.block].column == column]
-    return UnitWire(
+    return UnitBuffer(
         units,
         [grid.row_of(owners[unit.name]) for unit in units],
         grid.group_size,

@@ -29,13 +29,13 @@ from kfac_dist.curvature.inverses.solvers import is_symmetric, payload_numel
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.owner_buffer import Sharing, share_segments
-from kfac_dist.preconditioner.invert.background import Job, SideThread
+from kfac_dist.preconditioner.invert.background import BackgroundSolver, Job
 from kfac_dist.preconditioner.invert.class_conditional import Combined, combine
 from kfac_dist.preconditioner.invert.ekfac import Moments
 from kfac_dist.preconditioner.invert.inspection import Inspector
-from kfac_dist.preconditioner.invert.unit_solver import Given, Outcome, UnitSolver
+from kfac_dist.preconditioner.invert.unit_solver import SolveInput, SolveResult, UnitSolver
 from kfac_dist.preconditioner.plan import Plan
-from kfac_dist.preconditioner.reduce.unit_buffer import UnitWire
+from kfac_dist.preconditioner.reduce.unit_buffer import UnitBuffer
 
 LABEL = "inverses"
 # Factors that a warning names.
@@ -43,7 +43,7 @@ _NAMED = 3
 
 
 @dataclass(frozen=True)
-class Solving:
+class PendingSolve:
     """Units that are being solved beside training.
 
     Attributes:
@@ -54,15 +54,15 @@ class Solving:
         send: Step at which the payloads are sent.
     """
 
-    wire: UnitWire
-    given: Given
-    job: Job[Outcome]
+    wire: UnitBuffer
+    given: SolveInput
+    job: Job[SolveResult]
     begun: int
     send: int
 
 
 @dataclass(eq=False)
-class Refreshed:
+class PendingRefresh:
     """Payloads on their way: in use from step `due` on.
 
     Attributes:
@@ -77,8 +77,8 @@ class Refreshed:
     due: int
     units: Sequence[Unit]
     payloads: list[tuple[Unit, Tensor]] | None = None
-    solving: Solving | None = None
-    travelling: tuple[UnitWire, Tensor, Sharing] | None = None
+    solving: PendingSolve | None = None
+    travelling: tuple[UnitBuffer, Tensor, Sharing] | None = None
     new: bool = False
 
 
@@ -126,7 +126,7 @@ class Refresh:
         self.refreshes = 0
         self.failures = 0
         self.raised = 0
-        self.pending: list[Refreshed] = []
+        self.pending: list[PendingRefresh] = []
         self.inspector = Inspector(rank)
         self.asymmetries = torch.full((2, len(plan.units)), -1.0, device=averages.device, dtype=torch.float32)
         self.holders = holders
@@ -137,8 +137,8 @@ class Refresh:
         self._solver = solver
         self._pack = pack
         self._moments = moments
-        self._wires: dict[tuple[int, ...], UnitWire] = {}
-        self._side = SideThread(averages.device)
+        self._wires: dict[tuple[int, ...], UnitBuffer] = {}
+        self._side = BackgroundSolver(averages.device)
         mirrored = pack and plan.grid.world_size > 1
         self._solving = UnitSolver(averages, plan, solver, mirrored=mirrored)
 
@@ -161,11 +161,11 @@ class Refresh:
         own = [unit for unit in wire.units if self._plan.assignment.owners[unit.name] == self._rank]
         combined = combine(wire.units, own, self._averages, totals, self._sharing)
         self.refreshes += 1
-        refreshed = Refreshed(step + lag, wire.units)
+        refreshed = PendingRefresh(step + lag, wire.units)
         if lag and self.beside:
             given = self._given(own, totals.clone(), combined, damping, copied=True)
             job = self._side.start(lambda: self._solving.solve(given), [*given.sums, *given.previous, given.totals])
-            refreshed.solving = Solving(wire, given, job, step, step + -(-lag // 2))
+            refreshed.solving = PendingSolve(wire, given, job, step, step + -(-lag // 2))
         else:
             self._send(refreshed, wire, own, self._solve_now(own, totals, combined, damping))
         self.pending.append(refreshed)
@@ -195,7 +195,7 @@ class Refresh:
                 refreshed.travelling[2].go_on()
             refreshed.new = False
 
-    def arrived(self, refreshed: Refreshed) -> list[tuple[Unit, Tensor]]:
+    def arrived(self, refreshed: PendingRefresh) -> list[tuple[Unit, Tensor]]:
         """Wait for payloads on their way, and return them; collective if they are still being solved."""
         if refreshed.solving is not None:
             self._conclude(refreshed, refreshed.solving)
@@ -240,7 +240,7 @@ class Refresh:
             self._moments.load(own, self.holders)
             self._moments.publish()
 
-    def _conclude(self, refreshed: Refreshed, solving: Solving) -> None:
+    def _conclude(self, refreshed: PendingRefresh, solving: PendingSolve) -> None:
         """Take what the side thread has solved, and send it."""
         outcome = solving.job.result(lambda done: done.tensors)
         refreshed.solving = None
@@ -248,7 +248,7 @@ class Refresh:
         self.inspector.read(solving.begun)
         self._send(refreshed, solving.wire, solving.given.units, outcome.payloads)
 
-    def _send(self, refreshed: Refreshed, wire: UnitWire, own: Sequence[Unit], payloads: list[Tensor]) -> None:
+    def _send(self, refreshed: PendingRefresh, wire: UnitBuffer, own: Sequence[Unit], payloads: list[Tensor]) -> None:
         solved = list(zip(own, payloads, strict=True))
         if self._sharing.size == 1:
             refreshed.payloads = solved
@@ -274,13 +274,13 @@ class Refresh:
         damping: float,
         *,
         copied: bool,
-    ) -> Given:
+    ) -> SolveInput:
         """Gather what units are solved from; copies of the statistics if training goes on meanwhile."""
         sums = [self._averages.sums(unit) for unit in units]
         previous = [self.holders[unit.name].payload(unit) for unit in units]
-        return Given(units, [s.clone() for s in sums] if copied else sums, previous, totals, combined, damping)
+        return SolveInput(units, [s.clone() for s in sums] if copied else sums, previous, totals, combined, damping)
 
-    def _take_note(self, outcome: Outcome) -> None:
+    def _take_note(self, outcome: SolveResult) -> None:
         self.failures += outcome.failures
         self._say_raised(outcome.raised)
         self.inspector.note(outcome.seconds, outcome.tasks)
@@ -307,7 +307,7 @@ class Refresh:
                 self.asymmetries[row, self._averages.layout.index_of(name)] = value
 
 
-def payload_wire(plan: Plan, slots: Sequence[int], column: int | None, solver: Solver, *, pack: bool) -> UnitWire:
+def payload_wire(plan: Plan, slots: Sequence[int], column: int | None, solver: Solver, *, pack: bool) -> UnitBuffer:
     """Return the layout in which payloads travel among the ranks that share them.
 
     Args:
@@ -323,7 +323,7 @@ def payload_wire(plan: Plan, slots: Sequence[int], column: int | None, solver: S
         for unit in plan.units
         if plan.blocks[unit.block].slot in slots and column in (None, plan.blocks[unit.block].column)
     ]
-    return UnitWire(
+    return UnitBuffer(
         units,
         [owners[unit.name] if column is None else grid.row_of(owners[unit.name]) for unit in units],
         grid.world_size if column is None else grid.group_size,

@@ -17,7 +17,7 @@ from kfac_dist.preconditioner.plan import Plan
 
 
 @dataclass(frozen=True)
-class Given:
+class SolveInput:
     """What units are solved from.
 
     Attributes:
@@ -38,7 +38,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SolveResult:
     """What solving has brought.
 
     Attributes:
@@ -81,7 +81,7 @@ class UnitSolver:
         self._solver = solver
         self._mirrored = mirrored
 
-    def solve(self, given: Given) -> Outcome:
+    def solve(self, given: SolveInput) -> SolveResult:
         """Solve units; reads nothing that training changes, besides what it is given."""
         weights, traces = self._quotients(given.totals, given.combined)
         unmeasured = self._unmeasured(weights)
@@ -108,7 +108,7 @@ class UnitSolver:
             if payload is not None
         )
         payloads = [next(fresh) if previous is None else previous for previous in kept]
-        return Outcome(payloads, failures, raised, self._asymmetries(tasks, inverses), tasks, seconds)
+        return SolveResult(payloads, failures, raised, self._asymmetries(tasks, inverses), tasks, seconds)
 
     def _unmeasured(self, weights: Sequence[float]) -> set[str]:
         """Return the blocks of which a factor has no statistics on any rank.
@@ -169,7 +169,7 @@ class UnitSolver:
         return tikhonov(trace[Side.A], dim[Side.A], trace[Side.G], dim[Side.G], damping)
 
     def _fold_identity(
-        self, unit: Unit, payload: Tensor, weights: list[float], traces: list[float], given: Given
+        self, unit: Unit, payload: Tensor, weights: list[float], traces: list[float], given: SolveInput
     ) -> Tensor:
         """Fold the damped identity `(I + δ_G I)⁻¹` of a block without G into the inverse of A."""
         measured = {other.side for other in self._plan.blocks[unit.block].units}

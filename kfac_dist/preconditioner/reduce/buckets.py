@@ -19,11 +19,11 @@ from kfac_dist.distributed.communicators.base import Communicator, Work
 from kfac_dist.distributed.movement.owner_buffer import PendingReduce, reduce_to_owners, split_buckets
 from kfac_dist.precision import torch_dtype
 from kfac_dist.preconditioner.plan import Plan
-from kfac_dist.preconditioner.reduce.unit_buffer import UnitWire
+from kfac_dist.preconditioner.reduce.unit_buffer import UnitBuffer
 
 
 @dataclass(frozen=True)
-class Reduced:
+class StepBuckets:
     """What one step does with the window.
 
     Attributes:
@@ -32,7 +32,7 @@ class Reduced:
         blocks: Everything that is measured.
     """
 
-    buckets: list[tuple[Span, UnitWire | None]]
+    buckets: list[tuple[Span, UnitBuffer | None]]
     local: list[Span]
     blocks: frozenset[str]
 
@@ -42,7 +42,7 @@ class Reduced:
         return sum(span.last - span.first for span, _ in self.buckets)
 
 
-class ReductionLayout:
+class BucketPlan:
     """The reductions of one plan.
 
     Args:
@@ -75,9 +75,9 @@ class ReductionLayout:
         self._count = config.buckets
         self._window = window
         self._size = size
-        self._known: dict[tuple[tuple[int, ...], tuple[int, ...] | None], Reduced] = {}
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...] | None], StepBuckets] = {}
 
-    def at(self, slots: tuple[int, ...], measured: tuple[int, ...] | None = None) -> Reduced:
+    def at(self, slots: tuple[int, ...], measured: tuple[int, ...] | None = None) -> StepBuckets:
         """Return what is reduced when these slots refresh, and what stays local: everything, on one rank alone.
 
         Args:
@@ -88,7 +88,7 @@ class ReductionLayout:
             self._known[slots, measured] = self._lay_out(slots, tuple(self._slots()) if measured is None else measured)
         return self._known[slots, measured]
 
-    def scalars_numel(self, reduced: Reduced, classes: int) -> int:
+    def scalars_numel(self, reduced: StepBuckets, classes: int) -> int:
         """Return the values that travel beside a step's buckets where every layer is used on every rank.
 
         Weights, traces, weights by class and a vote; at a refresh whether a layer was unused, or at every step which,
@@ -101,7 +101,7 @@ class ReductionLayout:
         missed = 1 if self.blending else (2 + classes) * reduced.columns
         return (2 + classes) * reduced.columns + missed + 1
 
-    def send(self, comm: Communicator, buffer: Tensor, wire: UnitWire | None, *, label: str) -> Work | PendingReduce:
+    def send(self, comm: Communicator, buffer: Tensor, wire: UnitBuffer | None, *, label: str) -> Work | PendingReduce:
         """Start the reduction of one bucket; collective.
 
         Args:
@@ -114,11 +114,11 @@ class ReductionLayout:
             return reduce_to_owners(comm, buffer, wire.layout, label=label)
         return comm.all_reduce(buffer, label=label)
 
-    def _lay_out(self, slots: tuple[int, ...], measured: tuple[int, ...]) -> Reduced:
+    def _lay_out(self, slots: tuple[int, ...], measured: tuple[int, ...]) -> StepBuckets:
         everything = not self.blending
         chosen = [] if self._size == 1 else [slot for slot in measured if everything or slot in slots]
         reduced = [span for whole in self._spans(chosen) for span in self._buckets(whole.first, whole.last)]
-        return Reduced(
+        return StepBuckets(
             [(span, self._wire(self._window.units[span.units])) for span in reduced],
             self._spans([slot for slot in measured if slot not in chosen]),
             frozenset(name for name, block in self._plan.blocks.items() if block.slot in measured),
@@ -147,12 +147,12 @@ class ReductionLayout:
         cuts = split_buckets([sum(unit.numel for unit in own) for own in blocks], self._count)
         return [self._window.span(edges[start], edges[stop]) for start, stop in cuts]
 
-    def _wire(self, units: Sequence[Unit]) -> UnitWire | None:
+    def _wire(self, units: Sequence[Unit]) -> UnitBuffer | None:
         """Return the staging of a bucket, or None when the window itself can be summed in place."""
         if not self.scattering and self.dtype is self._working and not self._pack:
             return None
         owners = [self._plan.assignment.owners[unit.name] if self.scattering else 0 for unit in units]
-        return UnitWire(
+        return UnitBuffer(
             units,
             owners,
             self._size if self.scattering else 1,

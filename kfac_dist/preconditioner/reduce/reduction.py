@@ -33,8 +33,8 @@ from kfac_dist.distributed.communicators.base import Communicator, Work
 from kfac_dist.distributed.movement.owner_buffer import PendingReduce
 from kfac_dist.preconditioner.measure.missed import MissedTerms, shared_terms
 from kfac_dist.preconditioner.plan import Plan
-from kfac_dist.preconditioner.reduce.buckets import ReductionLayout
-from kfac_dist.preconditioner.reduce.unit_buffer import UnitWire
+from kfac_dist.preconditioner.reduce.buckets import BucketPlan
+from kfac_dist.preconditioner.reduce.unit_buffer import UnitBuffer
 
 LABEL = "factors"
 
@@ -45,7 +45,7 @@ class _Bucket:
 
     span: Span
     waiting: set[str]
-    wire: UnitWire | None
+    wire: UnitBuffer | None
     sent: Tensor | None = None
     work: Work | PendingReduce | None = None
 
@@ -91,7 +91,7 @@ class FactorReduction:
         self._plan = plan
         self._comm = comm
         self._label = label
-        self._layout = ReductionLayout(plan, config, averages.layout, comm.size, averages.working)
+        self._layout = BucketPlan(plan, config, averages.layout, comm.size, averages.working)
         self._overlap = config.overlap and comm.size > 1
         self._current: _Measurement | None = None
         self._missed = MissedTerms(averages.scalars[1:])

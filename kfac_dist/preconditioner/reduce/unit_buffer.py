@@ -16,7 +16,7 @@ from kfac_dist.distributed.movement.packing import pack_symmetric, triangle_nume
 from kfac_dist.precision import widened
 
 
-class UnitWire:
+class UnitBuffer:
     """The place of every unit's values in a flat buffer ordered by owner.
 
     Args:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kfac_dist.config.schema import StepSolver
 from kfac_dist.engines import TrainingEngine
-from kfac_dist.engines.local_shards import Holding
+from kfac_dist.engines.local_shards import LocalShard
 from kfac_dist.errors import CheckpointError
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.state import MISMATCHED, check_units, mismatched
@@ -201,7 +201,7 @@ def _buffers(engine: TrainingEngine) -> dict[str, Any]:
     return {name: value for name, value in engine.module.state_dict().items() if name not in parameters}
 
 
-def _optimizer_state(holding: Holding, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_state(holding: LocalShard, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return what the optimizer keeps for one holding; a value for all of a parameter's elements is every rank's."""
     state: dict[str, Tensor] = {}
     for key, value in optimizer.state.get(holding.key, {}).items() if holding.key is not None else ():
@@ -214,7 +214,7 @@ def _optimizer_state(holding: Holding, optimizer: torch.optim.Optimizer) -> dict
     return state
 
 
-def _optimizer_wants(holding: Holding, optimizer: torch.optim.Optimizer, saved: Saved) -> Iterator[Wanted]:
+def _optimizer_wants(holding: LocalShard, optimizer: torch.optim.Optimizer, saved: Saved) -> Iterator[Wanted]:
     """Yield what a checkpoint has of a holding's optimizer state, and make the memory for it.
 
     A new optimizer has no state yet, and a parameter that was never used has none even later, so the checkpoint tells
@@ -242,7 +242,7 @@ def _optimizer_wants(holding: Holding, optimizer: torch.optim.Optimizer, saved: 
             yield Wanted(name, 0, state[key])
 
 
-def _check_model(engine: TrainingEngine, holdings: list[Holding], saved: Saved, path: Path) -> None:
+def _check_model(engine: TrainingEngine, holdings: list[LocalShard], saved: Saved, path: Path) -> None:
     """Compare the parameters with what a checkpoint has.
 
     Raises:

@@ -7,14 +7,14 @@ import threading
 import pytest
 import torch
 
-from kfac_dist.preconditioner.invert.background import SideThread
+from kfac_dist.preconditioner.invert.background import BackgroundSolver
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_work_is_done_in_order_beside_the_caller_and_sees_what_came_before(device: str) -> None:
-    side = SideThread(torch.device(device))
+    side = BackgroundSolver(torch.device(device))
     values = torch.ones(512, 512, device=device)
     for _ in range(20):
         values = values @ values / 512
@@ -28,7 +28,7 @@ def test_work_is_done_in_order_beside_the_caller_and_sees_what_came_before(devic
 
 
 def test_an_error_comes_to_who_asks_for_the_result() -> None:
-    side = SideThread(torch.device("cpu"))
+    side = BackgroundSolver(torch.device("cpu"))
 
     def fails() -> int:
         raise ArithmeticError("planted")
