@@ -1,4 +1,4 @@
-"""The one question that an engine answers: which slices of which parameter's gradient does this rank hold?
+"""An engine answers one question: which slices of which parameter's gradient does this rank hold?
 
     ddp     all of every gradient, on every rank
     fsdp2   rows (DTensor Shard(0))
@@ -29,7 +29,7 @@ FINITE = "finite"
 
 @dataclass(frozen=True)
 class BackwardPass:
-    """What an engine does to the loss of the micro-batch at hand, beyond what the loop does.
+    """The engine's treatment of the loss of the micro-batch at hand, beyond what the loop does.
 
     Attributes:
         scale: What it multiplies the loss by before its backward: a loss scale, 1 / accumulated micro-batches.
@@ -43,10 +43,10 @@ class BackwardPass:
 
 
 class Handle(Protocol):
-    """What takes a callback off."""
+    """A registered callback; `remove` detaches it."""
 
     def remove(self) -> None:
-        """Take it off."""
+        """Detach it."""
 
 
 class Engine(ABC):

@@ -1,4 +1,4 @@
-"""What a rank holds of a model and of its optimizer's state: what checkpoints are made of, under every engine.
+"""A rank's shards of a model and of its optimizer's state, of which checkpoints are made under every engine.
 
 A holding is a run of elements of one flattened parameter: all of them (DDP), some rows (FSDP2) or any range (ZeRO). The
 optimizer keeps its state under a tensor of its own choice, in which the parameter's run may be one of many:

@@ -1,4 +1,4 @@
-"""How many bytes K-FAC keeps on each rank between steps: a pure function of the plan and the configuration.
+"""Bytes that K-FAC keeps on each rank between steps: a pure function of the plan and the configuration.
 
     factors     running averages, for each class where they are kept apart; also the window of a step, where it isn't
                 given back after it

@@ -25,7 +25,7 @@ class Monitor:
 
     @property
     def phases(self) -> PhaseTimer:
-        """How long the parts of steps take, once `phases.enabled` is set."""
+        """The timer of a step's parts, which runs once `phases.enabled` is set."""
         return self._core.phases
 
     @property
@@ -40,7 +40,7 @@ class Monitor:
 
     @property
     def dropped(self) -> Tensor:
-        """How often this rank has dropped statistics of a taken step, because they weren't finite; on the device.
+        """Times that this rank dropped statistics of a taken step, because they weren't finite; on the device.
 
         The step's other ranks keep theirs, and averages stay right; they grow old if it goes on.
         """

@@ -1,4 +1,4 @@
-"""How long the phases of K-FAC's steps take, measured without anyone waiting.
+"""Seconds of the phases of K-FAC's steps, measured without anyone waiting.
 
     mark ── statistics ── mark ── reduction ── mark ── … ── mark        a phase lasts from its mark to the next one
 

@@ -69,7 +69,7 @@ class BlockPlan:
 
     @property
     def likeness(self) -> tuple[object, ...]:
-        """What blocks have in common that one batched product can precondition."""
+        """A key that is equal for blocks which one batched product can precondition."""
         units = tuple((u.side, u.start, u.stop, u.first, u.batch, u.kind) for u in self.units)
         return self.matrix_shape, units, self.moments is None
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by unit name, so that it loads under any number of ranks and any placement.
+"""A checkpoint's contents, by unit name, so that it loads under any number of ranks and any placement.
 
     step, shares                    steps taken; how many ranks' averages add up to the total
     refreshes                       how many there have been

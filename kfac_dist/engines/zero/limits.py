@@ -1,4 +1,4 @@
-"""What of DeepSpeed K-FAC can't serve, and what to write instead."""
+"""Settings of DeepSpeed that K-FAC can't serve, and what to write instead."""
 
 from __future__ import annotations
 

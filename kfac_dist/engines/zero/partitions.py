@@ -1,4 +1,4 @@
-"""Where DeepSpeed's optimizers keep averaged gradients and the parameters that they step.
+"""The places where DeepSpeed's optimizers keep averaged gradients and the parameters that they step.
 
     stage 0, fp32 or bf16    p.grad, whole on every rank                                   WholeGradients
     stage 1, bf16 with fp32  p._hp_grad, whole on every rank (`BF16_Optimizer`)            HighPrecisionGradients

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps a ZeRO engine's weights and its optimizer's state, by parameter, for checkpoints.
+"""The places where DeepSpeed keeps a ZeRO engine's weights and its optimizer's state, by parameter, for checkpoints.
 
     stages 1, 2   a rank's share of a parameter group is one flat fp32 tensor: consecutive parameters, the first and the
                   last of them cut anywhere

@@ -28,7 +28,7 @@ _SETTLED = {torch.float32: 1e-7, torch.float64: 1e-14}
 
 @dataclass(frozen=True)
 class Combined:
-    """How a unit's sums become one factor.
+    """Combination of a unit's sums by class to one factor.
 
     Attributes:
         coefficients: `[C, batch]`: the factor is the sum of the classes' sums, times these.

@@ -1,4 +1,4 @@
-"""What refreshes invert, looked at from inside: spectra, condition and damping of each factor, and who inverted it.
+"""Readings of the factors that refreshes invert: spectra, condition and damping of each factor, and who inverted it.
 
 Reading costs an eigenvalue decomposition beside the inversion, so it happens only at refreshes that somebody asked for,
 and changes nothing that the run computes.

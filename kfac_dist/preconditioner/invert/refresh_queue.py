@@ -1,4 +1,4 @@
-"""What the coming step measures and refreshes, and what is still owed from steps that were not taken.
+"""Slots that the coming step measures and refreshes, and those still owed from steps that were not taken.
 
 due now, by the cadence ─┐
 overdue ─────────────────┴─▶ slots of this step ── taken ──▶ refreshed

@@ -18,7 +18,7 @@ from kfac_dist.preconditioner.plan import Plan
 
 @dataclass(frozen=True)
 class SolveInput:
-    """What units are solved from.
+    """Factors, weights and damping from which units are solved.
 
     Attributes:
         units: The units.
@@ -39,7 +39,7 @@ class SolveInput:
 
 @dataclass(frozen=True)
 class SolveResult:
-    """What solving has brought.
+    """Payloads of solved units, and which units failed.
 
     Attributes:
         payloads: Of each unit.

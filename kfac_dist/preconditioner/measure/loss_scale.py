@@ -33,7 +33,7 @@ TOLERANCE = 0.04
 
 @dataclass(frozen=True)
 class Terms:
-    """What a loss's scale is compared with.
+    """Reference for a loss's scale.
 
     Attributes:
         samples: B of the micro-batch.

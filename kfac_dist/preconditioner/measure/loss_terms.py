@@ -31,7 +31,7 @@ _ROUNDING = 0.02
 
 @dataclass(frozen=True)
 class Description:
-    """What the loop says of its next micro-batch; see `KFAC.micro_batch`."""
+    """The loop's description of its next micro-batch; see `KFAC.micro_batch`."""
 
     first_sample: int | None = None
     divisor: float | Tensor | None = None

@@ -164,7 +164,7 @@ class Measurement:
 
     @property
     def terms(self) -> float | Tensor:
-        """What the mean of this rank's loss runs over in this step, as far as the loop or shapes tell; 0 if nothing."""
+        """Loss terms that this rank averages over in this step; 0 if unknown."""
         # DeepSpeed divides by the accumulated micro-batches itself: the mean runs over all of them.
         accumulated = self._engine.gradient_scale / self._engine.backward_pass().scale
         if self._description is not None and self._description.divisor is not None:

@@ -37,7 +37,7 @@ class _Step:
 
 
 class MissedTerms:
-    """What one rank has missed in the steps since each unit was reduced.
+    """Terms that one rank has missed in the steps since each unit was reduced.
 
     Args:
         weights: `[1 + C, units]` weights of the averages, for their shape, device and precision.

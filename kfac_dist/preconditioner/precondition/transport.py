@@ -193,7 +193,7 @@ class ReplicatedTransport(Transport):
 
 @dataclass
 class _Bucket:
-    """What one exchange carries, and the groups of this rank that need it.
+    """One exchange, and the groups of this rank that need what it carries.
 
     Attributes:
         exchange: Carries it, into and out of the groups' workspaces.

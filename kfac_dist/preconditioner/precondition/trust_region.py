@@ -1,4 +1,4 @@
-"""How long a step is: grafting, then the trust region by KL; no host sync, and at most one reduction for all layers.
+"""The length of a step: grafting, then the trust region by KL; no host sync, and at most one reduction for all layers.
 
     graft           Δ_b ← Δ_b · ‖M_b‖ / ‖Δ_b‖                     where the block is preconditioned
     trust region    Δ ← Δ · min(1, sqrt(κ / (lr² ⟨Δ, ∇⟩)))        ⟨Δ, ∇⟩: a number that a row of ranks adds up
@@ -29,7 +29,7 @@ LABEL = "kl_clip"
 
 
 class HasRates(Protocol):
-    """What K-FAC reads learning rates from: an optimizer, or those groups of one that hold the model's parameters."""
+    """A source of learning rates: an optimizer, or those groups of one that hold the model's parameters."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

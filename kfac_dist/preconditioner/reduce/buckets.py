@@ -1,4 +1,4 @@
-"""What a step reduces, in which buckets and by which collective: a pure function of the plan and the configuration.
+"""The buckets and collectives that a step reduces by: a pure function of the plan and the configuration.
 
 `FactorReduction` sends by it, and the planner counts by it.
 """
@@ -24,7 +24,7 @@ from kfac_dist.preconditioner.reduce.unit_buffer import UnitBuffer
 
 @dataclass(frozen=True)
 class StepBuckets:
-    """What one step does with the window.
+    """One step's buckets of the window.
 
     Attributes:
         buckets: What is reduced, in this order, and its staging; None where the window itself is summed in place.

@@ -319,7 +319,7 @@ class FactorReduction:
 
     @property
     def shares(self) -> int:
-        """How many ranks' averages add up to the total, once they are consolidated."""
+        """Number of ranks whose averages add up to the total, once they are consolidated."""
         return self._comm.size if self.blending and not self._layout.scattering else 1
 
     def keeps(self, unit: Unit) -> bool:
