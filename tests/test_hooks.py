@@ -247,4 +247,4 @@ def test_no_other_kind_of_hook_is_put_on_modules() -> None:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in kinds
     }
-    assert places == {"hooks.py"}
+    assert places == {"hooks.py", "reference.py"}  # the latter uses nothing of the package
