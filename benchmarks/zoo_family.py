@@ -3,8 +3,9 @@
     examined(name)               the doctor's report, shares of parameters, exactness; then the steps on one rank
     stepped(name, file, …)       the steps on a rank of a world that meets in a file
 
-Everything that draws random numbers in a model is off in the steps that are compared (evaluation mode); two more steps
-on one rank run in training mode with dropout as the class has it.
+A family whose model fails by itself, with no K-FAC about, counts as not built. Everything that draws random numbers in
+a model is off in the steps that are compared (evaluation mode, or for models that can't be differentiated in it the one
+in which the doctor measures them); two more steps on one rank run in training mode with dropout as the class has it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.zoo_models import SEQUENCES, build, data, families
+from benchmarks.zoo_models import SEQUENCES, Absent, build, data, families
 from kfac_dist import KFAC
 from kfac_dist.config.schema import Config
 from kfac_dist.config.yaml.load import resolve
 from kfac_dist.curvature.blocks import Coverage
 from kfac_dist.doctor import Severity, examine
+from kfac_dist.doctor.measure import Still, still_in_training
+from kfac_dist.tasks import build_loss
+from kfac_dist.training.data.batches import source_of
+from kfac_dist.training.trial import try_two_passes
 
 STEPS, TRAINING_STEPS, BATCH, SEED = 5, 2, 8, 1
 LR, DAMPING = 0.02, 0.03
@@ -47,6 +52,7 @@ def examined(name: str) -> dict[str, Any]:
     torch.manual_seed(SEED)
     model = build(name)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    _try_alone(model, name)
     del model
     found |= _doctor(name)
     trained = steps(name, STEPS)
@@ -70,6 +76,30 @@ def stepped(name: str, rendezvous: str, rank: int, size: int, with_kfac: bool) -
         dist.destroy_process_group()
 
 
+def _try_alone(model: nn.Module, name: str) -> None:
+    """Pass the first samples through a model, forward and back.
+
+    Raises:
+        Absent: That fails.
+    """
+    inputs, targets = data(name).train.tensors
+    try:
+        _loss(model.train()(inputs[:BATCH]).float(), targets[:BATCH]).backward()
+    except Exception as error:  # whatever the model raises
+        raise Absent(f"the model itself fails, without K-FAC: {type(error).__name__}: {error}") from error
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def _still(model: nn.Module, name: str) -> Still:
+    """Return how to set the mode in which nothing is drawn and the model can be differentiated."""
+    source = source_of(data(name).train, torch.device("cpu"), 0)
+    loss = build_loss(configuration(name).loss)
+    return still_in_training if try_two_passes(model, loss, source, nn.Module.eval) else nn.Module.eval
+
+
 @dataclass(frozen=True)
 class Trained:
     """What came of some steps: the parameters, the losses of this rank's part, and what K-FAC covered."""
@@ -89,7 +119,9 @@ def steps(name: str, count: int, *, training: bool = False, with_kfac: bool = Tr
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     token = family.task in SEQUENCES
     torch.manual_seed(SEED)
-    model = build(name).train(training)
+    model = build(name).train()
+    if not training:
+        _still(model, name)(model)
     torch.manual_seed(SEED)
     inputs, targets = data(name).train.tensors
     # Experts, and parts of a model that the logits don't need, may be left without a gradient.
@@ -115,8 +147,7 @@ def steps(name: str, count: int, *, training: bool = False, with_kfac: bool = Tr
         if kfac is not None:
             kfac.micro_batch(first_sample=own.start, divisor=float(y.numel()), terms=float(y.numel()))
         optimizer.zero_grad()
-        logits = wrapped(x).float()
-        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        loss = _loss(wrapped(x).float(), y)
         loss.backward()
         if kfac is not None:
             kfac.step()

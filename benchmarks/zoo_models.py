@@ -166,7 +166,14 @@ def _patches(images: Tensor) -> dict[str, Any]:
     }
 
 
+def _with_sound(tokens: Tensor) -> dict[str, Any]:
+    """Give every token eight frames of sound, as many as it stands for."""
+    waves = torch.arange(16 * LENGTH * 8, dtype=torch.float32).view(1, 16, -1).sin()
+    return {"input_ids": tokens, "input_features": waves * (1 + tokens.sum(1)[:, None, None] / 100)}
+
+
 ARGUMENTS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "VoxtralRealtimeForConditionalGeneration": _with_sound,
     "ImageGPTForImageClassification": _pixels_as_tokens,
     "Siglip2ForImageClassification": _patches,
 }
@@ -182,7 +189,9 @@ def small_config(cls: type, family: Family) -> Any:
         values["num_labels"] = CLASSES
     if "use_cache" in _fields(cls):
         values["use_cache"] = False
-    values |= EXCEPTIONS.get(family.name, {})
+    for field, value in EXCEPTIONS.get(family.name, {}).items():
+        nested = isinstance(value, dict) and isinstance(values.get(field), dict)
+        values[field] = {**values[field], **value} if nested else value
     return cls(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -295,7 +304,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"forced_bos_token_id", _kept),
     (r".*_token_(id|index)", _always(VOCABULARY - 1)),
     (r"type_vocab_sizes?", _kept),
-    (r".*vocab_size.*", _size(VOCABULARY)),
+    (r".*vocab_size.*|.*_byte_group_vocab", _size(VOCABULARY)),
     (r"max_position_embeddings|.*max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length", _size(64)),
     (r".*max_(source|target)_positions", _size(64)),
     (r"sliding_window(_size)?|attention_window(_size)?|attention_chunk_size|window_size|local_attention", _size(4)),
@@ -322,7 +331,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"patch_size", _size(8)),
     (r"hidden_sizes|embed_dims|.*_channels|key_dim|neck_hidden_sizes|base_attn_unit_dims", _size(WIDTH)),
     (
-        r".*hidden_size|d_model|n_embd|.*embed_dim|emb_dim|embedding_(size|dim)|hidden_dim|dim|width|.*projection_dim",
+        r".*hidden_size(_global)?|d_model|n_embd|.*embed_dim|emb_dim|embedding_(size|dim)|hidden_dim|dim|width|.*projection_dim",
         _size(WIDTH),
     ),
     (r".*(state_size|d_state)", _size(8)),
@@ -385,6 +394,8 @@ KINDS: dict[str, dict[str, Any]] = {
 # Fields of one class's configuration.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ReformerModelWithLMHead": {"is_decoder": True},
+    "VoxtralRealtimeForConditionalGeneration": {"text_config": {"head_dim": HEAD}},
+    "VoxtralForConditionalGeneration": {"text_config": {"num_key_value_heads": 2, "head_dim": HEAD}},
     "PerceiverForImageClassificationLearned": {"image_size": IMAGE},
     "PerceiverForImageClassificationFourier": {"num_cross_attention_heads": 1},
     "PerceiverForImageClassificationConvProcessing": {"num_cross_attention_heads": 1},

@@ -8,6 +8,10 @@ from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
 SHOWN_REASONS = 3
+OWN = 3.0
+"""Ranks that differ with K-FAC by no more than so many times as without it differ by the model's own doing."""
+AIM = 0.95
+TYPES = ("Linear", "Conv", "Embedding", "Norm")
 
 TASKS = {
     "causal": "Causal language models",
@@ -28,7 +32,8 @@ one rank and on two, with the same global batches.
 - **exact**: blocks that have to equal the exact Gauss–Newton matrix (one sample, one position), and the largest error.
 - **ranks**: largest difference of a parameter on two ranks from one rank's, after the steps, relative to its tensor's
   largest value; dropout and everything else that is drawn is off. Where it is not next to zero, the same without K-FAC
-  stands in brackets: then the model itself couples the samples of a batch, or its rounding grows.
+  stands in brackets: within a factor of {own:g}, the difference is the model's own (it couples the samples of a batch,
+  or its rounding grows); beyond it, K-FAC's.
 
 {summary}
 
@@ -46,6 +51,7 @@ def page(report: dict[str, Any]) -> str:
         _HEAD.format(
             transformers=report["settings"]["transformers"],
             timm=f", and small models of timm {report['settings']['timm']}" if _timm(results) else "",
+            own=OWN,
             summary=summary(report),
             machine=f"{report['machine']['processor']}, {report['machine']['cores']} cores, torch {versions['torch']}",
         )
@@ -77,19 +83,45 @@ def summary(report: dict[str, Any]) -> str:
     trained = {name: found for name, found in built.items() if found["outcome"] == "trained"}
     named = {name: found for name, found in trained.items() if not found["unnamed"]}
     ready = [found for found in trained.values() if not _errors(found)]
-    same = [found for found in trained.values() if found["agreement"] < agree]
-    coupled = [found for found in trained.values() if agree <= found["agreement"] <= 10 * _without(found)]
-    kinds = len({found["kind"] for found in built.values()})
+    judged = Counter(verdict(found, agree) for found in trained.values())
+    kinds = {found["kind"] for found in built.values()}
+    fulfilled = kinds - {found["kind"] for name, found in built.items() if name not in named}
     absent = len(results) - len(built)
-    return (
-        f"Of {report['settings']['listed']} classes {len(results)} have been run; {len(built)} of them, of {kinds} "
-        f"families, could be built{f' and {absent} could not' if absent else ''}. "
-        f"**{len(trained)} of {len(built)} train**, and in {len(named)} of these every parameter has a block "
-        "or a reason for having none. "
-        f"`doctor` finds {len(ready)} ready. On two ranks {len(same)} come to the same parameters as on one"
-        + (f", and {len(coupled)} come no nearer without K-FAC" if coupled else "")
-        + "."
-    )
+    layers = [found["layers"].get(kind, [0, 0]) for found in trained.values() for kind in TYPES]
+    covered, values = (sum(column) for column in zip(*layers, strict=True))
+    apart = judged[APART]
+    said = [
+        f"Of {report['settings']['listed']} classes {len(results)} have been run; {len(built)} of them, of "
+        f"{len(kinds)} families, could be built{f' and {absent} could not' if absent else ''}.",
+        f"**{len(trained)} of {len(built)} train**, and in {len(named)} of these every parameter has a block or a "
+        "reason for having none.",
+        f"`doctor` finds {len(ready)} ready.",
+        f"On two ranks {judged[SAME]} come to the same parameters as on one"
+        + (f"; in {judged[MODEL]} the difference is the model's own" if judged[MODEL] else "")
+        + (f", in {apart} it is K-FAC's" if apart else "")
+        + ".",
+    ]
+    aim = [
+        f"The aim is that {100 * AIM:g} % of the families train with every Linear layer, convolution, embedding and "
+        f"norm covered or named with its reason: **{len(fulfilled)} of {len(kinds)} families do, "
+        f"{100 * len(fulfilled) / len(kinds):.1f} %**"
+        + ("." if len(fulfilled) >= AIM * len(kinds) else ", which falls short of it."),
+        f"Of the values of their Linear layers, convolutions, embeddings and norms {100 * covered / values:.1f} % have "
+        "a block.",
+    ]
+    if not _timm(results):
+        aim.append("timm's models are listed, and were not run.")
+    return " ".join(said) + "\n\n" + " ".join(aim)
+
+
+SAME, MODEL, APART = "same", "the model's own", "apart"
+
+
+def verdict(found: dict[str, Any], agree: float) -> str:
+    """Return whether two ranks come to one rank's parameters, and if not, whether they would without K-FAC."""
+    if found["agreement"] < agree:
+        return SAME
+    return MODEL if found["agreement"] <= OWN * _without(found) else APART
 
 
 def _timm(results: dict[str, Any]) -> bool:
@@ -108,7 +140,8 @@ def _errors(found: dict[str, Any]) -> list[str]:
 def _row(name: str, found: dict[str, Any], agree: float) -> str:
     ranks = f"{found['agreement']:.0e}"
     if not found["agreement"] < agree:
-        ranks += f" ({_without(found):.0e})"
+        whose = "" if verdict(found, agree) == APART else ", the model's own"
+        ranks += f" ({_without(found):.0e}{whose})"
     exact = found["exact"]
     worst = f"{exact['blocks']}, {exact['worst']:.0e}" if exact["blocks"] else "–"
     warned = Counter(check for severity, check, _ in found["findings"] if severity == "warning")
