@@ -51,7 +51,12 @@ def run(name: str, limit: float) -> dict[str, Any]:
             failed = [rank for rank in ranks if "failed" in rank]
             if failed:
                 first = min(failed, key=lambda rank: rank["at"])
-                return {**found, "outcome": "failed on two ranks", "message": first["failed"]}
+                outcome = "failed on two ranks"
+                if with_kfac:
+                    alike = _ranks(stepped, [(name, f"{meeting}-alike", rank, 2, False) for rank in range(2)], limit)
+                    if any("failed" in rank for rank in alike):
+                        outcome = "trained on one rank, and not by DDP, which fails without K-FAC, too"
+                return {**found, "outcome": outcome, "message": first["failed"]}
             if with_kfac:
                 wanted = alone["state"]
             else:
