@@ -225,7 +225,7 @@ def _doctor(name: str) -> dict[str, Any]:
     return {
         "verdict": report.verdict,
         "findings": [
-            [str(finding.severity), finding.check, finding.text]
+            [str(finding.severity), finding.check, re.sub(r"(?<![\w.])/\S+/(?=[^/\s]+:\d)", "", finding.text)]
             for finding in report.findings
             if finding.severity is not Severity.FINE
         ],
