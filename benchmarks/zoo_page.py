@@ -50,7 +50,7 @@ def page(report: dict[str, Any]) -> str:
     parts = [
         _HEAD.format(
             transformers=report["settings"]["transformers"],
-            timm=f", and small models of timm {report['settings']['timm']}" if _timm(results) else "",
+            timm=_timm_said(report["settings"]) if _timm(results) else "",
             own=OWN,
             summary=summary(report),
             machine=f"{report['machine']['processor']}, {report['machine']['cores']} cores, torch {versions['torch']}",
@@ -109,8 +109,8 @@ def summary(report: dict[str, Any]) -> str:
         f"Of the values of their Linear layers, convolutions, embeddings and norms {100 * covered / values:.1f} % have "
         "a block.",
     ]
-    if not _timm(results):
-        aim.append("timm's models are listed, and were not run.")
+    if left := report["settings"]["listed"] - len(results):
+        aim.append(f"{left} that are listed have not been run yet: those that have no row here.")
     return " ".join(said) + "\n\n" + " ".join(aim)
 
 
@@ -122,6 +122,11 @@ def verdict(found: dict[str, Any], agree: float) -> str:
     if found["agreement"] < agree:
         return SAME
     return MODEL if found["agreement"] <= OWN * _without(found) else APART
+
+
+def _timm_said(settings: dict[str, Any]) -> str:
+    torch = settings.get("timm_torch")  # timm needs a torchvision, which may need another torch
+    return f", and small models of timm {settings['timm']}" + (f" with torch {torch}" if torch else "")
 
 
 def _timm(results: dict[str, Any]) -> bool:
