@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,9 @@ def verdict(found: dict[str, Any], agree: float) -> str:
     """Return whether two ranks come to one rank's parameters, and if not, whether they would without K-FAC."""
     if found["agreement"] < agree:
         return SAME
-    return MODEL if found["agreement"] <= OWN * _without(found) else APART
+    without = _without(found)
+    # Without K-FAC it may diverge altogether, which no difference is larger than.
+    return MODEL if math.isnan(without) or found["agreement"] <= OWN * without else APART
 
 
 def _timm_said(settings: dict[str, Any]) -> str:

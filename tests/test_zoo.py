@@ -47,6 +47,7 @@ def test_the_families_train_and_every_parameter_is_named(report: dict[str, Any])
         (9e-5, None, SAME),
         (1.03e-4, 6e-5, MODEL),
         (4.6e-4, 2e-3, MODEL),
+        (4.5e-4, float("nan"), MODEL),
         (2e-4, 6e-5, APART),
         (0.023, 1.8e-7, APART),
         (float("nan"), 1.0, APART),
