@@ -84,6 +84,7 @@ class Core:
 
         self._mismatched: dict[str, Mismatch] = {}
         self._named_idle: set[str] = set()
+        self._newly_covered: set[str] = set()  # no pass may have come to them since
         self.names_dropped = True
         self.coverage = self._find()
         self._settle()
@@ -270,6 +271,7 @@ class Core:
         self._loop = replace(self._loop, check_scale=parts.measurement.checks_scale)
         parts.measurement.remove()
         parts.refresh.close()
+        self._newly_covered = {b.name for b in coverage.blocks} - {b.name for b in self.coverage.blocks}
         self.coverage = coverage
         self._settle()
         self._agree_on_blocks()
@@ -298,7 +300,8 @@ class Core:
         idle = [name for name in found if name not in shared]
         others = [name for name in self.coverage.idle if parts.plan.blocks[name].slot not in slots]
         self.coverage = replace(self.coverage, idle=(*others, *idle))
-        names = [name for name in idle if name not in self._named_idle]
+        names = [name for name in idle if name not in self._named_idle | self._newly_covered]
+        self._newly_covered = set()
         self._named_idle |= set(names)
         if names:
             warnings.warn(idle_message(names), stacklevel=6)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 from kfac_dist import KFAC
-from kfac_dist.errors import ModelError
+from kfac_dist.errors import ModelError, PlanMismatchError
 from tests.curvature.measured import assert_close, build_kfac
 from tests.harness import run_ranks
 
@@ -524,6 +525,7 @@ def test_a_changed_model_is_covered_anew(change: Callable[[nn.Module], None], sa
     kfac, model, said, before = follow(change)
     assert [block.name for block in kfac.coverage.blocks] == blocks
     assert len([text for text in said if said_of in text]) == 1
+    assert not [text for text in said if "no backward pass" in text], "none has been measured since"
     after = kfac.state_dict()["units"]
     # The layer that stays goes on with what it knew: a running average of three measurements, not of two.
     decay = kfac.solver_access.config.curvature.decay
@@ -605,3 +607,38 @@ def test_ranks_cover_a_changed_model_together() -> None:
     for blocks, told in run_ranks(2, changed_on_ranks):
         assert blocks == ["0", "2"]
         assert told >= 1
+
+
+def changed_on_one_rank(changes: list[Callable[[nn.Module], None]]) -> list[tuple[int, str]]:
+    """The step at which each change, made on rank 1 before step 1, stops this rank, and what it says."""
+    return [stopped_by(change) for change in changes]
+
+
+def stopped_by(change: Callable[[nn.Module], None]) -> tuple[int, str]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+    model[2].requires_grad_(False)
+    kfac = KFAC(model, {**CONFIG, "update": {"kl_clip": None}, "inversion": {"inverse_every": 2, "early_refresh": 0}})
+    x, labels = batch()
+    for step in range(6):
+        if step == 1 and dist.get_rank() == 1:
+            change(model)
+        model.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                kfac.step()
+            except PlanMismatchError as error:
+                return step, str(error)
+    kfac.remove()
+    return -1, ""
+
+
+def test_a_model_that_changes_on_one_rank_stops_every_rank() -> None:
+    first, second = run_ranks(2, changed_on_one_rank, [unfreeze, add, cut], group_timeout=10.0)
+    assert first == second
+    for (step, said), block in zip(first, ["2", "5", "4"], strict=True):
+        assert step == 2, "the next refresh, at which ranks agree"
+        assert "the ranks plan different work" in said
+        assert f": {block}: LinearBlock" in said

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils.rnn import PackedSequence
 
 from kfac_dist.compat.torch import break_graph, eagerly, is_batched, of_the_loop
 from kfac_dist.curvature.blocks import Block, Use
@@ -175,6 +176,7 @@ class Capture:
             before_forward(model, self._forward_begins, with_kwargs=True),
             after_forward(model, self._forward_ended, always_call=True),
             *(handle for block in blocks for handle in block.watch(_Recorder(self, block))),
+            *(before_forward(layer, self._note_time_first, with_kwargs=True) for layer in _time_first_layers(model)),
         ]
         compile_anew()
 
@@ -293,6 +295,15 @@ class Capture:
         self._constants.append(Constants(module) if looks else None)
         if (constants := self._constants[-1]) is not None:
             constants.begin()
+
+    def _note_time_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.watching or in_backward():
+            return
+        shapes = shapes_of((args, kwargs))[:1]
+        if args and isinstance(args[0], PackedSequence):
+            shapes = ((len(args[0].batch_sizes), int(args[0].batch_sizes[0]), 1),)  # on the host
+        # Without a batch, `[T, d]` is all that such a layer is given.
+        self.batch.shapes.time_first += [shape for shape in shapes if len(shape) > 2]
 
     def _note_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.watching or (self.passes and in_backward()):
@@ -528,3 +539,9 @@ def warn_of_accumulation(passes: int) -> None:
         "kfac.micro_batch(...) before each forward pass, so that the output gradients are scaled right",
         stacklevel=3,
     )
+
+
+def _time_first_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that take time, not samples, for the first dimension."""
+    kinds = (nn.RNNBase, nn.MultiheadAttention)
+    return [layer for layer in model.modules() if isinstance(layer, kinds) and not layer.batch_first]

@@ -6,6 +6,7 @@ has nodes and edges for its inputs and graphs in its outputs; position ids `[1, 
     outputs                    samples
     all begin with one number  that number
     several numbers            the one with which an input begins, too
+    time first                 the second dimension, told by recurrent and attention layers that are given it so
     none (a loss alone)        the number with which the inputs begin
     the model wasn't called    the number with which the inputs of its layers begin
     one sample, no batch       1, told by the layer nearest to the loss, whose output is the model's
@@ -58,12 +59,14 @@ class PassShapes:
         inputs: Of what the model was called with.
         outputs: Of what it returned that depends on trained parameters.
         layers: Of what its layers saw.
+        time_first: Of what its layers saw that take time for the first dimension (`batch_first=False`).
         nearest: Values that the last of them returned.
     """
 
     inputs: tuple[Shape, ...] = ()
     outputs: tuple[Shape, ...] = ()
     layers: list[Shape] = field(default_factory=list)
+    time_first: list[Shape] = field(default_factory=list)
     nearest: int = 0
 
     def read(self, place: Place) -> int | None:
@@ -121,8 +124,10 @@ def find_samples(shapes: PassShapes) -> Place | None:
     """Return where a pass's shapes show the number of samples; None if they contradict each other or show nothing."""
     if is_unbatched(shapes):
         return None if _looks_batched(shapes) else _ONE
+    if (second := _time_first(shapes)) is not None:
+        return second
     if shapes.outputs:
-        return _by_outputs(shapes.outputs, shapes.inputs)
+        return None if _looks_like_features(shapes) else _by_outputs(shapes.outputs, shapes.inputs)
     if shapes.inputs:
         # A first dimension of size 1 is broadcast over the samples.
         firsts = {shape[0] for shape in shapes.inputs}
@@ -148,18 +153,33 @@ def _looks_batched(shapes: PassShapes) -> bool:
     return bool({shape[0] for shape in shapes.outputs} & {shape[0] for shape in shapes.inputs})
 
 
+def _time_first(shapes: PassShapes) -> Place | None:
+    """Return the second dimension of an output that begins as what a layer was given, time first."""
+    seen = {shape[:2] for shape in shapes.time_first if shape[0] != shape[1]}
+    kind, own = ("outputs", shapes.outputs) if shapes.outputs else ("inputs", shapes.inputs)
+    return next((Place(kind, index, 1) for index, shape in enumerate(own) if shape[:2] in seen), None)
+
+
+def _looks_like_features(shapes: PassShapes) -> bool:
+    """Whether the one output may be a vector that the last layer has for each row, such as the mean of one graph's."""
+    [first, *others] = shapes.outputs
+    if others or len(first) > 1 or first[0] == 1 or not shapes.layers:
+        return False
+    rows = _product(shapes.layers[-1][:-1])
+    return first[0] not in {shape[0] for shape in shapes.inputs} and shapes.nearest == rows * first[0]
+
+
 def _by_outputs(outputs: Sequence[Shape], inputs: Sequence[Shape]) -> Place | None:
     firsts, known = {shape[0] for shape in outputs}, {shape[0] for shape in inputs}
     if len(firsts) > 1:
         return _single("outputs", outputs, firsts & known)
-    [first] = firsts
-    # [T, B, d] from [B, T]: either may be the samples.
+    # [T, B, d] from [B, T], also where that is only a mask: either may be the samples.
     turned = any(
         len(out) > 2 and len(given) > 1 and given[0] == out[1] != out[0] == given[1]
         for out in outputs
         for given in inputs
     )
-    return None if turned and first not in known else Place("outputs", 0)
+    return None if turned else Place("outputs", 0)
 
 
 def _single(kind: str, shapes: Sequence[Shape], numbers: set[int]) -> Place | None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from kfac_dist import KFAC
 from kfac_dist.errors import ModelError
@@ -200,6 +201,34 @@ def test_a_categorical_loss_tells_the_samples_of_sequences_first() -> None:
         assert_terms(model, lambda m: m(draw(T, B, D)), lambda o: T * cross_entropy(o), B)
 
 
+class TimeMajor(Two):
+    """Two layers around one that is told that time comes first."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(lambda m, x: m.last(m.mix(m.first(x).tanh())))
+        lstm, attention = nn.LSTM(7, 7), nn.MultiheadAttention(7, 1)
+        self.kept = attention if kind == "attention" else lstm
+        packed = lambda x: pad_packed_sequence(lstm(pack_padded_sequence(x, [len(x)] * x.shape[1]))[0])[0]  # noqa: E731
+        self.mix = {
+            "recurrent": lambda x: lstm(x)[0],
+            "packed": packed,
+            "attention": lambda x: attention(x, x, x, need_weights=False)[0],
+        }[kind]
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "packed", "attention"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_layer_that_is_given_time_first_tells_where_the_samples_are(kind: str, turned: bool) -> None:
+    """A mean of squares over samples doesn't; a model that turns its batch inside has the samples in front."""
+    model, x = TimeMajor(kind), draw(T, B, D)
+    between = model.between
+    if turned:
+        model.between = lambda m, given: between(m, given.transpose(0, 1)).transpose(0, 1)
+        x = x.transpose(0, 1)
+    time = 1 if turned else 0
+    assert_terms(model, lambda m: m(x), lambda o: (o - 0.3).square().sum((time, 2)).mean(), B)
+
+
 def test_a_model_may_return_its_loss_alone() -> None:
     model = Two(lambda m, x, y: F.mse_loss(m.last(m.first(x).tanh()).sum(-1), y))
     assert_terms(model, lambda m: m(draw(B, D), torch.zeros(B)), lambda loss: loss, B)
@@ -227,6 +256,16 @@ AMBIGUOUS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any], Loss]] = {
         lambda m, x: m.last(m.first(x).tanh()).transpose(0, 1),
         lambda model: model(draw(B, T, D)),
         squares,
+    ),
+    "time first, a mask of samples first": (
+        lambda m, x, mask: m.last(m.first(x).tanh()) * mask.mT[..., None],
+        lambda model: model(draw(T, B, D), torch.ones(B, T)),
+        squares,
+    ),
+    "one graph's classes": (
+        lambda m, e, x: graph(m, x, e).mean(0),
+        lambda model: model(EDGES, X),
+        lambda out: out.square().sum(),
     ),
     "contrastive": (
         lambda m, x, y: (m.first(x) @ m.first(y).mT, m.last(m.first(y))),
