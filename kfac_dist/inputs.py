@@ -1,4 +1,4 @@
-"""What a model is called with: a tensor, a tuple of them (`model(*inputs)`) or a dict of them (`model(**inputs)`)."""
+"""A model's inputs: a tensor, a tuple of them (`model(*inputs)`) or a dict of them (`model(**inputs)`)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _FLAGS = frozenset(
 
 
 class LauncherName(StrEnum):
-    """What may start the ranks."""
+    """Programs that start the ranks."""
 
     TORCHRUN = "torchrun"
     SLURM = "slurm"

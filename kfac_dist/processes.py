@@ -1,4 +1,4 @@
-"""Which process is which, also after its number has gone to another one: from /proc where there is one.
+"""The identity of a process, also after its number has gone to another one: from /proc where there is one.
 
 A number alone names no process: systems use them again. With the moment of its start it does, within one place:
 a host since it was booted, and there one space of process numbers, of which each container has its own.

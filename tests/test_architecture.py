@@ -8,6 +8,7 @@ The sources are read, not imported, so that imports inside functions and behind 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -409,6 +410,19 @@ def test_each_package_has_one_module_for_its_private_names() -> None:
 def test_every_module_says_what_it_is_about() -> None:
     silent = [path for path, file in MODULES.items() if ast.get_docstring(ast.parse(file.read_text())) is None]
     assert silent == []
+
+
+def test_no_docstring_begins_with_a_question() -> None:
+    asking = {"What", "Who", "Where", "How", "Which", "Whose", "Whom"}
+    riddles = [
+        f"{path}:{getattr(node, 'lineno', 1)} {text.splitlines()[0]}"
+        for path, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and (text := ast.get_docstring(node))
+        and re.split(r"\W", text)[0] in asking
+    ]
+    assert riddles == [], "begin with a noun or a verb"
 
 
 def test_every_package_is_a_package() -> None:

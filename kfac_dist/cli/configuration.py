@@ -1,4 +1,4 @@
-"""What commands take: a configuration and overrides, as arguments and as they are read."""
+"""Options that commands share: a configuration and its overrides, as arguments and as they are read."""
 
 from __future__ import annotations
 

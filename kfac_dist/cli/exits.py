@@ -1,4 +1,4 @@
-"""How a command ends: with one line a mistake and a code, on one rank or on many.
+"""Ends of commands: one line a mistake and an exit code, on one rank or on many.
 
 Every rank of a launcher runs the command line by itself. A mistake of the user's ends it with code 2 and without a
 traceback; what the doctor found wrong with code 1; Ctrl-C with code 130, or 0 where a launcher started it, whose own

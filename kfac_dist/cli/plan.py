@@ -33,7 +33,7 @@ HARDWARE = "h100-ib400"
 
 
 class Device(StrEnum):
-    """What computes."""
+    """The device that computes."""
 
     AUTO = "auto"
     CPU = "cpu"

@@ -1,4 +1,4 @@
-"""What a run may say (`schema`), and how a YAML file, its includes and the command line become that (`load`).
+"""The schema of a run's configuration (`schema`), and its sources: YAML files, includes, the command line (`load`).
 
 document    YAML text → plain values that know their line; includes and overrides merge
 fields      what the schema allows at a path, in words

@@ -1,4 +1,4 @@
-"""What a run does about steps whose loss, gradients or statistics are not finite."""
+"""Reactions to steps whose loss, gradients or statistics are not finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kfac_dist.config.section import MOST, Count, CountOrZero, Section
 
 
 class DivergenceConfig(Section):
-    """What a run does about steps whose loss or gradients are not finite: all ranks skip them, and more if they go on.
+    """Reactions to steps whose loss or gradients are not finite: all ranks skip them, and more if they go on.
 
     A skipped step's gradients count as zeros, and its statistics as never measured. At the next logged step the damping
     of K-FAC is raised; later logged steps without a skip lower it again. Of a step that is taken, a rank may have to

@@ -20,7 +20,7 @@ from kfac_dist.errors import ConfigError
 
 
 class EngineName(OpenNames):
-    """How the model's parameters are distributed: as by one of these, or by an engine that was registered."""
+    """Distribution of the model's parameters: one of these, or a registered engine."""
 
     DDP = "ddp"
     FSDP2 = "fsdp2"
@@ -63,7 +63,7 @@ _OURS = {
 
 
 class FSDP2Config(Section):
-    """How `fully_shard` is applied.
+    """Arguments of `fully_shard`.
 
     Attributes:
         wrap: Patterns (`fnmatch`, on module names) of modules that are gathered as one, each before its forward pass.
@@ -81,7 +81,7 @@ class FSDP2Config(Section):
 
 
 class EngineConfig(Section):
-    """How the model's parameters are distributed.
+    """Distribution of the model's parameters.
 
     Attributes:
         name: Who distributes them; or an engine that a module under `extensions` registers.

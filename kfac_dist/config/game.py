@@ -11,14 +11,14 @@ from kfac_dist.config.section import Count, Flag, NonNegative, Positive, Section
 
 
 class Objective(StrEnum):
-    """What the generator descends: −log D (non-saturating), or the discriminator's loss with its sign turned."""
+    """The generator's objective: −log D (non-saturating), or the discriminator's loss with its sign turned."""
 
     NON_SATURATING = "non_saturating"
     MINIMAX = "minimax"
 
 
 class DiscriminatorConfig(Section):
-    """What the discriminator has otherwise than the generator, whose values are `optimizer` and `kfac`.
+    """The discriminator's own settings; the generator has `optimizer` and `kfac`.
 
     Attributes:
         lr_factor: Its learning rate, in multiples of `optimizer.lr`.

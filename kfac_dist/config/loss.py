@@ -33,7 +33,7 @@ class LossName(StrEnum):
 
     @property
     def loss_terms(self) -> LossTerms:
-        """What this loss is a mean over."""
+        """The terms of this loss's mean."""
         return LossTerms.TOKEN if self is LossName.TOKEN_CROSS_ENTROPY else LossTerms.SAMPLE
 
 

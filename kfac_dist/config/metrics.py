@@ -16,7 +16,7 @@ Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
 
 class MetricsConfig(Section):
-    """What is measured beside losses, and whether rank 0 serves it as Prometheus metrics over HTTP, and to whom.
+    """Metrics beside losses, and the address at which rank 0 serves them to Prometheus over HTTP.
 
     Attributes:
         port: Port of `/metrics` and `/health`; null serves nothing.

@@ -19,7 +19,7 @@ from kfac_dist.errors import ConfigError
 
 
 class ScheduleKind(StrEnum):
-    """How a scheduled value moves from its start to its end once the warm-up is over."""
+    """The path of a scheduled value from its start to its end once the warm-up is over."""
 
     CONSTANT = "constant"
     LINEAR = "linear"

@@ -1,4 +1,4 @@
-"""What every section of a configuration is made of: its base class, and numbers and names with bounds."""
+"""Base class of the sections of a configuration, and numbers and names with bounds."""
 
 from __future__ import annotations
 

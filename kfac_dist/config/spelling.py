@@ -1,4 +1,4 @@
-"""What was probably meant by a name that nothing has."""
+"""Suggestions for a name that doesn't exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which class each row of a layer belongs to, and the sums that are kept apart by it.
+"""The class of each row of a layer, and the sums that are kept apart by class.
 
 `E[aaᵀ ⊗ ĝĝᵀ] = Σ_c π_c E_c[aaᵀ ⊗ ĝĝᵀ]` for any variable c; K-FAC's approximation, that a and ĝ are independent, is
 then made inside each class alone. c is the label whose loss the gradient comes from:
@@ -28,7 +28,7 @@ from kfac_dist.errors import ModelError
 
 @dataclass(frozen=True)
 class Members:
-    """How rows of one layer are shared out over the classes.
+    """The classes of one layer's rows.
 
     Attributes:
         number: C, with the class of what has no label where there is one.

@@ -31,7 +31,7 @@ _PANEL = 128
 
 @dataclass(frozen=True)
 class Summary:
-    """What the owner of a unit tells of its classes' factors.
+    """The owner's figures of a unit's factors by class.
 
     Attributes:
         products: `[batch, C, C]`: ⟨M_c, M_d⟩ of each matrix of the batch.

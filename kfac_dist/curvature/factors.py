@@ -18,7 +18,7 @@ from enum import StrEnum
 
 
 class FactorKind(StrEnum):
-    """How a factor is stored."""
+    """Storage of a factor."""
 
     DENSE = "dense"
     DIAGONAL = "diagonal"
@@ -26,7 +26,7 @@ class FactorKind(StrEnum):
 
 
 class Side(StrEnum):
-    """Which factor of a block: input side, output side, or the whole (unit-wise) block.
+    """Factors of a block: input side, output side, or the whole (unit-wise) block.
 
     In a chain of layers, also the moments of a side with the same side of the layer that follows. S is no factor:
     EKFAC's second moments in the eigenbasis of A and G.
@@ -136,7 +136,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Heads:
-    """What a layer has to do with heads.
+    """A layer's part in attention's heads.
 
     Attributes:
         side: G where it makes them, A where it reads them.
@@ -151,7 +151,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where the factors of a block are cut, besides by `max_factor_dim`.
+    """Cuts of a block's factors, besides those by `max_factor_dim`.
 
     Attributes:
         sizes: Sizes of the diagonal blocks of a side's factor; a side that isn't named is whole.

@@ -69,7 +69,7 @@ class Span:
 
 
 class FlatUnits:
-    """Where each unit lies in a flat buffer that holds them one after the other."""
+    """Places of units in a flat buffer that holds them one after the other."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = tuple(unit.statistics for unit in units)

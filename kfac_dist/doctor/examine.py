@@ -48,7 +48,7 @@ from kfac_dist.training.trial import Trial, try_out, try_two_passes
 
 @dataclass
 class _Case:
-    """What is known so far."""
+    """Results of an examination so far."""
 
     config: Config
     world: World

@@ -1,4 +1,4 @@
-"""What the doctor says: findings, and the report that holds them."""
+"""The doctor's findings, and the report that holds them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kfac_dist.errors import KFACError
 
 
 class Severity(StrEnum):
-    """What a finding means for the run."""
+    """Severity of a finding."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """What K-FAC does with one parameter.
+    """K-FAC's treatment of one parameter.
 
     Attributes:
         name: Its name in the model.

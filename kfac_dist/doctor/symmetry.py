@@ -1,4 +1,4 @@
-"""How far factors and inverses are from symmetric, before anything makes them so."""
+"""The asymmetry of factors and inverses, before anything makes them symmetric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What takes the step: first-order optimizers, and solvers that find it from the quadratic model of the loss."""
+"""Steps: first-order optimizers, and solvers that find the step from the quadratic model of the loss."""
 
 from kfac_dist.optimizers.build import build_stepper
 from kfac_dist.optimizers.first_order import build_optimizer, set_learning_rate

@@ -63,7 +63,7 @@ def gradient_variance(mean: Tensor, square: Tensor, beta: float, step: int) -> t
 
 
 class DissectedAdam(Optimizer, ABC):
-    """What the four have in common.
+    """Common parts of the four optimizers.
 
     Args:
         params: Parameters or groups of them.

@@ -38,7 +38,7 @@ from kfac_dist.preconditioner.kfac import KFAC
 
 @dataclass(frozen=True)
 class Problem:
-    """What a step is found from: `M(δ) = ½ δᵀ(GGN + λI)δ + ∇hᵀδ` and the loss itself.
+    """The model of the loss that a step minimises: `M(δ) = ½ δᵀ(GGN + λI)δ + ∇hᵀδ`, and the loss itself.
 
     Attributes:
         gradient: ∇h, averaged over the global batch, with `l2·θ` of a weight decay that is part of the loss.

@@ -29,7 +29,7 @@ ALIGNMENT_BIAS = 0.1
 
 
 class Observer(Protocol):
-    """What watches a player's passes, such as its `KFAC`."""
+    """An observer of a player's passes, such as its `KFAC`."""
 
     def unobserved(self) -> AbstractContextManager[None]:
         """Return a context whose passes it doesn't watch."""
@@ -37,7 +37,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class GameField:
-    """Where two players go next: flat vectors over the first player's parameters, then the second's.
+    """The next point of two players: flat vectors over the first player's parameters, then the second's.
 
     Attributes:
         field: ξ, averaged over the ranks.

@@ -1,4 +1,4 @@
-"""How noisy the elements of a gradient are: the relative variance η² = s/m² of one parameter's elements, summed up.
+"""The noise of a gradient's elements: the relative variance η² = s/m², summed over one parameter's elements.
 
 An optimizer that averages gradients and their squares with one β (`svag`, `msvag`, `adamw` with equal betas) knows it
 without measuring anything more. η² far above 1 says that a step follows noise; Adam and the variance-adapted methods

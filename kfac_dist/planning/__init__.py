@@ -1,4 +1,4 @@
-"""What K-FAC would cost on other numbers of ranks, by other strategies and on other machines, before anything runs.
+"""The cost of K-FAC on other numbers of ranks, by other strategies and on other machines, before anything runs.
 
 Job             a model's shapes, a configuration and W: the same plan that ranks make at start-up      job.py
 rehearse        a rank's collectives in one kind of step, sent to nobody                               traffic.py

@@ -32,7 +32,7 @@ MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Comparison:
-    """What strategies cost on one number of ranks.
+    """The costs of strategies on one number of ranks.
 
     Attributes:
         world_size: The ranks.

@@ -25,7 +25,7 @@ from kfac_dist.preconditioner.reduce.buckets import BucketPlan
 
 @dataclass(frozen=True)
 class Model:
-    """What the planner knows of a model; tensors may be without memory.
+    """The planner's view of a model; tensors may be without memory.
 
     Attributes:
         blocks: Its blocks.
@@ -40,7 +40,7 @@ class Model:
 
 @dataclass(frozen=True)
 class StepKind:
-    """What a step does beside preconditioning.
+    """The work of a step beside preconditioning.
 
     Attributes:
         measured: The slots whose factors it measures.
@@ -122,7 +122,7 @@ class Job:
 
     @cached_property
     def owned(self) -> Mapping[int, Sequence[Unit]]:
-        """What each rank inverts, if anything."""
+        """Return each rank's inversions."""
         found: dict[int, list[Unit]] = {}
         for unit in self.plan.units:
             found.setdefault(self.plan.assignment.owners[unit.name], []).append(unit)
@@ -149,12 +149,12 @@ class Job:
 
     @cached_property
     def memory(self) -> list[RankBytes]:
-        """What each rank keeps."""
+        """Return each rank's payloads."""
         return rank_bytes(self.plan, self.config, sharded=self.sharded)
 
     @cached_property
     def reduction(self) -> BucketPlan:
-        """How factors are reduced."""
+        """Return the reduction of factors."""
         return BucketPlan(
             self.plan, self.config.distribution, FlatUnits(self.plan.units), self.world_size, working(self.config)
         )
@@ -170,7 +170,7 @@ class Job:
 
     @cached_property
     def gradients(self) -> GradientLayout:
-        """Which slices of gradients a row's ranks hold.
+        """Return the slices of gradients that a row's ranks hold.
 
         FSDP2's and ZeRO-3's are theirs. DeepSpeed's stages 1 and 2 flatten parameters in an order, and with a padding,
         that only its optimizer knows: here they are in the model's order, so that its exchange is a good estimate.

@@ -1,4 +1,4 @@
-"""What options that spare memory do to the bytes of a rank: each planned with and without, all else the same.
+"""The effect of options that save memory on the bytes of a rank: each planned with and without, all else the same.
 
 An option is on where its effect is: `sample_fraction` at any share, placement `owner` also where `auto` means it.
 """
@@ -38,7 +38,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Saving:
-    """What one option does.
+    """The effect of one option.
 
     Attributes:
         option: Its name.

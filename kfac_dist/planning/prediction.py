@@ -1,4 +1,4 @@
-"""What a strategy adds to a step: kind by kind, phase by phase, then the average over a window and its worst step.
+"""The time that a strategy adds to a step: by kind and phase, averaged over a window, and in its worst step.
 
 Nothing is hidden: collectives that overlap with backward, and inverses that travel while later steps run, count in
 full. So a prediction is what a rank computes and waits for, and a run on GPUs may be quicker.
@@ -46,7 +46,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a strategy costs on W ranks.
+    """The cost of a strategy on W ranks.
 
     Attributes:
         strategy: What is asked.

@@ -1,4 +1,4 @@
-"""What a measurement copies of the rows that it multiplies: `sample_fraction` spares it, before anything is kept.
+"""The rows that a measurement copies before it multiplies them: `sample_fraction` saves them.
 
 Inputs and output gradients are there anyway, autograd holds them, and a choice of rows is a view of them. What is
 copied is what has to be in fp32 to be multiplied, one layer's side at a time:
@@ -24,7 +24,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class MicroRows:
-    """What is known of one micro-batch on one rank.
+    """The planner's view of one micro-batch on one rank.
 
     Attributes:
         rows: Rows of each block, as far as they are known.

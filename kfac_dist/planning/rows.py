@@ -1,4 +1,4 @@
-"""How many rows a sample adds to each block's factors: counted in a forward pass without memory."""
+"""The rows that a sample adds to each block's factors, counted in a forward pass without memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one rank sends in one kind of step: the step's own layouts, sent to nobody.
+"""The traffic of one rank in one kind of step: the step's own layouts, recorded and not sent.
 
 Every collective is started by the code that starts it in a step (`share_segments`, `BucketPlan.send`), on tensors
 without memory and a communicator that only counts; nothing here has a formula of its own. The step that is counted is
@@ -41,7 +41,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a rank took part in.
+    """The collectives of one rank.
 
     Attributes:
         calls: One by one.

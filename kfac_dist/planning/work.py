@@ -1,4 +1,4 @@
-"""What one rank computes and copies in each phase: flops, seconds, and which blocks they are for.
+"""The work of one rank in each phase: flops, seconds, and the blocks they are for.
 
     statistics       A and G of M rows: (a² + g²)·M flops; then the running averages move
     inversion        the rank's own units that are due, equal sizes in one batch
@@ -30,7 +30,7 @@ _NEWTON_SCHULZ_PRODUCTS = 10
 
 @dataclass
 class Work:
-    """What one rank does in one phase.
+    """The work of one rank in one phase.
 
     Attributes:
         flops: Floating-point operations.

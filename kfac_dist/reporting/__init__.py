@@ -1,1 +1,1 @@
-"""What a person looks at: progress while a run trains, a table and a picture of the losses when it ends."""
+"""Output for people: progress while a run trains, a table and a picture of the losses when it ends."""

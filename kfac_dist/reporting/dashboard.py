@@ -1,4 +1,4 @@
-"""What the live view shows: from what a run has logged to lines of text, a pure function of that and the room there is.
+"""The text of the live view: a pure function of a run's log and the room on the screen.
 
     digits · kfac                      step 1,200 of 1,500   epoch 200
     ━━━━━━━━━━━━━━━━━━━━━━━━━━━──────   80 %   0:12 so far, 3 s left
@@ -38,7 +38,7 @@ _ASCII_LEVELS = "_.-=+*%#"
 
 @dataclass
 class History:
-    """What one optimizer's run has shown so far.
+    """One optimizer's run so far.
 
     Attributes:
         title: The run and what it trains with.

@@ -36,7 +36,7 @@ _CLIENT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Reading:
-    """What one optimizer's run has come to, as of a logged step.
+    """One optimizer's run as of a logged step.
 
     Attributes:
         step: Optimizer steps done.

@@ -219,7 +219,7 @@ def others_lines(stream: TextIO) -> Iterator[None]:
 
 
 class _Lock(IntEnum):
-    """What is locked of a terminal: a byte of a file that has none."""
+    """The lock of a terminal: a byte of a file that has none."""
 
     VIEW = 0
     WORD = 1

@@ -1,4 +1,4 @@
-"""How often a run was started again, by the word of what started it."""
+"""The number of restarts of a run, by its launcher's word."""
 
 from __future__ import annotations
 

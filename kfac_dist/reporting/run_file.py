@@ -25,7 +25,7 @@ INTERRUPTED_REASON = "by Ctrl-C; what was saved before is there"
 
 
 class State(StrEnum):
-    """What a run is doing, or how it ended."""
+    """The state of a run, and its end."""
 
     RUNNING = "running"
     PREEMPTED = "preempted"
@@ -36,7 +36,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What `state.json` holds.
+    """The contents of `state.json`.
 
     Attributes:
         state: What the run is doing.

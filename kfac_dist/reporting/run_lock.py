@@ -52,7 +52,7 @@ class RunInUseError(ConfigError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run's directory.
+    """The process that holds a run's directory.
 
     Attributes:
         host: Where its process runs.

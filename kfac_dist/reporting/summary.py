@@ -12,7 +12,7 @@ from kfac_dist.reporting.progress import duration
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How one optimizer fared.
+    """The result of one optimizer.
 
     Attributes:
         name: The optimizer: `kfac`, or the entry of `compare`.

@@ -1,4 +1,4 @@
-"""What is asked of SLURM for a run, checked before SLURM is asked."""
+"""The request for a run's job, checked before SLURM sees it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MEMORY = re.compile(r"\d+[KMGT]?")
 
 
 class StartedBy(StrEnum):
-    """What starts the ranks in the job: torchrun's agents, which restart them, or srun itself."""
+    """The launcher in the job: torchrun's agents, which restart the ranks, or srun itself."""
 
     TORCHRUN = "torchrun"
     SRUN = "srun"

@@ -48,7 +48,7 @@ class ScalingRun:
 
 @dataclass(frozen=True)
 class Timing:
-    """What a run took.
+    """The time of a run.
 
     Attributes:
         run: Which.

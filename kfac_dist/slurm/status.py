@@ -24,7 +24,7 @@ from kfac_dist.training.records.metrics import read_metrics
 
 
 class Standing(StrEnum):
-    """How a run stands."""
+    """The condition of a run."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -49,7 +49,7 @@ class Logged:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What can be told of a run.
+    """The facts known of a run.
 
     Attributes:
         directory: The run's directory.

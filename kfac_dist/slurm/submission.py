@@ -54,7 +54,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """What `job.json` tells.
+    """The contents of `job.json`.
 
     Attributes:
         job: SLURM's number.

@@ -34,7 +34,7 @@ IMAGE_SIZE = 32
 
 @dataclass(frozen=True)
 class DataSplits:
-    """What a data source returns.
+    """The result of a data source.
 
     Attributes:
         train: Dataset of `(input, target)` pairs to train on.

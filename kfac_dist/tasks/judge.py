@@ -1,4 +1,4 @@
-"""How good samples are, by a small classifier that has learned the data's classes: two figures from one pass.
+"""The quality of samples by a small classifier that has learned the data's classes: two figures from one pass.
 
     score       exp E_x KL(p(y|x) ‖ p(y))                              1 … classes, more is better: each is of one
                 (Salimans et al. 2016, with this classifier)           class, all of them of all

@@ -63,7 +63,7 @@ PIPE_WIDTH = 160
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """Outcome of `train`.
 
     Attributes:
         directory: Where its files are.
@@ -80,7 +80,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Session:
-    """What all runs of one call of `train` share."""
+    """The parts that all runs of one call of `train` share."""
 
     world: World
     communicator: Communicator

@@ -34,7 +34,7 @@ from kfac_dist.training.trial import WHERE, check_targets, try_out
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of.
+    """The parts of a run.
 
     Attributes:
         engine: The model, distributed.

@@ -26,7 +26,7 @@ WHERE = "the first samples"
 
 @dataclass(frozen=True)
 class Trial:
-    """What the pass showed.
+    """The result of the trial pass.
 
     Attributes:
         outputs: The model's outputs, detached.

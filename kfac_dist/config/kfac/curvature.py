@@ -13,7 +13,7 @@ from kfac_dist.config.section import BelowOne, Count, Flag, Pattern, Section, Se
 
 
 class Fisher(StrEnum):
-    """Whose gradients make the output factor G."""
+    """The gradients that make the output factor G."""
 
     EMPIRICAL = "empirical"
     MC = "mc"
@@ -22,14 +22,14 @@ class Fisher(StrEnum):
 
 
 class Sharing(StrEnum):
-    """How positions that share one weight (tokens, pixels) enter the factors (Eschenhagen et al. 2023)."""
+    """Treatment of positions that share one weight (tokens, pixels) in the factors (Eschenhagen et al. 2023)."""
 
     EXPAND = "expand"
     REDUCE = "reduce"
 
 
 class LossTerms(StrEnum):
-    """What the mean in the loss runs over: samples (one label each), or tokens (every position has a label)."""
+    """The terms of the loss's mean: samples (one label each), or tokens (every position has a label)."""
 
     SAMPLE = "sample"
     TOKEN = "token"
@@ -44,7 +44,7 @@ class Likelihood(StrEnum):
 
 
 class Uncovered(StrEnum):
-    """What happens to the gradients of parameters that no block covers."""
+    """Treatment of parameters that no block covers."""
 
     PLAIN = "plain"
     DIAGONAL = "diagonal"
@@ -81,7 +81,7 @@ _MOST_DECAY_IN_BF16 = 0.95
 
 
 class CurvatureConfig(Section):
-    """What is measured: which layers, whose gradients, how often, in which precision.
+    """Measurement: the layers, the gradients that make G, intervals, precision.
 
     Attributes:
         fisher: Whose gradients make G. `mc` and `type2` are the true Fisher and need `likelihood`.
@@ -152,7 +152,7 @@ class CurvatureConfig(Section):
 
     @property
     def class_slots(self) -> int:
-        """How many classes a block's statistics are kept apart in; 0 if they aren't.
+        """Number of classes whose statistics of a block are kept apart; 0 if they aren't.
 
         A token without a label (padding, `ignore_index`) has no gradient of its own loss term, but may have one from
         others': for token losses such positions are one class more.

@@ -13,14 +13,14 @@ from kfac_dist.config.section import Count, Flag, Fraction, Gone, OpenNames, Sec
 
 
 class AssignmentStrategy(StrEnum):
-    """Which rank inverts what."""
+    """Assignment of inversions to ranks."""
 
     ROUND_ROBIN = "round_robin"
     BALANCED = "balanced"
 
 
 class Placement(StrEnum):
-    """Who holds inverses and preconditions (COMM-OPT, MEM-OPT, and the grid between them)."""
+    """The ranks that hold inverses and precondition (COMM-OPT, MEM-OPT, and the grid between them)."""
 
     AUTO = "auto"
     REPLICATED = "replicated"
@@ -30,7 +30,7 @@ class Placement(StrEnum):
 
 
 class Reduction(StrEnum):
-    """How local statistics become global."""
+    """Reduction of local statistics to global ones."""
 
     ALL_REDUCE = "all_reduce"
     REDUCE_SCATTER = "reduce_scatter"
@@ -44,7 +44,7 @@ class ReduceEvery(StrEnum):
 
 
 class Backend(OpenNames):
-    """What carries K-FAC's own collectives: one of these, or a communicator that was registered.
+    """Transport of K-FAC's own collectives: one of these, or a registered communicator.
 
     Gradients always travel as the engine sends them.
     """
@@ -54,7 +54,7 @@ class Backend(OpenNames):
 
 
 class DistributionConfig(Section):
-    """Who does it, and what crosses the network.
+    """Distribution of K-FAC's work over the ranks, and of its traffic.
 
     Attributes:
         backend: What carries factors and inverses: `torch` (gloo, NCCL), or `mpi` for CPU clusters whose network only

@@ -15,7 +15,7 @@ from kfac_dist.config.section import MOST, Count, CountOrZero, Flag, Fraction, O
 
 
 class Solver(OpenNames):
-    """How a damped factor is inverted: as one of these, or as a solver that was registered."""
+    """Inversion of a damped factor: one of these, or a registered solver."""
 
     CHOLESKY = "cholesky"
     EIGEN = "eigen"
@@ -24,7 +24,7 @@ class Solver(OpenNames):
 
 
 class Structure(StrEnum):
-    """Which blocks of the Fisher matrix the inverse knows: layers by themselves, or with the layer that follows."""
+    """Blocks of the inverse Fisher matrix: single layers, or each layer with the one that follows."""
 
     BLOCK_DIAGONAL = "block_diagonal"
     BLOCK_TRIDIAGONAL = "block_tridiagonal"
@@ -48,7 +48,7 @@ class AdaptConfig(Section):
 
 
 class InversionConfig(Section):
-    """What is solved: the method, its damping, and when.
+    """Inversion: the method, its damping, and its intervals.
 
     Attributes:
         solver: `cholesky` and `newton_schulz` damp the factors (factored Tikhonov); `eigen` damps exactly;

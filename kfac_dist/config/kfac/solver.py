@@ -18,7 +18,7 @@ from kfac_dist.config.section import Count, CountOrZero, Flag, Gone, Positive, S
 
 
 class StepSolver(StrEnum):
-    """Who finds the step."""
+    """The method that finds the step."""
 
     DIRECT = "direct"
     NEWTON = "newton"
@@ -26,7 +26,7 @@ class StepSolver(StrEnum):
 
 
 class CGConfig(Section):
-    """How `cg` minimises `½ dᵀ(GGN + λI)d + ∇hᵀd` (Martens 2010), with K-FAC's damped inverse as preconditioner.
+    """Settings of `cg`: minimise `½ dᵀ(GGN + λI)d + ∇hᵀd` (Martens 2010), preconditioned by K-FAC's damped inverse.
 
     Attributes:
         lr: What the solution is multiplied by; a number or a schedule over steps.
@@ -70,7 +70,7 @@ class CGConfig(Section):
 
 
 class NewtonConfig(Section):
-    """How `newton` finds its step: `δ = αΔ + μδ₀`, from K-FAC's Δ and the step before (Martens & Grosse 2015, §6–7).
+    """Settings of `newton`: `δ = αΔ + μδ₀`, from K-FAC's Δ and the step before (Martens & Grosse 2015, §6–7).
 
     λ of the quadratic model starts at `kfac.inversion.damping`, a number here, and follows the Levenberg–Marquardt
     rule. K-FAC's inverses carry a damping of their own, γ², which starts at λ + l2 and is searched for.

@@ -18,7 +18,7 @@ class SplitBy(StrEnum):
 
 
 class SplitConfig(Section):
-    """How the factors of some layers are cut.
+    """Cuts of the factors of some layers.
 
     In YAML `per_head` and `per_group` may stand alone, and so may a number: that many parts of both factors.
 

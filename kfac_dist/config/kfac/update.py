@@ -12,14 +12,14 @@ from kfac_dist.config.section import Gone, NonNegative, Positive, Section
 
 
 class Graft(StrEnum):
-    """Whose step's length a preconditioned gradient takes: plain descent's, or that of its sign."""
+    """The step whose length a preconditioned gradient takes: plain descent's, or that of its sign."""
 
     GRADIENT = "gradient"
     SIGN = "sign"
 
 
 class UpdateConfig(Section):
-    """What is done with the preconditioned gradient Δ.
+    """The step made of the preconditioned gradient Δ.
 
     Attributes:
         kl_clip: κ of the trust region: Δ is scaled by min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩))); null switches it off.

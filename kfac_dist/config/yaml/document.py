@@ -109,7 +109,7 @@ for _name, _pattern, _first in _RESOLVERS:
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where a value was written: a line of a file, or an argument on the command line (line 0)."""
+    """The origin of a value: a line of a file, or an argument on the command line (line 0)."""
 
     source: str
     line: int = 0
@@ -133,7 +133,7 @@ class Document:
     path: tuple[str, ...] = ()
 
     def place(self, path: Path) -> Place:
-        """Where the value at a path, or else the nearest thing around it, was written."""
+        """Return the origin of the value at a path, or else of the nearest value around it."""
         while path not in self.places and path:
             path = path[:-1]
         return self.places[path]
@@ -201,7 +201,7 @@ def override(path: tuple[str, ...], text: str, source: str) -> Document:
 
 
 def plain_value(text: str) -> Any:
-    """What a text would be, had it been written without quotes; the text itself if that isn't YAML."""
+    """Read a text as YAML reads it without quotes; return the text itself if that isn't YAML."""
     reader = _Reader("")
     value = reader.read(text)
     return text if reader.problems else value

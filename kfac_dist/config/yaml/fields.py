@@ -1,4 +1,4 @@
-"""What the schema allows at a path, in words: read from the types, so that a message can't disagree with the check.
+"""The values that the schema allows at a path, in words: read from the types, so that messages agree with the check.
 
 A path is a tuple of keys and list indices, such as `("kfac", "inversion", "damping", "value")`.
 """
@@ -55,7 +55,7 @@ class Allowed:
         return self.section is Schedule or any(option.annotation in (int, float) for option in self._options())
 
     def below(self, key: str | int) -> Allowed | None:
-        """What is allowed one step further down; None where nothing is."""
+        """Return the values allowed one step further down; None where there is none."""
         for option in self._options():
             if (section := option.section) is not None:
                 field = section.model_fields.get(str(key))
@@ -79,7 +79,7 @@ class Allowed:
 
 
 def allowed_at(path: Path) -> Allowed | None:
-    """What `Config` allows at a path; None if the schema has no such path."""
+    """Return the values that `Config` allows at a path; None if the schema has no such path."""
     allowed: Allowed | None = Allowed(Config)
     for key in path:
         if allowed is None:

@@ -1,4 +1,4 @@
-"""What a block is: one layer's share of the Fisher, and how its tensors map to the one layout.
+"""Blocks: one layer's share of the Fisher matrix each, and the map of its tensors to the one layout.
 
 A layer type joins by one small class that says how its input and its output gradient become rows, and how its
 parameters fill the gradient matrix; everything else (sharing, sampling, scales, counts) is common to all of them:
@@ -25,7 +25,7 @@ from kfac_dist.hooks import after_forward
 
 
 class StatisticsSink(Protocol):
-    """Where a block's measurements go; implemented by `statistics.RunningAverages`."""
+    """The destination of a block's measurements; implemented by `statistics.RunningAverages`."""
 
     def add_rows(
         self, block: str, side: Side, rows: Tensor, *, scale: float, ones: bool, members: Members | None = None

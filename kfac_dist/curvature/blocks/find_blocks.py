@@ -1,4 +1,4 @@
-"""Which parameters get a block, and why the others have none: every parameter of a model ends up in one of the two.
+"""Assignment of a model's parameters to blocks, with a reason for each parameter that has none.
 
 Modules that share a weight are one block when their calls can be one layer's uses: linear layers among themselves,
 embeddings among themselves, or an embedding and the head that is tied to it.
@@ -36,7 +36,7 @@ _OWN_NAMES = ("weight", "bias", "bias_k", "bias_v")
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which parameters K-FAC preconditions, and why it has no block for the others.
+    """The parameters that K-FAC preconditions, and the reasons why others have no block.
 
     Attributes:
         blocks: The blocks, in the order in which the model lists its modules.

@@ -17,7 +17,7 @@ _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bs
 
 
 class Handle(Protocol):
-    """What takes a hook off."""
+    """A registered hook; `remove` takes it off."""
 
     def remove(self) -> None:
         """Take it off."""
@@ -204,7 +204,7 @@ class Batch:
 
 
 class Recorder(Protocol):
-    """Where a block's hooks report calls of its layer; implemented by `capture`."""
+    """The destination of the calls that a block's hooks report; implemented by `capture`."""
 
     @property
     def watching(self) -> bool:

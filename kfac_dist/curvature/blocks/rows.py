@@ -18,7 +18,7 @@ from kfac_dist.precision import at_least_single, widened
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a block has to know about the micro-batch beyond its own tensors.
+    """A block's view of the micro-batch, beyond its own tensors.
 
     Attributes:
         terms: n, the loss's terms in this micro-batch on this rank, whatever number of rows a layer sees.

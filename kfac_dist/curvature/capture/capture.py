@@ -89,7 +89,7 @@ class _Graph:
 
 
 class _Recorder:
-    """What one block records into; see `blocks.uses.Recorder`."""
+    """The records of one block; see `blocks.layer_calls.Recorder`."""
 
     def __init__(self, capture: Capture, block: Block) -> None:
         self._capture = capture

@@ -1,4 +1,4 @@
-"""Which tensors of a forward pass no sample has entered: tables of positions, and all that is computed from them.
+"""Tensors of a forward pass that are the same for all samples: tables of positions, and all that is computed from them.
 
 Such a tensor is the same for every sample of the batch, whatever its shape looks like, and so are the outputs of the
 layers that it passes through. One forward pass is looked at, function by function:

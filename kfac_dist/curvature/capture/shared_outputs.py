@@ -36,7 +36,7 @@ Shape = tuple[int, ...]
 
 
 class Samples(IntEnum):
-    """How an output relates to the samples of a batch; checkpoints hold the numbers, 0 for what isn't known yet.
+    """The relation of an output to the samples of a batch; checkpoints hold the numbers, 0 if it is not known yet.
 
     Attributes:
         OWN: Samples have rows of their own.

@@ -1,4 +1,4 @@
-"""What refreshes bring, in the memory that preconditioning reads: payloads of like blocks, side by side.
+"""The results of refreshes in the memory that preconditioning reads: payloads of like blocks, side by side.
 
     side A of k blocks    one piece for each diagonal block that it is cut into, or for p equal ones together
                           matrix  [k·batch, n, n]; equal ones (heads) are one [k·batch, p, n, n]
@@ -29,7 +29,7 @@ UNKNOWN = -1.0
 
 @dataclass
 class Piece:
-    """What one tensor holds of one side, for all blocks; offloading moves it to and fro.
+    """One tensor's share of one side, for all blocks; offloading moves it to the host and back.
 
     Attributes:
         start: First row of the factor.

@@ -1,1 +1,1 @@
-"""Which rank inverts and preconditions which block: pure functions that every rank evaluates to the same result."""
+"""Assignment of blocks to the ranks that invert and precondition: pure functions with the same result on every rank."""

@@ -1,4 +1,4 @@
-"""Which rank inverts what: a pure function of names, costs and the grid, so that every rank plans the same.
+"""Assignment of units to the ranks that invert them: a pure function of names, costs and the grid.
 
 Each block goes to one column of the grid, and each unit (one inversion: a factor, or one diagonal block of a cut one)
 to one rank of that column. With columns of one rank (placement owner) a block's units therefore share an owner; with
@@ -36,7 +36,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Who inverts each unit and who preconditions each block.
+    """The rank that inverts each unit, and the ranks that precondition each block.
 
     Attributes:
         grid: The ranks.

@@ -20,7 +20,7 @@ from kfac_dist.distributed.communicators.traffic import Traffic, all_gather_byte
 
 
 class Collective(StrEnum):
-    """What ranks do together."""
+    """A collective, as it is recorded."""
 
     ALL_REDUCE = "all_reduce"
     BROADCAST = "broadcast"

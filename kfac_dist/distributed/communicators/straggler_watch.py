@@ -1,4 +1,4 @@
-"""Who keeps the others waiting: asked once a collective has failed, answered through the store in which ranks met.
+"""Names of the ranks that a collective waits for: asked once it has failed, by the store in which the ranks met.
 
     rank 0   step ── step ── all_reduce …………… timeout ── who is where? ─────────────▶ "rank 1 doesn't answer"
     rank 1   step ── stopped                                  │   ▲

@@ -17,7 +17,7 @@ from collections import defaultdict
 
 
 class Traffic:
-    """What this rank has sent, by label: numbers of collectives, and bytes by the formulas below.
+    """Traffic of this rank by label: numbers of collectives, and bytes by the formulas below.
 
     A label names what travels ("factors", "inverses", "gradients"). One counter serves a communicator and all that are
     split from it. Collectives among one rank are not counted: nothing travels.

@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Copy:
-    """What one rank holds of one part.
+    """One rank's share of one part.
 
     Attributes:
         part: Name of the part.
@@ -77,7 +77,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """What one rank sends and receives.
+    """One rank's messages, sent and received.
 
     Attributes:
         shards: What this rank holds for other owners, in the order of its shard buffer: by owner, then by part.

@@ -1,4 +1,4 @@
-"""Where each parameter's gradient lives: pure tables, the same on every rank, that engines make and the exchange reads.
+"""Layouts of gradients: pure tables, the same on every rank, that engines make and the exchange reads.
 
 replicated (DDP)     every rank holds all of it
 rows (FSDP2)         rank r holds a run of rows: one slice of the flattened gradient
@@ -29,7 +29,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class ParameterSlices:
-    """Who holds which part of one parameter's gradient.
+    """The ranks that hold the parts of one parameter's gradient.
 
     Attributes:
         name: The parameter's name.
@@ -92,7 +92,7 @@ class ParameterSlices:
         return self.slices is None
 
     def held_by(self, rank: int) -> Slice | None:
-        """What a rank holds, or None if nothing."""
+        """Return a rank's share, or None if it has none."""
         if self.slices is None:
             return Slice(rank, 0, self.numel) if self.numel else None
         return next((piece for piece in self.slices if piece.rank == rank), None)

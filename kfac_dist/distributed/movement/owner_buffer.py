@@ -54,7 +54,7 @@ class Segment:
 
 
 class SegmentLayout:
-    """Where each segment lies: by owner, and within one owner in the order given.
+    """Places of segments: by owner, and within one owner in the order given.
 
     Attributes:
         size: Number of ranks.
@@ -100,7 +100,7 @@ class SegmentLayout:
         return self._owner_starts[rank], self._owner_starts[rank + 1]
 
     def cuts(self, rank: int) -> tuple[Sequence[int], Sequence[int]]:
-        """How many elements of a rank's part lie in each rank's piece, and how many of its piece are each owner's."""
+        """Return the elements of a rank's part in each rank's piece, and of its piece that are each owner's."""
         if (
             rank not in self._cuts
         ):  # made once: among thousands of ranks it takes longer than a step's other bookkeeping
@@ -149,7 +149,7 @@ def sharing_numel(owner_numels: Sequence[int]) -> int:
 
 
 def sharing_traffic(owner_numels: Sequence[int], rank: int, element_size: int) -> tuple[int, int]:
-    """What `share_segments` counts on a rank: collectives, and bytes that it sends by the formulas of `cost`.
+    """Return the traffic of `share_segments` on a rank: collectives, and bytes sent by the formulas of `traffic`.
 
     Args:
         owner_numels: Elements by owner, `SegmentLayout.owner_numels`.

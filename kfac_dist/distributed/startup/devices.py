@@ -28,7 +28,7 @@ _HOSTS = 3
 
 @dataclass(frozen=True)
 class Found:
-    """What a rank has found.
+    """A rank's devices.
 
     Attributes:
         backend: What it would join by.

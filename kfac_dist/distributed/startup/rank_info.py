@@ -1,4 +1,4 @@
-"""Who am I among which ranks: one function a launcher turns its variables into a `Place`.
+"""Rank discovery: one function for each launcher turns its environment variables into a `Place`.
 
     torchrun, deepspeed   RANK, WORLD_SIZE, LOCAL_RANK, …, MASTER_ADDR, MASTER_PORT: complete, and believed
     mpirun                the rank's numbers; where to meet is agreed on over MPI itself (`mpi.meet_over_mpi`)
@@ -23,7 +23,7 @@ Environment = Mapping[str, str]
 
 
 class Launcher(StrEnum):
-    """Who started a process, and told it its place."""
+    """The launcher that started a process and told it its rank."""
 
     TORCHRUN = "torchrun"
     DEEPSPEED = "deepspeed"
@@ -109,7 +109,7 @@ def find_place(environment: Environment) -> Place:
 
 
 def _exported(environment: Environment) -> Place:
-    """What torchrun exports; RANK or WORLD_SIZE alone is already a claim to have been launched."""
+    """Read torchrun's variables; RANK or WORLD_SIZE alone is already a claim to have been launched."""
     launcher, local_size = Launcher.ENVIRONMENT, "LOCAL_WORLD_SIZE"
     if "TORCHELASTIC_RUN_ID" in environment:
         launcher = Launcher.TORCHRUN
@@ -206,7 +206,7 @@ _FIRST_PORT, _PORTS = 12_000, 20_000
 
 
 def _slurm_claim(environment: Environment) -> Claim | None:
-    """What srun tells its tasks; a batch script, which is not srun's task, has some of the same variables."""
+    """Read srun's variables of a task; a batch script, which is not srun's task, has some of the same."""
     if "SLURM_PROCID" not in environment or _number(environment, "SLURM_STEP_ID", default=_SPECIAL_STEPS) >= (
         _SPECIAL_STEPS
     ):

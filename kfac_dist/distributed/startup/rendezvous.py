@@ -1,4 +1,4 @@
-"""Where the ranks of one start of a job meet: a store that no earlier start has written into.
+"""The meeting of the ranks of one start of a job: a store that no earlier start has written into.
 
 torchrun keeps one store over restarts of its workers. gloo and NCCL publish their addresses there, so that restarted
 ranks would read those of dead ones and fail to connect. Counting restarts doesn't part them: every agent counts its own

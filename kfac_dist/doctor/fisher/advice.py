@@ -1,4 +1,4 @@
-"""What follows from both estimators' variances and costs, in sentences; the thresholds stand here."""
+"""Advice drawn from both estimators' variances and costs, in sentences; the thresholds stand here."""
 
 from __future__ import annotations
 

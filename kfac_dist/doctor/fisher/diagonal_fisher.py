@@ -24,7 +24,7 @@ from kfac_dist.doctor.fisher.directional import Derivatives
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known exactly of one sample's diagonal Fisher.
+    """Exact figures of one sample's diagonal Fisher.
 
     Attributes:
         fisher: I_ii, `[n, B]`.

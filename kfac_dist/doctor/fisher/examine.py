@@ -59,7 +59,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be found out.
+    """The questions of an examination.
 
     Attributes:
         steps: Steps of training to follow the variance over.
@@ -74,7 +74,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What rank 0 looks at: the twin of the model that is trained, on the same samples each time."""
+    """The model that rank 0 examines: the twin of the one that is trained, on the same samples each time."""
 
     outputs: ModelOutputs
     course: Course

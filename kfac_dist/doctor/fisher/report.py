@@ -1,4 +1,4 @@
-"""What the doctor says of the diagonal Fisher's estimators."""
+"""The doctor's report on the estimators of the diagonal Fisher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model's outputs are not twice differentiable in its parameters: which operation, in which module.
+"""Points where a model's outputs are not twice differentiable in its parameters: the operation, and its module.
 
 One forward pass is watched below autograd, where a module, a function of `torch.nn.functional`, a tensor's method and
 the inside of a custom function all end as the same few operations. An operation that kinks concerns the parameters
@@ -69,7 +69,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Course:
-    """What happened in a forward pass, in order.
+    """The course of a forward pass, in order.
 
     Attributes:
         last_use: By parameter that was used, the moment of its last use.

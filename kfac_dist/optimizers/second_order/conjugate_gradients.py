@@ -52,7 +52,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Solution:
-    """Where conjugate gradients have stopped.
+    """The result of conjugate gradients.
 
     Attributes:
         point: x.

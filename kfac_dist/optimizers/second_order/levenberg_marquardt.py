@@ -20,7 +20,7 @@ _GOOD, _BAD = 0.75, 0.25
 
 @dataclass(frozen=True)
 class Bounds:
-    """What λ stays within."""
+    """The bounds of λ."""
 
     lowest: float
     highest: float

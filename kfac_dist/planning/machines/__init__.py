@@ -1,1 +1,1 @@
-"""What a machine and its network do in a second: profiles, measured calibrations, caches."""
+"""The speed of a machine and its network: profiles, measured calibrations, caches."""

@@ -1,4 +1,4 @@
-"""What a model's own step leaves of K-FAC's operands in the caches: little.
+"""The share of K-FAC's operands that a model's own step leaves in the caches: little.
 
 Between two of K-FAC's steps a model goes forward and back, so that gradients, inverses and averages come from memory
 again. Who times a product over and over finds them in a cache.

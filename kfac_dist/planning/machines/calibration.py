@@ -42,7 +42,7 @@ _LABEL = "calibration"
 
 @dataclass(frozen=True)
 class Effort:
-    """What is measured, and for how long.
+    """The sizes and the time of a calibration.
 
     Attributes:
         sizes: Of matrices.

@@ -1,4 +1,4 @@
-"""What K-FAC's steps take whatever the sizes: launches and Python, found on chains of layers too small to compute.
+"""Fixed costs of K-FAC's steps: launches and Python, found on chains of layers too small to compute.
 
 Every layer has a shape of its own, so that no two are preconditioned by one product. A line through the seconds of a
 short and a long chain gives what a step takes and what each block adds.

@@ -1,4 +1,4 @@
-"""What work and messages cost on a machine: a shipped profile, or what `kfac-dist calibrate` has measured.
+"""The costs of work and messages on a machine: a shipped profile, or a measurement of `kfac-dist calibrate`.
 
     profiles/*.yaml    datasheet figures times an assumed efficiency; each says where its figures are from
     measured.json      of the machine at hand, on the ranks that measured
@@ -117,7 +117,7 @@ class Overhead(Section):
 
 
 class Hardware(Section):
-    """What things cost on one rank of a machine.
+    """The costs of one rank of a machine.
 
     Attributes:
         format: Version of these keys.

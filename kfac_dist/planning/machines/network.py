@@ -27,7 +27,7 @@ _MESSAGES = 16
 
 @dataclass(frozen=True)
 class Spread:
-    """How a group of ranks lies on nodes.
+    """The nodes of a group of ranks.
 
     Attributes:
         size: Its ranks.

@@ -1,4 +1,4 @@
-"""How the report's charts look: curves, bars and axes, without colours of the page, which come from its style sheet.
+"""The style of the report's charts: curves, bars and axes, without the page's colours, which its style sheet has.
 
 Every curve and bar differs from its neighbours by dash, marker or pattern, too: the page is readable without colour.
 """

@@ -1,4 +1,4 @@
-"""What `curvature.jsonl` holds, in the orders that charts want."""
+"""The readings in `curvature.jsonl`, in the orders that charts want."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has left in its directory, as the report's charts want it."""
+"""The files of a run's directory, as the report's charts want them."""
 
 from __future__ import annotations
 

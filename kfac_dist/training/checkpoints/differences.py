@@ -1,4 +1,4 @@
-"""What a configuration says otherwise than the one that a checkpoint was written with, key by key.
+"""The differences between a configuration and that of a checkpoint, key by key.
 
 A run may go on with another batch size, learning rate, engine or length: that is said, in one line. Where K-FAC's state
 no longer fits, the keys that decide its form are named instead of the tensors that differ.

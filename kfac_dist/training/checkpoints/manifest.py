@@ -28,7 +28,7 @@ NAME = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file must be like.
+    """The size and hash of a file.
 
     Attributes:
         bytes: Its size.

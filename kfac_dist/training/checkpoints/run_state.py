@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, by name: from live objects to nested dictionaries of tensors, and back.
+"""A run's state in a checkpoint, by name: from live objects to nested dictionaries of tensors, and back.
 
     model.<parameter or buffer>        optimizer.<parameter>.<state>        kfac.<block>…        rng.rank<r>.<generator>
     average.<parameter>, if the run averages its weights                    engine.<counter>, such as a loss scale

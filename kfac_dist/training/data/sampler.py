@@ -1,4 +1,4 @@
-"""Which samples a step uses, and which of them this rank and this micro-batch take: plans, without data.
+"""The samples of a step, of this rank and of this micro-batch: plans, without data.
 
 The global batch of a step is a function of (seed, epoch, offset, step) alone, the same for any number of ranks; a rank
 takes a contiguous part of it, and micro-batches are contiguous parts of that:
@@ -28,7 +28,7 @@ from kfac_dist.errors import DataError
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data a run stands: `offset` samples of `epoch` are used, after `step` optimizer steps."""
+    """A run's position in the data: `offset` samples of `epoch` are used, after `step` optimizer steps."""
 
     epoch: int = 0
     offset: int = 0

@@ -1,4 +1,4 @@
-"""How many terms the loss of a step has."""
+"""The number of terms in a step's loss."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _CHUNK = 250
 
 @dataclass(frozen=True)
 class GameParts:
-    """What a game has beside a run's other parts.
+    """A game's parts beside those of every run.
 
     Attributes:
         players: The bare models.

@@ -1,4 +1,4 @@
-"""Where the numbers of logged steps and of evaluations go: files, the exporter, the eyes of the user."""
+"""The records of logged steps and of evaluations: files, the exporter, the terminal."""
 
 from __future__ import annotations
 

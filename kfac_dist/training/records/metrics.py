@@ -1,4 +1,4 @@
-"""What a run writes while it trains: one JSON object a logged step, and the same for TensorBoard if it is installed."""
+"""Files that a run writes while it trains: one JSON object a logged step, and the same for TensorBoard if installed."""
 
 from __future__ import annotations
 

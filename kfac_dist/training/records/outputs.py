@@ -1,4 +1,4 @@
-"""Where the numbers and the state of a run go."""
+"""The destinations of a run's numbers and state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kfac_dist.training.recovery.preemption import StopSignals
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a run's numbers go.
+    """The destinations of a run's numbers.
 
     Attributes:
         writer: Metrics on disk; None on ranks other than 0.

@@ -1,4 +1,4 @@
-"""What happened since the last logged step, kept on the device until someone asks."""
+"""The events since the last logged step, kept on the device until they are read."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Guard:
 
 
 class Verdict(Enum):
-    """What a logged step leads to."""
+    """The consequence of a logged step."""
 
     GO_ON = auto()
     GO_BACK = auto()
@@ -87,7 +87,7 @@ class Verdict(Enum):
 
 @dataclass
 class Recovery:
-    """How a run has dealt with skipped steps; every rank decides alike.
+    """A run's handling of skipped steps; every rank decides alike.
 
     Attributes:
         damping_factor: What the damping is multiplied by now.

@@ -23,7 +23,7 @@ from kfac_dist.training.checkpoints.manifest import NAME, read_manifest
 
 @dataclass(frozen=True)
 class Job:
-    """What the starts of one job have in common; the same on every rank.
+    """The common history of one job's starts; the same on every rank.
 
     Attributes:
         name: Of the job; other jobs have others, as far as launchers tell.

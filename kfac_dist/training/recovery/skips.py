@@ -1,4 +1,4 @@
-"""What a run does about steps that were skipped, and about statistics that were dropped; see `divergence`.
+"""Reactions to skipped steps, and to dropped statistics; see `divergence`.
 
 It blames the data, damps more, goes back, or gives up.
 """

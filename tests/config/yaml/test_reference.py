@@ -93,10 +93,10 @@ def test_questions_group_every_key_once() -> None:
         ("compare.adamw.betas", "default: [0.9, 0.999]\n\nOf `adamw`"),
         ("optimizer.betas.0", "optimizer.betas.0: a number >= 0 and < 1"),
         ("model.args.dims", "model.args.dims: any value"),
-        ("kfac.newton", "kfac.newton: a section, null by default\n\nHow `newton` finds its step"),
+        ("kfac.newton", "kfac.newton: a section, null by default\n\nSettings of `newton`"),
         (
             "kfac.inversion",
-            "kfac.inversion: a section\n\nWhat is solved: the method, its damping, and when.\n\n# ---- How",
+            "kfac.inversion: a section\n\nInversion: the method, its damping, and when.\n\n# ---- How",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which layers make attention's heads and which one reads them, and how wide a head is, as far as a model says.
+"""The layers that make attention's heads, the layer that reads them, and the width of a head, as far as a model says.
 
 `nn.MultiheadAttention` says it itself. Other attention modules are known by the names of their projections, and by
 attributes of the module or of a configuration above it, as Hugging Face's models have one.
