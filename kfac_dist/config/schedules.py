@@ -117,7 +117,7 @@ def _progress(schedule: Schedule, step: int, total_steps: int | None) -> float:
     if end is None:
         raise ConfigError(
             f"a {schedule.kind} schedule from {schedule.value} to {schedule.final} has no end: "
-            "set its steps, or give total_steps to whoever uses it"
+            "set its steps, or pass total_steps"
         )
     span = end - schedule.warmup_steps
     return 1.0 if span <= 0 else min(1.0, (step - schedule.warmup_steps) / span)

@@ -79,7 +79,7 @@ def level(moments: Tensor, d_a: Tensor, d_g: Tensor) -> Tensor:
 
 def _level(moments: Tensor, eigenvalues: Tensor) -> Tensor:
     null = eigenvalues <= _NULL[eigenvalues.dtype] * eigenvalues.amax(-1, keepdim=True)
-    null = (null & (eigenvalues >= 0))[:, None, :]  # below are those that nobody knows yet
+    null = (null & (eigenvalues >= 0))[:, None, :]  # below are those not known yet
     mean = (moments * null).sum(-1, keepdim=True) / null.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(null, mean, moments)
 

@@ -1,7 +1,7 @@
 """Gram matrices, accumulated in place and only where a symmetric matrix needs them.
 
 Convention for every stored factor: the *upper block-triangle* is valid, what lies below the diagonal blocks is zero or
-stale. Every operation on factors between measuring and inverting is linear and elementwise, so nobody has to know;
+stale. Every operation on factors between measuring and inverting is linear and elementwise, so that none reads it;
 `complete` mirrors the upper half once, when a factor is about to be inverted.
 
 Rows in bf16 are multiplied as they are where a GPU adds their products up in fp32, in which each is exact; elsewhere

@@ -372,7 +372,7 @@ class RunningAverages:
     def asymmetry(self, unit: Unit, sums: Tensor | None = None) -> Tensor | None:
         """Return how far a dense unit's sum is from symmetric, a 0-dim tensor; None if nothing tells its halves apart.
 
-        Whoever inverts it reads one half, or mirrors it. A unit that this rank hasn't measured since it was built is
+        Its inversion reads one half, or mirrors it. A unit that this rank hasn't measured since it was built is
         not known well enough.
 
         Args:

@@ -53,7 +53,7 @@ def measuring(
         update={"inverse_every": 1, "stagger": 1, "inverse_lag": 0, "max_factor_dim": None, "splits": {}}
         | {"structure": Structure.BLOCK_DIAGONAL}
     )
-    # Whole on the wire, too: packed triangles would be mirrored before anybody has compared their halves.
+    # Whole on the wire, too: packed triangles would be mirrored before their halves are compared.
     whole = {"communication_dtype": DType.FLOAT32, "pack_triangles": False}
     distribution = config.distribution.model_copy(update=whole)
     parts = {"curvature": curvature, "inversion": inversion, "distribution": distribution}

@@ -1,4 +1,4 @@
-"""A run's numbers over HTTP: `/metrics` for Prometheus, `/health` for whoever restarts what stands still.
+"""A run's numbers over HTTP: `/metrics` for Prometheus, `/health` for supervisors that restart hung runs.
 
     training thread ── publish(Reading) at logged steps ──▶ one reference ◀── collect ── a thread a request
                     ── stepped() at every step ───────────▶ one clock     ◀── health
@@ -88,7 +88,7 @@ class Exporter:
         address: Host and port as in a URL.
 
     Raises:
-        ConfigError: prometheus-client is missing, or nobody can listen there.
+        ConfigError: prometheus-client is missing, or the address can't be listened on.
     """
 
     def __init__(self, config: MetricsConfig, run: str) -> None:

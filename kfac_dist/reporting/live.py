@@ -54,7 +54,7 @@ class LiveProgress:
         self._console = console
         self._run = run
         self._refresh_seconds = refresh_seconds
-        self._news: deque[Callable[[History], None]] = deque()  # from the training thread, which waits for nobody
+        self._news: deque[Callable[[History], None]] = deque()  # from the training thread, which never waits
         self._notes: list[str] = []
         self._drawing: _Drawing | None = None
 

@@ -1,6 +1,6 @@
 """`runs/<name>.lock`: whose a run's directory is, so that two starts never write into it at once.
 
-    nobody's ──link──▶ ours ──unlink──▶ nobody's       the file appears complete, or not at all
+    free ────link──▶ ours ──unlink──▶ free             the file appears complete, or not at all
                         │ ▲
         holder is dead  ▼ │ replaced, under `<name>.lock.takeover`
                       another's
@@ -308,7 +308,7 @@ def _complete_file(path: Path, holder: Holder) -> Iterator[Path]:
 
 
 def _create(path: Path, written: Path, holder: Holder) -> bool:
-    """Take a lock that nobody has; return whether that was so."""
+    """Take a free lock; return whether it was free."""
     os.utime(written)
     try:
         os.link(written, path)

@@ -37,7 +37,7 @@ class TwoPlayers(nn.Module):
     def forward(self, real: Tensor) -> Tensor:
         """Return the logits `[batch, 2]` of real samples and of as many made of noise that the real ones determine.
 
-        For whoever looks at a model without a game: a sample's logits are the same in a batch and alone.
+        For a look at the model without a game: a sample's logits are the same in a batch and alone.
         """
         pixels = functional.normalize(real.flatten(1), dim=1)
         noise = pixels @ game_noise(0, 0, pixels.shape[1], self.latent).to(real)

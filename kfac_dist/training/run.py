@@ -206,7 +206,7 @@ def _directory(config: Config) -> Path:
 
 @contextmanager
 def _exporter(config: Config, communicator: Communicator) -> Iterator[Exporter | None]:
-    """Serve rank 0's metrics, if somebody wants them, for all runs of a session."""
+    """Serve rank 0's metrics, if the configuration asks for it, for all runs of a session."""
     exporter = None
     with agreed(communicator, ConfigError):
         if config.metrics.port is not None and communicator.rank == 0:

@@ -24,7 +24,7 @@ def config_error(error: ValidationError, document: Document) -> ConfigError:
         if path not in found or _beyond(detail):
             found[path] = (document.place(path), detail)
     ordered = sorted(found.items(), key=lambda entry: entry[1][0])
-    # What nobody reads isn't explained: a file may have thousands of unknown keys.
+    # Only the first lines are read: a file may have thousands of unknown keys.
     lines = [f"{place}: {_explain(path, detail)}" for path, (place, detail) in ordered[:MOST_PROBLEMS]]
     return ConfigError(told(lines, len(ordered)))
 

@@ -180,7 +180,7 @@ class Payloads:
         units: All their units.
         sides: What is held, by side.
         working: Precision of gradients and of payloads on their way.
-        home: Keeps the payloads elsewhere between uses, if anybody does.
+        home: The host memory in which the payloads stay between uses, or None.
     """
 
     def __init__(

@@ -84,7 +84,7 @@ def build_grid(
     """The grid of a placement.
 
     Args:
-        placement: A concrete placement: `auto` is resolved by whoever knows the engine.
+        placement: A concrete placement: the caller, which knows the engine, resolves `auto`.
         world_size: Ranks of the run.
         grad_worker_fraction: Share of the ranks that precondition one block; `hybrid` only.
         local_world_size: Ranks of one node; `node` only.

@@ -6,7 +6,7 @@
 For clusters of CPUs whose network only MPI drives. bfloat16 and float16 have no numpy or MPI type: they travel as
 16-bit words, two bytes a value, and an operation of our own adds them in their own precision, as gloo does.
 
-MPI moves data only while somebody calls it. A collective that was started during backward goes on when the next one
+MPI moves data only during its calls. A collective that was started during backward goes on when the next one
 starts, and in `wait`; MPICH moves it in between too with MPICH_ASYNC_PROGRESS=1, at the price of a busy thread a rank.
 """
 

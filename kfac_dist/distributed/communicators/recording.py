@@ -112,7 +112,7 @@ class Rehearsal(Communicator):
 
     @override
     def gather_objects(self, value: Any, *, label: str = "objects") -> list[Any]:
-        raise NotImplementedError("a rehearsal has nobody to hear from")
+        raise NotImplementedError("a recording receives nothing")
 
     @override
     def barrier(self) -> None:

@@ -112,7 +112,7 @@ class Watch:
                 if store.check([_QUESTION]):
                     store.set(str(self._rank), where)
                     told = where
-            except RuntimeError:  # its server is gone: then nobody asks any more
+            except RuntimeError:  # its server is gone: no question can come
                 return
 
     def _explanation(self) -> str:

@@ -33,7 +33,7 @@ def _let_go_of_groups() -> None:
 
 
 class TorchCommunicator(Communicator):
-    """A process group of torch.distributed, used by nobody else.
+    """A process group of torch.distributed, for K-FAC alone.
 
     K-FAC never shares a group with DDP: the order of collectives within a group must be the same on every rank, and
     DDP starts its own from hooks whose timing K-FAC doesn't control.
@@ -183,7 +183,7 @@ class TorchCommunicator(Communicator):
         group, self._group = self._group, None
         if group is not None and any(not pending.completed for pending in self._unfinished):
             # A rank that fails leaves collectives behind which will never complete, and gloo's destructor waits for
-            # them: its reason would reach nobody before their timeout. The process's end closes the connections.
+            # them: its reason would reach no rank before their timeout. The process's end closes the connections.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         self._unfinished.clear()
 

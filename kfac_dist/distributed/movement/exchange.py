@@ -45,7 +45,7 @@ class Part:
 
     @classmethod
     def whole(cls, parameter: ParameterSlices, owner: int) -> Part:
-        """A parameter that nobody else owns a part of."""
+        """A parameter with one owner."""
         return cls(parameter.name, parameter.name, parameter.shape, owner)
 
     @property

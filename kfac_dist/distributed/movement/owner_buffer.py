@@ -9,7 +9,7 @@ Few owners share by one broadcast each. More do it in two collectives, however m
 Chan, Heimlich, Purkayastha & van de Geijn 2007, CCPE 19(13), §4, of all owners at once):
 
     owners' parts     | 0 0 0 0 0 0 0 | 1 1 1 | 3 3 3 3 3 |        15 elements on 4 ranks
-    scatter           | r 0     | r 1     | r 2     | r 3  ┊ |     all_to_all: rank r gets the r-th 4th, whoever owns it
+    scatter           | r 0     | r 1     | r 2     | r 3  ┊ |     all_to_all: rank r gets the r-th 4th, of any owner
     all-gather        | 0 0 0 0 0 0 0 | 1 1 1 | 3 3 3 3 3 ┊ |      every rank gets the other pieces
 
 Every rank then sends an equal share, however unevenly the parts are owned. Sums take the same way back where an owner

@@ -81,7 +81,7 @@ class AgentWatch:
 
 
 def _end(place: Place, line: str) -> None:
-    """End at once: whoever started the launcher may start it again, and the other ranks notice."""
+    """End at once: a supervisor may start the launcher again, and the other ranks notice."""
     try:
         sys.stderr.write(f"error [rank {place.rank}]: {line}\n")
         sys.stderr.flush()

@@ -1,6 +1,6 @@
 """Joins the world: from the launcher's word about this process to a device and a process group.
 
-place.find_place     who am I, among how many            torchrun, deepspeed, srun, mpirun, or nobody
+place.find_place     rank and number of ranks            torchrun, deepspeed, srun, mpirun, or none
 choose_device        NCCL and a GPU, or gloo; all ranks the same (`devices.compare`)
 _join                meet at the place's address, with a deadline
 World                what came of it; leaving its context leaves the process group

@@ -19,7 +19,7 @@ from kfac_dist.distributed.startup.rank_names import name_ranks
 from kfac_dist.errors import ConfigError
 
 _PREFIX = "kfac_dist/devices"
-# Whoever serves the store leaves last, so that the others can read why.
+# The rank that serves the store leaves last, so that the others can read why.
 _PARTING_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
 # Of each side so many are named.

@@ -55,7 +55,7 @@ def import_mpi(wanted_by: str) -> Any:
 
 
 def leave_without_finalizing() -> None:
-    """Say that this rank failed: at its end it waits for nobody, and mpirun ends the others."""
+    """Say that this rank failed: at its end it doesn't wait, and mpirun ends the others."""
     _ending[:] = [False] * len(_ending)
 
 

@@ -3,7 +3,7 @@
     torchrun, deepspeed   RANK, WORLD_SIZE, LOCAL_RANK, …, MASTER_ADDR, MASTER_PORT: complete, and believed
     mpirun                the rank's numbers; where to meet is agreed on over MPI itself (`mpi.meet_over_mpi`)
     srun                  SLURM's variables of the step; the first node is where to meet
-    nobody                alone
+    none                  alone
 
 The innermost launcher wins, because launchers nest: srun or mpirun may start one torchrun agent a node, and mpirun may
 use srun to reach its nodes. What the outer one says must then fit: as many tasks as ranks, or as nodes, or one.

@@ -5,7 +5,7 @@
         λ ← λ/ω₁ as well where M has no minimum: it curves down
     γ   every T₂ steps, the one of {γ, ω₂γ, γ/ω₂} whose step has the lowest M(δ);  ω₂ = (19/20)^(T₂/2)
 
-Plain numbers: whoever feeds them has agreed on what he feeds, so that every rank has the same ones.
+Plain numbers: the caller passes values that all ranks have agreed on.
 """
 
 from __future__ import annotations

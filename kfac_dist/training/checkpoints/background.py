@@ -20,7 +20,7 @@ class Background:
 
     @property
     def failed(self) -> bool:
-        """Whether the work has ended by an error that nobody has been told of yet."""
+        """Whether the work has ended by an error that has not been reported yet."""
         return self._failure is not None
 
     def start(self, work: Callable[[], object], what: str) -> None:
@@ -57,6 +57,6 @@ class Background:
             work()
         except KFACError as error:
             self._failure = error
-        except Exception as error:  # a thread has nobody to raise to: training hears of it at its next boundary
+        except Exception as error:  # a thread has no caller to raise to: training raises it at its next boundary
             self._failure = KFACError(f"{threading.current_thread().name}: {type(error).__name__}: {error}")
             self._failure.__cause__ = error

@@ -111,7 +111,7 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether a write has failed that nobody has been told of; not collective."""
+        """Whether a write has failed and not been reported; not collective."""
         return self._background.failed
 
     def finish(self) -> None:

@@ -103,7 +103,7 @@ class MetricsWriter:
             before = self.failure
             with self._noting_sink(name, "close"):
                 sink.close()
-            if self.failure is not before:  # nobody asks for it any more
+            if self.failure is not before:  # it is out of date
                 warnings.warn(str(self.failure), stacklevel=2)
 
     def _close_files(self) -> None:

@@ -25,7 +25,7 @@ class Outputs:
         configuration: The resolved configuration, saved with each checkpoint.
         signals: What this process has been told by its scheduler.
         watch: Tells other ranks where this one is.
-        monitor: Numbers for those who watch the run; None on ranks other than 0, and where nobody does.
+        monitor: Numbers for those who watch the run; None on ranks other than 0, and if it isn't watched.
         lock: Whose the run's directory is; None on ranks other than 0.
     """
 

@@ -1,7 +1,7 @@
 """A scheduler's wish that the run stop, heard by one rank and agreed on by all at a step's boundary.
 
     rank 0   step ── poll ── step ── read: stop? ── step ── …        a poll is one small reduction, started at one
-    rank 1   step ── poll ── step ── read: stop? ── step ── …        boundary and read at the next: nobody waits for it
+    rank 1   step ── poll ── step ── read: stop? ── step ── …        boundary and read at the next, without a wait
                  ▲ a signal only sets a flag
 
 Whatever else one rank alone may wish goes the same way: a checkpoint by the clock, an end because its disk is full.
@@ -95,7 +95,7 @@ class StopSignals:
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """Leave a first Ctrl-C to whoever asks for `caught`."""
+        """Leave a first Ctrl-C to the caller that reads `caught`."""
         self._deferring = True
         try:
             yield

@@ -96,7 +96,7 @@ def test_questions_group_every_key_once() -> None:
         ("kfac.newton", "kfac.newton: a section, null by default\n\nSettings of `newton`"),
         (
             "kfac.inversion",
-            "kfac.inversion: a section\n\nInversion: the method, its damping, and when.\n\n# ---- How",
+            "kfac.inversion: a section\n\nInversion: the method, its damping, and its intervals.\n\n# ---- How",
         ),
     ],
 )

@@ -144,7 +144,7 @@ def attention_blocks(
 
 
 class _Calls:
-    """Enters a mode around every forward pass of one attention module, while somebody measures."""
+    """Enters a mode around every forward pass of one attention module that is measured."""
 
     def __init__(self, module: nn.MultiheadAttention) -> None:
         self._module = module
@@ -250,7 +250,7 @@ def _undispatched(function: Callable[..., Any]) -> Callable[..., Any]:
     A mode is off while it handles a call, and entering it again would hand the same call back to it. Seen from the
     copy, no argument has a torch function; the calls inside still reach the mode.
     """
-    if not isinstance(function, types.FunctionType):  # somebody's replacement: run it, unseen inside
+    if not isinstance(function, types.FunctionType):  # replaced by another library: run it, unseen inside
         return function
     names = {**function.__globals__, "has_torch_function": lambda _: False}
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
