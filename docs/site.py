@@ -44,7 +44,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Take one `../` from links that lead out of docs/."""
+    """Take one `../` from links that lead out of docs/, and `docs/` from those of pages that lie beside it."""
+    if page.file.src_uri in SHOWN:
+        markdown = markdown.replace("](docs/", "](")
     depth = page.file.src_uri.count("/")
     return re.sub(rf"\]\((?:\.\./){{{depth + 1}}}(?=\w)", "](" + "../" * depth, markdown)
 
