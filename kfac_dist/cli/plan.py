@@ -61,7 +61,7 @@ def plan(
         bool, typer.Option("--all", help="Show every block and every rank of a large plan, or every strategy.")
     ] = False,
 ) -> None:
-    """Show who would measure, invert and precondition what, and what strategies cost, from shapes alone.
+    """Show which rank would measure, invert and precondition which block, and what strategies cost, from shapes alone.
 
     One number of ranks has the plan: block by block and rank by rank if it is small or with --all, else a summary.
     Several, --strategies or --hardware have a table of strategies: bytes, flops, balance, memory and predicted

@@ -19,7 +19,7 @@ class DivergenceConfig(Section):
     Attributes:
         skips: Steps skipped in a row, or logged windows in a row with dropped statistics, after which the run goes back
             to its newest checkpoint.
-        damping_factor: What the damping is multiplied by after a skip, and divided by once all is well.
+        damping_factor: Factor by which a skip multiplies the damping; logged steps without a skip divide by it again.
         rollbacks: How often the run may go back; then, or without a checkpoint, it ends as diverged.
     """
 

@@ -71,7 +71,7 @@ class FSDP2Config(Section):
             What no pattern matches is gathered with the whole model.
         replicas: Copies of the model, R: ranks are a mesh of R rows, each of which holds the model once.
         reshard_after_forward: Whether to let go of gathered parameters between forward and backward.
-        reduce_dtype: In what gradients are averaged, where the model computes in another precision.
+        reduce_dtype: Precision in which gradients are averaged, if the model computes in another.
     """
 
     wrap: tuple[Pattern, ...] | None = None
@@ -84,12 +84,12 @@ class EngineConfig(Section):
     """Distribution of the model's parameters.
 
     Attributes:
-        name: Who distributes them; or an engine that a module under `extensions` registers.
-        precision: In what the model computes. `bfloat16` needs fsdp2 or ZeRO, `float16` ZeRO, which scales the loss.
+        name: A built-in engine, or one that a module under `extensions` registers.
+        precision: Precision of the model. `bfloat16` needs fsdp2 or ZeRO, `float16` ZeRO, which scales the loss.
         sync_batchnorm: Make BatchNorm take its statistics over all ranks.
         bucket_cap_mb: DDP: size of the buckets of gradients.
         find_unused_parameters: DDP: the loss may leave parameters out.
-        fsdp2: How FSDP2 is applied.
+        fsdp2: Options of FSDP2.
         deepspeed: DeepSpeed's configuration, as its JSON would have it.
     """
 

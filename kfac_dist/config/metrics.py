@@ -23,9 +23,9 @@ class MetricsConfig(Section):
         host: Address to listen at; 0.0.0.0 serves every network of the node, with no password.
         stale_seconds: `/health` answers 503 once no step has been taken for so long; more than evaluations and
             checkpoints take.
-        relative_variance: How noisy each parameter's gradient is, at each evaluation and in `relative_variance.json` at
+        relative_variance: Noise of each parameter's gradient, at each evaluation and in `relative_variance.json` at
             the end; of optimizers that average gradients and their squares with one β.
-        spectra: How often in a run the spectra of all factors are read and written to `curvature.jsonl`, at the refresh
+        spectra: Times per run that the spectra of all factors are read and written to `curvature.jsonl`, at the refresh
             that comes next; each costs an eigenvalue decomposition beside the inversions. 0 never does.
         sinks: Name of a registered metric sink to its arguments: each record of `metrics.jsonl` goes there, too.
     """

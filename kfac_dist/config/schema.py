@@ -5,8 +5,8 @@ Each section answers one question and has its own file here, so that a construct
     run  model  data  loss  optimizer  engine  train  checkpoint  metrics        the training run
     game                                                                         two players instead of one model
     kfac = curvature (what is measured) + inversion (what is solved)
-         + distribution (who does it) + update (what is done with the result)
-         + solver (who finds the step) with newton or cg
+         + distribution (which rank does it) + update (scaling of the result)
+         + solver (finds the step) with newton or cg
 
 Everything here is a plain value: nothing imports torch, so that a configuration can be checked in milliseconds.
 Values out of range and unknown keys are refused here; `kfac_dist.config.yaml.load` turns a refusal into a message that
@@ -125,7 +125,7 @@ class Config(Section):
         engine: How the model's parameters are distributed over the ranks.
         train: Length, batches and evaluation.
         checkpoint: When to save, how many to keep, and what to start from.
-        metrics: What is measured beside losses, and who may read it while the run trains.
+        metrics: Measurements beside losses, and the address that serves them while the run trains.
         game: Two players instead of one model.
         compare: Optimizers that `--compare` trains beside K-FAC, by name, from the same weights on the same data.
         extensions: Modules of your own, as package.module, that are imported before this file is checked: each

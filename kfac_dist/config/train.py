@@ -40,7 +40,7 @@ class TrainConfig(Section):
             what is evaluated, at the end as well, and is saved beside the weights, which go on without it; null is off.
         clip_grad_norm: Norm to which the gradient that the optimizer sees is clipped.
         loader_workers: Processes a rank that load data which is not held in memory; 0 loads between steps.
-        divergence: What is done about steps whose loss or gradients are not finite.
+        divergence: Handling of steps whose loss or gradients are not finite.
     """
 
     batch_size: Count

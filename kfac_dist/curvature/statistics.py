@@ -237,7 +237,7 @@ class RunningAverages:
         """Finish the window of a span: what wasn't measured is zero, and what isn't finite is dropped whole.
 
         A dropped span leaves both its sums and its weights at zero, so that the average over the other ranks stays
-        right without asking anyone.
+        right without a collective.
         """
         for index in range(span.first, span.last):
             if not self._written[index]:

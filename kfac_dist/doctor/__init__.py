@@ -1,7 +1,7 @@
 """`kfac-dist doctor`: what K-FAC would do with a run's model and data, and whether that is right.
 
 examine      the order of the checks, and the report
-parameters   one row a parameter: which block, why none, what it costs, who owns it
+parameters   one row a parameter: its block or why it has none, its costs, its owner
 samples      values that aren't finite, targets that the loss doesn't know
 plans        the same plan on every rank, the same blocks for any number of ranks
 scale        statistics of a batch against those of its samples, one by one

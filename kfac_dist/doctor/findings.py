@@ -51,9 +51,9 @@ class ParameterRow:
         kind: The block's kind; `Diagonal` where `kfac.curvature.uncovered: diagonal` stands in for one.
         factors: Sizes of the block's factors, such as `A 65  G 100`; on the block's first parameter only, as are
             `factor_bytes`, `inversion_cost` and `owners`.
-        reason: Why no block covers it, and so what happens to it.
+        reason: Reason why no block covers it, and its treatment.
         factor_bytes: Bytes of the block's factors, or of the diagonal.
-        inversion_cost: Σ n³ over what is inverted.
+        inversion_cost: Σ n³ over the matrices that are inverted.
         owners: The ranks that invert.
     """
 

@@ -25,7 +25,7 @@ def parameter_rows(
     Args:
         model: The bare model.
         coverage: Its blocks.
-        plan: Who owns them; None if there are none.
+        plan: Owners of the blocks; None if there are no blocks.
         uncovered: What parameters without a block get.
     """
     owners = {name: block for block in coverage.blocks for name in block.parameters}

@@ -10,7 +10,7 @@ is called, and tells K-FAC before each forward pass.
 
 Under DDP and FSDP2 K-FAC steps before the optimizer, under DeepSpeed inside of the engine's own step. `Trainer`'s
 clipping differs: DeepSpeed clips the preconditioned gradient (Accelerate has it clip to a norm of 1, unless its section
-says `gradient_clipping: 0.0`), elsewhere `Trainer` clips the plain one before anybody may look at it. `update.kl_clip`
+says `gradient_clipping: 0.0`), elsewhere `Trainer` clips the plain one before callbacks see it. `update.kl_clip`
 makes both unnecessary: set `max_grad_norm=0` too.
 """
 

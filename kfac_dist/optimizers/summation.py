@@ -3,7 +3,7 @@
     numbers   [ what the block fills in … | mark ]   ── all-reduce ──▶   sums, and on how many ranks the block failed
 
 The mark costs no collective of its own. Only where it isn't zero do the ranks tell each other what happened, before
-anyone waits for a rank that has left.
+any rank waits for one that has left.
 """
 
 from __future__ import annotations

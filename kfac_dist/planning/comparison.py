@@ -38,7 +38,7 @@ class Comparison:
         world_size: The ranks.
         hardware: The machine.
         predictions: Every strategy, the quickest first.
-        note: What isn't known, if anything.
+        note: Costs that aren't known, if any.
     """
 
     world_size: int

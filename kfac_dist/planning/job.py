@@ -44,7 +44,7 @@ class StepKind:
 
     Attributes:
         measured: The slots whose factors it measures.
-        rest: Whether it measures what no block covers.
+        rest: Whether it measures the parameters that no block covers.
         moments: Whether it measures EKFAC's second moments.
         slots: The slots whose inverses it refreshes.
     """
@@ -73,7 +73,7 @@ class Job:
         model: What is trained.
         config: How it is preconditioned.
         engine: Where gradients live.
-        plan: Who does what.
+        plan: Assignment of work to ranks.
         node_size: Ranks of a node.
     """
 
@@ -220,7 +220,7 @@ def _gradient_layout(
 
 
 def _cuts(start: int, numel: int, share: int) -> list[Slice]:
-    """Return who holds what of elements that begin at `start` of a buffer whose ranks hold `share` elements each."""
+    """Return slices, by rank, of elements from `start` on in a buffer of which each rank holds `share` elements."""
     first, last = start // share, (start + numel - 1) // share
     return [
         Slice(rank, max(start, rank * share) - start, min(start + numel, (rank + 1) * share) - start)

@@ -49,7 +49,7 @@ class Prediction:
     """The cost of a strategy on W ranks.
 
     Attributes:
-        strategy: What is asked.
+        strategy: The strategy.
         job: Its plan.
         samples: Samples that a rank has in a step.
         costs: Each kind of step.

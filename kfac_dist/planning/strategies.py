@@ -65,7 +65,7 @@ class Axis:
 
 
 def distributions(config: KFACConfig, *, world_size: int, node_size: int, sharded: bool) -> list[Strategy]:
-    """Return who could do what, the configured way first; what options exclude is left out.
+    """Return the possible strategies, the configured one first; those that options exclude are left out.
 
     Args:
         config: What is configured.

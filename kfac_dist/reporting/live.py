@@ -265,7 +265,7 @@ class _Terminal:
         return False
 
     def lend(self) -> None:
-        """Let those who wait print."""
+        """Let waiting processes print."""
         self._free(_Lock.VIEW)
         if self.lock(_Lock.WORD, PATIENCE_SECONDS):
             self._free(_Lock.WORD)

@@ -1,4 +1,4 @@
-"""`state.json` in a run's directory: what the run is doing or how it ended, for those who look from outside.
+"""`state.json` in a run's directory: what the run is doing or how it ended, for other processes to read.
 
 Written by rank 0 alone. A process that is killed leaves "running" behind, with the host, process and SLURM job by which
 one can tell.
@@ -39,17 +39,17 @@ class RunRecord:
     """The contents of `state.json`.
 
     Attributes:
-        state: What the run is doing.
-        reason: Why it stopped before its end; empty otherwise.
+        state: State of the run.
+        reason: Reason why it stopped before its end; empty otherwise.
         step: Steps done when it stopped; None while it runs.
         total_steps: Length of the run; None before that is known.
         ranks: Number of ranks.
-        host: Where rank 0 runs.
+        host: Host of rank 0.
         pid: Rank 0's process.
         job: SLURM's number of the job; None outside of SLURM.
         restarts: How often torchrun or SLURM has started it again.
         changed: When this was written, in seconds since 1970.
-        earlier: Where this start has moved an earlier run of its name; "" if there was none.
+        earlier: Directory to which this start has moved an earlier run of its name; "" if there was none.
     """
 
     state: State

@@ -55,8 +55,8 @@ class Holder:
     """The process that holds a run's directory.
 
     Attributes:
-        host: Where its process runs.
-        marks: What tells the host's boot and space of process numbers from others.
+        host: Host of its process.
+        marks: Identity of the host's boot and of its space of process numbers.
         pid: Its process.
         started: When that began, as the host tells it.
         job: The launcher's job, as far as launchers tell; "" otherwise.
@@ -92,7 +92,7 @@ class Holder:
         return (self.host, self.marks) == place() and bool(self.marks)
 
     def describe(self) -> str:
-        """Return who it is, in one phrase."""
+        """Return a description of the holder, in one phrase."""
         job = f", SLURM job {self.slurm_job}" if self.slurm_job else ""
         return f"process {self.pid} on {self.host}{job}, since {time.strftime('%F %T', time.localtime(self.since))}"
 
@@ -111,7 +111,7 @@ def lock_path(directory: Path) -> Path:
 
 
 def living_holder(directory: Path) -> Holder | None:
-    """Return who holds a run's directory and isn't known to be dead; None if it is free."""
+    """Return the holder of a run's directory, unless it is known to be dead; None if it is free."""
     found = _read(lock_path(directory))
     if found is None:
         return None
@@ -256,7 +256,7 @@ def _is_alive(holder: Holder, age: float, stale_seconds: float = STALE_SECONDS) 
 
 
 def _read(path: Path) -> tuple[Holder, float] | None:
-    """Return who a lock names, and its last sign of life by the server's clock; None if there is no lock."""
+    """Return the holder that a lock names, and its last sign of life by the server's clock; None without a lock."""
     for attempt in range(20):
         try:
             text, beat = _contents(path)

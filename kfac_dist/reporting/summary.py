@@ -22,9 +22,9 @@ class RunSummary:
         test_loss: Final loss on the test data.
         metric: Name of the task's figure.
         metric_value: Its final value on the test data.
-        note: Why there are no final values.
+        note: Reason why there are no final values.
         scores: Further figures of the test data, by name; empty where its data brings none, or the run diverged.
-        evaluated: Name of what stands for the loss.
+        evaluated: Name of the figure that stands for the loss.
         references: Figures of the test data alone, such as the score of real samples.
     """
 

@@ -49,7 +49,7 @@ class Job:
         cpus_per_task: Cores of each of srun's tasks (torchrun: a node's); None leaves it to SLURM.
         memory: Of each node, such as `64G`; None leaves it to SLURM.
         partition: Where; None leaves it to SLURM.
-        account: Who pays; None leaves it to SLURM.
+        account: Account that is charged; None leaves it to SLURM.
         started_by: What starts the ranks.
         max_restarts: How often torchrun starts them again.
         stop_seconds: How long before the limit the run is told to save its state.

@@ -8,7 +8,7 @@ import subprocess
 WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"})
 UNDER_WAY = frozenset({"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED"})
 FORGOTTEN = "FORGOTTEN"
-"""What is said of a job that SLURM was asked about and no longer knows; none of SLURM's own words."""
+"""State of a job that SLURM no longer knows; none of SLURM's own words."""
 
 _PATIENCE_SECONDS = 20.0  # for a controller that is busy, or does not answer
 _UNKNOWN = "Invalid job id"

@@ -51,7 +51,7 @@ class Timing:
     """The time of a run.
 
     Attributes:
-        run: Which.
+        run: Name of the run.
         seconds: A step, without the first logged ones.
     """
 

@@ -53,19 +53,19 @@ class RunStatus:
 
     Attributes:
         directory: The run's directory.
-        standing: How it stands.
-        reason: Why it stopped, or why it is believed to have; empty while it goes on.
+        standing: Its standing.
+        reason: Reason why it stopped, or is believed to have; empty while it goes on.
         logged: The last logged step; None so far.
         loss: The loss logged there.
         total_steps: Length of the run, if it is known yet.
         checkpoint: The newest complete checkpoint; None so far.
         ranks: Number of ranks; None before the first start.
-        host: Where rank 0 is or was.
+        host: Host of rank 0, now or before.
         job: SLURM's number of the job.
         job_state: SLURM's word for it, or `FORGOTTEN`; None where SLURM can't be asked.
         restarts: How often it was started again.
-        earlier: Where its start has moved an earlier run of its name; "" if there was none.
-        unreadable: Why what it logged can't be read; empty if it can.
+        earlier: Directory to which its start has moved an earlier run of its name; "" if there was none.
+        unreadable: Reason why its log can't be read; empty if it can.
     """
 
     directory: str

@@ -1,4 +1,4 @@
-"""A failure on one rank becomes a failure on all, before anyone waits for a rank that has left."""
+"""A failure on one rank becomes a failure on all, before any rank waits for one that has left."""
 
 from __future__ import annotations
 

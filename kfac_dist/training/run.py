@@ -468,7 +468,7 @@ def _delete_run(directory: Path) -> None:
 
 
 def _tell(line: str, progress: ProgressDisplay) -> None:
-    """Say what happened to a run, also to those who asked for quiet."""
+    """Print what happened to a run, even with quiet output."""
     if isinstance(progress, SilentProgress):
         _say(line)
     else:

@@ -48,7 +48,7 @@ class Parts:
         stepper: Finds the step instead of the optimizer, which then descends by it; None for the direct solver.
         average: The running average of the weights, if the run keeps one.
         score: Further figures of the held-out data, if the data brings any.
-        game: What a game has beside these; None if the run is none.
+        game: Parts of a game beside these; None if the run is none.
     """
 
     engine: TrainingEngine

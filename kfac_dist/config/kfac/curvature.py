@@ -84,14 +84,14 @@ class CurvatureConfig(Section):
     """Measurement: the layers, the gradients that make G, intervals, precision.
 
     Attributes:
-        fisher: Whose gradients make G. `mc` and `type2` are the true Fisher and need `likelihood`.
+        fisher: Gradients that make G. `mc` and `type2` are the true Fisher and need `likelihood`.
         likelihood: Predictive distribution of the model; the training loop sets it from the loss.
-        loss_terms: What the mean in the loss runs over.
+        loss_terms: Terms of the mean in the loss.
         sharing: Weight-sharing setting of every block that `sharing_overrides` does not match.
         sharing_overrides: Pattern (`fnmatch`, on module names) to setting; the first match wins.
         include: Patterns of module names that get K-FAC blocks.
         exclude: Patterns of module names that get none; wins over `include`.
-        uncovered: What no block covers keeps its `plain` gradient, or is divided by a `diagonal` Fisher: the
+        uncovered: A parameter without a block keeps its `plain` gradient, or is divided by a `diagonal` Fisher: the
             data's labels, for nothing more than the averaged gradient; `diagonal_mc` draws labels from the model, for a
             backward pass and a sum over the ranks at steps that measure.
         decay: β of the running average, applied once every `factor_every` steps.

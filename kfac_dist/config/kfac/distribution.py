@@ -1,4 +1,4 @@
-"""`kfac.distribution`: who does it, and what crosses the network."""
+"""`kfac.distribution`: which rank does which work, and what crosses the network."""
 
 from __future__ import annotations
 
@@ -57,10 +57,11 @@ class DistributionConfig(Section):
     """Distribution of K-FAC's work over the ranks, and of its traffic.
 
     Attributes:
-        backend: What carries factors and inverses: `torch` (gloo, NCCL), or `mpi` for CPU clusters whose network only
-            MPI drives; the ranks are then started by mpirun. Or one that a module under `extensions` registers.
-        assignment: Which rank inverts which unit: in turns, or so that the ranks' sums of n³ are `balanced`.
-        placement: Who holds inverses and preconditions; `auto` is `replicated` under DDP, `owner` when sharded.
+        backend: Library that carries factors and inverses: `torch` (gloo, NCCL), or `mpi` for CPU clusters with
+            a network that only MPI drives; the ranks are then started by mpirun. Or one that a module under
+            `extensions` registers.
+        assignment: Rule that gives each unit its owner: in turns, or so that the ranks' sums of n³ are `balanced`.
+        placement: Ranks that hold inverses and precondition; `auto` is `replicated` under DDP, `owner` when sharded.
         grad_worker_fraction: `hybrid` only: share of the ranks that precondition one block; times W it is a whole
             number that divides W.
         reduction: `all_reduce` gives every rank every factor, `reduce_scatter` only those that it inverts.

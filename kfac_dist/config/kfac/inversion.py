@@ -56,8 +56,8 @@ class InversionConfig(Section):
             Or one that a module under `extensions` registers.
         structure: `block_tridiagonal`, for chains of linear layers, takes account of neighbouring layers (Martens &
             Grosse 2015, §4.3). It is solved by `eigen`, and damps the factors all the same.
-        damping: λ; a number or a schedule over steps, whose warm-up has to say from where: `warmup_from`.
-        adapt: How λ follows the trust region; null leaves it to the schedule alone.
+        damping: λ; a number or a schedule over steps. A warm-up needs its start, `warmup_from`.
+        adapt: Adaptation of λ to the trust region; null leaves it to the schedule alone.
         inverse_every: Steps between refreshes of one block's inverses (T_inv); a multiple of `factor_every`.
         stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once. At most
             one for each step that measures, and as many times more as `curvature.stagger` says.

@@ -25,13 +25,13 @@ _NEWTON: dict[str, tuple[type[Section], dict[str, Any]]] = {
 class KFACConfig(Section):
     """Everything that `KFAC` needs besides the model.
 
-    `solver` says who finds the step. Where it isn't a first-order optimizer, the trust region of the direct step has
+    `solver` is what finds the step. Where it isn't a first-order optimizer, the trust region of the direct step has
     no say: `update.kl_clip` is then null. Under `newton` statistics are measured every step and inverted every 20, and
     `curvature.decay_ramp` is on, unless the sections say otherwise.
 
     Attributes:
         enabled: Whether K-FAC is used at all.
-        solver: Who finds the step: the optimizer from the preconditioned gradient, or a solver of K-FAC's.
+        solver: Method that finds the step: the optimizer from the preconditioned gradient, or a solver of K-FAC's.
     """
 
     enabled: Flag = True
@@ -92,7 +92,7 @@ class KFACConfig(Section):
         return self
 
     def without_solver(self) -> Self:
-        """Return the same K-FAC for a direct step: for who measures with it, or trains without."""
+        """Return the same options with the direct solver, for measuring alone and for training without a solver."""
         return self.model_copy(update={"solver": StepSolver.DIRECT, "cg": None, "newton": None})
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""`kfac.solver`: who finds the step, and the options of those that find it from the quadratic model of the loss.
+"""`kfac.solver`: methods that find the step, and the options of those that use the quadratic model of the loss.
 
 direct    K-FAC preconditions the gradient, the first-order optimizer of the section `optimizer` takes the step
 newton    rescaling and momentum from the model M(δ) = ½ δᵀ(F + λI)δ + ∇hᵀδ, by exact products with F
@@ -29,7 +29,7 @@ class CGConfig(Section):
     """Settings of `cg`: minimise `½ dᵀ(GGN + λI)d + ∇hᵀd` (Martens 2010), preconditioned by K-FAC's damped inverse.
 
     Attributes:
-        lr: What the solution is multiplied by; a number or a schedule over steps.
+        lr: Factor on the solution; a number or a schedule over steps.
         damping: λ of the model; by default `kfac.inversion.damping`, which also damps the preconditioner.
         adapt_every: Steps between two adaptations of λ, which then only begins as configured, to how well the model
             foretells the loss (Levenberg and Marquardt); 0 leaves it.

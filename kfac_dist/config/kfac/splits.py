@@ -25,7 +25,7 @@ class SplitConfig(Section):
     Attributes:
         by: `per_head` cuts G of projections that make attention's heads (q, k, v, also fused) and A of the one that
             reads them; `per_group` makes each group of a grouped convolution a unit of its own.
-        heads: `per_head` only: how many there are, where the model doesn't say.
+        heads: `per_head` only: number of heads, where the model doesn't say.
         inputs: Parts of A: how many near-equal ones, or their sizes; a bias's coordinate belongs to the last.
         outputs: Parts of G, likewise.
     """

@@ -44,7 +44,7 @@ _RESOLVERS = (
 
 
 class _TooLargeError(Exception):
-    """A text whose values no configuration has."""
+    """A YAML text with values that no configuration may have."""
 
     def __init__(self, problem: str, mark: yaml.Mark) -> None:
         super().__init__(problem)

@@ -109,7 +109,7 @@ class Block(ABC):
         return [after_forward(module, ran, with_kwargs=True, always_call=True) for module in self.modules]
 
     def own_tensors(self, source: nn.Module) -> dict[str, Tensor]:
-        """Return the block's parameters by full name, as the module whose call it was shows them now."""
+        """Return the block's parameters by full name, as the module that was called shows them now."""
         return {name: cast(Tensor, getattr(source, name.rpartition(".")[2])) for name in self.parameters}
 
     @abstractmethod

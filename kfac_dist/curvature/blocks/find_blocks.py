@@ -122,7 +122,7 @@ def _blocks_of(
 
 
 def _believed(reason: str, blocks: list[Block]) -> tuple[str, list[Block]]:
-    """Keep blocks whose modules compute what the block believes; else say why there is none."""
+    """Keep blocks whose modules compute what the block assumes; give a reason for the others."""
     for block in blocks:
         for base in dict.fromkeys(covered_type(module) for module in block.modules):
             refused = None if base is None else refusal(block, base)

@@ -27,7 +27,7 @@ class Use:
     """One call of a layer in a forward pass: its input, and its output gradient once backward has brought it.
 
     Args:
-        source: The module whose call it was.
+        source: The module that was called.
         shape: Shape of the output.
         batch: The micro-batch of the forward pass that it was part of.
         owners: The `AccumulateGrad` nodes of the layer's parameters that were found in the graph.
@@ -151,7 +151,7 @@ class Pending:
         self.regions.clear()
 
     def forget(self, use: Use) -> None:
-        """Let go of a call whose graph is gone, unless its gradient has come already."""
+        """Drop a call whose graph is gone, unless its gradient has come already."""
         for index, other in enumerate(self.uses):
             if other is use and use.grad is None and not use.queried:
                 del self.uses[index], self.regions[index]

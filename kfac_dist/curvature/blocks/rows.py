@@ -22,15 +22,15 @@ class MicroBatch:
 
     Attributes:
         terms: n, the loss's terms in this micro-batch on this rank, whatever number of rows a layer sees.
-        loss_terms: What the mean in the loss runs over.
+        loss_terms: Terms of the mean in the loss.
         batch_size: B, samples that the model was called with; None if the model itself was not called.
         first_sample: Index of the first of them in the optimizer step's global batch.
         divisor: Number d by which the sum of the per-term losses was divided, so that ĝ = d·∂L/∂s; None: n. A tensor
             when only the device knows it (valid tokens).
-        inverse_scale: What undoes a loss scale: a 0-dim tensor where only the device knows it; None without one.
+        inverse_scale: Reciprocal of the loss scale: a 0-dim tensor where only the device knows it; None without one.
         stride: One row in `stride` enters the factors.
         phase: Which one; rotates from measurement to measurement.
-        classes: What the rows' classes follow from, where statistics are kept apart by class.
+        classes: Source of the rows' classes, where statistics are kept apart by class.
     """
 
     terms: float | Tensor

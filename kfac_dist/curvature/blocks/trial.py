@@ -87,7 +87,7 @@ def _inputs(module: nn.Module, like: Tensor) -> Iterator[tuple[Tensor, int | Non
         return torch.randn(shape, dtype=like.dtype).to(like.device)
 
     def turned(units: int, dim: int, most: int = 5) -> Iterator[tuple[Tensor, int | None]]:
-        """Yield inputs of 2 to `most` dimensions with the units in each place, none of whose other sizes is theirs."""
+        """Yield inputs of 2 to `most` dimensions with the units in each place; no other size equals `units`."""
         other = _unlike(units)
         for dims in range(2, most + 1):
             places = [dims + dim if dim < 0 else dim, *range(1, dims)]

@@ -1,4 +1,4 @@
-"""KAISA's grid of ranks: who holds a block's inverses, and who receives what they precondition (Pauloski et al. 2021).
+"""KAISA's grid of ranks: a column preconditions a block, rows share the result (Pauloski et al. 2021).
 
 The W ranks stand in rows of `columns` ranks; here W = 6 and columns = 2:
 

@@ -82,7 +82,7 @@ def caught(describe: Callable[[Exception], KFACError]) -> Iterator[list[KFACErro
 
 
 def fail_together(comm: Communicator, found: Sequence[KFACError]) -> None:
-    """Raise on every rank if a rank has failed, before anyone waits for one that has left; collective.
+    """Raise on every rank if a rank has failed, so that no rank waits for one that has left; collective.
 
     Args:
         comm: The ranks.

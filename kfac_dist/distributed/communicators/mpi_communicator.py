@@ -205,7 +205,7 @@ class MPICommunicator(Communicator):
 
 
 class _PendingRequest:
-    """A collective of MPI whose failure says who waited for what, and how long.
+    """A collective of MPI whose failure names the waiting rank, the collective and the time.
 
     mpi4py's request keeps the buffers alive.
     """

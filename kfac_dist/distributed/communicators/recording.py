@@ -38,7 +38,7 @@ class Call:
         nbytes: Bytes of the whole message: of the tensor, or of all that this rank has in the end.
         sent: Bytes that this rank sends, by the formulas of `cost`.
         received: Bytes that reach this rank, where it isn't the same for all.
-        ranks: Who takes part, in the numbers of the world.
+        ranks: Ranks that take part, in the numbers of the world.
     """
 
     kind: Collective

@@ -1,6 +1,6 @@
 """Names of the ranks that a collective waits for: asked once it has failed, by the store in which the ranks met.
 
-    rank 0   step ── step ── all_reduce …………… timeout ── who is where? ─────────────▶ "rank 1 doesn't answer"
+    rank 0   step ── step ── all_reduce …………… timeout ── question ──────────────────▶ "rank 1 doesn't answer"
     rank 1   step ── stopped                                  │   ▲
     rank 2   step ── step ── all_reduce ………………………………………………… ▼ ───┘ "step 7: backward", from a thread
 
@@ -29,7 +29,7 @@ _PATIENCE = 3
 
 
 class Watch:
-    """Knows where this rank is, and tells those who ask; a context, in which its thread runs.
+    """Knows this rank's activity, and answers other ranks' questions; a context, in which its thread runs.
 
     Args:
         store: What all ranks read and write; None where a rank is alone, or didn't meet the others by a store.
@@ -66,8 +66,8 @@ class Watch:
     def explaining(self) -> Iterator[None]:
         """Say of a collective that fails which ranks don't answer, and where the others wait.
 
-        It may be anyone's: a communicator's, or one that torch or DeepSpeed starts by itself. These contexts may lie in
-        one another: the innermost asks, before anything is taken down.
+        Any collective counts: a communicator's, or one that torch or DeepSpeed starts by itself. These contexts may
+        be nested: the innermost asks, before anything is taken down.
 
         Raises:
             CollectiveError: A collective has failed.

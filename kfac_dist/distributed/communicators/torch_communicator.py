@@ -178,7 +178,7 @@ class TorchCommunicator(Communicator):
         self.let_go()
 
     def let_go(self) -> None:
-        """Drops the process group without a word to anyone; the communicator is of no use afterwards."""
+        """Drop the process group without telling other ranks; the communicator can't be used afterwards."""
         self._destroy = False
         group, self._group = self._group, None
         if group is not None and any(not pending.completed for pending in self._unfinished):
@@ -201,7 +201,7 @@ class TorchCommunicator(Communicator):
 
 
 class _PendingWork:
-    """A collective of torch.distributed whose failure says who waited for what, and how long."""
+    """A collective of torch.distributed whose failure names the waiting rank, the collective and the time."""
 
     def __init__(self, description: str, rank: int, size: int) -> None:
         self._description = description

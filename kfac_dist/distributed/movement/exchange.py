@@ -80,11 +80,11 @@ class ExchangePlan:
     """One rank's messages, sent and received.
 
     Attributes:
-        shards: What this rank holds for other owners, in the order of its shard buffer: by owner, then by part.
+        shards: Slices that this rank holds for other owners, in the order of its shard buffer: by owner, then by part.
         shard_splits: Elements of the shard buffer for each owner.
-        pieces: What other ranks hold of this rank's parts, in the order of its owner buffer: by holder, then by part.
+        pieces: Slices of this rank's parts that others hold, in the order of its owner buffer: by holder, then by part.
         piece_splits: Elements of the owner buffer from each holder.
-        kept: What this rank both holds and owns: it stays here.
+        kept: Slices that this rank both holds and owns: they stay here.
         owned: The parts that this rank owns, with their shapes.
     """
 
@@ -105,7 +105,7 @@ def plan_exchange(layout: GradientLayout, parts: Sequence[Part], rank: int) -> E
     """Plans the exchange of some parts, for one rank.
 
     Args:
-        layout: Who holds which slice of each gradient.
+        layout: Slices of each gradient, by the rank that holds them.
         parts: What travels, in the same order on every rank; elements in no part keep their gradients.
         rank: The rank whose plan is wanted.
 

@@ -13,7 +13,7 @@ Chan, Heimlich, Purkayastha & van de Geijn 2007, CCPE 19(13), §4, of all owners
     all-gather        | 0 0 0 0 0 0 0 | 1 1 1 | 3 3 3 3 3 ┊ |      every rank gets the other pieces
 
 Every rank then sends an equal share, however unevenly the parts are owned. Sums take the same way back where an owner
-would otherwise receive many times the buffer: every rank sums a piece, and hands it to who owns it.
+would otherwise receive many times the buffer: every rank sums a piece, and hands it to its owner.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ never slower, and their work can't be in flight while something else has to come
 
 
 MOST_RECEIVED = 4
-"""How many times the whole buffer an owner may receive of a sum at once.
+"""Bound on what an owner receives of one sum at once, in multiples of the whole buffer.
 
 Its part comes from every rank: with one large part among a thousand, a thousand times that part.
 """

@@ -25,7 +25,7 @@ def gather_slices(
 
     Args:
         comm: The ranks of the layout.
-        layout: Who holds what.
+        layout: Slices by the rank that holds them.
         local: By parameter name, what this rank holds of it: its slice, or all of what is replicated. What it holds
             nothing of may be missing.
         device: Where the tensors live.

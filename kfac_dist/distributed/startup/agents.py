@@ -4,7 +4,7 @@
       ✗                  ✗          the same run once it is started again
 
 What an agent starts has the variables of a rank, the agent has not: from the rank up to the agent, no process may end.
-A rank without a launcher is watched over by no one: `nohup`, `setsid` and the end of a shell leave it alone.
+A rank without a launcher has no agent to end it: `nohup`, `setsid` and the end of a shell leave it alone.
 """
 
 from __future__ import annotations

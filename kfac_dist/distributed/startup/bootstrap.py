@@ -1,9 +1,9 @@
-"""Joins the world: from the launcher's word about this process to a device and a process group.
+"""Joins the world: from the launcher's variables to a device and a process group.
 
 place.find_place     rank and number of ranks            torchrun, deepspeed, srun, mpirun, or none
 choose_device        NCCL and a GPU, or gloo; all ranks the same (`devices.compare`)
 _join                meet at the place's address, with a deadline
-World                what came of it; leaving its context leaves the process group
+World                the result; leaving its context leaves the process group
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
     """Joins the ranks that the launcher started; a process without a launcher is alone and needs no process group.
 
     With CUDA the backend is NCCL and each rank takes the GPU of its local rank, else it is gloo. `auto` uses CUDA where
-    there are GPUs. A process group that exists already is used as it is. Whoever the
-    launcher was, RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set until the world
-    is closed.
+    there are GPUs. A process group that exists already is used as it is. Under every
+    launcher, RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set until the world is
+    closed.
 
     Args:
         device: What to compute on.

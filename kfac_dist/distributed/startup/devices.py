@@ -1,4 +1,4 @@
-"""Whether the ranks' devices fit together: told in the store where they meet, before anyone waits in a backend.
+"""Check that the ranks' devices fit together: through the store where they meet, before any waits in a backend.
 
     every rank   what it found: backend, host, GPUs, problem ──▶ store
     rank 0       reads all ──▶ store: "", or what is wrong ──▶ every rank goes on, or raises it
@@ -31,9 +31,9 @@ class Found:
     """A rank's devices.
 
     Attributes:
-        backend: What it would join by.
-        host: Where it runs.
-        gpus: That it sees.
+        backend: Backend that it would join by.
+        host: Name of its host.
+        gpus: GPUs that it sees.
         problem: Why it can't compute as it was told to; empty if it can.
     """
 

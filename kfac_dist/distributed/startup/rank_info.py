@@ -38,7 +38,7 @@ class Place:
     """A process's place among the ranks, as its launcher tells it.
 
     Attributes:
-        launcher: Who told.
+        launcher: Launcher that set it.
         rank: Global rank.
         world_size: Number of ranks.
         local_rank: Rank within the node.

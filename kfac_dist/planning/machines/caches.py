@@ -1,7 +1,7 @@
 """The share of K-FAC's operands that a model's own step leaves in the caches: little.
 
 Between two of K-FAC's steps a model goes forward and back, so that gradients, inverses and averages come from memory
-again. Who times a product over and over finds them in a cache.
+again. A benchmark that repeats one product would find them in a cache.
 """
 
 from __future__ import annotations

@@ -121,10 +121,10 @@ class Hardware(Section):
 
     Attributes:
         format: Version of these keys.
-        name: What it is called.
+        name: Its name.
         kind: `datasheet` figures times an efficiency, or `measured`.
-        device: What computes.
-        notes: Where figures are from, and what is assumed.
+        device: Device that computes.
+        notes: Sources of the figures, and assumptions.
         ranks: Ranks that measured together; null for a datasheet.
         node_size: Ranks of a node.
         memory_bytes: Memory of a rank's device; null where it isn't known.
@@ -136,9 +136,9 @@ class Hardware(Section):
         eigen_more: Seconds that each further matrix of the same batch adds, by n.
         memory: Bytes a second that are read and written together, by the bytes of what is copied.
         crowding: How many times slower a rank computes while so many ranks of its node do; 1 where it isn't said.
-        preconditioning: What a step takes whatever the sizes.
-        measuring: What a step that measures takes on top.
-        refreshing: What a step that refreshes takes on top.
+        preconditioning: Fixed costs of every step.
+        measuring: Fixed costs that a step that measures adds.
+        refreshing: Fixed costs that a step that refreshes adds.
         intra: The way between two ranks of a node; null where one rank measured alone, which knows no network.
         inter: The way between two nodes, for each rank; null: only one node is known, and the way in it counts.
         collectives: Seconds by kind, number of ranks and bytes (`Call.nbytes`), where they were measured.

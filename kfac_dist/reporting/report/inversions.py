@@ -1,4 +1,4 @@
-"""Charts of who inverted what: factors over refreshes, the work of each rank by factor, and its time over the run."""
+"""Charts of inversions by owner: factors over refreshes, the work of each rank by factor, its time over the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Found = list[tuple[dict[str, Any], float]]
 
 
 def timeline(run: RunData) -> go.Figure:
-    """Draw who inverted each layer's A and G at each refresh that was read, and for how many milliseconds.
+    """Draw the owner of each layer's A and G at each refresh that was read, and the milliseconds that it took.
 
     Of many the costliest are drawn, of many refreshes the last.
     """

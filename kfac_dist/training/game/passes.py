@@ -42,8 +42,8 @@ class GameParts:
     Attributes:
         players: The bare models.
         config: The game's section.
-        judge: Tells how good samples are.
-        judge_accuracy: The share of the test data that it knows.
+        judge: Classifier that rates samples.
+        judge_accuracy: Its accuracy on the test data.
         seed: Of the noise.
     """
 

@@ -20,10 +20,10 @@ class Outputs:
 
     Attributes:
         writer: Metrics on disk; None on ranks other than 0.
-        checkpoints: Where state is saved.
-        progress: What the user sees.
+        checkpoints: Store of checkpoints.
+        progress: Output on the terminal.
         configuration: The resolved configuration, saved with each checkpoint.
-        signals: What this process has been told by its scheduler.
+        signals: Signals that this process has received from its scheduler.
         watch: Tells other ranks where this one is.
         monitor: Numbers for those who watch the run; None on ranks other than 0, and if it isn't watched.
         lock: Whose the run's directory is; None on ranks other than 0.

@@ -90,10 +90,10 @@ class Recovery:
     """A run's handling of skipped steps; every rank decides alike.
 
     Attributes:
-        damping_factor: What the damping is multiplied by now.
+        damping_factor: Current factor on the damping.
         changed_at: Step at which it last changed.
-        rollbacks: How often the run went back.
-        dropped: How often a rank has dropped statistics of a taken step so far.
+        rollbacks: Number of times that the run went back.
+        dropped: Number of times that a rank has dropped statistics of a taken step so far.
         dropping: Logged windows in a row in which that happened.
     """
 
