@@ -7,9 +7,10 @@ from multiprocessing import forkserver
 
 import pytest
 
-# A shell starts background jobs with Ctrl-C ignored, and processes that tests interrupt would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts background jobs with Ctrl-C ignored, and nohup its own with SIGHUP: tests send both.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Files that take half a minute or more, though no single test of them is marked.
 LONG = (

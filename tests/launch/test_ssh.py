@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.config.load import dump_yaml
+from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.reporting.run_file import State, read_record
 from tests.training.runs import losses, small_config
 

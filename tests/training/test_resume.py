@@ -67,7 +67,7 @@ def test_a_checkpoint_from_before_dampings_were_saved_is_resumed(
     sections = {"train": {"steps": 6, "log_every": 3}, "checkpoint": {"every": 3, "keep": 9}}
     held = state.held
     with monkeypatch.context() as patch:
-        patch.setattr(state, "held", lambda parts: {k: v for k, v in held(parts).items() if k != "damping"})
+        patch.setattr(state, "held", lambda *args: {k: v for k, v in held(*args).items() if k != "damping"})
         train(small_config(tmp_path / "whole", kfac=True, **sections), quiet=True)
     _continue_from(tmp_path / "resumed/small", tmp_path / "whole/small", 3)
     sections["checkpoint"] |= {"resume": "auto"}
