@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist import KFAC
+from tests.curvature.measured import assert_close, factors
 from tests.harness import run_ranks
 from tests.preconditioner.workloads import part, place
 
@@ -151,8 +153,8 @@ def test_ranks_and_micro_batches_that_skip_an_expert_leave_its_average(
     """Also when the run is saved and resumed between two reductions."""
     by_rank = run_ranks(size, run_all, names, saved_at, micro_batches, process_group=size > 1, timeout=240)
     for found in by_rank:
-        for name, (factors, parameters) in found.items():
-            assert_same(factors, alone[name][0])
+        for name, (averages, parameters) in found.items():
+            assert_same(averages, alone[name][0])
             assert_same(parameters, alone[name][1])
 
 
@@ -208,3 +210,79 @@ def both_collectives() -> tuple[int, int]:
 def test_only_a_layer_that_a_rank_left_unused_costs_a_message() -> None:
     for regular, irregular in run_ranks(2, both_collectives, timeout=240):
         assert irregular == regular + 1
+
+
+class Attends(nn.Module):
+    """Attention and an expert, to which only some samples of a rank go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.expert, self.first, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, rows: int) -> Tensor:
+        hidden = self.first(x).tanh()
+        part = hidden[:rows]
+        if rows:  # torch's own attention refuses a batch of none
+            part = self.attention(part, part, part, need_weights=False)[0]
+        return self.out(hidden.index_add(0, torch.arange(rows), self.expert(part)).mean(1))
+
+
+def after_all(sharing: str, runs: dict[str, list[tuple[int, int]]]) -> dict[str, tuple[dict[str, Tensor], bool, float]]:
+    """What each run of steps leaves: factors, whether gradients are finite, and how often statistics were dropped.
+
+    Args:
+        sharing: `curvature.sharing`.
+        runs: By name, for every step the samples of each of two ranks that go to the layers; one rank takes the first.
+    """
+    return {name: after_steps(sharing, rows) for name, rows in runs.items()}
+
+
+def after_steps(sharing: str, steps: list[tuple[int, int]]) -> tuple[dict[str, Tensor], bool, float]:
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    model = Attends()
+    config = {
+        "curvature": {"factor_every": 1, "decay": 0.5, "sharing": sharing},
+        "inversion": {"inverse_every": 1, "damping": 0.1},
+        "update": {"kl_clip": None},
+    }
+    kfac = KFAC(model, config)
+    x = torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(2)).chunk(ranks)[rank]
+    finite = True
+    for rows in steps:
+        model.zero_grad()
+        (model(x, rows[rank]) - 0.3).square().sum(-1).mean().backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if ranks > 1:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= ranks
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layers that are idle at first
+            kfac.step()
+        finite &= all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    found, dropped = factors(kfac), kfac.metrics()["dropped_statistics"]
+    kfac.remove()
+    return found, finite, dropped
+
+
+@pytest.mark.parametrize("sharing", ["reduce", "expand"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_attention_and_an_expert_without_rows_keep_their_averages(ranks: int, sharing: str) -> None:
+    runs = {
+        "used": [(3, 2)],
+        "then unused": [(3, 2), (0, 0)],
+        "first unused": [(0, 0), (3, 2)],
+        "one": [(3, 0)],
+        "one, then none": [(3, 0), (0, 0)],
+    }
+    for results in run_ranks(ranks, after_all, sharing, runs, process_group=ranks > 1):
+        for found, finite, dropped in results.values():
+            assert finite
+            assert dropped == 0
+            assert all(bool(factor.isfinite().all()) for factor in found.values())
+        for name, wanted in (("then unused", "used"), ("first unused", "used"), ("one, then none", "one")):
+            for unit, factor in results[wanted][0].items():
+                if unit.startswith(("attention", "expert")) or unit == "first/A":
+                    assert_close(results[name][0][unit], factor)
