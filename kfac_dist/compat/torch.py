@@ -50,6 +50,7 @@ __all__ = [
     "parameters_of",
     "pop_function_mode",
     "push_function_mode",
+    "ranks_normalized_over",
     "register_first_hook",
     "running_node",
     "save_dcp",
@@ -185,6 +186,13 @@ _VERSION = operator.attrgetter("_version")
 def gradient_shapes(node: Node) -> list[tuple[int, ...]]:
     """Return the shapes of the gradients that a node of the graph takes: those of its operation's outputs."""
     return [tuple(output.shape) for output in cast(Any, node)._input_metadata]
+
+
+def ranks_normalized_over(norm: nn.SyncBatchNorm) -> int:
+    """Return over how many ranks' samples a call of a norm takes its statistics, 1 where it takes none."""
+    if not norm.training or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 1
+    return torch.distributed.get_world_size(norm.process_group)
 
 
 def checkpointed_region() -> object | None:

@@ -12,7 +12,7 @@ from kfac_dist.curvature.blocks.layers.attention import AttentionBlock
 from kfac_dist.curvature.blocks.layers.convolution import ConvolutionBlock
 from kfac_dist.curvature.blocks.layers.embedding import EmbeddingBlock
 from kfac_dist.curvature.blocks.layers.linear import InputFirstLinearBlock, LinearBlock
-from kfac_dist.curvature.blocks.layers.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock
+from kfac_dist.curvature.blocks.layers.norm import BatchNormBlock, GroupNormBlock, LayerNormBlock, SyncBatchNormBlock
 from kfac_dist.curvature.blocks.layers.rms_norm import RMSNormBlock, is_rms_norm
 from kfac_dist.curvature.blocks.layers.scaled import ScaledBlock, is_scaled
 from kfac_dist.curvature.blocks.layers.transposed import TransposedConvolutionBlock
@@ -36,7 +36,7 @@ BLOCK_TYPES: dict[type[nn.Module] | str, type[Block]] = {
     nn.BatchNorm1d: BatchNormBlock,
     nn.BatchNorm2d: BatchNormBlock,
     nn.BatchNorm3d: BatchNormBlock,
-    nn.SyncBatchNorm: BatchNormBlock,
+    nn.SyncBatchNorm: SyncBatchNormBlock,
 }
 
 # Those that code outside of the package has added.

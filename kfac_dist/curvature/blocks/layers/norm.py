@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kfac_dist.compat.torch import ranks_normalized_over
 from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, dense
-from kfac_dist.curvature.blocks.layer_calls import Use
+from kfac_dist.curvature.blocks.layer_calls import Handle, Recorder, Use
 from kfac_dist.curvature.blocks.projection import PROJECTIONS, Signs, wide
 from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, fold_samples, sample, unscale
 from kfac_dist.curvature.factors import Side
 from kfac_dist.errors import ModelError
+from kfac_dist.hooks import before_forward
 from kfac_dist.precision import widened
 
 
@@ -186,7 +188,7 @@ class GroupNormBlock(ChannelNormBlock):
 
 
 class BatchNormBlock(ChannelNormBlock):
-    """`nn.BatchNorm1d/2d/3d` and `nn.SyncBatchNorm`.
+    """`nn.BatchNorm1d/2d/3d`.
 
     A sample's gradient through the batch's mean and variance is not its own; as usual, x̂ is taken as given.
     """
@@ -204,3 +206,22 @@ class BatchNormBlock(ChannelNormBlock):
         own = module.training or module.running_mean is None
         mean, variance = (None, None) if own else (module.running_mean, module.running_var)
         return F.batch_norm(inputs, mean, variance, training=own, eps=module.eps)
+
+
+class SyncBatchNormBlock(BatchNormBlock):
+    """`nn.SyncBatchNorm` on one rank, or by its running statistics.
+
+    Where it normalises over several ranks, no rank's input tells x̂, and the layer keeps its plain gradient.
+    """
+
+    def watch(self, recorder: Recorder) -> list[Handle]:
+        """See `Block.watch`."""
+
+        def runs(module: nn.SyncBatchNorm, args: tuple[object, ...]) -> None:
+            if recorder.watching and (ranks := ranks_normalized_over(module)) > 1:
+                recorder.refuse(
+                    f"SyncBatchNorm normalises over all {ranks} ranks, so that no rank's input tells what its scale "
+                    "multiplies"
+                )
+
+        return [*(before_forward(module, runs) for module in self.modules), *super().watch(recorder)]

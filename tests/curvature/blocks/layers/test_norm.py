@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from kfac_dist.config.schema import CurvatureConfig
 from kfac_dist.curvature.blocks import find_blocks
 from tests.curvature.measured import assert_close, build_kfac, factors, measure
+from tests.harness import run_ranks
 
 DAMPING = 0.05
 
@@ -189,3 +192,30 @@ def test_a_norm_that_turns_its_input_around_and_not_back_has_no_block() -> None:
     coverage = find_blocks(nn.Sequential(Odd(2), nn.Linear(4, 4)), CurvatureConfig())
     assert [block.name for block in coverage.blocks] == ["1"]
     assert coverage.uncovered["0.weight"] == "Odd.forward computes something else than nn.LayerNorm"
+
+
+def synchronised() -> tuple[dict[str, str], list[str]]:
+    """`SyncBatchNorm` itself runs on GPUs only; what it refuses is known before it has run."""
+    before = nn.SyncBatchNorm.forward
+    nn.SyncBatchNorm.forward = lambda self, x: F.batch_norm(x, None, None, self.weight, self.bias, training=True)  # type: ignore[method-assign]
+    try:
+        model = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4), nn.Linear(4, 2))
+        kfac = build_kfac(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                model.zero_grad()
+                model(torch.randn(6, 3)).square().sum(1).mean().backward()
+                kfac.step()
+        kfac.remove()
+    finally:
+        nn.SyncBatchNorm.forward = before  # type: ignore[method-assign]
+    return dict(kfac.coverage.mismatched), [block.name for block in kfac.coverage.blocks]
+
+
+def test_a_norm_over_all_ranks_is_named_with_that_reason() -> None:
+    for mismatched, blocks in run_ranks(2, synchronised):
+        assert blocks == ["0", "2"]
+        assert mismatched.keys() == {"1"}
+        assert mismatched["1"].startswith("SyncBatchNorm normalises over all 2 ranks")
+    assert synchronised() == ({}, ["0", "1", "2"])
