@@ -104,7 +104,9 @@ class Variant:
 
     @torch.no_grad()
     def _reduce(self) -> None:
-        self.kfac._parts.measurement.finish(self.kfac._engine.finite_everywhere(self.kfac.communicator))
+        self.kfac._parts.measurement.finish(
+            self.kfac._engine.finite_everywhere(self.kfac.communicator), refreshes=False
+        )
 
     def _share(self) -> None:
         column = self.kfac._parts.refresh._sharing
