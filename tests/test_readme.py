@@ -149,7 +149,17 @@ def test_named_make_targets_exist() -> None:
 
 def test_make_train_stops_as_the_launch_script_does() -> None:
     """Started by torchrun itself, Ctrl-C would show its traceback."""
-    words = ["make", "-n", "-o", "setup", "train", "NPROC=3", "CONFIG=mine.yaml", "ARGS=--name mine"]
+    words = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "-o",
+        "setup",
+        "train",
+        "NPROC=3",
+        "CONFIG=mine.yaml",
+        "ARGS=--name mine",
+    ]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert ended.stdout.splitlines()[-1] == (

@@ -85,7 +85,7 @@ def two_hosts(tmp_path: Path) -> Iterator[str]:
 def test_ranks_of_two_hosts_save_in_their_own_time(tmp_path: Path, two_hosts: str) -> None:
     config = tmp_path / "run.yaml"
     sections: dict[str, Any] = {
-        "data": {"name": "tests.training.test_preemption:slow_pixels"},
+        "data": {"name": "tests.training.recovery.test_preemption:slow_pixels"},
         "train": {"steps": 10_000},
     }
     config.write_text(dump_yaml(small_config(tmp_path, **sections)))
