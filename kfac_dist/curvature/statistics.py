@@ -301,6 +301,13 @@ class RunningAverages:
         self.not_finite += self._bad
         self._bad.zero_()
 
+    def take_over(self, previous: RunningAverages) -> None:
+        """Go on with the counters of the averages that these replace, unit by unit."""
+        self.dropped += previous.dropped
+        for index, unit in enumerate(self.layout.units):
+            if unit in previous.layout:
+                self.not_finite[index] += previous.not_finite[previous.layout.index(unit)]
+
     def _weights(self, span: Span) -> Tensor:
         counts = self._counts[span.units]
         host = torch.tensor([0.0 if isinstance(c, Tensor) else c for c in counts], dtype=self.working)

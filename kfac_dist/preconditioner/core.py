@@ -267,7 +267,7 @@ class Core:
 
     def _renew(self, coverage: Coverage, *, judged: set[str]) -> None:
         """Plan and build for other blocks; the state of units that remain goes on by name; collective."""
-        before, parts = self.state(), self.parts
+        before, parts, averages = self.state(), self.parts, self.averages()
         self._loop = replace(self._loop, check_scale=parts.measurement.checks_scale)
         parts.measurement.remove()
         parts.refresh.close()
@@ -277,6 +277,9 @@ class Core:
         self._agree_on_blocks()
         self.parts = self._build(self._plan(), parts.queue.cadence, Arbiter(coverage.blocks, judged))
         self._take(carry(before, self.state()))
+        self.parts.refresh.take_over(parts.refresh)
+        for new, old in zip(self.averages(), averages, strict=False):  # the last block with moments may have gone
+            new.take_over(old)
         self.parts.queue.begin(self.steps)
 
     def _name_dropped(self) -> None:

@@ -403,6 +403,28 @@ def test_a_gradient_asked_for_inside_of_unobserved_is_named_as_a_cause() -> None
     assert kfac.coverage.mismatched
 
 
+def test_counters_go_on_without_a_layer() -> None:
+    model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+    kfac = build_kfac(model)
+    x, labels = batch()
+    F.cross_entropy(model(x), labels).backward()
+    kfac.step()
+    parts = kfac._parts
+    parts.refresh.failures, parts.refresh.raised = 2, 3
+    parts.averages.dropped += 4
+    parts.averages.not_finite += 5
+    refreshes, inspector = parts.refresh.refreshes, parts.refresh.inspector
+    kfac.solver_access.leave_out({"0": "a test"})
+    now = kfac._parts
+    assert now is not parts
+    assert (now.refresh.refreshes, now.refresh.failures, now.refresh.raised) == (refreshes, 2, 3)
+    assert refreshes == 1
+    assert now.refresh.inspector is inspector
+    assert int(now.averages.dropped) == 4
+    assert now.averages.not_finite.tolist() == [5, 5]
+    kfac.remove()
+
+
 def test_a_frozen_layer_is_no_mismatch() -> None:
     _, kfac, said = train(Frozen(), CONFIG)
     assert [block.name for block in kfac.coverage.blocks] == ["middle"]

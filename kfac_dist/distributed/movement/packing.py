@@ -32,11 +32,6 @@ def triangle_numel(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def packed_numel(n: int) -> int:
-    """Elements of one packed n×n matrix: n(n+1)/2."""
-    return triangle_numel(n)
-
-
 def pack_symmetric(matrix: Tensor, out: Tensor) -> None:
     """Writes the lower triangles of symmetric matrices into a buffer.
 
@@ -48,7 +43,7 @@ def pack_symmetric(matrix: Tensor, out: Tensor) -> None:
     m = (n + 1) // 2
     rectangle, corner = _views(out, matrix.shape[:-2], n)
     if matrix.is_cuda and (kernels := gpu_kernels()) is not None:
-        kernels.pack(matrix.reshape(-1, n, n), out.view(-1, packed_numel(n)))
+        kernels.pack(matrix.reshape(-1, n, n), out.view(-1, triangle_numel(n)))
         return
     _columns(rectangle, n).copy_(matrix[..., :, :m])
     if corner.numel():
@@ -72,7 +67,7 @@ def unpack_symmetric(packed: Tensor, n: int, out: Tensor | None = None) -> Tenso
     full = packed.new_empty(*lead, n, n) if out is None else out
     rectangle, corner = _views(packed, lead, n)
     if packed.is_cuda and full.is_contiguous() and (kernels := gpu_kernels()) is not None:
-        kernels.unpack(packed.view(-1, packed_numel(n)), full.view(-1, n, n))
+        kernels.unpack(packed.view(-1, triangle_numel(n)), full.view(-1, n, n))
         return full
     columns = _columns(rectangle, n)
     lower = columns[..., :m, :].tril()
@@ -101,9 +96,9 @@ def gpu_kernels() -> ModuleType | None:
 
 def _views(packed: Tensor, lead: torch.Size, n: int) -> tuple[Tensor, Tensor]:
     """The packed rectangle, and the k×k corner of it whose upper triangle holds S."""
-    if packed.numel() != lead.numel() * packed_numel(n):
+    if packed.numel() != lead.numel() * triangle_numel(n):
         raise ValueError(
-            f"matrices of shape {(*lead, n, n)} pack into {lead.numel()} × {packed_numel(n)} elements, "
+            f"matrices of shape {(*lead, n, n)} pack into {lead.numel()} × {triangle_numel(n)} elements, "
             f"not into {tuple(packed.shape)}"
         )
     half = n // 2

@@ -211,6 +211,11 @@ class Refresh:
         """Return the number of values in a unit's payload."""
         return payload_numel(unit, self._solver)
 
+    def take_over(self, previous: Refresh) -> None:
+        """Go on with the counters, and with the readings asked for, of the one that this replaces."""
+        self.refreshes, self.failures, self.raised = previous.refreshes, previous.failures, previous.raised
+        self.inspector = previous.inspector
+
     def close(self) -> None:
         """End what works beside training."""
         self._side.close()

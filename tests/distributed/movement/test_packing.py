@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_dist.distributed.movement.packing import pack_symmetric, packed_numel, unpack_symmetric
+from kfac_dist.distributed.movement.packing import pack_symmetric, triangle_numel, unpack_symmetric
 
 
 def symmetric(*shape: int) -> torch.Tensor:
@@ -17,7 +17,7 @@ def symmetric(*shape: int) -> torch.Tensor:
 @given(n=st.integers(1, 12), lead=st.lists(st.integers(1, 3), max_size=2), flat=st.booleans())
 def test_round_trip_is_exact(n: int, lead: list[int], flat: bool) -> None:
     matrix = symmetric(*lead, n)
-    packed = torch.full((*lead, packed_numel(n)), torch.nan)
+    packed = torch.full((*lead, triangle_numel(n)), torch.nan)
     pack_symmetric(matrix, packed.view(-1) if flat else packed)
     assert torch.equal(unpack_symmetric(packed, n), matrix)
     out = torch.full_like(matrix, torch.nan)
@@ -28,7 +28,7 @@ def test_round_trip_is_exact(n: int, lead: list[int], flat: bool) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8])
 def test_every_element_of_the_lower_triangle_travels_once(n: int) -> None:
     numbered = torch.arange(1.0, n * n + 1).view(n, n)
-    packed = torch.full((packed_numel(n),), torch.nan)
+    packed = torch.full((triangle_numel(n),), torch.nan)
     pack_symmetric(numbered, packed)
     assert sorted(packed.tolist()) == sorted(numbered[torch.tril_indices(n, n).unbind()].tolist())
 
@@ -45,7 +45,7 @@ def test_layouts_of_the_docstring() -> None:
 @pytest.mark.parametrize("n", [5, 6])
 def test_bf16_is_converted_on_the_way(n: int) -> None:
     matrix = symmetric(2, n)
-    packed = torch.empty(2 * packed_numel(n), dtype=torch.bfloat16)
+    packed = torch.empty(2 * triangle_numel(n), dtype=torch.bfloat16)
     pack_symmetric(matrix, packed)
     assert torch.equal(unpack_symmetric(packed, n, torch.empty_like(matrix)), matrix.bfloat16().float())
 
@@ -54,7 +54,7 @@ def test_bf16_is_converted_on_the_way(n: int) -> None:
 def test_infinities_stay_where_they_are(n: int) -> None:
     matrix = symmetric(n)
     matrix[0, n - 1] = matrix[n - 1, 0] = torch.inf
-    packed = torch.empty(packed_numel(n))
+    packed = torch.empty(triangle_numel(n))
     pack_symmetric(matrix, packed)
     assert torch.equal(unpack_symmetric(packed, n), matrix)
 

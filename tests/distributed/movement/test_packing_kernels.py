@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kfac_dist.distributed.movement import packing
-from kfac_dist.distributed.movement.packing import pack_symmetric, packed_numel, unpack_symmetric
+from kfac_dist.distributed.movement.packing import pack_symmetric, triangle_numel, unpack_symmetric
 
 SIZES = (1, 2, 3, 4, 7, 8, 31, 32, 33, 64, 97)
 
@@ -29,7 +29,7 @@ def check(device: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             # What packing hands over: the transpose of a matrix whose upper triangle alone is right.
             matrix = whole.triu().mT
-            wanted = torch.empty(2, packed_numel(n), dtype=dtype)
+            wanted = torch.empty(2, triangle_numel(n), dtype=dtype)
             pack_symmetric(matrix, wanted)
             found = torch.full(wanted.shape, torch.nan, dtype=dtype, device=device)
             packing_kernels.pack(matrix.to(device), found)
@@ -46,7 +46,7 @@ def test_kernels_on_a_gpu() -> None:
     check("cuda")
     matrix = torch.randn(3, 65, 65, device="cuda")
     matrix = matrix + matrix.mT
-    packed = torch.empty(3, packed_numel(65), device="cuda")
+    packed = torch.empty(3, triangle_numel(65), device="cuda")
     pack_symmetric(matrix, packed)
     assert torch.equal(unpack_symmetric(packed, 65), matrix)
 
