@@ -38,7 +38,7 @@ from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import Block, find_blocks
 from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.startup.bootstrap import bootstrap
-from kfac_dist.planning.job import Job, Model, StepKind
+from kfac_dist.planning.job import Model, PlannedRun, StepKind
 from kfac_dist.planning.machines.calibration import calibrate, quartile
 from kfac_dist.planning.machines.hardware import Hardware
 from kfac_dist.planning.prediction import Prediction, predict
@@ -50,9 +50,9 @@ FACTOR_EVERY, INVERSE_EVERY = 10, 100
 # Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.
 KINDS = ("refreshing", "ordinary", "measuring", "ordinary")
 STEPS = {
-    "refreshing": StepKind(measured=(0,), rest=True, moments=False, slots=(0,)),
-    "measuring": StepKind(measured=(0,), rest=True, moments=False, slots=()),
-    "ordinary": StepKind(measured=(), rest=False, moments=False, slots=()),
+    "refreshing": StepKind(measured=(0,), diagonal=True, moments=False, slots=(0,)),
+    "measuring": StepKind(measured=(0,), diagonal=True, moments=False, slots=()),
+    "ordinary": StepKind(measured=(), diagonal=False, moments=False, slots=()),
 }
 SMALL_GPT = Workload(
     lambda: byte_gpt(layers=4, width=128, heads=4, context=128),
@@ -155,7 +155,7 @@ def foretold(workload: Workload, strategy: str, size: int, hardware: Hardware) -
     coverage = find_blocks(network, config.curvature)
     inputs = workload.inputs()
     model = Model(coverage.blocks, {}, _rows(network, coverage.blocks, inputs))
-    job = Job.of(model, config, EngineConfig(), size, size)
+    job = PlannedRun.of(model, config, EngineConfig(), size, size)
     return predict(Strategy(config, {}), job, hardware, len(inputs) * size)
 
 

@@ -40,7 +40,7 @@ from kfac_dist.config.schema import EngineConfig
 from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.distributed.communicators.traffic import Traffic
-from kfac_dist.planning.job import Job, Model, StepKind
+from kfac_dist.planning.job import Model, PlannedRun, StepKind
 from kfac_dist.planning.traffic import rehearse
 from kfac_dist.tasks.models.bert import bert
 from kfac_dist.tasks.models.byte_gpt import byte_gpt
@@ -54,8 +54,8 @@ NODE = 8
 """Ranks of a node, for the placement that knows nodes."""
 AT_THE_START = "agreement"
 """Label of what ranks agree on once, in the first step."""
-REFRESH = StepKind(measured=(0,), rest=True, moments=False, slots=(0,))
-ORDINARY = StepKind(measured=(), rest=False, moments=False, slots=())
+REFRESH = StepKind(measured=(0,), diagonal=True, moments=False, slots=(0,))
+ORDINARY = StepKind(measured=(), diagonal=False, moments=False, slots=())
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,12 @@ def config_of(shape: Shape, strategy: str) -> dict[str, Any]:
     return {"curvature": curvature, "inversion": inversion, "distribution": chosen["distribution"]}
 
 
-def job_of(network: nn.Module, config: dict[str, Any], size: int) -> Job:
+def job_of(network: nn.Module, config: dict[str, Any], size: int) -> PlannedRun:
     """Plan a network's work from its shapes."""
     parsed = parse_kfac(config)
     coverage = find_blocks(network, parsed.curvature)
     uncovered = {name: network.get_parameter(name).numel() for name in coverage.uncovered}
-    return Job.of(Model(coverage.blocks, uncovered, {}), parsed, EngineConfig(), size, NODE)
+    return PlannedRun.of(Model(coverage.blocks, uncovered, {}), parsed, EngineConfig(), size, NODE)
 
 
 def sent(traffic: Traffic) -> dict[str, dict[str, int]]:
@@ -138,7 +138,7 @@ def sent(traffic: Traffic) -> dict[str, dict[str, int]]:
     return {label: {"collectives": calls, "bytes_sent": nbytes} for label, (calls, nbytes) in counted.items()}
 
 
-def planned(job: Job) -> dict[str, Any]:
+def planned(job: PlannedRun) -> dict[str, Any]:
     """Return what the planner says of the busiest rank."""
     rank = job.busiest
     return {

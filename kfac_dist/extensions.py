@@ -17,7 +17,7 @@ from kfac_dist.config.schema import EngineConfig as EngineConfig
 from kfac_dist.curvature.blocks.base import Block as Block
 from kfac_dist.curvature.blocks.base import KroneckerBlock as KroneckerBlock
 from kfac_dist.curvature.blocks.base import dense as dense
-from kfac_dist.curvature.blocks.layer_calls import Use as Use
+from kfac_dist.curvature.blocks.layer_calls import LayerCall as LayerCall
 from kfac_dist.curvature.blocks.layers.linear import InputFirstLinearBlock as InputFirstLinearBlock
 from kfac_dist.curvature.blocks.layers.linear import LinearBlock as LinearBlock
 from kfac_dist.curvature.blocks.rows import MicroBatch as MicroBatch
@@ -55,6 +55,7 @@ __all__ = [
     "GradientLayout",
     "InputFirstLinearBlock",
     "KroneckerBlock",
+    "LayerCall",
     "LinearBlock",
     "MicroBatch",
     "ParameterSlices",
@@ -62,7 +63,6 @@ __all__ = [
     "Sink",
     "SoloCommunicator",
     "TorchCommunicator",
-    "Use",
     "Work",
     "World",
     "batch_first",

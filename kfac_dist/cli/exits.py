@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import typer
 
-from kfac_dist.distributed.startup.rank_info import Launcher, Place, find_place
+from kfac_dist.distributed.startup.rank_info import Launcher, RankInfo, find_rank_info
 from kfac_dist.errors import ConfigError, KFACError
 
 NOT_READY = 1
@@ -43,8 +43,8 @@ def exit_codes() -> Iterator[None]:
 
 def interrupted_code() -> int:
     """Return the code that Ctrl-C ends a command with: a launcher would take another than 0 for a rank's failure."""
-    place = _place()
-    own = place is None or place.launcher in (Launcher.NOBODY, Launcher.ENVIRONMENT, Launcher.SLURM)
+    info = _rank_info()
+    own = info is None or info.launcher in (Launcher.NOBODY, Launcher.ENVIRONMENT, Launcher.SLURM)
     return INTERRUPTED if own else 0
 
 
@@ -68,46 +68,46 @@ def _end(error: KFACError) -> None:
 
 def _report(error: KFACError) -> None:
     """Print an error; among ranks, let the others do so, too."""
-    place = _say(error)
-    if place is not None and place.world_size > 1:
+    info = _say(error)
+    if info is not None and info.world_size > 1:
         # A launcher ends all ranks once one has exited: each gets time to say why, and to exit with its own code.
         # Ignored rather than handled, because Python drops its handlers before a process is really over.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(GRACE_SECONDS)
 
 
-def _say(error: KFACError) -> Place | None:
+def _say(error: KFACError) -> RankInfo | None:
     """Print an error: once a host where its ranks must have the same one, else on each rank with its number."""
     _said.set()
-    place = _place()
-    distributed = place is not None and place.world_size > 1
+    info = _rank_info()
+    distributed = info is not None and info.world_size > 1
     same_everywhere = isinstance(error, ConfigError)
-    if place is None or not (distributed and same_everywhere and place.local_rank != 0):
-        label = f"error [rank {place.rank}]" if place and distributed and not same_everywhere else "error"
+    if info is None or not (distributed and same_everywhere and info.local_rank != 0):
+        label = f"error [rank {info.rank}]" if info and distributed and not same_everywhere else "error"
         from kfac_dist.reporting.live import others_lines
 
         with others_lines(sys.stderr):
             # One write, so that ranks that share a terminal don't cut each other's lines.
             sys.stderr.write("".join(f"{label}: {line}\n" for line in str(error).splitlines()))
             sys.stderr.flush()
-    return place
+    return info
 
 
 def leads() -> bool:
     """Whether this process speaks for all ranks."""
-    place = _place()
-    return place is None or place.rank == 0
+    info = _rank_info()
+    return info is None or info.rank == 0
 
 
 def launched() -> bool:
     """Whether a launcher started this process."""
-    place = _place()
-    return place is not None and place.launcher is not Launcher.NOBODY
+    info = _rank_info()
+    return info is not None and info.launcher is not Launcher.NOBODY
 
 
-def _place() -> Place | None:
-    """This process's place among the ranks; None where the launcher contradicts itself, which is then the error."""
+def _rank_info() -> RankInfo | None:
+    """Rank and number of ranks of this process; None where the launcher contradicts itself, which is then the error."""
     try:
-        return find_place(os.environ)
+        return find_rank_info(os.environ)
     except ConfigError:
         return None

@@ -11,7 +11,7 @@ import typer
 
 from kfac_dist.cli.configuration import ConfigFile, Overrides, check_targets, load
 from kfac_dist.cli.exits import exit_codes
-from kfac_dist.slurm.job import Container, Job, StartedBy
+from kfac_dist.slurm.job import Container, SlurmJob, StartedBy
 from kfac_dist.slurm.submission import prepare
 from kfac_dist.slurm.submission import submit as submit_job
 
@@ -59,7 +59,7 @@ def submit(
     with exit_codes():
         resolved = load(config, overrides, {"run.name": name})
         check_targets(resolved, build=build)
-        job = Job(
+        job = SlurmJob(
             nodes=nodes,
             time=time_limit,
             gpus_per_node=gpus_per_node,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import KFACConfig, Structure
 from kfac_dist.curvature.block_tridiagonal import ChainLink, apply_inverse
-from kfac_dist.curvature.blocks import Block, Coverage, MicroBatch, Use, find_blocks
+from kfac_dist.curvature.blocks import Block, Coverage, LayerCall, MicroBatch, find_blocks
 from kfac_dist.curvature.blocks.base import KroneckerBlock, StatisticsSink
 from kfac_dist.curvature.blocks.layers.linear import LinearBlock
 from kfac_dist.curvature.blocks.rows import sample, shared_rows, unscale
@@ -133,7 +133,7 @@ class NeighbourMoments:
             done.clear()
 
     def measure(
-        self, block: Block, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]
+        self, block: Block, calls: Sequence[LayerCall], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]
     ) -> None:
         """Add what a block has in common with its neighbours, as far as those were measured in this pass.
 
@@ -142,10 +142,10 @@ class NeighbourMoments:
         """
         if not any(block.name in pair for pair in self._pairs):
             return
-        if len(uses) != 1 or not isinstance(block, KroneckerBlock):
-            raise _no_chain(f"layer {block.name} is called {len(uses)} times in one pass")
+        if len(calls) != 1 or not isinstance(block, KroneckerBlock):
+            raise _no_chain(f"layer {block.name} is called {len(calls)} times in one pass")
         for side in sides & set(NEXT):
-            rows = _input_rows(block, uses[0], batch) if side is Side.A else _output_rows(block, uses[0], batch)
+            rows = _input_rows(block, calls[0], batch) if side is Side.A else _output_rows(block, calls[0], batch)
             self._rows[side, block.name] = rows
             for pair in self._pairs:
                 if block.name in pair and all((side, name) in self._rows for name in pair):
@@ -166,17 +166,17 @@ class NeighbourMoments:
             self._done[side].clear()
 
 
-def _input_rows(block: KroneckerBlock, use: Use, batch: MicroBatch) -> tuple[Tensor, float, float]:
-    [rows] = shared_rows([block.use_rows(use, batch.batch_size)], block.sharing, mean=True)
+def _input_rows(block: KroneckerBlock, call: LayerCall, batch: MicroBatch) -> tuple[Tensor, float, float]:
+    [rows] = shared_rows([block.use_rows(call, batch.batch_size)], block.sharing, mean=True)
     kept = widened(sample(rows, batch)[0])
     if block.has_bias:
         kept = torch.cat([kept, kept.new_ones(len(kept), 1)], dim=1)
     return kept, 1.0, float(len(kept))
 
 
-def _output_rows(block: KroneckerBlock, use: Use, batch: MicroBatch) -> tuple[Tensor, float, float | Tensor]:
-    assert use.grad is not None
-    whole = block.output_rows(use.grad, batch.batch_size)
+def _output_rows(block: KroneckerBlock, call: LayerCall, batch: MicroBatch) -> tuple[Tensor, float, float | Tensor]:
+    assert call.grad is not None
+    whole = block.output_rows(call.grad, batch.batch_size)
     [rows] = shared_rows([whole], block.sharing, mean=False)
     kept = sample(rows, batch)
     scaled, factor = unscale(kept, batch)

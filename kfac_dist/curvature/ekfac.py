@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.blocks.base import KroneckerBlock
-from kfac_dist.curvature.blocks.layer_calls import Use
+from kfac_dist.curvature.blocks.layer_calls import LayerCall
 from kfac_dist.curvature.blocks.rows import MicroBatch, sample, unscale
 from kfac_dist.precision import at_least_single, widened
 
@@ -39,13 +39,13 @@ Pieces = Sequence[Tensor]
 
 
 def second_moments(
-    block: KroneckerBlock, uses: Sequence[Use], batch: MicroBatch, a: Pieces, g: Pieces
+    block: KroneckerBlock, calls: Sequence[LayerCall], batch: MicroBatch, a: Pieces, g: Pieces
 ) -> tuple[Tensor, float | Tensor]:
     """Return the sum of the squared per-sample gradients in an eigenbasis, and the number of terms it is a sum over.
 
     Args:
         block: The layer.
-        uses: Its calls in one forward pass, with their gradients.
+        calls: Its calls in one forward pass, with their gradients.
         batch: Sizes, scales and sampling of the micro-batch.
         a: Q_A, diagonal block by diagonal block, `[batch, n, n]` each.
         g: Q_G, likewise.
@@ -53,15 +53,15 @@ def second_moments(
     Returns:
         `[batch, d_out, d_in(+1)]` in fp32 (fp64 for a layer in it), and its weight.
     """
-    rows = block.output_rows(_gradient(uses[0]), batch.batch_size)
+    rows = block.output_rows(_gradient(calls[0]), batch.batch_size)
     apart = batch.loss_terms is LossTerms.TOKEN and block.sharing is Sharing.EXPAND
     total = torch.zeros(block.matrix_shape, device=rows.device, dtype=at_least_single(rows.dtype))
     kept = 0
-    for inputs, grads in _positions(block, uses, batch) if apart else _samples(block, uses, batch):
+    for inputs, grads in _positions(block, calls, batch) if apart else _samples(block, calls, batch):
         scaled, factor = unscale(grads, batch)
         kept += inputs.shape[1]
         total.add_(_squares(inputs, scaled, a, g, ones=block.has_bias), alpha=factor**2)
-    samples = [_gradient(use).numel() // (rows.shape[0] * rows.shape[3]) for use in uses]
+    samples = [_gradient(call).numel() // (rows.shape[0] * rows.shape[3]) for call in calls]
     seen = sum(samples) if apart else rows.shape[1]
     return total, batch.terms * (kept / max(seen, 1))
 
@@ -102,32 +102,32 @@ def _overlap(old: Tensor, new: Tensor) -> Tensor:
     return (widened(old).mT @ widened(new)).square()
 
 
-def _positions(block: KroneckerBlock, uses: Sequence[Use], batch: MicroBatch) -> Iterator[tuple[Tensor, Tensor]]:
+def _positions(block: KroneckerBlock, calls: Sequence[LayerCall], batch: MicroBatch) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield activations and output gradients `[batch, M, 1, d]`: each position a sample with one."""
-    for use in uses:
-        inputs, grads = _rows(block, use, batch.batch_size)
+    for call in calls:
+        inputs, grads = _rows(block, call, batch.batch_size)
         yield sample(inputs.flatten(1, 2), batch).unsqueeze(2), sample(grads.flatten(1, 2), batch).unsqueeze(2)
 
 
-def _samples(block: KroneckerBlock, uses: Sequence[Use], batch: MicroBatch) -> Iterator[tuple[Tensor, Tensor]]:
+def _samples(block: KroneckerBlock, calls: Sequence[LayerCall], batch: MicroBatch) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield activations and output gradients `[batch, B, T, d]` of some samples, all their positions and uses."""
     size = batch.batch_size
-    if size is None or any(len(use.inputs) != size or len(_gradient(use)) != size for use in uses):
+    if size is None or any(len(call.inputs) != size or len(_gradient(call)) != size for call in calls):
         first = batch.first_row(1)
-        pairs = [_rows(block, use, size) for use in uses]
+        pairs = [_rows(block, call, size) for call in calls]
         yield from _joined([(x[:, first :: batch.stride], y[:, first :: batch.stride]) for x, y in pairs])
         return
     # So few samples at a time that a convolution's patches are small.
     groups, d_out, d_in = block.matrix_shape
-    positions = sum(_gradient(use).numel() for use in uses) // (size * groups * d_out)
+    positions = sum(_gradient(call).numel() for call in calls) // (size * groups * d_out)
     step = batch.stride * max(1, _VALUES // (positions * groups * (d_in + d_out)))
     for begin in range(batch.first_row(1), size, step):
         chosen = slice(begin, min(begin + step, size), batch.stride)
-        yield from _joined([_rows(block, use.part(chosen), len(range(size)[chosen])) for use in uses])
+        yield from _joined([_rows(block, call.part(chosen), len(range(size)[chosen])) for call in calls])
 
 
-def _rows(block: KroneckerBlock, use: Use, batch_size: int | None) -> tuple[Tensor, Tensor]:
-    return block.use_rows(use, batch_size), block.output_rows(_gradient(use), batch_size)
+def _rows(block: KroneckerBlock, call: LayerCall, batch_size: int | None) -> tuple[Tensor, Tensor]:
+    return block.use_rows(call, batch_size), block.output_rows(_gradient(call), batch_size)
 
 
 def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -176,6 +176,6 @@ def _project(rows: Tensor, pieces: Pieces) -> Tensor:
     return torch.cat([torch.bmm(part, piece.to(rows.dtype)) for part, piece in parts], dim=-1)
 
 
-def _gradient(use: Use) -> Tensor:
-    assert use.grad is not None
-    return use.grad
+def _gradient(call: LayerCall) -> Tensor:
+    assert call.grad is not None
+    return call.grad

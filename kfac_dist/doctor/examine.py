@@ -42,7 +42,7 @@ from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.random_state import seed_everything
 from kfac_dist.training.data.batches import Source, Stream, source_of
 from kfac_dist.training.data.sampler import Position, sampler_of
-from kfac_dist.training.setup import Parts, parameter_shapes, with_classes
+from kfac_dist.training.setup import RunParts, parameter_shapes, with_classes
 from kfac_dist.training.trial import Trial, try_out, try_two_passes
 
 
@@ -88,7 +88,7 @@ def examine(config: Config, world_size: int | None = None, fisher: Wish | None =
 def _planned_ranks(world: World, asked: int | None) -> int:
     if asked is not None and world.world_size not in (1, asked):
         raise ConfigError(
-            f"--world-size {asked}, but {world.place.launcher} started {world.world_size} ranks: leave it out"
+            f"--world-size {asked}, but {world.info.launcher} started {world.world_size} ranks: leave it out"
         )
     return asked or world.world_size
 
@@ -268,7 +268,7 @@ def _measure(
         )
         sampler = sampler_of(config.train, len(train), config.run.seed)
         stream = Stream(train, sampler, rank=ranks.rank, world_size=ranks.size, accumulate=config.train.accumulate)
-        parts = Parts(engine, optimizer, None, loss, stream, train, test, 1)
+        parts = RunParts(engine, optimizer, None, loss, stream, train, test, 1)
         case.findings += examine_scale(config, parts, ranks, still)
     except CollectiveError:
         raise

@@ -31,9 +31,9 @@ from kfac_dist.reporting.progress import SilentProgress
 from kfac_dist.training.checkpoints.checkpoint import Checkpoints
 from kfac_dist.training.data.batches import StepBatch, Stream
 from kfac_dist.training.data.sampler import Position, Sampler
-from kfac_dist.training.loop import Outputs, Trainer
+from kfac_dist.training.loop import RunOutputs, Trainer
 from kfac_dist.training.passes import forward
-from kfac_dist.training.setup import Parts
+from kfac_dist.training.setup import RunParts
 
 SAMPLES_A_RANK = 8
 TOLERANCE = 0.02
@@ -44,7 +44,7 @@ Units = Mapping[str, Mapping[str, Tensor]]
 
 
 def examine_scale(
-    config: Config, parts: Parts, communicator: Communicator, still: Still = nn.Module.eval
+    config: Config, parts: RunParts, communicator: Communicator, still: Still = nn.Module.eval
 ) -> list[Finding]:
     """Measure a batch in two ways; collective.
 
@@ -81,7 +81,7 @@ def targets_of(batch: StepBatch) -> int:
     return sum(micro.targets.numel() for micro in batch.micro_batches)
 
 
-def _batch(config: Config, parts: Parts, communicator: Communicator) -> StepBatch:
+def _batch(config: Config, parts: RunParts, communicator: Communicator) -> StepBatch:
     """Return the first samples of the run, fewer of them."""
     samples = min(SAMPLES_A_RANK * communicator.size, config.train.batch_size, len(parts.train))
     sampler = Sampler(len(parts.train), samples, config.run.seed)
@@ -90,8 +90,8 @@ def _batch(config: Config, parts: Parts, communicator: Communicator) -> StepBatc
     return next(stream.steps(Position()))
 
 
-def _measure_batch(config: Config, parts: Parts, communicator: Communicator, kfac: KFAC, batch: StepBatch) -> Units:
-    nowhere = Outputs(None, Checkpoints(Path(), 1, communicator), SilentProgress(), {})
+def _measure_batch(config: Config, parts: RunParts, communicator: Communicator, kfac: KFAC, batch: StepBatch) -> Units:
+    nowhere = RunOutputs(None, Checkpoints(Path(), 1, communicator), SilentProgress(), {})
     trainer = Trainer(config, replace(parts, kfac=kfac), communicator, nowhere)
     trainer.backpropagate(batch)
     kfac.step()
@@ -99,7 +99,7 @@ def _measure_batch(config: Config, parts: Parts, communicator: Communicator, kfa
     return factors(kfac)
 
 
-def _of_rounding_alone(config: Config, parts: Parts, single: Units, batch: StepBatch) -> list[str]:
+def _of_rounding_alone(config: Config, parts: RunParts, single: Units, batch: StepBatch) -> list[str]:
     """Return the units whose gradients are others in a model of doubles, so that nothing can be told from them."""
     double = copy.deepcopy(parts.engine.module).double()
     try:
@@ -115,7 +115,7 @@ def _differs(single: Tensor, exact: Tensor) -> bool:
     return _off(_ratio(single, exact)) or float(exact[1]) < FAINT < float(single[1])
 
 
-def _measure_samples(parts: Parts, module: nn.Module, kfac: KFAC, batch: StepBatch) -> Units:
+def _measure_samples(parts: RunParts, module: nn.Module, kfac: KFAC, batch: StepBatch) -> Units:
     loss, dtype = parts.loss, next(module.parameters()).dtype
     for micro in batch.micro_batches:
         for index in range(len(micro.targets)):

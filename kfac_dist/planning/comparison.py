@@ -12,7 +12,7 @@ from torch import nn
 from kfac_dist.config.schema import Config
 from kfac_dist.curvature.block_tridiagonal_units import find_all
 from kfac_dist.errors import ConfigError
-from kfac_dist.planning.job import Job, Model
+from kfac_dist.planning.job import Model, PlannedRun
 from kfac_dist.planning.machines.hardware import Hardware
 from kfac_dist.planning.machines.network import check_network
 from kfac_dist.planning.prediction import Prediction, predict
@@ -139,7 +139,7 @@ def _predictions(
     predictions = []
     for strategy in grid:
         try:
-            job = Job.of(model, strategy.config, config.engine, size, node_size)
+            job = PlannedRun.of(model, strategy.config, config.engine, size, node_size)
         except ConfigError:
             if strategy.configured:
                 raise

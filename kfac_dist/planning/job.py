@@ -44,29 +44,29 @@ class StepKind:
 
     Attributes:
         measured: The slots whose factors it measures.
-        rest: Whether it measures the parameters that no block covers.
+        diagonal: Whether it measures the parameters that no block covers.
         moments: Whether it measures EKFAC's second moments.
         slots: The slots whose inverses it refreshes.
     """
 
     measured: tuple[int, ...]
-    rest: bool
+    diagonal: bool
     moments: bool
     slots: tuple[int, ...]
 
     @classmethod
-    def at(cls, cadence: RefreshSchedule, step: int) -> StepKind:
+    def at(cls, schedule: RefreshSchedule, step: int) -> StepKind:
         """Return the kind of one step."""
-        return cls(cadence.measured(step), cadence.begins_round(step), cadence.rescales(step), cadence.due(step))
+        return cls(schedule.measured(step), schedule.begins_round(step), schedule.rescales(step), schedule.due(step))
 
 
-def kinds_of(cadence: RefreshSchedule) -> Counter[StepKind]:
+def kinds_of(schedule: RefreshSchedule) -> Counter[StepKind]:
     """Return the kinds of steps in one window of `inverse_every` steps after the start, and how many of each."""
-    return Counter(StepKind.at(cadence, cadence.inverse_every + step) for step in range(cadence.inverse_every))
+    return Counter(StepKind.at(schedule, schedule.inverse_every + step) for step in range(schedule.inverse_every))
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedRun:
     """One configuration on W ranks.
 
     Attributes:
@@ -84,7 +84,7 @@ class Job:
     node_size: int
 
     @classmethod
-    def of(cls, model: Model, config: KFACConfig, engine: EngineConfig, world_size: int, node_size: int) -> Job:
+    def of(cls, model: Model, config: KFACConfig, engine: EngineConfig, world_size: int, node_size: int) -> PlannedRun:
         """Plan a job.
 
         Raises:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kfac_dist.planning import work
-from kfac_dist.planning.job import Job, StepKind
+from kfac_dist.planning.job import PlannedRun, StepKind
 from kfac_dist.planning.machines.hardware import Hardware, Overhead
 from kfac_dist.planning.machines.network import seconds_of
 from kfac_dist.planning.strategies import Strategy
@@ -58,7 +58,7 @@ class Prediction:
     """
 
     strategy: Strategy
-    job: Job
+    job: PlannedRun
     samples: float
     costs: Mapping[StepKind, StepCost]
     blocks: Mapping[str, Mapping[str, float]]
@@ -104,7 +104,7 @@ class Prediction:
         return sum(values[kind] * count for kind, count in kinds.items()) / kinds.total()
 
 
-def predict(strategy: Strategy, job: Job, hardware: Hardware, batch_size: int) -> Prediction:
+def predict(strategy: Strategy, job: PlannedRun, hardware: Hardware, batch_size: int) -> Prediction:
     """Return what a strategy adds to the steps of a job.
 
     Args:
@@ -123,7 +123,7 @@ def predict(strategy: Strategy, job: Job, hardware: Hardware, batch_size: int) -
 class _Alone:
     """Phases that several kinds of steps have in common, worked out once."""
 
-    def __init__(self, job: Job, hardware: Hardware, samples: float) -> None:
+    def __init__(self, job: PlannedRun, hardware: Hardware, samples: float) -> None:
         self._job = job
         self._hardware = hardware
         self._slower = hardware.slower(job.node_size)

@@ -19,7 +19,7 @@ from kfac_dist.distributed.communicators.recording import Call, Rehearsal
 from kfac_dist.distributed.communicators.traffic import Traffic
 from kfac_dist.distributed.movement.owner_buffer import SegmentLayout, share_segments
 from kfac_dist.engines.base import FINITE
-from kfac_dist.planning.job import Job, StepKind
+from kfac_dist.planning.job import PlannedRun, StepKind
 from kfac_dist.precision import working
 from kfac_dist.preconditioner import renewal
 from kfac_dist.preconditioner.invert import class_conditional as class_combination
@@ -57,7 +57,7 @@ class Rehearsed:
         return self.traffic.total_bytes
 
 
-def rehearse(job: Job, kind: StepKind, rank: int) -> Rehearsed:
+def rehearse(job: PlannedRun, kind: StepKind, rank: int) -> Rehearsed:
     """Return what `rank` sends in a step of some kind."""
     world = Rehearsal(rank, job.world_size)
     solo = job.world_size == 1
@@ -68,7 +68,7 @@ def rehearse(job: Job, kind: StepKind, rank: int) -> Rehearsed:
 class _Step:
     """One rank's communicators, as `assembly` splits them."""
 
-    def __init__(self, job: Job, comm: Communicator, rank: int) -> None:
+    def __init__(self, job: PlannedRun, comm: Communicator, rank: int) -> None:
         self._job = job
         self._config = job.config
         self._comm = comm
@@ -90,7 +90,7 @@ class _Step:
             plan, layout = self._job.moments
             self._reduce(layout, (), moments.LABEL, plan)
             self._publish(plan)
-        if kind.rest and (measured or kind.moments):
+        if kind.diagonal and (measured or kind.moments):
             self._measure_rest()
         if slots:
             self._vote(renewal.LABEL)

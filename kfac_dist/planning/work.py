@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from kfac_dist.config.schema import DType, Reduction, Solver
 from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.inverses.solvers import is_eigen, payload_numel
-from kfac_dist.planning.job import Job, StepKind
+from kfac_dist.planning.job import PlannedRun, StepKind
 from kfac_dist.planning.machines.hardware import Hardware
 from kfac_dist.preconditioner.memory import keeps_own_factors_only
 from kfac_dist.preconditioner.plan import BlockPlan
@@ -49,7 +49,7 @@ class Work:
         self.by_block[block] += seconds
 
 
-def statistics(job: Job, hardware: Hardware, samples: float) -> Work:
+def statistics(job: PlannedRun, hardware: Hardware, samples: float) -> Work:
     """Return what a rank with so many samples does to measure factors, before anything is sent."""
     work = Work()
     share = job.config.curvature.sample_fraction
@@ -75,7 +75,7 @@ def _measured(unit: Unit, rows: float, hardware: Hardware) -> tuple[float, float
             return hardware.copy_seconds(4 * _FLOAT * rows), rows
 
 
-def moving(job: Job, hardware: Hardware, kind: StepKind, rank: int) -> float:
+def moving(job: PlannedRun, hardware: Hardware, kind: StepKind, rank: int) -> float:
     """Return the seconds in which a rank's averages take up what a step measured, without what is sent."""
     layout = job.reduction
     reduced = layout.at(kind.slots, kind.measured)
@@ -101,7 +101,7 @@ def moving(job: Job, hardware: Hardware, kind: StepKind, rank: int) -> float:
     return hardware.copy_seconds(_FLOAT * values)
 
 
-def inversion(job: Job, hardware: Hardware, kind: StepKind, rank: int) -> Work:
+def inversion(job: PlannedRun, hardware: Hardware, kind: StepKind, rank: int) -> Work:
     """Return what a rank solves in a step."""
     work = Work()
     solver = job.config.inversion.solver
@@ -127,7 +127,7 @@ def _solved(n: int, count: int, solver: Solver, hardware: Hardware, *, eigen: bo
     return hardware.solve_seconds(n, count, eigen=eigen)
 
 
-def handing(job: Job, hardware: Hardware, kind: StepKind, rank: int) -> float:
+def handing(job: PlannedRun, hardware: Hardware, kind: StepKind, rank: int) -> float:
     """Return the seconds in which a rank puts payloads on the wire and takes up those of its column's blocks."""
     solver, pack = job.config.inversion.solver, job.config.distribution.pack_triangles
     column = job.plan.grid.column_of(rank)
@@ -140,7 +140,7 @@ def handing(job: Job, hardware: Hardware, kind: StepKind, rank: int) -> float:
     return hardware.copy_seconds(_FLOAT * passes)
 
 
-def preconditioning(job: Job, hardware: Hardware, column: int) -> Work:
+def preconditioning(job: PlannedRun, hardware: Hardware, column: int) -> Work:
     """Return what the ranks of a column do to their blocks' gradients, and to all ranks' results."""
     work = Work()
     plan = job.plan
@@ -159,7 +159,7 @@ def preconditioning(job: Job, hardware: Hardware, column: int) -> Work:
     return work
 
 
-def _products(blocks: Sequence[BlockPlan], job: Job, hardware: Hardware) -> tuple[float, float]:
+def _products(blocks: Sequence[BlockPlan], job: PlannedRun, hardware: Hardware) -> tuple[float, float]:
     """Return seconds and flops of the batched products of like blocks."""
     first = blocks[0]
     batch, d_out, d_in = first.matrix_shape
@@ -180,7 +180,7 @@ def _products(blocks: Sequence[BlockPlan], job: Job, hardware: Hardware) -> tupl
     return seconds + hardware.copy_seconds(_FLOAT * passes * elements), flops
 
 
-def moment_work(job: Job, hardware: Hardware, samples: float, rank: int) -> Work:
+def moment_work(job: PlannedRun, hardware: Hardware, samples: float, rank: int) -> Work:
     """Return what EKFAC's measurement of second moments takes: a gradient a sample, turned into the basis."""
     work = Work()
     if job.moments is None:

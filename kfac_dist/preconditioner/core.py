@@ -108,14 +108,14 @@ class Core:
     def begin(self) -> None:
         """Prepare the hooks for the step that comes next."""
         parts, curvature = self.parts, self.config.curvature
-        queue, cadence = parts.queue, parts.queue.cadence
+        queue, schedule = parts.queue, parts.queue.schedule
         queue.begin(self.steps)
-        parts.measurement.begin(self.steps, factors=bool(queue.measured), moments=cadence.rescales(self.steps))
+        parts.measurement.begin(self.steps, factors=bool(queue.measured), moments=schedule.rescales(self.steps))
         if curvature.decay_ramp and parts.moments is not None:
-            parts.moments.averages.decay = cadence.moments_decay(self.steps, curvature.decay)
+            parts.moments.averages.decay = schedule.moments_decay(self.steps, curvature.decay)
         if queue.measured:
             if curvature.decay_ramp:
-                parts.averages.decay = cadence.decay(self.steps, curvature.decay)
+                parts.averages.decay = schedule.decay(self.steps, curvature.decay)
             parts.reduction.begin(queue.slots, queue.measured)
 
     def update_curvature(self) -> None:
@@ -222,8 +222,8 @@ class Core:
             finite = self.engine.finite_everywhere(self.communicator)
             taken = self.parts.measurement.finish(finite, refreshes=bool(self.parts.queue.slots))
         self.measured += 1
-        if self.parts.queue.cadence.begins_round(self.steps):
-            self.parts.rest.measure(self.parts.measurement.terms, taken)
+        if self.parts.queue.schedule.begins_round(self.steps):
+            self.parts.diagonal.measure(self.parts.measurement.terms, taken)
         self._follow_model()
         parts, queue = self.parts, self.parts.queue
         slots, totals = queue.slots, parts.reduction.totals
@@ -275,7 +275,7 @@ class Core:
         self.coverage = coverage
         self._settle()
         self._agree_on_blocks()
-        self.parts = self._build(self._plan(), parts.queue.cadence, Arbiter(coverage.blocks, judged))
+        self.parts = self._build(self._plan(), parts.queue.schedule, Arbiter(coverage.blocks, judged))
         self._take(carry(before, self.state()))
         self.parts.refresh.take_over(parts.refresh)
         for new, old in zip(self.averages(), averages, strict=False):  # the last block with moments may have gone
@@ -335,7 +335,7 @@ class Core:
     def _plan(self) -> Plan:
         return make_plan(self.engine, self.coverage.blocks, self.config, self.communicator, self._device)
 
-    def _build(self, plan: Plan, cadence: RefreshSchedule, arbiter: Arbiter) -> Parts:
+    def _build(self, plan: Plan, schedule: RefreshSchedule, arbiter: Arbiter) -> Parts:
         return assemble(
             self.engine,
             self.coverage,
@@ -344,7 +344,7 @@ class Core:
             self.communicator,
             plan,
             self._device,
-            queue=RefreshQueue(cadence, plan),
+            queue=RefreshQueue(schedule, plan),
             phases=self.phases,
             counter=self._counter,
             arbiter=arbiter,

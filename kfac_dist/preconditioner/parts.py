@@ -25,12 +25,12 @@ from kfac_dist.precision import torch_dtype, working
 from kfac_dist.preconditioner.invert.block_tridiagonal import ChainRefresh
 from kfac_dist.preconditioner.invert.damping import Damping
 from kfac_dist.preconditioner.invert.damping_rules import DampingAdaptation
-from kfac_dist.preconditioner.invert.ekfac import Moments
+from kfac_dist.preconditioner.invert.ekfac import SecondMoments
 from kfac_dist.preconditioner.invert.refresh import Refresh
 from kfac_dist.preconditioner.invert.refresh_queue import RefreshQueue
 from kfac_dist.preconditioner.measure.loss_terms import TermCounter
 from kfac_dist.preconditioner.measure.measurement import Measurement
-from kfac_dist.preconditioner.measure.sampled_gradients import DrawnGradients
+from kfac_dist.preconditioner.measure.sampled_gradients import SampledLabelGradients
 from kfac_dist.preconditioner.memory import check_class_memory, keeps_own_factors_only
 from kfac_dist.preconditioner.phases import PhaseTimer
 from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
@@ -74,7 +74,7 @@ class Parts:
         queue: What the step measures and refreshes.
         groups: The blocks that this rank preconditions.
         offload: Keeps the groups' inverses on the host, if it is asked for.
-        rest: The diagonal Fisher of parameters that have no block.
+        diagonal: The diagonal Fisher of parameters that have no block.
         refresh: Keeps the groups' inverses up to date.
         moments: EKFAC's second moments, if there are any.
         transport: Moves gradients to the groups and back.
@@ -92,9 +92,9 @@ class Parts:
     queue: RefreshQueue
     groups: Sequence[Group]
     offload: Offload | None
-    rest: DiagonalFisher
+    diagonal: DiagonalFisher
     refresh: Refresh
-    moments: Moments | None
+    moments: SecondMoments | None
     transport: Transport
     preconditioner: Preconditioner
     trust_region: TrustRegion
@@ -104,7 +104,7 @@ class Parts:
     @property
     def lagged(self) -> bool:
         """Whether new inverses are used some steps after their refresh."""
-        return self.queue.cadence.lag > 0
+        return self.queue.schedule.lag > 0
 
     def owns(self, unit: Unit) -> bool:
         """Whether this rank inverts the unit."""
@@ -170,7 +170,7 @@ def assemble(
     """
     distribution, curvature, precision = config.distribution, config.curvature, working(config)
     uncovered = _uncovered(engine, coverage, config)
-    drawn = _drawn(engine, uncovered, device, precision) if curvature.uncovered.draws and uncovered else None
+    sampled = _sampled(engine, uncovered, device, precision) if curvature.uncovered.draws and uncovered else None
     lean = keeps_own_factors_only(config, comm.size)
     averages = RunningAverages(
         plan.units,
@@ -190,10 +190,10 @@ def assemble(
     offload = Offload(groups, device) if config.inversion.offload else None
     column = _split(comm, plan.grid.worker_groups())
     holders: dict[str, Payloads] = {unit.name: group for group in groups for unit in group.units}
-    moments: Moments | None = None
+    moments: SecondMoments | None = None
     if any(block.moments is not None for block in plan.blocks.values()):
         holders |= _bases_elsewhere(coverage.blocks, plan, holders, config, device)
-        moments = Moments(plan, holders, column, comm, config, device)
+        moments = SecondMoments(plan, holders, column, comm, config, device)
     kind = ChainRefresh if config.inversion.structure is Structure.BLOCK_TRIDIAGONAL else Refresh
     refresh = kind(
         averages,
@@ -211,10 +211,10 @@ def assemble(
         transport = ShardedTransport(engine, coverage.blocks, buckets, names, plan, row, device, precision)
     else:
         transport = ReplicatedTransport(coverage.blocks, groups, plan, row, precision)
-    rest = DiagonalFisher(
+    diagonal = DiagonalFisher(
         engine,
         uncovered,
-        drawn=drawn,
+        sampled=sampled,
         decay=curvature.decay,
         communicator=comm,
         row=row,
@@ -223,7 +223,7 @@ def assemble(
     )
     reduction = FactorReduction(averages, plan, comm, distribution)
     adaptation = DampingAdaptation(config.inversion.adapt, comm, device, precision)
-    plain = [name for name in coverage.uncovered if name not in rest.names]
+    plain = [name for name in coverage.uncovered if name not in diagonal.names]
     return Parts(
         plan=plan,
         communicator=comm,
@@ -239,7 +239,7 @@ def assemble(
             communicator=comm,
             scaler=loop.scaler,
             phases=phases,
-            drawn=rest.drawn,
+            sampled=diagonal.sampled,
             check_scale=loop.check_scale,
             counter=counter,
             arbiter=arbiter,
@@ -247,12 +247,12 @@ def assemble(
         queue=queue,
         groups=groups,
         offload=offload,
-        rest=rest,
+        diagonal=diagonal,
         refresh=refresh,
         moments=moments,
         transport=transport,
-        preconditioner=Preconditioner(transport, rest, offload),
-        trust_region=TrustRegion(config.update, engine, loop.optimizer, row, rest, plain, device, precision),
+        preconditioner=Preconditioner(transport, diagonal, offload),
+        trust_region=TrustRegion(config.update, engine, loop.optimizer, row, diagonal, plain, device, precision),
         damping=Damping(config.inversion.damping, adaptation, loop.total_steps, config.update.l2),
         mismatched=coverage.mismatched,
     )
@@ -266,13 +266,13 @@ def _uncovered(engine: Engine, coverage: Coverage, config: KFACConfig) -> list[s
     return [name for name in coverage.uncovered if name in trained]
 
 
-def _drawn(engine: Engine, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> DrawnGradients:
+def _sampled(engine: Engine, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> SampledLabelGradients:
     if engine.sharded or engine.optimizer is not None:
         raise ConfigError(
             f"kfac.curvature.uncovered: diagonal_mc sends drawn labels back to whole parameters, which "
             f"{type(engine).__name__} doesn't have: use uncovered: diagonal"
         )
-    return DrawnGradients(engine.module, names, device, dtype)
+    return SampledLabelGradients(engine.module, names, device, dtype)
 
 
 def _groups_of(

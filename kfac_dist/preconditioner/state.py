@@ -151,7 +151,7 @@ def held(parts: Parts, step: int) -> dict[str, Any]:
         "refreshes": torch.tensor(parts.refresh.refreshes),
         "units": units,
         "damping": parts.damping.state_dict(),
-        **({"diagonal": parts.rest.state_dict()} if parts.rest.names else {}),
+        **({"diagonal": parts.diagonal.state_dict()} if parts.diagonal.names else {}),
         **({} if parts.moments is None else {"moments": parts.moments.held()}),
         **({"adaptation": parts.damping.adaptation.state_dict()} if parts.damping.adaptation.active else {}),
         **({MISMATCHED: {name: _as_bytes(why) for name, why in parts.mismatched.items()}} if parts.mismatched else {}),
@@ -181,7 +181,7 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
     """
     _check(parts, values)
     parts.damping.load_state_dict(values.get("damping"))
-    parts.rest.load_state_dict(values.get("diagonal"))
+    parts.diagonal.load_state_dict(values.get("diagonal"))
     parts.damping.adaptation.load_state_dict(values.get("adaptation"))
     scale = float(values["shares"]) / parts.reduction.shares
     holders = parts.refresh.holders

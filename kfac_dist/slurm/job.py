@@ -38,7 +38,7 @@ class Container:
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """The resources of a job, and how its ranks are started.
 
     Attributes:

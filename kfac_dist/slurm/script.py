@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 
 from kfac_dist.errors import ConfigError
-from kfac_dist.slurm.job import Job, StartedBy
+from kfac_dist.slurm.job import SlurmJob, StartedBy
 
 _DIRECTIVES = re.compile(r"(?:^#SBATCH .*\n)+", re.MULTILINE)
 _SETTINGS = re.compile(r"^# --- settings[^\n]*\n(.*?)^# --- end of settings\n", re.MULTILINE | re.DOTALL)
@@ -32,7 +32,7 @@ def template(started_by: StartedBy) -> str:
 
 def render(
     text: str,
-    job: Job,
+    job: SlurmJob,
     *,
     config: Path,
     run_directory: Path,

@@ -24,7 +24,7 @@ from kfac_dist.config.yaml.text import read_text
 from kfac_dist.errors import ConfigError, KFACError
 from kfac_dist.reporting.run_file import RunRecord, State, read_record
 from kfac_dist.reporting.run_lock import living_holder
-from kfac_dist.slurm.job import Job
+from kfac_dist.slurm.job import SlurmJob
 from kfac_dist.slurm.queue import UNDER_WAY, WAITING, slurm_state
 from kfac_dist.slurm.script import render, template
 
@@ -65,7 +65,7 @@ class SubmittedJob:
     tasks: int
 
 
-def prepare(config: Config, job: Job, sweep: Path | None = None, *, python: str = sys.executable) -> Submission:
+def prepare(config: Config, job: SlurmJob, sweep: Path | None = None, *, python: str = sys.executable) -> Submission:
     """Check everything that can be checked here, and render the script.
 
     Args:

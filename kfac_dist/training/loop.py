@@ -35,14 +35,14 @@ from kfac_dist.training.evaluation import Evaluation, evaluate, share_buffers
 from kfac_dist.training.game.passes import GamePasses, Referee
 from kfac_dist.training.records.logbook import Logbook
 from kfac_dist.training.records.metrics import peak_memory_bytes
-from kfac_dist.training.records.outputs import Outputs as Outputs
+from kfac_dist.training.records.outputs import RunOutputs as RunOutputs
 from kfac_dist.training.records.variance import relative_variances
 from kfac_dist.training.records.window import Stopwatch, Window
 from kfac_dist.training.recovery.divergence import DivergedError as DivergedError
 from kfac_dist.training.recovery.divergence import Guard, Verdict
 from kfac_dist.training.recovery.preemption import Preempted, Preemption
 from kfac_dist.training.recovery.skips import Skips
-from kfac_dist.training.setup import Parts
+from kfac_dist.training.setup import RunParts
 from kfac_dist.training.step import Passes, TermCounts
 
 
@@ -61,7 +61,7 @@ class Trainer:
         stopwatch: Training time.
     """
 
-    def __init__(self, config: Config, parts: Parts, communicator: Communicator, outputs: Outputs) -> None:
+    def __init__(self, config: Config, parts: RunParts, communicator: Communicator, outputs: RunOutputs) -> None:
         self.config = config
         self.parts = parts
         self.communicator = communicator
@@ -97,8 +97,8 @@ class Trainer:
         self.parts.stream.sampler.check(self.communicator.size, self.position)
         self.parts.engine.module.train()
         self._batches = self.parts.stream.steps(self.position)
-        wishes = (self._is_in_trouble, self._wants_to_save)
-        preemption = Preemption(self.outputs.signals, self.communicator, wishes=wishes)
+        requests = (self._is_in_trouble, self._wants_to_save)
+        preemption = Preemption(self.outputs.signals, self.communicator, requests=requests)
         self._saved_moment = time.monotonic()
         self.stopwatch.start()
         with self.outputs.watch.explaining(), self._loading(), self.outputs.signals.deferring():

@@ -36,7 +36,7 @@ from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.communicators.straggler_watch import Watch
 from kfac_dist.distributed.startup.agents import AgentWatch
 from kfac_dist.distributed.startup.bootstrap import World, bootstrap
-from kfac_dist.distributed.startup.rank_info import find_place
+from kfac_dist.distributed.startup.rank_info import find_rank_info
 from kfac_dist.errors import CheckpointError, CollectiveError, ConfigError
 from kfac_dist.reporting.curves import Curve, draw_losses
 from kfac_dist.reporting.exporter import Exporter
@@ -49,13 +49,13 @@ from kfac_dist.reporting.summary import RunSummary, result_table
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.checkpoint import Checkpoint, Checkpoints, read_manifest
 from kfac_dist.training.checkpoints.differences import differences
-from kfac_dist.training.loop import DivergedError, Outputs, Trainer
+from kfac_dist.training.loop import DivergedError, RunOutputs, Trainer
 from kfac_dist.training.records.metrics import MetricsWriter, read_metrics
 from kfac_dist.training.records.monitor import Monitor, last_saved
 from kfac_dist.training.records.variance import describe_variances, write_variances
 from kfac_dist.training.recovery.preemption import Preempted, StopSignals
-from kfac_dist.training.recovery.restarts import Job, find_job
-from kfac_dist.training.setup import Parts, build_parts
+from kfac_dist.training.recovery.restarts import JobHistory, find_job
+from kfac_dist.training.setup import RunParts, build_parts
 
 # Of a result table that no terminal shows: a file has room for all of its columns.
 PIPE_WIDTH = 160
@@ -87,7 +87,7 @@ class Session:
     progress: ProgressDisplay
     signals: StopSignals
     watch: Watch
-    job: Job
+    job: JobHistory
     lock: RunLock | None
     exporter: Exporter | None = None
 
@@ -152,7 +152,7 @@ def _session(
     on_lost: Callable[[CollectiveError], object] | None,
     end: Callable[[], object] | None,
 ) -> Iterator[Session]:
-    place = find_place(os.environ)
+    place = find_rank_info(os.environ)
     signals = StopSignals(end, _say if place.rank == 0 else lambda line: None)
     with AgentWatch(place), signals, bootstrap(config.run.device, config.run.timeout_seconds) as world:
         communicator = build_communicator(config.run.timeout_seconds)
@@ -173,7 +173,7 @@ def _session(
 
 @contextmanager
 def _locked(
-    directory: Path, job: Job, communicator: Communicator, note: Callable[[str], None]
+    directory: Path, job: JobHistory, communicator: Communicator, note: Callable[[str], None]
 ) -> Iterator[RunLock | None]:
     """Take the run's directory, on rank 0 for all ranks, before anything in it is touched; collective."""
     with ExitStack() as stack:
@@ -270,7 +270,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
                 monitor = None
                 if session.exporter is not None:
                     monitor = Monitor(session.exporter, name, parts, session.communicator, checkpoints.directory)
-                outputs = Outputs(
+                outputs = RunOutputs(
                     writer, checkpoints, session.progress, values, session.signals, session.watch, monitor, session.lock
                 )
                 trainer = Trainer(config, parts, session.communicator, outputs)
@@ -334,7 +334,7 @@ def _train_compared(
         return RunSummary(name, step, seconds, None, None, "metric", None, note="diverged")
 
 
-def _surprises(config: Config, parts: Parts, start: Checkpoint | None, values: dict[str, Any]) -> Iterator[str]:
+def _surprises(config: Config, parts: RunParts, start: Checkpoint | None, values: dict[str, Any]) -> Iterator[str]:
     """Yield what a run does otherwise than its configuration, or its checkpoint, makes one expect."""
     samples, settings = len(parts.train), config.train
     if settings.batch_size > samples:
@@ -355,7 +355,7 @@ def _surprises(config: Config, parts: Parts, start: Checkpoint | None, values: d
         )
 
 
-def _start(config: Config, checkpoints: Checkpoints, job: Job) -> Checkpoint | None:
+def _start(config: Config, checkpoints: Checkpoints, job: JobHistory) -> Checkpoint | None:
     own = checkpoints.newest(own=True) if job.restarted else None
     start = own or _configured_start(config, checkpoints)
     if start is not None:  # what is newer is damaged or left behind, and must not count among the newest that are kept
@@ -434,7 +434,7 @@ def _make_room(directory: Path, progress: ProgressDisplay, *, overwrite: bool = 
     return earlier
 
 
-def _begins_anew(directory: Path, config: Config, job: Job) -> bool:
+def _begins_anew(directory: Path, config: Config, job: JobHistory) -> bool:
     """Whether what is in a directory is no part of the run that starts."""
     if job.began(directory / "checkpoints"):
         return False

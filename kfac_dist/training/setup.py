@@ -33,7 +33,7 @@ from kfac_dist.training.trial import WHERE, check_targets, try_out
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunParts:
     """The parts of a run.
 
     Attributes:
@@ -85,7 +85,7 @@ class Parts:
 
 def build_parts(
     config: Config, world: World, communicator: Communicator, at: Callable[[str], None] = lambda where: None
-) -> Parts:
+) -> RunParts:
     """Build everything that a run needs; collective.
 
     What can fail on one rank alone (a missing package, a file, the user's own code) is built first and agreed on, so
@@ -145,7 +145,7 @@ def build_parts(
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
     average = None if settings.iterate_averaging is None else IterateAverage(engine, settings.iterate_averaging)
     score = splits.score
-    return Parts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper, average, score, game)
+    return RunParts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper, average, score, game)
 
 
 def with_classes(config: KFACConfig, outputs: int) -> KFACConfig:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.inputs import each
-from kfac_dist.training.data.batches import MicroBatch, StepBatch
+from kfac_dist.training.data.batches import LoadedBatch, StepBatch
 from kfac_dist.training.data.terms import TermCounts as TermCounts
 from kfac_dist.training.game.players import PlayersKFAC
 from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
 from kfac_dist.training.records.window import Window
 from kfac_dist.training.recovery.divergence import Guard
-from kfac_dist.training.setup import Parts
+from kfac_dist.training.setup import RunParts
 
 # Of the collectives by which an engine averages gradients; K-FAC sends gradients of its own.
 AVERAGING = "averaged gradients"
@@ -34,7 +34,7 @@ class Passes:
         window: Takes the losses.
     """
 
-    def __init__(self, parts: Parts, communicator: Communicator, guard: Guard, window: Window) -> None:
+    def __init__(self, parts: RunParts, communicator: Communicator, guard: Guard, window: Window) -> None:
         assert not isinstance(parts.kfac, PlayersKFAC)
         self._parts = parts
         self._kfac = parts.kfac
@@ -67,7 +67,7 @@ class Passes:
         return {}
 
     def _forward_backward(
-        self, micro: MicroBatch, terms: Tensor | None, divisor: float | Tensor, last: bool, where: str
+        self, micro: LoadedBatch, terms: Tensor | None, divisor: float | Tensor, last: bool, where: str
     ) -> None:
         kfac, engine = self._kfac, self._parts.engine
         if kfac is not None:

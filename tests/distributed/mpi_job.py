@@ -20,7 +20,7 @@ from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.movement import owner_buffer as segments
-from kfac_dist.distributed.movement.owner_buffer import Segment, SegmentLayout, Sharing, share_segments
+from kfac_dist.distributed.movement.owner_buffer import PendingBroadcast, Segment, SegmentLayout, share_segments
 from kfac_dist.distributed.startup.bootstrap import World, bootstrap
 from kfac_dist.errors import CollectiveError
 from tests.preconditioner.workloads import Run
@@ -76,7 +76,7 @@ def collectives(comm: Communicator) -> dict[str, Any]:
 COUNTED = ("sum", "last", "uneven", "gathered", "shared", "empty", "objects")
 
 
-def shared(comm: Communicator, dtype: torch.dtype) -> tuple[Tensor, Sharing]:
+def shared(comm: Communicator, dtype: torch.dtype) -> tuple[Tensor, PendingBroadcast]:
     """Uneven parts, scattered and gathered as those of many owners are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segments, "MOST_BROADCASTS", 1)

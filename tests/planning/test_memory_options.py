@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_dist.config.yaml.options import parse_kfac
-from kfac_dist.curvature.blocks import MicroBatch, Use, find_blocks
+from kfac_dist.curvature.blocks import LayerCall, MicroBatch, find_blocks
 from kfac_dist.curvature.factors import FactorKind, Side
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.planning.memory_options import Saving, savings
@@ -200,15 +200,15 @@ def test_sampling_spares_what_measuring_copies(dtype: torch.dtype, counted: bool
         most = 0
         for block in blocks:
             embeds = isinstance(block.module, nn.Embedding)
-            use = Use(block.module, torch.Size((samples, positions, block.matrix_shape[1])))
+            call = LayerCall(block.module, torch.Size((samples, positions, block.matrix_shape[1])))
             tokens = torch.zeros(samples, positions, dtype=torch.long)
-            use.keep(tokens if embeds else torch.randn(samples, positions, block.module.weight.shape[1], dtype=dtype))
-            use.take(torch.randn(use.shape, dtype=dtype))
+            call.keep(tokens if embeds else torch.randn(samples, positions, block.module.weight.shape[1], dtype=dtype))
+            call.take(torch.randn(call.shape, dtype=dtype))
             for side in (Side.A, Side.G):
                 if embeds and side is Side.A:  # counts of tokens
                     continue
                 with Copied(round(rows * fraction)) as found:
-                    block.measure([use], batch, sink, frozenset({side}))
+                    block.measure([call], batch, sink, frozenset({side}))
                 most = max(most, found.bytes)
         micro = MicroRows({block.name: rows for block in blocks}, dtype is torch.bfloat16, counted)
         assert copied_bytes(blocks, config, micro) == most

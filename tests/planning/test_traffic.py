@@ -15,7 +15,7 @@ from kfac_dist.config.schema import EngineConfig
 from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.curvature.factors import Unit
-from kfac_dist.planning.job import Job, Model, StepKind
+from kfac_dist.planning.job import Model, PlannedRun, StepKind
 from kfac_dist.planning.strategies import AXES, crossed, distributions
 from kfac_dist.planning.traffic import rehearse
 from kfac_dist.preconditioner.invert.refresh_schedule import RefreshSchedule
@@ -89,12 +89,12 @@ def counted(
     return sent, solved, kfac
 
 
-def planned(config: dict[str, Any], size: int, node_size: int) -> Job:
+def planned(config: dict[str, Any], size: int, node_size: int) -> PlannedRun:
     with torch.device("meta"):
         network = Tiny()
     parsed = parse_kfac(config)
     coverage = find_blocks(network, parsed.curvature)
-    return Job.of(Model(coverage.blocks, {"scale": 9}, {}), parsed, EngineConfig(), size, node_size)
+    return PlannedRun.of(Model(coverage.blocks, {"scale": 9}, {}), parsed, EngineConfig(), size, node_size)
 
 
 @pytest.mark.parametrize(("size", "node_size"), [(8, 2), (64, 4)])
@@ -117,15 +117,15 @@ def test_every_strategy_sends_inverts_and_keeps_what_was_planned(
         agrees(config, job, job.busiest if index % 2 else (5 * index + 1) % size)
 
 
-def agrees(config: dict[str, Any], job: Job, rank: int) -> None:
+def agrees(config: dict[str, Any], job: PlannedRun, rank: int) -> None:
     size = job.world_size
-    cadence = RefreshSchedule.of(job.config)
-    window = cadence.inverse_every
+    schedule = RefreshSchedule.of(job.config)
+    window = schedule.inverse_every
     with fake_ranks(rank, size):
         sent, solved, kfac = counted(config, rank, size, 2 * window)
         assert kfac.monitor.plan.rows() == job.plan.rows()
         for step in range(window, 2 * window):
-            kind = StepKind.at(cadence, step)
+            kind = StepKind.at(schedule, step)
             assert rehearse(job, kind, rank).traffic.snapshot() == sent[step], (config, rank, step)
             due = [unit for unit in job.owned.get(rank, ()) if job.plan.blocks[unit.block].slot in kind.slots]
             assert Counter(solved[step]) == Counter(due), (config, rank, step)
@@ -141,12 +141,12 @@ def sharded_steps(size: int, ranks: list[int]) -> list[tuple[Any, Any]]:
     for distribution in ({}, {"reduction": "reduce_scatter", "reduce_every": "step", "buckets": 2}):
         config = merged(CONFIG, {"distribution": distribution})
         parsed = parse_kfac(config)
-        cadence = RefreshSchedule.of(parsed)
-        window = range(cadence.inverse_every, 2 * cadence.inverse_every)
+        schedule = RefreshSchedule.of(parsed)
+        window = range(schedule.inverse_every, 2 * schedule.inverse_every)
         with torch.device("meta"):
             blocks = find_blocks(plain(), parsed.curvature).blocks
         engine = EngineConfig.model_validate({"name": "fsdp2"})
-        job = Job.of(Model(blocks, {}, {}), parsed, engine, size, size)
+        job = PlannedRun.of(Model(blocks, {}, {}), parsed, engine, size, size)
         for rank in ranks:
             with fake_ranks(rank, size):
                 network = sharded(plain(), mesh_of((size,)))
@@ -159,7 +159,7 @@ def sharded_steps(size: int, ranks: list[int]) -> list[tuple[Any, Any]]:
                     network.zero_grad()
                     steps.append(kfac.communicator.traffic.snapshot())
                 kfac.remove()
-            told = [rehearse(job, StepKind.at(cadence, step), rank).traffic.snapshot() for step in window]
+            told = [rehearse(job, StepKind.at(schedule, step), rank).traffic.snapshot() for step in window]
             found.append((steps[window.start :], told))
     return found
 

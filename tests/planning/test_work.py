@@ -7,7 +7,7 @@ from kfac_dist.config.schema import EngineConfig, Target
 from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.planning import work
-from kfac_dist.planning.job import Job, Model, StepKind
+from kfac_dist.planning.job import Model, PlannedRun, StepKind
 from kfac_dist.planning.machines.hardware import Hardware, load_hardware
 from kfac_dist.planning.rows import count_rows
 from kfac_dist.tasks import build_model
@@ -15,20 +15,20 @@ from kfac_dist.tasks import build_model
 CPU = load_hardware("cpu-gloo")
 
 
-def planned(size: int, **sections: object) -> Job:
+def planned(size: int, **sections: object) -> PlannedRun:
     with torch.device("meta"):
         model = build_model(Target(name="autoencoder", args={"dims": [64, 12, 4]}))
     config = parse_kfac(sections)
     blocks = find_blocks(model, config.curvature).blocks
     rows, unknown = count_rows(model, blocks, Target(name="digits", args={"target": "input"}))
     assert unknown == ""
-    return Job.of(Model(blocks, {}, rows), config, EngineConfig(), size, size)
+    return PlannedRun.of(Model(blocks, {}, rows), config, EngineConfig(), size, size)
 
 
 def test_flops_are_those_of_the_formulas() -> None:
     job = planned(1)
     shapes = [(65, 12), (13, 4), (5, 12), (13, 64)]  # columns of A with the bias, of G
-    refresh = StepKind(measured=(0,), rest=True, moments=False, slots=(0,))
+    refresh = StepKind(measured=(0,), diagonal=True, moments=False, slots=(0,))
     assert work.statistics(job, CPU, 10).flops == 10 * sum(a * a + g * g for a, g in shapes)
     assert work.inversion(job, CPU, refresh, 0).flops == sum(a**3 + g**3 for a, g in shapes)
     assert work.preconditioning(job, CPU, 0).flops == sum(2 * a * g * (a + g) for a, g in shapes)
@@ -36,7 +36,7 @@ def test_flops_are_those_of_the_formulas() -> None:
 
 def test_owners_share_the_inversion_and_the_preconditioning() -> None:
     alone, job = planned(1), planned(4, distribution={"placement": "owner", "assignment": "balanced"})
-    refresh = StepKind(measured=(0,), rest=True, moments=False, slots=(0,))
+    refresh = StepKind(measured=(0,), diagonal=True, moments=False, slots=(0,))
     split = sum(work.inversion(job, CPU, refresh, rank).flops for rank in range(4))
     assert split == work.inversion(alone, CPU, refresh, 0).flops
     whole = work.preconditioning(alone, CPU, 0).flops

@@ -179,7 +179,7 @@ def test_a_step_copies_nothing_between_host_and_device(
     """On `meta` in a device's place, which has no values to read either: the step after the first, which would."""
     # What torch has for devices alone: autocast, and memory to copy from.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(capture, "_full_precision", lambda uses: torch.no_grad())
+    monkeypatch.setattr(capture, "_full_precision", lambda calls: torch.no_grad())
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     with torch.device("meta"):
         model = MODELS[name]()

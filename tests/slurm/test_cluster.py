@@ -16,7 +16,7 @@ import torch.distributed as dist
 from kfac_dist.config.schema import Config
 from kfac_dist.config.yaml.load import dump_yaml, load_config
 from kfac_dist.errors import ConfigError
-from kfac_dist.slurm.job import Job
+from kfac_dist.slurm.job import SlurmJob
 from kfac_dist.slurm.queue import FORGOTTEN, slurm_state
 from kfac_dist.slurm.status import Standing, run_statuses
 from kfac_dist.slurm.submission import prepare
@@ -132,7 +132,7 @@ def test_requeued_jobs_end_as_if_they_had_not_been(
     def requeue(run: Submitted) -> None:
         assert run.standing() is Standing.RUNNING
         with pytest.raises(ConfigError, match=f"belongs to job {run.job}, which SLURM says is RUNNING"):
-            prepare(load_config(run.directory / "job.yaml"), Job())
+            prepare(load_config(run.directory / "job.yaml"), SlurmJob())
         cluster.run("scontrol", "requeue", run.job)  # what an administrator, or preemption, does
 
     def out_of_time(run: Submitted) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.errors import ConfigError
-from kfac_dist.slurm.job import Container, Job, StartedBy, seconds_of
+from kfac_dist.slurm.job import Container, SlurmJob, StartedBy, seconds_of
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ from kfac_dist.slurm.job import Container, Job, StartedBy, seconds_of
 )
 def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
     assert seconds_of(time) == seconds
-    Job(time=time).check()
+    SlurmJob(time=time).check()
 
 
 @pytest.mark.parametrize("time", ["4h", "4:00:00:00", "1:2:3", "1:60", "", "-4", "4.5", "infinite", "2-", "1-2-3"])
 def test_other_times_are_refused(time: str) -> None:
     with pytest.raises(ConfigError, match=r"--time: found .*, expected minutes, .* such as 4:00:00 or 2-12"):
-        Job(time=time).check()
+        SlurmJob(time=time).check()
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,15 @@ def test_other_times_are_refused(time: str) -> None:
 )
 def test_what_cannot_run_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        replace(Job(), **change).check()  # type: ignore[arg-type]
+        replace(SlurmJob(), **change).check()  # type: ignore[arg-type]
 
 
 def test_directives_ask_for_what_the_launcher_needs() -> None:
-    job = Job(nodes=4, gpus_per_node=8, memory="64G", account="physics", options=("--qos=high",))
+    job = SlurmJob(nodes=4, gpus_per_node=8, memory="64G", account="physics", options=("--qos=high",))
     torchrun = job.directives("run", Path("out"), None)
     assert "--ntasks-per-node=1" in torchrun
     assert {"--mem=64G", "--account=physics", "--qos=high", "--gpus-per-node=8", "--nodes=4"} <= set(torchrun)
     assert not any(option.startswith(("--array", "--partition")) for option in torchrun)
     srun = replace(job, started_by=StartedBy.SRUN).directives("run", Path("out"), 3)
     assert {"--ntasks-per-node=8", "--array=0-2"} <= set(srun)
-    assert "--gpus-per-node=0" not in Job().directives("run", Path("out"), None)
+    assert "--gpus-per-node=0" not in SlurmJob().directives("run", Path("out"), None)

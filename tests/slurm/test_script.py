@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.slurm.job import Container, Job, StartedBy
+from kfac_dist.slurm.job import Container, SlurmJob, StartedBy
 from kfac_dist.slurm.script import render, template
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 RUN = Path("my runs/run")
 
-JOBS: dict[str, tuple[Job, Path | None]] = {
-    "train.sbatch": (Job(nodes=4, gpus_per_node=8, time="4:00:00", partition="gpu"), None),
+JOBS: dict[str, tuple[SlurmJob, Path | None]] = {
+    "train.sbatch": (SlurmJob(nodes=4, gpus_per_node=8, time="4:00:00", partition="gpu"), None),
     "train_srun.sbatch": (
-        Job(
+        SlurmJob(
             nodes=2,
             ranks_per_node=4,
             cpus_per_task=2,
@@ -35,7 +35,7 @@ JOBS: dict[str, tuple[Job, Path | None]] = {
         None,
     ),
     "sweep.sbatch": (
-        Job(gpus_per_node=1, max_restarts=0, container=Container(apptainer="kfac-dist.sif")),
+        SlurmJob(gpus_per_node=1, max_restarts=0, container=Container(apptainer="kfac-dist.sif")),
         RUN / "sweep.txt",
     ),
 }

@@ -13,7 +13,7 @@ from kfac_dist.cli import app
 from kfac_dist.config.yaml.load import dump_yaml, load_config
 from kfac_dist.errors import ConfigError
 from kfac_dist.reporting.run_lock import RunLock
-from kfac_dist.slurm.job import Job
+from kfac_dist.slurm.job import SlurmJob
 from kfac_dist.slurm.submission import SubmissionError, prepare, submit, submitted
 from tests.slurm.commands import NO_SUCH_JOB, install
 from tests.training.runs import small_config
@@ -53,7 +53,7 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(run_file: str, tmp_path:
     assert (
         script
         == prepare(
-            load_config(run_file, ["run.name=other", "run.seed=9"]), Job(nodes=4, gpus_per_node=8, time="4:00:00")
+            load_config(run_file, ["run.name=other", "run.seed=9"]), SlurmJob(nodes=4, gpus_per_node=8, time="4:00:00")
         ).script
     )
     assert "#SBATCH --job-name=other\n#SBATCH --nodes=4\n#SBATCH --time=4:00:00\n#SBATCH --gpus-per-node=8\n" in script
@@ -83,12 +83,12 @@ def test_each_line_of_a_sweep_is_checked(run_file: str, tmp_path: Path) -> None:
     assert f"{sweep}:4: command line (optimizer.lrr=1): optimizer.lrr: unknown key; did you mean 'lr'?" in said
     assert f"{sweep}:5: No closing quotation" in said
     sweep.write_text("train.steps=5\n# none\n  run.seed=1  train.steps=6\n")
-    submission = prepare(load_config(run_file), Job(), sweep)
+    submission = prepare(load_config(run_file), SlurmJob(), sweep)
     assert submission.sweep == ("train.steps=5", "run.seed=1  train.steps=6")
     assert "#SBATCH --array=0-1\n" in submission.script
     sweep.write_text("# nothing\n")
     with pytest.raises(ConfigError, match="no line has overrides"):
-        prepare(load_config(run_file), Job(), sweep)
+        prepare(load_config(run_file), SlurmJob(), sweep)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_each_line_of_a_sweep_is_checked(run_file: str, tmp_path: Path) -> None:
 )
 def test_a_checkpoint_to_start_from_is_the_configurations_word(run_file: str, resume: str, setting: str) -> None:
     """`--resume auto` would win over it; without one, a run that is submitted again goes on."""
-    submission = prepare(load_config(run_file, [f"checkpoint.resume={resume}"]), Job())
+    submission = prepare(load_config(run_file, [f"checkpoint.resume={resume}"]), SlurmJob())
     assert f"  resume: {resume}\n" in submission.configuration
     assert f"\nresume={setting}\n" in submission.script
 
@@ -106,9 +106,9 @@ def test_a_finished_run_is_not_submitted_again(run_file: str, tmp_path: Path) ->
     directory.mkdir(parents=True)
     (directory / "state.json").write_text(json.dumps(RECORD))
     with pytest.raises(ConfigError, match=r"holds a finished run of 12 steps.*give another --name"):
-        prepare(load_config(run_file), Job())
+        prepare(load_config(run_file), SlurmJob())
     (directory / "state.json").write_text(json.dumps({**RECORD, "state": "preempted"}))
-    prepare(load_config(run_file), Job())
+    prepare(load_config(run_file), SlurmJob())
 
 
 @pytest.mark.parametrize(
@@ -147,15 +147,15 @@ def test_a_run_is_not_submitted_while_its_job_waits_or_runs(
         state, job = recorded
         (directory / "state.json").write_text(json.dumps({**RECORD, "state": state, "job": job}))
     if busy is None:
-        prepare(load_config(run_file), Job())
+        prepare(load_config(run_file), SlurmJob())
     else:
         number = busy.partition(",")[0]
         with pytest.raises(ConfigError, match=rf"belongs to job {busy}.*scancel {number}, or give another --name"):
-            prepare(load_config(run_file), Job())
+            prepare(load_config(run_file), SlurmJob())
 
 
 def test_without_slurm_it_says_so(run_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SubmissionError, match="sbatch: not found; submit from a login node"):
-        submit(prepare(load_config(run_file), Job()))
+        submit(prepare(load_config(run_file), SlurmJob()))
     assert submitted(tmp_path / "runs/small") is None

@@ -18,7 +18,7 @@ from kfac_dist.errors import KFACError
 from kfac_dist.reporting.progress import SilentProgress
 from kfac_dist.training import train
 from kfac_dist.training.checkpoints.checkpoint import Checkpoints
-from kfac_dist.training.loop import DivergedError, Outputs, Trainer
+from kfac_dist.training.loop import DivergedError, RunOutputs, Trainer
 from kfac_dist.training.setup import build_parts
 from tests.harness import run_ranks
 from tests.training.runs import final_model, launched, losses, small_config
@@ -116,7 +116,7 @@ def trainer(tmp_path: Path) -> Trainer:
     config = small_config(tmp_path, train={"steps": 6, "log_every": 3, "clip_grad_norm": 1.0})
     communicator = SoloCommunicator()
     parts = build_parts(config, bootstrap("cpu", 10), communicator)
-    outputs = Outputs(None, Checkpoints(tmp_path, 1, communicator), SilentProgress(), {})
+    outputs = RunOutputs(None, Checkpoints(tmp_path, 1, communicator), SilentProgress(), {})
     return Trainer(config, parts, communicator, outputs)
 
 

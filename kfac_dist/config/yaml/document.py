@@ -108,7 +108,7 @@ for _name, _pattern, _first in _RESOLVERS:
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class Origin:
     """The origin of a value: a line of a file, or an argument on the command line (line 0)."""
 
     source: str
@@ -129,10 +129,10 @@ class Document:
     """
 
     values: dict[str, Any]
-    places: dict[Path, Place] = field(default_factory=dict)
+    places: dict[Path, Origin] = field(default_factory=dict)
     path: tuple[str, ...] = ()
 
-    def place(self, path: Path) -> Place:
+    def place(self, path: Path) -> Origin:
         """Return the origin of the value at a path, or else of the nearest value around it."""
         while path not in self.places and path:
             path = path[:-1]
@@ -194,7 +194,7 @@ def override(path: tuple[str, ...], text: str, source: str) -> Document:
     if reader.problems:
         raise ConfigError(told(reader.problems))
     for depth in range(len(path)):
-        reader.places[path[:depth]] = Place(source)
+        reader.places[path[:depth]] = Origin(source)
     for key in reversed(path):
         values = {key: values}
     return Document(values, reader.places, path)
@@ -230,7 +230,7 @@ class _Reader:
     def __init__(self, source: str, *, numbered: bool = True) -> None:
         self.source = source
         self.numbered = numbered
-        self.places: dict[Path, Place] = {}
+        self.places: dict[Path, Origin] = {}
         self.problems: list[str] = []
         self._open: list[yaml.Node] = []
 
@@ -244,15 +244,15 @@ class _Reader:
             self.problems.append(f"{self._at(error.mark.line)}: {error}")
             return {}
         if node is None:
-            self.places[path] = Place(self.source)
+            self.places[path] = Origin(self.source)
             return None
         return self._value(node, path)
 
-    def _place(self, node: yaml.Node) -> Place:
+    def _place(self, node: yaml.Node) -> Origin:
         return self._at(node.start_mark.line)
 
-    def _at(self, line: int) -> Place:
-        return Place(self.source, line + 1 if self.numbered else 0)
+    def _at(self, line: int) -> Origin:
+        return Origin(self.source, line + 1 if self.numbered else 0)
 
     def _value(self, node: yaml.Node, path: Path) -> Any:
         if any(node is parent for parent in self._open):
@@ -325,7 +325,7 @@ class _Reader:
 
     def _bad_yaml(self, error: yaml.YAMLError, text: str) -> str:
         mark = getattr(error, "problem_mark", None)
-        place = self._at(mark.line) if mark is not None else Place(self.source)
+        place = self._at(mark.line) if mark is not None else Origin(self.source)
         if isinstance(error, yaml.reader.ReaderError):
             place = self._at(text.count("\n", 0, error.position))
         problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
@@ -379,7 +379,7 @@ def _counted(base: Any, top: Document) -> Document:
     return Document(values, places, top.path)
 
 
-def _merge(base: Any, top: Any, path: Path, places: dict[Path, Place], top_places: dict[Path, Place]) -> Any:
+def _merge(base: Any, top: Any, path: Path, places: dict[Path, Origin], top_places: dict[Path, Origin]) -> Any:
     if isinstance(base, list) and isinstance(top, dict) and top and all(isinstance(key, int) for key in top):
         entries = list(base)
         for index, value in top.items():
@@ -392,7 +392,7 @@ def _merge(base: Any, top: Any, path: Path, places: dict[Path, Place], top_place
         for key, value in top.items():
             below = (*path, key)
             merged[key] = _merge(base.get(key), value, below, places, top_places)
-        places.setdefault(path, top_places.get(path, Place("command line")))
+        places.setdefault(path, top_places.get(path, Origin("command line")))
         return merged
     if isinstance(base, dict | list):
         for old in [old for old in places if old[: len(path)] == path]:

@@ -10,14 +10,14 @@ from pydantic_core import ErrorDetails
 
 from kfac_dist.config.section import MOST, MOST_COUNT
 from kfac_dist.config.spelling import did_you_mean
-from kfac_dist.config.yaml.document import MOST_PROBLEMS, Document, Place, dotted, plain_value, show, told
+from kfac_dist.config.yaml.document import MOST_PROBLEMS, Document, Origin, dotted, plain_value, show, told
 from kfac_dist.config.yaml.fields import Allowed, Path, all_paths, allowed_at
 from kfac_dist.errors import ConfigError
 
 
 def config_error(error: ValidationError, document: Document) -> ConfigError:
     """Gather what pydantic found into one error with a line for each mistake, in the order of the file."""
-    found: dict[Path, tuple[Place, ErrorDetails]] = {}
+    found: dict[Path, tuple[Origin, ErrorDetails]] = {}
     for detail in error.errors():
         path = _path(detail, document)
         # A union reports each of its members: one line serves all, that of a number out of bounds if there is one.

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kfac_dist.config.schema import Fisher, KFACConfig, Likelihood, Section
-from kfac_dist.config.yaml.document import Document, Place
+from kfac_dist.config.yaml.document import Document, Origin
 from kfac_dist.config.yaml.explain import config_error
 from kfac_dist.errors import ConfigError
 
@@ -32,7 +32,7 @@ def parse_kfac(options: KFACConfig | Mapping[str, Any] | None) -> KFACConfig:
         try:
             config = _KFACOnly.model_validate(values).kfac
         except ValidationError as error:
-            raise config_error(error, Document(values, {(): Place("KFAC(config)")})) from None
+            raise config_error(error, Document(values, {(): Origin("KFAC(config)")})) from None
     if config.curvature.fisher in (Fisher.MC, Fisher.TYPE2) and config.curvature.likelihood is None:
         raise ConfigError(
             f"kfac.curvature.fisher: {config.curvature.fisher} draws on the model's predictive distribution: set "

@@ -10,8 +10,8 @@ coverage      model, configuration → blocks, and reasons for the rest
 
 from kfac_dist.curvature.blocks.base import Block, KroneckerBlock
 from kfac_dist.curvature.blocks.find_blocks import Coverage, find_blocks
-from kfac_dist.curvature.blocks.layer_calls import Use
+from kfac_dist.curvature.blocks.layer_calls import LayerCall
 from kfac_dist.curvature.blocks.rows import MicroBatch
 from kfac_dist.curvature.blocks.table import BLOCK_TYPES
 
-__all__ = ["BLOCK_TYPES", "Block", "Coverage", "KroneckerBlock", "MicroBatch", "Use", "find_blocks"]
+__all__ = ["BLOCK_TYPES", "Block", "Coverage", "KroneckerBlock", "LayerCall", "MicroBatch", "find_blocks"]

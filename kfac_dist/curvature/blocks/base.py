@@ -2,7 +2,7 @@
 
 A layer type joins by one small class that says how its input and its output gradient become rows, and how its
 parameters fill the gradient matrix; everything else (sharing, sampling, scales, counts) is common to all of them:
-`uses` and `rows`.
+`calls` and `rows`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
-from kfac_dist.curvature.blocks.layer_calls import Handle, Recorder, Use
+from kfac_dist.curvature.blocks.layer_calls import Handle, LayerCall, Recorder
 from kfac_dist.curvature.blocks.projection import Signs, wide
 from kfac_dist.curvature.blocks.rows import MicroBatch, sample, shared_rows, unscale
 from kfac_dist.curvature.class_conditional import Members
@@ -113,13 +113,13 @@ class Block(ABC):
         return {name: cast(Tensor, getattr(source, name.rpartition(".")[2])) for name in self.parameters}
 
     @abstractmethod
-    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
-        """Project the gradient of the block's parameters that one use makes, Σ ĝᵀa in the gradient matrix's layout.
+    def project(self, call: LayerCall, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+        """Project the gradient of the block's parameters that one call makes, Σ ĝᵀa in the gradient matrix's layout.
 
         The statistics are made of the same rows: where this isn't the gradient that autograd finds, they are wrong.
 
         Args:
-            use: One call with the gradient at its output, as it came.
+            call: One call with the gradient at its output, as it came.
             batch_size: Samples that the model was called with.
             signs: The random matrices.
 
@@ -178,11 +178,13 @@ class Block(ABC):
         """
 
     @abstractmethod
-    def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
+    def measure(
+        self, calls: Sequence[LayerCall], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]
+    ) -> None:
         """Add the statistics of all uses of the layer in one forward pass to the sink.
 
         Args:
-            uses: The calls of the layer whose output gradients arrived.
+            calls: The calls of the layer whose output gradients arrived.
             batch: Sizes, scales and sampling of the micro-batch.
             sink: Receives sums and counts.
             sides: The factors to measure now; a Fisher of K-FAC's own measures them in separate passes.
@@ -212,29 +214,31 @@ class KroneckerBlock(Block):
     def output_rows(self, grad: Tensor, batch_size: int | None) -> Tensor:
         """Return output gradients `[batch, B, T, d_out]`."""
 
-    def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
+    def measure(
+        self, calls: Sequence[LayerCall], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]
+    ) -> None:
         """Add A from inputs and G from output gradients; see `Block.measure`."""
         if Side.A in sides:
-            self._measure_inputs(uses, batch, sink)
+            self._measure_inputs(calls, batch, sink)
         if Side.G in sides:
-            self._measure_outputs([use.grad for use in uses if use.grad is not None], batch, sink)
+            self._measure_outputs([call.grad for call in calls if call.grad is not None], batch, sink)
 
     def kept(self, inputs: Tensor) -> Tensor:
         """See `Block.kept`: matrix products are what autocast casts."""
         return as_autocast(inputs)
 
-    def use_rows(self, use: Use, batch_size: int | None) -> Tensor:
-        """Return the activations of one use; layers whose rows depend on more than their input override it."""
-        return self.input_rows(use.inputs, batch_size)
+    def use_rows(self, call: LayerCall, batch_size: int | None) -> Tensor:
+        """Return the activations of one call; layers whose rows depend on more than their input override it."""
+        return self.input_rows(call.inputs, batch_size)
 
-    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+    def project(self, call: LayerCall, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
         """See `Block.project`."""
-        assert use.grad is not None
-        rows, grads = self.use_rows(use, batch_size), self.output_rows(use.grad, batch_size)
+        assert call.grad is not None
+        rows, grads = self.use_rows(call, batch_size), self.output_rows(call.grad, batch_size)
         return signs.project_rows(grads.flatten(1, 2), rows.flatten(1, 2), ones=self.has_bias)
 
-    def _measure_inputs(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink) -> None:
-        rows = [self.use_rows(use, batch.batch_size) for use in uses]
+    def _measure_inputs(self, calls: Sequence[LayerCall], batch: MicroBatch, sink: StatisticsSink) -> None:
+        rows = [self.use_rows(call, batch.batch_size) for call in calls]
         for part in shared_rows(rows, self.sharing, mean=True):
             kept, members = sample(part, batch), batch.members(self.name, part.shape[1], inputs=True)
             sink.add_rows(self.name, Side.A, kept, scale=1.0, ones=self.has_bias, members=members)

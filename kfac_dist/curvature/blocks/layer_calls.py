@@ -23,7 +23,7 @@ class Handle(Protocol):
         """Take it off."""
 
 
-class Use:
+class LayerCall:
     """One call of a layer in a forward pass: its input, and its output gradient once backward has brought it.
 
     Args:
@@ -113,48 +113,48 @@ class Use:
         if self.grad is None:
             self.grad = self._queried
 
-    def with_gradient(self, grad: Tensor) -> Use:
+    def with_gradient(self, grad: Tensor) -> LayerCall:
         """Return the same call with one gradient, for passes that send several."""
-        use = copy.copy(self)
-        use.grad = None
-        use.take(grad)
-        return use
+        call = copy.copy(self)
+        call.grad = None
+        call.take(grad)
+        return call
 
-    def part(self, samples: slice) -> Use:
+    def part(self, samples: slice) -> LayerCall:
         """Return the same call as if the layer had seen some of the samples only; they come first in its tensors."""
-        use = copy.copy(self)
-        use._inputs = self.inputs[samples]
-        use.grad = None if self.grad is None else self.grad[samples]
-        return use
+        call = copy.copy(self)
+        call._inputs = self.inputs[samples]
+        call.grad = None if self.grad is None else self.grad[samples]
+        return call
 
 
 @dataclass
 class Pending:
-    """The uses of one block in the forward passes of one micro-batch.
+    """The calls of one block in the forward passes of one micro-batch.
 
     Attributes:
         uses: Calls that were seen.
         regions: The checkpointed region that each call was part of, if its input is still to come.
     """
 
-    uses: list[Use] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
     regions: list[weakref.ref[Any] | None] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        """Whether every use has all it needs, and no further gradient can come."""
-        return bool(self.uses) and all(use.measurable and use.settled for use in self.uses)
+        """Whether every call has all it needs, and no further gradient can come."""
+        return bool(self.calls) and all(call.measurable and call.settled for call in self.calls)
 
     def clear(self) -> None:
         """Let go of everything."""
-        self.uses.clear()
+        self.calls.clear()
         self.regions.clear()
 
-    def forget(self, use: Use) -> None:
+    def forget(self, call: LayerCall) -> None:
         """Drop a call whose graph is gone, unless its gradient has come already."""
-        for index, other in enumerate(self.uses):
-            if other is use and use.grad is None and not use.queried:
-                del self.uses[index], self.regions[index]
+        for index, other in enumerate(self.calls):
+            if other is call and call.grad is None and not call.queried:
+                del self.calls[index], self.regions[index]
                 return
 
     def provide(self, region: object, inputs: Tensor, kept: Callable[[Tensor], Tensor]) -> bool:
@@ -162,13 +162,13 @@ class Pending:
         for index, waiting in enumerate(self.regions):
             if waiting is not None and waiting() is region:
                 self.regions[index] = None
-                self.uses[index].keep(kept(inputs))
+                self.calls[index].keep(kept(inputs))
                 return True
         return False
 
 
 class Batch:
-    """The forward passes that belong to one micro-batch, and the uses of all blocks in them.
+    """The forward passes that belong to one micro-batch, and the calls of all blocks in them.
 
     That is every pass that one description of the loop covers, or every undescribed one up to its backward pass: two
     passes whose losses are added up (pairs, a critic's real and fake samples) are uses of the same terms.
@@ -177,7 +177,7 @@ class Batch:
         description: The loop's word on it, None if it gave none.
         shapes: The forward pass that backward came to first, the last one before that.
         positions: Positions that the layer nearest to the loss has seen, 0 before any gradient.
-        went_back: Whether a backward pass has come to one of its uses.
+        went_back: Whether a backward pass has come to one of its calls.
         pending: Uses that wait for gradients, by block.
     """
 
@@ -195,12 +195,12 @@ class Batch:
         return self._count(self.shapes)
 
     def of(self, block: str) -> Pending:
-        """Return the uses of a block."""
+        """Return the calls of a block."""
         return self.pending.setdefault(block, Pending())
 
     def waits_for(self, block: str) -> bool:
         """Whether uses of a block have not been measured yet."""
-        return block in self.pending and bool(self.pending[block].uses)
+        return block in self.pending and bool(self.pending[block].calls)
 
 
 class Recorder(Protocol):

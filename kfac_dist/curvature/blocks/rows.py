@@ -110,13 +110,13 @@ def shared_rows(rows: Sequence[Tensor], sharing: Sharing, *, mean: bool) -> list
     different numbers of samples can't be one sample's positions: each is then reduced by itself.
     """
     if sharing is Sharing.EXPAND:
-        return [use.flatten(1, 2) for use in rows]
-    if len({use.shape[1] for use in rows}) > 1:
-        return [use.mean(dim=2) if mean else use.sum(dim=2) for use in rows]
+        return [call.flatten(1, 2) for call in rows]
+    if len({call.shape[1] for call in rows}) > 1:
+        return [call.mean(dim=2) if mean else call.sum(dim=2) for call in rows]
     if len(rows) == 1 and rows[0].shape[2] == 1:
         return [rows[0].squeeze(2)]
-    total = torch.stack([use.sum(dim=2, dtype=at_least_single(use.dtype)) for use in rows]).sum(0)
-    return [total / sum(use.shape[2] for use in rows) if mean else total]
+    total = torch.stack([call.sum(dim=2, dtype=at_least_single(call.dtype)) for call in rows]).sum(0)
+    return [total / sum(call.shape[2] for call in rows) if mean else total]
 
 
 def sample(rows: Tensor, batch: MicroBatch) -> Tensor:

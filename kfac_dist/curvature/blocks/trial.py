@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kfac_dist.compat.torch import parameters_of, with_parameters
 from kfac_dist.curvature.blocks.base import Block
-from kfac_dist.curvature.blocks.layer_calls import Use
+from kfac_dist.curvature.blocks.layer_calls import LayerCall
 from kfac_dist.curvature.blocks.layers.norm import NormBlock
 from kfac_dist.curvature.blocks.projection import Signs
 from kfac_dist.errors import ModelError
@@ -55,11 +55,11 @@ def _differs(block: Block, module: nn.Module) -> bool:
             if inputs.ndim in agreed or (agreed and not isinstance(block, NormBlock)):
                 continue
             try:
-                use, grads = _call(block, trial, inputs)
+                call, grads = _call(block, trial, inputs)
             except Exception:  # the user's code, which may need other inputs: the arbiter judges it in training
                 continue
             ran = True
-            if use is not None and _matches(block, use, grads, dim):
+            if call is not None and _matches(block, call, grads, dim):
                 agreed.add(inputs.ndim)
     return ran and not agreed
 
@@ -126,7 +126,7 @@ def _unlike(size: int) -> int:
     return 2 if size != 2 else 3
 
 
-def _call(block: Block, trial: nn.Module, inputs: Tensor) -> tuple[Use | None, dict[str, Tensor | None]]:
+def _call(block: Block, trial: nn.Module, inputs: Tensor) -> tuple[LayerCall | None, dict[str, Tensor | None]]:
     """Run a module forward and back; returns what the block is to see of it and its parameters' gradients."""
     output = type(trial).forward(trial, inputs)
     if not isinstance(output, Tensor):
@@ -134,43 +134,43 @@ def _call(block: Block, trial: nn.Module, inputs: Tensor) -> tuple[Use | None, d
     grad = torch.randn_like(output)
     own = {name: tensor for name, tensor in block.own_tensors(trial).items() if tensor.requires_grad}
     grads = torch.autograd.grad(output, list(own.values()), grad, allow_unused=True)
-    use = Use(trial, output.shape)
-    use.keep(inputs)
-    use.take(grad)
-    return use, dict(zip(own, grads, strict=True))
+    call = LayerCall(trial, output.shape)
+    call.keep(inputs)
+    call.take(grad)
+    return call, dict(zip(own, grads, strict=True))
 
 
-def _matches(block: Block, use: Use, grads: Mapping[str, Tensor | None], dim: int | None) -> bool:
+def _matches(block: Block, call: LayerCall, grads: Mapping[str, Tensor | None], dim: int | None) -> bool:
     """Whether the gradients are those of the block's rows; a norm's block remembers the dimension with which they are.
 
     Args:
         block: The block.
-        use: A call of its module, with the gradient at the output.
+        call: A call of its module, with the gradient at the output.
         grads: Those of the block's trained parameters.
         dim: The units' dimension in the input; None where it is the type's own.
     """
-    dims = use.inputs.ndim
+    dims = call.inputs.ndim
     if isinstance(block, NormBlock) and dim is not None:
         block.unit_dims[dims] = dim
-    found = _equal(block, use, grads)
+    found = _equal(block, call, grads)
     if isinstance(block, NormBlock) and dim is not None and not found:
         del block.unit_dims[dims]
     return found
 
 
 @torch.no_grad()
-def _equal(block: Block, use: Use, grads: Mapping[str, Tensor | None]) -> bool:
-    assert use.grad is not None
-    signs = Signs(block.name, block.matrix_shape, use.inputs.device)
+def _equal(block: Block, call: LayerCall, grads: Mapping[str, Tensor | None]) -> bool:
+    assert call.grad is not None
+    signs = Signs(block.name, block.matrix_shape, call.inputs.device)
     try:
-        rows, _ = block.project(use, len(use.inputs), signs)
+        rows, _ = block.project(call, len(call.inputs), signs)
     except (ModelError, RuntimeError, IndexError):  # other shapes than the block's
         return False
     found = torch.zeros_like(rows)
     for name, gradient in grads.items():
         if gradient is not None:
             found += block.project_gradient(name, gradient, signs)
-    tolerance = _TOLERANCE.get(use.grad.dtype, _COARSE)
+    tolerance = _TOLERANCE.get(call.grad.dtype, _COARSE)
     return bool((rows - found).norm() <= tolerance * torch.maximum(rows.norm(), found.norm()))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kfac_dist.compat.torch import forward_hooks, is_batched, register_first_hook
 from kfac_dist.curvature.blocks.base import Block
-from kfac_dist.curvature.blocks.layer_calls import Handle, Use
+from kfac_dist.curvature.blocks.layer_calls import Handle, LayerCall
 from kfac_dist.curvature.blocks.projection import PROJECTIONS, Signs
 from kfac_dist.curvature.capture.autograd import Purpose, purpose
 from kfac_dist.errors import ModelError
@@ -127,12 +127,12 @@ class Arbiter:
         """Judge a block at another step: what this one has captured of it is thrown away."""
         self._postponed.add(name)
 
-    def captured(self, block: Block, uses: Sequence[Use], asked: Purpose) -> bool:
+    def captured(self, block: Block, calls: Sequence[LayerCall], asked: Purpose) -> bool:
         """Take the calls of a block, with the gradient at each; returns whether they can be measured.
 
         Args:
             block: The block.
-            uses: Its calls.
+            calls: Its calls.
             asked: The purpose of the pass that brought the gradients: OTHER for those of K-FAC's own, which make none
                 to compare with.
         """
@@ -141,12 +141,12 @@ class Arbiter:
         if block.name in self._refused:
             return False
         try:
-            self._project(block, uses, asked)
+            self._project(block, calls, asked)
         except torch.OutOfMemoryError:
             raise
         except (ModelError, RuntimeError, TypeError, ValueError, IndexError) as error:
             # The layer was given something else than its type takes; what that is, the user's class knows.
-            first = uses[0]
+            first = calls[0]
             self.refuse(
                 block,
                 f"it was given {list(first.inputs.shape)} and returned {list(first.shape)}, which is not what "
@@ -155,16 +155,16 @@ class Arbiter:
             return False
         return True
 
-    def _project(self, block: Block, uses: Sequence[Use], asked: Purpose) -> None:
-        for use in uses:
-            assert use.grad is not None
-            sides = self._sides_of(block, use.grad.device)
-            values, size = block.project(use, use.batch.batch_size, sides.signs)
+    def _project(self, block: Block, calls: Sequence[LayerCall], asked: Purpose) -> None:
+        for call in calls:
+            assert call.grad is not None
+            sides = self._sides_of(block, call.grad.device)
+            values, size = block.project(call, call.batch.batch_size, sides.signs)
             sides.rows[asked] += values
             sides.size += size
             sides.captured |= asked is not Purpose.OTHER
-            sides.note_dtype(use.grad.dtype)
-            sides.note_dtype(use.inputs.dtype)
+            sides.note_dtype(call.grad.dtype)
+            sides.note_dtype(call.inputs.dtype)
 
     def reset(self) -> None:
         """Forget what was shown."""

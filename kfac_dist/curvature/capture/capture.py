@@ -8,8 +8,8 @@ gradient is asked of the output *tensor*, so that an in-place activation behind 
     checkpoint, non-entrant   forward: output only                backward: gradient; input, as it is computed again
     checkpoint, re-entrant    forward: nothing (no gradients)     backward: input, output, gradient → measure
 
-Several backward passes through one graph (`retain_graph=True`) add up: a use is measured once its graph is freed, or at
-the end of the step. Only gradients of the loss count, those that reach the layer's parameters: what
+Several backward passes through one graph (`retain_graph=True`) add up: a call is measured once its graph is freed, or
+at the end of the step. Only gradients of the loss count, those that reach the layer's parameters: what
 `torch.autograd.grad` was asked for with respect to something else, or what is itself differentiated, enters nothing.
 
 An input is held only as long as autograd holds it, too: under activation checkpointing not at all, under autocast in
@@ -36,7 +36,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from kfac_dist.compat.torch import break_graph, eagerly, is_batched, of_the_loop
-from kfac_dist.curvature.blocks import Block, Use
+from kfac_dist.curvature.blocks import Block, LayerCall
 from kfac_dist.curvature.blocks.layer_calls import Batch, Handle, Pending
 from kfac_dist.curvature.capture.arbiter import Arbiter
 from kfac_dist.curvature.capture.autograd import (
@@ -54,7 +54,7 @@ from kfac_dist.curvature.capture.autograd import (
 )
 from kfac_dist.curvature.capture.call_mode import leave_ended_calls
 from kfac_dist.curvature.capture.constants import Constants
-from kfac_dist.curvature.capture.samples import UNBATCHED, PassShapes, Place, count_samples, shapes_of
+from kfac_dist.curvature.capture.samples import UNBATCHED, PassShapes, TensorDim, count_samples, shapes_of
 from kfac_dist.curvature.capture.shared_outputs import Samples, consumers_of, expand, samples_of
 from kfac_dist.errors import ModelError
 from kfac_dist.hooks import after_forward, before_forward
@@ -66,12 +66,12 @@ _NO_FULL_GRAPH = (
 
 
 class _BackwardPass:
-    """One run of autograd's engine: the uses to which it brought gradients, and whether it keeps its graph."""
+    """One run of autograd's engine: the calls to which it brought gradients, and whether it keeps its graph."""
 
     def __init__(self) -> None:
         self.retention: Retention | None = Retention()
         self.freed = False
-        self.reached: list[tuple[Block, Batch, Use]] = []
+        self.reached: list[tuple[Block, Batch, LayerCall]] = []
 
     def look(self) -> bool:
         """Return whether the graph is known to be freed as the pass goes on."""
@@ -102,7 +102,7 @@ class _Recorder:
         return self._capture.watching
 
     def refuse(self, cause: str) -> None:
-        """See `blocks.uses.Recorder.refuse`."""
+        """See `blocks.calls.Recorder.refuse`."""
         self._capture.refuse(self._block, cause)
 
     def record(
@@ -113,7 +113,7 @@ class _Recorder:
         source: nn.Module,
         arrange: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | None:
-        """See `blocks.uses.Recorder.record`."""
+        """See `blocks.calls.Recorder.record`."""
         if not self.watching:
             return None
         if torch.compiler.is_dynamo_compiling():
@@ -128,7 +128,7 @@ class Capture:
     Args:
         model: The bare model; its own call marks where a forward pass begins.
         blocks: The blocks to watch.
-        completed: Called with a block and its uses as soon as all their gradients are there.
+        completed: Called with a block and its calls as soon as all their gradients are there.
         own_backward: The gradients come from `backpropagate`, not from the user's backward.
         count_samples: Returns the number of samples of a pass, as far as its shapes tell.
 
@@ -145,7 +145,7 @@ class Capture:
         self,
         model: nn.Module,
         blocks: Sequence[Block],
-        completed: Callable[[Block, list[Use]], None],
+        completed: Callable[[Block, list[LayerCall]], None],
         *,
         own_backward: bool,
         count_samples: Callable[[PassShapes], int | None] = count_samples,
@@ -158,7 +158,7 @@ class Capture:
         self._completed = completed
         self._own_backward = own_backward
         self._count_samples = count_samples
-        self._ahead: Place | None = None
+        self._ahead: TensorDim | None = None
         self._batch_size: int | None = None
         self.samples: dict[str, Samples] | None = None
         self._nodes: list[tuple[str, Any, Any]] = []
@@ -240,46 +240,46 @@ class Capture:
         """Measure all uses that have their gradient, whether or not others of their block will ever get one."""
         for batch in self._batches:
             for name, pending in batch.pending.items():
-                for use in pending.uses:
+                for call in pending.calls:
                     if name not in self._of_the_loss:
-                        use.take_queried()
-                    self._note_positions(self._blocks[name], use)
-                if any(use.measurable for use in pending.uses):
+                        call.take_queried()
+                    self._note_positions(self._blocks[name], call)
+                if any(call.measurable for call in pending.calls):
                     self._finish(self._blocks[name], pending)
 
     def _flush_settled(self) -> None:
         """Measure blocks of which some uses got their last gradient and others none (outputs that no loss reads)."""
         for batch in self._batches:
             for name, pending in batch.pending.items():
-                ready = [use.settled for use in pending.uses if use.measurable]
+                ready = [call.settled for call in pending.calls if call.measurable]
                 if ready and all(ready):
                     self._finish(self._blocks[name], pending)
 
     def backpropagate(
-        self, outputs: Tensor, columns: Iterable[Tensor], measure: Callable[[Block, list[Use], bool], None]
+        self, outputs: Tensor, columns: Iterable[Tensor], measure: Callable[[Block, list[LayerCall], bool], None]
     ) -> None:
         """Send vectors back from the model's outputs to the blocks' outputs, and measure after each.
 
         Args:
             outputs: The model's outputs, still attached to their graph.
             columns: Vectors of the outputs' shape; one backward pass each.
-            measure: Called with a block, its uses and whether this is the first column.
+            measure: Called with a block, its calls and whether this is the first column.
         """
-        live = [(name, use) for batch in self._batches for name, own in batch.pending.items() for use in own.uses]
-        edges = [use.edge for _, use in live if use.edge is not None]
+        live = [(name, call) for batch in self._batches for name, own in batch.pending.items() for call in own.calls]
+        edges = [call.edge for _, call in live if call.edge is not None]
         first = True
         for column in columns if edges else ():
             grads = torch.autograd.grad(outputs, edges, column, retain_graph=True, allow_unused=True)
-            reached: dict[str, list[Use]] = {}
-            for (name, use), grad in zip(live, grads, strict=True):
+            reached: dict[str, list[LayerCall]] = {}
+            for (name, call), grad in zip(live, grads, strict=True):
                 if grad is not None:
-                    reached.setdefault(name, []).append(use.with_gradient(grad))
-            for name, uses in reached.items():
+                    reached.setdefault(name, []).append(call.with_gradient(grad))
+            for name, calls in reached.items():
                 block = self._blocks[name]
-                self._check_untouched(block, uses)
-                with _full_precision(uses):
-                    if not first or self.arbiter is None or self.arbiter.captured(block, uses, Purpose.OTHER):
-                        measure(block, uses, first)
+                self._check_untouched(block, calls)
+                with _full_precision(calls):
+                    if not first or self.arbiter is None or self.arbiter.captured(block, calls, Purpose.OTHER):
+                        measure(block, calls, first)
             first = False
         for batch in self._batches:
             for pending in batch.pending.values():
@@ -330,7 +330,7 @@ class Capture:
         shapes.outputs = shapes_of(output, trained=True)
         batch_size = self._count_samples(shapes)
         firsts = [shape[0] for shape in shapes.inputs]
-        self._ahead = Place("inputs", firsts.index(batch_size)) if batch_size in firsts else None
+        self._ahead = TensorDim("inputs", firsts.index(batch_size)) if batch_size in firsts else None
         nodes, self._nodes = self._nodes, []
         if not nodes or batch_size is None or batch_size == 1:
             return
@@ -363,7 +363,7 @@ class Capture:
         source: nn.Module,
         arrange: Callable[[Tensor], Tensor] | None,
     ) -> Tensor | None:
-        """Take note of one call of a block's layer; see `blocks.uses.Recorder.record`."""
+        """Take note of one call of a block's layer; see `blocks.calls.Recorder.record`."""
         samples = Samples.OWN if self.samples is None else self.samples.get(block.name, Samples.OWN)
         if samples is Samples.OWN:
             self._take_note(block, inputs, output, source, arrange)
@@ -402,23 +402,23 @@ class Capture:
             self._nodes.append((block.name, output.grad_fn, written.grad_fn))
         own = block.own_tensors(source)
         found = accumulators(written, own)
-        use = Use(source, output.shape, arrange=arrange, owners=tuple(found.values()), batch=batch)
+        call = LayerCall(source, output.shape, arrange=arrange, owners=tuple(found.values()), batch=batch)
         later = region is not None and not self._own_backward
         if not later:
-            use.keep(block.kept(inputs))
-        pending.uses.append(use)
+            call.keep(block.kept(inputs))
+        pending.calls.append(call)
         pending.regions.append(weakref.ref(region) if later else None)
         if self.arbiter is not None:
             self.arbiter.watch(block, found)
             if any(tensor.grad_fn is not None for tensor in own.values()):
                 self.arbiter.replaced.add(block.name)
             if self._own_backward:
-                written.register_hook(functools.partial(self._judge, block, copy.copy(use)))
+                written.register_hook(functools.partial(self._judge, block, copy.copy(call)))
         if self._own_backward:
-            use.edge = get_gradient_edge(written)
+            call.edge = get_gradient_edge(written)
         else:
             # The graph may outlive backward; what was measured must not.
-            graph, reference = _Graph(self.passes, batch.shapes), weakref.ref(use)
+            graph, reference = _Graph(self.passes, batch.shapes), weakref.ref(call)
             weakref.finalize(graph, _graph_went, pending, reference).atexit = False
             written.register_hook(functools.partial(self._gradient_came, block, pending, reference, graph))
 
@@ -431,45 +431,45 @@ class Capture:
                 return
 
     def _gradient_came(
-        self, block: Block, pending: Pending, reference: weakref.ref[Use], graph: _Graph, grad: Tensor
+        self, block: Block, pending: Pending, reference: weakref.ref[LayerCall], graph: _Graph, grad: Tensor
     ) -> None:
         if self.arbiter is not None and differentiated():
             self.arbiter.differentiated = True
-        use = reference()
-        if self.paused or use is None or not any(use is other for other in pending.uses):
+        call = reference()
+        if self.paused or call is None or not any(call is other for other in pending.calls):
             return
         if is_batched(grad):
             return
-        match purpose(use.owners):
+        match purpose(call.owners):
             case Purpose.OTHER:
                 pass
             case Purpose.QUERY:
-                use.take_query(grad.detach())
+                call.take_query(grad.detach())
             case Purpose.LOSS:
                 self.passes_back.add(graph.forward_pass)
                 self._of_the_loss.add(block.name)
-                if not use.batch.went_back:
-                    use.batch.went_back, use.batch.shapes = True, graph.shapes
-                use.take(grad.detach())
-                if use.measurable:
-                    self._check_untouched(block, [use])
-                self._note_positions(block, use)
-                self._note(block, use)
+                if not call.batch.went_back:
+                    call.batch.went_back, call.batch.shapes = True, graph.shapes
+                call.take(grad.detach())
+                if call.measurable:
+                    self._check_untouched(block, [call])
+                self._note_positions(block, call)
+                self._note(block, call)
 
-    def _note_positions(self, block: Block, use: Use) -> None:
+    def _note_positions(self, block: Block, call: LayerCall) -> None:
         """Take the positions of a micro-batch from the layer nearest to the loss, whose gradient comes first."""
-        if not use.batch.positions and use.grad is not None:
-            use.batch.positions = use.grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
+        if not call.batch.positions and call.grad is not None:
+            call.batch.positions = call.grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
 
-    def _note(self, block: Block, use: Use) -> None:
+    def _note(self, block: Block, call: LayerCall) -> None:
         """Measure what is complete, or wait until it is known whether another backward pass may follow."""
         number = backward_pass_id()
         running = self._backward_passes.get(number)
         if running is None:
             running = self._backward_passes[number] = _BackwardPass()
             after_backward(functools.partial(self._backward_ended, number))
-        running.reached.append((block, use.batch, use))
-        use.settled = False
+        running.reached.append((block, call.batch, call))
+        call.settled = False
         if running.look():
             self._settle(running)
 
@@ -480,38 +480,38 @@ class Capture:
 
     def _settle(self, running: _BackwardPass) -> None:
         reached, running.reached = running.reached, []
-        for _, _, use in reached:
-            use.settled = True
+        for _, _, call in reached:
+            call.settled = True
         for block, batch, _ in reached:
             pending = batch.of(block.name)
             if pending.complete:
                 self._finish(block, pending)
 
-    def _judge(self, block: Block, use: Use, grad: Tensor) -> None:
+    def _judge(self, block: Block, call: LayerCall, grad: Tensor) -> None:
         """Show the arbiter the loss's gradient where K-FAC's own passes take theirs."""
         if self.arbiter is None or self.paused or is_batched(grad):
             return
-        asked = purpose(use.owners)
+        asked = purpose(call.owners)
         if asked is not Purpose.OTHER:
-            with _full_precision([use]):
-                self.arbiter.captured(block, [use.with_gradient(grad.detach())], asked)
+            with _full_precision([call]):
+                self.arbiter.captured(block, [call.with_gradient(grad.detach())], asked)
 
     def _finish(self, block: Block, pending: Pending) -> None:
-        uses = [use for use in pending.uses if use.measurable]
+        calls = [call for call in pending.calls if call.measurable]
         pending.clear()
-        self._check_untouched(block, uses)
-        with _full_precision(uses):
-            asked = Purpose.QUERY if all(use.queried for use in uses) else Purpose.LOSS
-            if self.arbiter is None or self.arbiter.captured(block, uses, asked):
-                self._completed(block, uses)
+        self._check_untouched(block, calls)
+        with _full_precision(calls):
+            asked = Purpose.QUERY if all(call.queried for call in calls) else Purpose.LOSS
+            if self.arbiter is None or self.arbiter.captured(block, calls, asked):
+                self._completed(block, calls)
 
     def refuse(self, block: Block, cause: str) -> None:
-        """Leave a block out; see `blocks.uses.Recorder.refuse`."""
+        """Leave a block out; see `blocks.calls.Recorder.refuse`."""
         if self.arbiter is None or not self.arbiter.refuse(block, cause):
             raise ModelError(f"layer {block.name}: {cause}; name it in kfac.curvature.exclude")
 
-    def _check_untouched(self, block: Block, uses: Sequence[Use]) -> None:
-        if not all(use.untouched for use in uses):
+    def _check_untouched(self, block: Block, calls: Sequence[LayerCall]) -> None:
+        if not all(call.untouched for call in calls):
             raise ModelError(
                 f"the input of layer {block.name} was modified in place after the layer had run, so that its factor A "
                 "can't be measured: make the operation that follows it out of place (x = x + y instead of x += y), or "
@@ -519,16 +519,16 @@ class Capture:
             )
 
 
-def _graph_went(pending: Pending, reference: weakref.ref[Use]) -> None:
-    use = reference()
-    if use is not None:
-        pending.forget(use)
+def _graph_went(pending: Pending, reference: weakref.ref[LayerCall]) -> None:
+    call = reference()
+    if call is not None:
+        pending.forget(call)
 
 
 @contextmanager
-def _full_precision(uses: Sequence[Use]) -> Iterator[None]:
+def _full_precision(calls: Sequence[LayerCall]) -> Iterator[None]:
     """Measure without autograd, and without the autocast that a loop's backward may run in: it would round products."""
-    with torch.no_grad(), torch.autocast(uses[0].inputs.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(calls[0].inputs.device.type, enabled=False):
         yield
 
 

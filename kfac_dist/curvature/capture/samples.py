@@ -34,7 +34,7 @@ _PARTS = 5000
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorDim:
     """A dimension of one of a pass's tensors.
 
     Attributes:
@@ -48,7 +48,7 @@ class Place:
     dim: int = 0
 
 
-_ONE = Place("one", 0)
+_ONE = TensorDim("one", 0)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class PassShapes:
     time_first: list[Shape] = field(default_factory=list)
     nearest: int = 0
 
-    def read(self, place: Place) -> int | None:
+    def read(self, place: TensorDim) -> int | None:
         """Return the size at a place; None if this pass has no such place."""
         if place == _ONE:
             return 1 if is_unbatched(self) else None
@@ -120,7 +120,7 @@ def _parts(value: object) -> Iterable[object]:
     return vars(value).values() if hasattr(value, "__dict__") else ()
 
 
-def find_samples(shapes: PassShapes) -> Place | None:
+def find_samples(shapes: PassShapes) -> TensorDim | None:
     """Return where a pass's shapes show the number of samples; None if they contradict each other or show nothing."""
     if is_unbatched(shapes):
         return None if _looks_batched(shapes) else _ONE
@@ -153,11 +153,11 @@ def _looks_batched(shapes: PassShapes) -> bool:
     return bool({shape[0] for shape in shapes.outputs} & {shape[0] for shape in shapes.inputs})
 
 
-def _time_first(shapes: PassShapes) -> Place | None:
+def _time_first(shapes: PassShapes) -> TensorDim | None:
     """Return the second dimension of an output that begins as what a layer was given, time first."""
     seen = {shape[:2] for shape in shapes.time_first if shape[0] != shape[1]}
     kind, own = ("outputs", shapes.outputs) if shapes.outputs else ("inputs", shapes.inputs)
-    return next((Place(kind, index, 1) for index, shape in enumerate(own) if shape[:2] in seen), None)
+    return next((TensorDim(kind, index, 1) for index, shape in enumerate(own) if shape[:2] in seen), None)
 
 
 def _looks_like_features(shapes: PassShapes) -> bool:
@@ -169,7 +169,7 @@ def _looks_like_features(shapes: PassShapes) -> bool:
     return first[0] not in {shape[0] for shape in shapes.inputs} and shapes.nearest == rows * first[0]
 
 
-def _by_outputs(outputs: Sequence[Shape], inputs: Sequence[Shape]) -> Place | None:
+def _by_outputs(outputs: Sequence[Shape], inputs: Sequence[Shape]) -> TensorDim | None:
     firsts, known = {shape[0] for shape in outputs}, {shape[0] for shape in inputs}
     if len(firsts) > 1:
         return _single("outputs", outputs, firsts & known)
@@ -179,14 +179,14 @@ def _by_outputs(outputs: Sequence[Shape], inputs: Sequence[Shape]) -> Place | No
         for out in outputs
         for given in inputs
     )
-    return None if turned else Place("outputs", 0)
+    return None if turned else TensorDim("outputs", 0)
 
 
-def _single(kind: str, shapes: Sequence[Shape], numbers: set[int]) -> Place | None:
+def _single(kind: str, shapes: Sequence[Shape], numbers: set[int]) -> TensorDim | None:
     if len(numbers) != 1:
         return None
     [number] = numbers
-    return Place(kind, next(index for index, shape in enumerate(shapes) if shape[0] == number))
+    return TensorDim(kind, next(index for index, shape in enumerate(shapes) if shape[0] == number))
 
 
 def count_samples(shapes: PassShapes) -> int | None:
@@ -195,7 +195,7 @@ def count_samples(shapes: PassShapes) -> int | None:
     return None if place is None else shapes.read(place)
 
 
-def find_number(shapes: PassShapes, number: float, tolerance: float = 0.0) -> Place | None:
+def find_number(shapes: PassShapes, number: float, tolerance: float = 0.0) -> TensorDim | None:
     """Return the first place in which a given number of samples stands, outputs first.
 
     Args:
@@ -204,10 +204,10 @@ def find_number(shapes: PassShapes, number: float, tolerance: float = 0.0) -> Pl
         tolerance: By how much of it the size may differ.
     """
     places = [
-        *(Place("outputs", index) for index in range(len(shapes.outputs))),
-        *(Place("outputs", index, 1) for index, shape in enumerate(shapes.outputs) if len(shape) > 2),
-        *(Place("inputs", index) for index in range(len(shapes.inputs))),
-    ] or [Place("layers", index) for index in range(len(shapes.layers))]
+        *(TensorDim("outputs", index) for index in range(len(shapes.outputs))),
+        *(TensorDim("outputs", index, 1) for index, shape in enumerate(shapes.outputs) if len(shape) > 2),
+        *(TensorDim("inputs", index) for index in range(len(shapes.inputs))),
+    ] or [TensorDim("layers", index) for index in range(len(shapes.layers))]
     return next((p for p in places if abs((shapes.read(p) or 0) - number) <= tolerance * number), None)
 
 

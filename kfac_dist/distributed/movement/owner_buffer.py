@@ -167,14 +167,14 @@ def sharing_traffic(owner_numels: Sequence[int], rank: int, element_size: int) -
     return 2, (own - kept) * element_size + all_gather_bytes(piece * element_size, size)
 
 
-class Sharing:
+class PendingBroadcast:
     """Parts on their way from their owners to all ranks."""
 
     def __init__(self, works: Sequence[Work], follow: Callable[[], Work] | None = None) -> None:
         self._works = list(works)
         self._follow = follow
 
-    def go_on(self) -> None:
+    def start_second_phase(self) -> None:
         """Starts what had to wait for something else; collective: all ranks call it, or `wait`, at the same point.
 
         It may block, for as long as the first half takes. Calling it between start and `wait` leaves less to wait for.
@@ -187,12 +187,12 @@ class Sharing:
 
     def wait(self) -> None:
         """Waits for everything, in the order in which it was started."""
-        self.go_on()
+        self.start_second_phase()
         for work in self._works:
             work.wait()
 
 
-def share_segments(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *, label: str) -> Sharing:
+def share_segments(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *, label: str) -> PendingBroadcast:
     """Gives every rank every owner's part of the buffer.
 
     What can be in flight at once is, before anything is waited for. Owners without elements broadcast nothing, which
@@ -206,11 +206,12 @@ def share_segments(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *,
         label: Name of the traffic.
 
     Returns:
-        The work. Where collectives don't run in order, waiting for it is collective (see `Sharing.go_on`).
+        The work. Where collectives don't run in order, waiting for it is collective;
+        see `PendingBroadcast.start_second_phase`.
     """
     _check(comm, buffer, layout, layout.sharing_numel)
     if not layout.scatters:
-        return Sharing(
+        return PendingBroadcast(
             [
                 comm.broadcast(layout.part(buffer, owner), owner, label=label)
                 for owner in range(comm.size)
@@ -225,7 +226,11 @@ def share_segments(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *,
     def gather() -> Work:
         return comm.all_gather(whole, own_piece, label=label)
 
-    return Sharing([scatter, gather()]) if comm.in_order and buffer.is_cuda else Sharing([scatter], gather)
+    return (
+        PendingBroadcast([scatter, gather()])
+        if comm.in_order and buffer.is_cuda
+        else PendingBroadcast([scatter], gather)
+    )
 
 
 def _piece(numel: int, rank: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
-from kfac_dist.distributed.startup.rank_info import Launcher, Place
+from kfac_dist.distributed.startup.rank_info import Launcher, RankInfo
 from kfac_dist.processes import Process, parent_of, process, variables_of
 
 TICK_SECONDS = 0.5
@@ -30,9 +30,9 @@ _MARKS: Mapping[Launcher, tuple[str, ...]] = {
 }
 
 
-def line_to_agent(place: Place) -> list[Process]:
+def line_to_agent(info: RankInfo) -> list[Process]:
     """Return the processes from this one's parent up to its launcher's; none where there is no launcher."""
-    marks = _MARKS.get(place.launcher)
+    marks = _MARKS.get(info.launcher)
     line: list[Process] = []
     pid = os.getppid()
     while marks is not None and pid > 1:
@@ -48,16 +48,16 @@ class AgentWatch:
     """Ends this process once a process between it and its launcher's is gone; a context, in which its thread runs.
 
     Args:
-        place: Where this process stands.
+        info: Where this process stands.
         end: Called with what happened, instead of ending the process.
         tick_seconds: Time between two looks.
     """
 
     def __init__(
-        self, place: Place, end: Callable[[str], object] | None = None, tick_seconds: float = TICK_SECONDS
+        self, info: RankInfo, end: Callable[[str], object] | None = None, tick_seconds: float = TICK_SECONDS
     ) -> None:
-        self._place = place
-        self._end = end or (lambda line: _end(place, line))
+        self._place = info
+        self._end = end or (lambda line: _end(info, line))
         self._tick = tick_seconds
         self._over = threading.Event()
 
@@ -80,10 +80,10 @@ class AgentWatch:
                 return
 
 
-def _end(place: Place, line: str) -> None:
+def _end(info: RankInfo, line: str) -> None:
     """End at once: a supervisor may start the launcher again, and the other ranks notice."""
     try:
-        sys.stderr.write(f"error [rank {place.rank}]: {line}\n")
+        sys.stderr.write(f"error [rank {info.rank}]: {line}\n")
         sys.stderr.flush()
     finally:
         os._exit(ORPHANED)

@@ -1,8 +1,8 @@
 """Joins the world: from the launcher's variables to a device and a process group.
 
-place.find_place     rank and number of ranks            torchrun, deepspeed, srun, mpirun, or none
+rank_info.find_rank_info  rank and number of ranks       torchrun, deepspeed, srun, mpirun, or none
 choose_device        NCCL and a GPU, or gloo; all ranks the same (`devices.compare`)
-_join                meet at the place's address, with a deadline
+_join                meet at rank 0's address, with a deadline
 World                the result; leaving its context leaves the process group
 """
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore
 
 from kfac_dist.distributed.startup.devices import Found, compare
-from kfac_dist.distributed.startup.rank_info import Launcher, Place, find_place
+from kfac_dist.distributed.startup.rank_info import Launcher, RankInfo, find_rank_info
 from kfac_dist.distributed.startup.rendezvous import fresh_store
 from kfac_dist.errors import CollectiveError, ConfigError
 
@@ -45,7 +45,7 @@ class World:
     """The ranks of this run, joined; leaving the context leaves the world.
 
     Attributes:
-        place: Where this process stands.
+        info: Where this process stands.
         device: What it computes on.
         backend: Backend of torch.distributed; None when alone, without a process group.
         owns_group: Whether `bootstrap` made the process group, and `close` destroys it.
@@ -55,7 +55,7 @@ class World:
             launcher's store outlives the ranks.
     """
 
-    place: Place
+    info: RankInfo
     device: torch.device
     backend: str | None
     owns_group: bool
@@ -71,22 +71,22 @@ class World:
     @property
     def rank(self) -> int:
         """Global rank."""
-        return self.place.rank
+        return self.info.rank
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.place.world_size
+        return self.info.world_size
 
     @property
     def local_rank(self) -> int:
         """Rank within the node."""
-        return self.place.local_rank
+        return self.info.local_rank
 
     @property
     def local_world_size(self) -> int:
         """Ranks on this node."""
-        return self.place.local_world_size
+        return self.info.local_world_size
 
     def describe(self) -> str:
         """One line: how many ranks, where, over what."""
@@ -95,7 +95,7 @@ class World:
             return f"1 process on {name}"
         nodes = -(-self.world_size // self.local_world_size)
         return (
-            f"{_count(self.world_size, 'rank')} on {_count(nodes, 'node')} ({self.place.launcher}), "
+            f"{_count(self.world_size, 'rank')} on {_count(nodes, 'node')} ({self.info.launcher}), "
             f"{self.backend} on {name}"
         )
 
@@ -112,7 +112,7 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.place.launcher is Launcher.MPI:
+        if error is not None and self.info.launcher is Launcher.MPI:
             from kfac_dist.distributed.startup.mpi import leave_without_finalizing
 
             leave_without_finalizing()
@@ -136,26 +136,26 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
             has GPUs, or was to have some, but not one for each of its ranks, or only some of the nodes have any.
         CollectiveError: The ranks did not meet in time.
     """
-    place = find_place(os.environ)
+    info = find_rank_info(os.environ)
     if dist.is_available() and dist.is_initialized():
-        return _joined_already(place, device)
-    if place.launcher is Launcher.MPI:
+        return _joined_already(info, device)
+    if info.launcher is Launcher.MPI:
         from kfac_dist.distributed.startup.mpi import meet_over_mpi
 
-        place = meet_over_mpi(place)
-    if place.address is None:
-        return World(place, _take_device(device, place), None, owns_group=False)
+        info = meet_over_mpi(info)
+    if info.address is None:
+        return World(info, _take_device(device, info), None, owns_group=False)
     chosen, problem = torch.device("cpu"), ""
     try:
-        chosen = _take_device(device, place)
+        chosen = _take_device(device, info)
     except ConfigError as error:  # the other ranks, who would wait for this one, have to hear of it
         problem = str(error)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if backend == "nccl":
         _record_flights()
     found = Found(backend, socket.gethostname(), _gpus(device), problem)
-    store, first = _join(place, place.address, found, timeout_seconds)
-    return World(place, chosen, backend, owns_group=True, exported=_export(place), store=store, first=first)
+    store, first = _join(info, info.address, found, timeout_seconds)
+    return World(info, chosen, backend, owns_group=True, exported=_export(info), store=store, first=first)
 
 
 def _record_flights() -> None:
@@ -167,48 +167,48 @@ def _record_flights() -> None:
         os.environ.setdefault(name, value)
 
 
-def _joined_already(place: Place, device: Literal["auto", "cpu", "cuda"]) -> World:
-    if (dist.get_rank(), dist.get_world_size()) != (place.rank, place.world_size):
+def _joined_already(info: RankInfo, device: Literal["auto", "cpu", "cuda"]) -> World:
+    if (dist.get_rank(), dist.get_world_size()) != (info.rank, info.world_size):
         raise ConfigError(
             f"this process is rank {dist.get_rank()} of {dist.get_world_size()} in torch.distributed, but "
-            f"rank {place.rank} of {place.world_size} in its environment ({place.launcher})"
+            f"rank {info.rank} of {info.world_size} in its environment ({info.launcher})"
         )
-    return World(place, _take_device(device, place), dist.get_backend(), owns_group=False)
+    return World(info, _take_device(device, info), dist.get_backend(), owns_group=False)
 
 
-def _export(place: Place) -> tuple[str, ...]:
+def _export(info: RankInfo) -> tuple[str, ...]:
     """Sets what torchrun would have set; returns the names of what wasn't there."""
-    missing = {name: text for name, text in place.exports().items() if name not in os.environ}
+    missing = {name: text for name, text in info.exports().items() if name not in os.environ}
     os.environ.update(missing)
     return tuple(missing)
 
 
-def _take_device(device: Literal["auto", "cpu", "cuda"], place: Place) -> torch.device:
-    chosen = choose_device(device, place)
+def _take_device(device: Literal["auto", "cpu", "cuda"], info: RankInfo) -> torch.device:
+    chosen = choose_device(device, info)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     return chosen
 
 
-def choose_device(device: Literal["auto", "cpu", "cuda"], place: Place) -> torch.device:
+def choose_device(device: Literal["auto", "cpu", "cuda"], info: RankInfo) -> torch.device:
     """The device of a rank.
 
     Raises:
         ConfigError: This node has fewer GPUs than ranks, but `cuda` was asked for, or it has some.
     """
     gpus = _gpus(device)
-    if gpus and place.own_gpus:
+    if gpus and info.own_gpus:
         return torch.device("cuda", 0)
-    if gpus >= place.local_world_size:
-        return torch.device("cuda", place.local_rank)
+    if gpus >= info.local_world_size:
+        return torch.device("cuda", info.local_rank)
     if device == "cuda":
         raise ConfigError(
-            f"run.device: cuda needs a GPU for each of the {place.local_world_size} ranks of this node, which has "
+            f"run.device: cuda needs a GPU for each of the {info.local_world_size} ranks of this node, which has "
             f"{gpus}: start fewer ranks, or set run.device to cpu"
         )
     if gpus:
         raise ConfigError(
-            f"run.device: auto finds {_count(gpus, 'GPU')} for the {place.local_world_size} ranks of this node: start "
+            f"run.device: auto finds {_count(gpus, 'GPU')} for the {info.local_world_size} ranks of this node: start "
             f"{_count(gpus, 'rank')} a node, or set run.device=cpu"
         )
     return torch.device("cpu")
@@ -218,26 +218,24 @@ def _gpus(device: Literal["auto", "cpu", "cuda"]) -> int:
     return torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
 
 
-def _join(place: Place, address: tuple[str, int], found: Found, timeout_seconds: float) -> tuple[Store, str | None]:
+def _join(info: RankInfo, address: tuple[str, int], found: Found, timeout_seconds: float) -> tuple[Store, str | None]:
     """The store in which the ranks have met, and which process was rank 0 first."""
     timeout = timedelta(seconds=timeout_seconds)
     host, port = address
-    _check_name(place, host, min(timeout_seconds, NAME_SECONDS))
+    _check_name(info, host, min(timeout_seconds, NAME_SECONDS))
     try:
-        store, first = _store(place, host, port, timeout)
-        compare(store, place.rank, place.world_size, found)
-        dist.init_process_group(
-            found.backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
-        )
+        store, first = _store(info, host, port, timeout)
+        compare(store, info.rank, info.world_size, found)
+        dist.init_process_group(found.backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout)
         return store, first
     except RuntimeError as error:  # torch's store, socket and timeout errors all derive from it
         raise CollectiveError(
-            f"rank {place.rank} of {place.world_size} did not meet the others at {host}:{port} "
+            f"rank {info.rank} of {info.world_size} did not meet the others at {host}:{port} "
             f"(MASTER_ADDR, MASTER_PORT) within {timeout_seconds:g} s: {error}"
         ) from error
 
 
-def _check_name(place: Place, host: str, seconds: float) -> None:
+def _check_name(info: RankInfo, host: str, seconds: float) -> None:
     """A host without an address is an error at once: torch would look for it until the timeout, a page a try."""
     deadline = time.monotonic() + seconds
     while True:
@@ -247,21 +245,21 @@ def _check_name(place: Place, host: str, seconds: float) -> None:
         except OSError as error:
             if time.monotonic() + NAME_PAUSE_SECONDS > deadline:
                 raise CollectiveError(
-                    f"rank {place.rank} of {place.world_size} finds no address of {host!r}, where the ranks shall meet "
-                    f"({place.launcher}): {error}; set MASTER_ADDR to a name or an address that every node knows"
+                    f"rank {info.rank} of {info.world_size} finds no address of {host!r}, where the ranks shall meet "
+                    f"({info.launcher}): {error}; set MASTER_ADDR to a name or an address that every node knows"
                 ) from error
         time.sleep(NAME_PAUSE_SECONDS)
 
 
-def _store(place: Place, host: str, port: int, timeout: timedelta) -> tuple[Store, str | None]:
+def _store(info: RankInfo, host: str, port: int, timeout: timedelta) -> tuple[Store, str | None]:
     """The store that rank 0 serves, or torchrun's agent: that one outlives its workers, and tells of the first."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        agents = TCPStore(host, port, world_size=place.world_size, is_master=False, timeout=timeout)
-        first = agents.compare_set(FIRST, "", _this_process()).decode() if place.rank == 0 else None
-        return fresh_store(agents, place.rank, place.world_size, timeout), first
+        agents = TCPStore(host, port, world_size=info.world_size, is_master=False, timeout=timeout)
+        first = agents.compare_set(FIRST, "", _this_process()).decode() if info.rank == 0 else None
+        return fresh_store(agents, info.rank, info.world_size, timeout), first
     # multi_tenant: what uses the same variables in this process (DeepSpeed, say) shares rank 0's server.
     store = TCPStore(
-        host, port, world_size=place.world_size, is_master=place.rank == 0, timeout=timeout, multi_tenant=True
+        host, port, world_size=info.world_size, is_master=info.rank == 0, timeout=timeout, multi_tenant=True
     )
     return store, None
 

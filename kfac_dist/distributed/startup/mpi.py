@@ -14,7 +14,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from kfac_dist.distributed.startup.rank_info import Launcher, Place, master_port
+from kfac_dist.distributed.startup.rank_info import Launcher, RankInfo, master_port
 from kfac_dist.errors import ConfigError
 
 LOCALHOST = "127.0.0.1"
@@ -69,7 +69,7 @@ def _finalize() -> None:
         MPI.Finalize()
 
 
-def meet_over_mpi(place: Place) -> Place:
+def meet_over_mpi(info: RankInfo) -> RankInfo:
     """The place as MPI itself tells it, with the address and a free port that rank 0 broadcasts; collective.
 
     MASTER_ADDR and MASTER_PORT of rank 0's environment, where they are set, choose another interface or port.
@@ -79,18 +79,18 @@ def meet_over_mpi(place: Place) -> Place:
     """
     mpi = import_mpi("mpirun")
     world = mpi.COMM_WORLD
-    if (world.Get_rank(), world.Get_size()) != (place.rank, place.world_size):
+    if (world.Get_rank(), world.Get_size()) != (info.rank, info.world_size):
         raise ConfigError(
-            f"mpirun started this process as rank {place.rank} of {place.world_size}, but mpi4py sees rank "
+            f"mpirun started this process as rank {info.rank} of {info.world_size}, but mpi4py sees rank "
             f"{world.Get_rank()} of {world.Get_size()}: it uses another MPI library than this mpirun; start with the "
             f"mpirun beside it, or rebuild it for this one: pip install --force-reinstall --no-binary mpi4py mpi4py"
         )
     node = world.Split_type(mpi.COMM_TYPE_SHARED)
     local_rank, local_size = node.Get_rank(), node.Get_size()
     node.Free()
-    own = _own_address(alone_on_node=local_size == place.world_size) if place.rank == 0 else None
+    own = _own_address(alone_on_node=local_size == info.world_size) if info.rank == 0 else None
     address: tuple[str, int] = world.bcast(own)
-    return replace(place, launcher=Launcher.MPI, local_rank=local_rank, local_world_size=local_size, address=address)
+    return replace(info, launcher=Launcher.MPI, local_rank=local_rank, local_world_size=local_size, address=address)
 
 
 def _own_address(*, alone_on_node: bool) -> tuple[str, int]:

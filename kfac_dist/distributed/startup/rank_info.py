@@ -1,4 +1,4 @@
-"""Rank discovery: one function for each launcher turns its environment variables into a `Place`.
+"""Rank discovery: one function for each launcher turns its environment variables into a `RankInfo`.
 
     torchrun, deepspeed   RANK, WORLD_SIZE, LOCAL_RANK, …, MASTER_ADDR, MASTER_PORT: complete, and believed
     mpirun                the rank's numbers; where to meet is agreed on over MPI itself (`mpi.meet_over_mpi`)
@@ -34,8 +34,8 @@ class Launcher(StrEnum):
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process's place among the ranks, as its launcher tells it.
+class RankInfo:
+    """Rank, number of ranks and addresses of this process, as its launcher tells them.
 
     Attributes:
         launcher: Launcher that set it.
@@ -56,7 +56,7 @@ class Place:
     own_gpus: bool = False
 
     def exports(self) -> dict[str, str]:
-        """The place in torchrun's variables, for DeepSpeed and for users' code."""
+        """Itself in torchrun's variables, for DeepSpeed and for users' code."""
         variables: dict[str, int | str] = {
             "RANK": self.rank,
             "WORLD_SIZE": self.world_size,
@@ -69,7 +69,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Claim:
+class LauncherClaim:
     """A launcher's word about a process: which of how many tasks it is, and the variables that say so."""
 
     launcher: Launcher
@@ -81,8 +81,8 @@ class Claim:
         return f"{self.names[0]}={self.task} and {self.names[1]}={self.tasks} ({self.launcher})"
 
 
-def find_place(environment: Environment) -> Place:
-    """The place that the environment's variables tell.
+def find_rank_info(environment: Environment) -> RankInfo:
+    """The rank info that the environment's variables tell.
 
     Raises:
         ConfigError: The variables are incomplete, malformed, or contradict each other.
@@ -92,23 +92,23 @@ def find_place(environment: Environment) -> Place:
     # srun that speaks PMI to MPI programs sets MPI's variables too, to the same numbers.
     only_slurm = slurm is not None and (mpi is None or (mpi.task, mpi.tasks) == (slurm.task, slurm.tasks))
     if "RANK" in environment or ("WORLD_SIZE" in environment and not outer):
-        place = _exported(environment)
+        info = _exported(environment)
         for claim in outer:
-            _check_nesting(environment, place, claim)
-        return place
+            _check_nesting(environment, info, claim)
+        return info
     if slurm is not None and only_slurm:
         _check_same_size(environment, slurm)
         return _slurm_place(environment, slurm)
     if mpi is not None:
         _check_same_size(environment, mpi)
         return _mpi_place(environment, mpi)
-    return Place(Launcher.NOBODY, rank=0, world_size=1, local_rank=0, local_world_size=1, address=None)
+    return RankInfo(Launcher.NOBODY, rank=0, world_size=1, local_rank=0, local_world_size=1, address=None)
 
 
 # ------------------------------------------------------------------- torchrun, DeepSpeed's launcher, or by hand
 
 
-def _exported(environment: Environment) -> Place:
+def _exported(environment: Environment) -> RankInfo:
     """Read torchrun's variables; RANK or WORLD_SIZE alone is already a claim to have been launched."""
     launcher, local_size = Launcher.ENVIRONMENT, "LOCAL_WORLD_SIZE"
     if "TORCHELASTIC_RUN_ID" in environment:
@@ -137,29 +137,29 @@ def _exported(environment: Environment) -> Place:
                 f"{small}={environment[small]} contradicts {great}={environment[great]}: {small} must be {relation} "
                 f"{great}; start the ranks with torchrun, which sets both"
             )
-    return Place(
+    return RankInfo(
         launcher, rank, world_size, local_rank, local_world_size, (environment["MASTER_ADDR"], master_port(environment))
     )
 
 
-def _check_nesting(environment: Environment, place: Place, outer: Claim) -> None:
+def _check_nesting(environment: Environment, info: RankInfo, outer: LauncherClaim) -> None:
     """An outer launcher's tasks are these ranks, or their nodes' agents, or the one process that reached for them."""
-    if place.launcher is Launcher.TORCHRUN:
+    if info.launcher is Launcher.TORCHRUN:
         if outer.launcher is Launcher.SLURM:  # an elastic job may have lost or gained nodes since
             return
         nodes = environment.get("GROUP_WORLD_SIZE", "")
     else:
-        nodes = str(-(-place.world_size // place.local_world_size))
-    same_ranks = (place.rank, place.world_size) == (outer.task, outer.tasks)
+        nodes = str(-(-info.world_size // info.local_world_size))
+    same_ranks = (info.rank, info.world_size) == (outer.task, outer.tasks)
     if not same_ranks and outer.tasks != 1 and str(outer.tasks) != nodes:
         raise ConfigError(
-            f"{outer} contradict RANK={place.rank} and WORLD_SIZE={place.world_size} ({place.launcher}): one launcher "
+            f"{outer} contradict RANK={info.rank} and WORLD_SIZE={info.world_size} ({info.launcher}): one launcher "
             f"has to number the ranks; unset the variables that are left over, or let {outer.launcher} start one "
             f"agent on each node"
         )
 
 
-def _check_same_size(environment: Environment, claim: Claim) -> None:
+def _check_same_size(environment: Environment, claim: LauncherClaim) -> None:
     """Scripts often export WORLD_SIZE themselves, for srun's tasks to read."""
     if environment.get("WORLD_SIZE") and _number(environment, "WORLD_SIZE") != claim.tasks:
         raise ConfigError(
@@ -178,16 +178,16 @@ _MPI = (
 )
 
 
-def _mpi_claim(environment: Environment) -> Claim | None:
+def _mpi_claim(environment: Environment) -> LauncherClaim | None:
     for rank, size, *_ in _MPI:
         if rank in environment and size in environment:
             return _claim(environment, Launcher.MPI, rank, size)
     return None
 
 
-def _mpi_place(environment: Environment, claim: Claim) -> Place:
+def _mpi_place(environment: Environment, claim: LauncherClaim) -> RankInfo:
     local_rank, local_size = next((local, size) for rank, _, local, size in _MPI if rank == claim.names[0])
-    return Place(
+    return RankInfo(
         Launcher.MPI,
         claim.task,
         claim.tasks,
@@ -205,7 +205,7 @@ _SPECIAL_STEPS = 0xFFFFFFF0
 _FIRST_PORT, _PORTS = 12_000, 20_000
 
 
-def _slurm_claim(environment: Environment) -> Claim | None:
+def _slurm_claim(environment: Environment) -> LauncherClaim | None:
     """Read srun's variables of a task; a batch script, which is not srun's task, has some of the same."""
     if "SLURM_PROCID" not in environment or _number(environment, "SLURM_STEP_ID", default=_SPECIAL_STEPS) >= (
         _SPECIAL_STEPS
@@ -217,9 +217,9 @@ def _slurm_claim(environment: Environment) -> Claim | None:
     return _claim(environment, Launcher.SLURM, "SLURM_PROCID", size)
 
 
-def _slurm_place(environment: Environment, claim: Claim) -> Place:
+def _slurm_place(environment: Environment, claim: LauncherClaim) -> RankInfo:
     host = environment.get("MASTER_ADDR") or first_host(_step_or_job(environment, "NODELIST"))
-    return Place(
+    return RankInfo(
         Launcher.SLURM,
         claim.task,
         claim.tasks,
@@ -230,7 +230,7 @@ def _slurm_place(environment: Environment, claim: Claim) -> Place:
     )
 
 
-def _tasks_here(environment: Environment, claim: Claim) -> int:
+def _tasks_here(environment: Environment, claim: LauncherClaim) -> int:
     counts = tasks_per_node(_step_or_job(environment, "TASKS_PER_NODE"))
     node = _number(environment, "SLURM_NODEID")
     local = _number(environment, "SLURM_LOCALID")
@@ -261,8 +261,8 @@ def _step_or_job(environment: Environment, name: str) -> str:
 # -------------------------------------------------------------------------------------------------- numbers
 
 
-def _claim(environment: Environment, launcher: Launcher, rank: str, size: str) -> Claim:
-    claim = Claim(launcher, _number(environment, rank), _number(environment, size, least=1), (rank, size))
+def _claim(environment: Environment, launcher: Launcher, rank: str, size: str) -> LauncherClaim:
+    claim = LauncherClaim(launcher, _number(environment, rank), _number(environment, size, least=1), (rank, size))
     if claim.task >= claim.tasks:
         raise ConfigError(
             f"{rank}={claim.task} contradicts {size}={claim.tasks}: {rank} must be less than {size}; start the ranks "

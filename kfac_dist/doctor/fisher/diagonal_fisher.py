@@ -23,7 +23,7 @@ from kfac_dist.doctor.fisher.directional import Derivatives
 
 
 @dataclass(frozen=True)
-class Moments:
+class EstimatorMoments:
     """Exact figures of one sample's diagonal Fisher.
 
     Attributes:
@@ -37,7 +37,7 @@ class Moments:
     second: Tensor
 
 
-def moments(likelihood: Likelihood, derivatives: Derivatives) -> Moments:
+def moments(likelihood: Likelihood, derivatives: Derivatives) -> EstimatorMoments:
     """Return the diagonal Fisher of every sample, and both estimators' variances for one label.
 
     Args:
@@ -64,7 +64,7 @@ def moments(likelihood: Likelihood, derivatives: Derivatives) -> Moments:
             second = bends.square()
     fisher = _of_samples(square)
     # E[z⁴] = κ₄ + 3 E[z²]²; cumulants of independent terms add up.
-    return Moments(fisher, _of_samples(fourth_cumulant) + 2 * fisher.square(), _of_samples(second))
+    return EstimatorMoments(fisher, _of_samples(fourth_cumulant) + 2 * fisher.square(), _of_samples(second))
 
 
 def estimates(likelihood: Likelihood, derivatives: Derivatives, gradient: Tensor) -> tuple[Tensor, Tensor]:

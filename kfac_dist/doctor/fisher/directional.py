@@ -58,7 +58,7 @@ class Derivatives:
     bends: Tensor
 
 
-class Outputs:
+class OutputFunction:
     """A model's outputs for fixed inputs as a function of its parameters.
 
     Args:
@@ -144,7 +144,7 @@ def random_direction(parameters: Mapping[str, Tensor], size: float, seed: int = 
     }
 
 
-def mismatch(outputs: Outputs, names: Sequence[str]) -> float:
+def mismatch(outputs: OutputFunction, names: Sequence[str]) -> float:
     """Return how far the second derivative is from saying what the first one does, along a random segment; 0 to 1.
 
     Of outputs that are twice differentiable, `h'(1) − h'(0) = ∫₀¹ h''(s) ds`. At a kink h' jumps and h'' says nothing
@@ -172,7 +172,7 @@ def mismatch(outputs: Outputs, names: Sequence[str]) -> float:
     return missed
 
 
-def curvedness(outputs: Outputs, names: Sequence[str]) -> float:
+def curvedness(outputs: OutputFunction, names: Sequence[str]) -> float:
     """Return how far outputs are from affine in these parameters: ‖h(θ+v) − h(θ) − h'v‖ / ‖h'v‖ for a long random v.
 
     Zero up to rounding means affine: the second derivative is zero wherever the parameters are, whatever the data.

@@ -25,7 +25,7 @@ from kfac_dist.curvature.fisher import label_gradient
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.doctor.fisher.advice import advise
-from kfac_dist.doctor.fisher.directional import Outputs as ModelOutputs
+from kfac_dist.doctor.fisher.directional import OutputFunction
 from kfac_dist.doctor.fisher.layers import (
     DRAWS,
     Layer,
@@ -44,9 +44,9 @@ from kfac_dist.tasks import Loss, build_model
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.checkpoint import Checkpoints
 from kfac_dist.training.data.sampler import Position
-from kfac_dist.training.loop import Outputs, Trainer
+from kfac_dist.training.loop import RunOutputs, Trainer
 from kfac_dist.training.passes import forward, full_precision
-from kfac_dist.training.setup import Parts, build_parts
+from kfac_dist.training.setup import RunParts, build_parts
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ class Wish:
 class _Subject:
     """The model that rank 0 examines: the twin of the one that is trained, on the same samples each time."""
 
-    outputs: ModelOutputs
+    outputs: OutputFunction
     course: Course
     layers: list[Layer]
     indices: dict[str, Tensor]
@@ -130,8 +130,8 @@ def examine_fisher(
         parts.engine.close()
 
 
-def _examine(config: Config, parts: Parts, twin: nn.Module, ranks: Communicator, wish: Wish) -> FisherReport:
-    nowhere = Outputs(None, Checkpoints(Path(), 1, ranks), SilentProgress(), {})
+def _examine(config: Config, parts: RunParts, twin: nn.Module, ranks: Communicator, wish: Wish) -> FisherReport:
+    nowhere = RunOutputs(None, Checkpoints(Path(), 1, ranks), SilentProgress(), {})
     trainer = Trainer(config, parts, ranks, nowhere)
     _follow(twin, parts.engine.module)
     subject: _Subject | None = None
@@ -159,12 +159,12 @@ def _examine(config: Config, parts: Parts, twin: nn.Module, ranks: Communicator,
     return found
 
 
-def _subject(config: Config, parts: Parts, twin: nn.Module) -> _Subject:
+def _subject(config: Config, parts: RunParts, twin: nn.Module) -> _Subject:
     [(inputs, _)] = parts.train.fetch([torch.arange(1)], seed=0)
     one = observe(twin, inputs)
     count = max(2, min(SAMPLES, len(parts.train), ELEMENTS // max(one.elements, 1)))
     [(inputs, targets)] = parts.train.fetch([torch.arange(count)], seed=0)
-    course, outputs = observe(twin, inputs), ModelOutputs(twin, inputs)
+    course, outputs = observe(twin, inputs), OutputFunction(twin, inputs)
     layers = judge_smoothness(outputs, find_layers(twin, course), course)
     trained = {name: outputs.parameters[name] for layer in layers for name in layer.parameters}
     indices = coordinates_of(trained, course.elements)
@@ -214,7 +214,7 @@ def _measuring(ranks: Communicator) -> Iterator[None]:
             ) from error
 
 
-def _data_gradient(loss: Loss, outputs: ModelOutputs, targets: Tensor) -> Tensor:
+def _data_gradient(loss: Loss, outputs: OutputFunction, targets: Tensor) -> Tensor:
     """Return the gradient of the summed loss at the outputs, with the data's labels."""
     with torch.no_grad():
         values = full_precision(forward(outputs.module, outputs.inputs))
@@ -223,7 +223,7 @@ def _data_gradient(loss: Loss, outputs: ModelOutputs, targets: Tensor) -> Tensor
     return gradient
 
 
-def _seconds_of_backward(config: Config, parts: Parts, twin: nn.Module, ranks: Communicator) -> float:
+def _seconds_of_backward(config: Config, parts: RunParts, twin: nn.Module, ranks: Communicator) -> float:
     """Return what one more backward of a step's batch takes, with drawn labels: the slowest rank's median."""
     trained = [p for p in twin.parameters() if p.requires_grad]
     micro_batches = next(parts.stream.steps(Position())).micro_batches
@@ -245,7 +245,7 @@ def _resample(likelihood: Likelihood, outputs: Tensor, trained: list[nn.Paramete
     torch.autograd.grad(outputs, trained, labels, allow_unused=True)
 
 
-def _timed(action: Callable[[], object], parts: Parts) -> float:
+def _timed(action: Callable[[], object], parts: RunParts) -> float:
     """Return the seconds of something, what it leaves to the device included."""
     device = next(parts.engine.module.parameters()).device
     if device.type == "cuda":

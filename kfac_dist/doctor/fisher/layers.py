@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kfac_dist.config.schema import Likelihood
 from kfac_dist.curvature.fisher import label_gradient
 from kfac_dist.doctor.fisher.diagonal_fisher import estimates, moments
-from kfac_dist.doctor.fisher.directional import Derivatives, Outputs, curvedness, mismatch
+from kfac_dist.doctor.fisher.directional import Derivatives, OutputFunction, curvedness, mismatch
 from kfac_dist.doctor.fisher.smoothness import Course, Operation
 
 # Of a larger parameter, so many values are looked at, drawn at random.
@@ -92,7 +92,7 @@ def find_layers(module: nn.Module, course: Course) -> list[Layer]:
     return [Layer(name, tuple(members[name]), roles.get(name, "")) for name in names]
 
 
-def judge_smoothness(outputs: Outputs, layers: Sequence[Layer], course: Course) -> list[Layer]:
+def judge_smoothness(outputs: OutputFunction, layers: Sequence[Layer], course: Course) -> list[Layer]:
     """Return the layers with what speaks against Î2 there, and where it has no variance.
 
     Raises:
@@ -142,7 +142,7 @@ def coordinates_of(parameters: Mapping[str, Tensor], elements: int) -> dict[str,
 
 
 def measure_layers(
-    outputs: Outputs,
+    outputs: OutputFunction,
     layers: Sequence[Layer],
     indices: Mapping[str, Tensor],
     likelihood: Likelihood,

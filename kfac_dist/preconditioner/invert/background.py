@@ -20,7 +20,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Job(Generic[T]):
+class BackgroundTask(Generic[T]):
     """One piece of work.
 
     Args:
@@ -59,7 +59,7 @@ class BackgroundSolver:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool: ThreadPoolExecutor | None = None
 
-    def start(self, work: Callable[[], T], reads: Sequence[Tensor]) -> Job[T]:
+    def start(self, work: Callable[[], T], reads: Sequence[Tensor]) -> BackgroundTask[T]:
         """Run `work` once what the current stream has been given so far is done.
 
         Args:
@@ -74,7 +74,7 @@ class BackgroundSolver:
                 tensor.record_stream(self._stream)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="kfac-side")
-        return Job(self._pool.submit(self._run, work, ready), self._device)
+        return BackgroundTask(self._pool.submit(self._run, work, ready), self._device)
 
     def close(self) -> None:
         """End the thread; what has not begun is dropped."""

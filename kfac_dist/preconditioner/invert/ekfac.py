@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schema import DistributionConfig, KFACConfig, ReduceEvery, Reduction
-from kfac_dist.curvature.blocks import KroneckerBlock, MicroBatch, Use
+from kfac_dist.curvature.blocks import KroneckerBlock, LayerCall, MicroBatch
 from kfac_dist.curvature.ekfac import level, second_moments, turn
 from kfac_dist.curvature.factors import Side, Unit
 from kfac_dist.curvature.inverses.payloads import Payloads
@@ -38,7 +38,7 @@ from kfac_dist.preconditioner.reduce.unit_buffer import UnitBuffer
 LABEL = "moments"
 
 
-class Moments:
+class SecondMoments:
     """The second moments of all rescaled blocks on one rank.
 
     Args:
@@ -90,13 +90,13 @@ class Moments:
         if self._open:
             self.reduction.begin(())
 
-    def measure(self, block: KroneckerBlock, uses: Sequence[Use], batch: MicroBatch, *, counted: bool) -> None:
+    def measure(self, block: KroneckerBlock, calls: Sequence[LayerCall], batch: MicroBatch, *, counted: bool) -> None:
         """Add a block's squared per-sample gradients to the window; `counted` unless its terms have been counted."""
         if not self._open or block.name not in self._ready:
             return
         bases = self._bases[block.name]
         sums, count = second_moments(
-            block, uses, batch, bases.basis(block.name, Side.A), bases.basis(block.name, Side.G)
+            block, calls, batch, bases.basis(block.name, Side.A), bases.basis(block.name, Side.G)
         )
         self.averages.add_values(block.name, Side.S, sums.flatten(1))
         if counted:

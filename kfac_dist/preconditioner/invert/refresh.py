@@ -28,10 +28,10 @@ from kfac_dist.curvature.inverses.payloads import Payloads
 from kfac_dist.curvature.inverses.solvers import is_symmetric, payload_numel
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicators.base import Communicator
-from kfac_dist.distributed.movement.owner_buffer import Sharing, share_segments
-from kfac_dist.preconditioner.invert.background import BackgroundSolver, Job
+from kfac_dist.distributed.movement.owner_buffer import PendingBroadcast, share_segments
+from kfac_dist.preconditioner.invert.background import BackgroundSolver, BackgroundTask
 from kfac_dist.preconditioner.invert.class_conditional import Combined, combine
-from kfac_dist.preconditioner.invert.ekfac import Moments
+from kfac_dist.preconditioner.invert.ekfac import SecondMoments
 from kfac_dist.preconditioner.invert.inspection import Inspector
 from kfac_dist.preconditioner.invert.unit_solver import SolveInput, SolveResult, UnitSolver
 from kfac_dist.preconditioner.plan import Plan
@@ -56,7 +56,7 @@ class PendingSolve:
 
     wire: UnitBuffer
     given: SolveInput
-    job: Job[SolveResult]
+    job: BackgroundTask[SolveResult]
     begun: int
     send: int
 
@@ -78,7 +78,7 @@ class PendingRefresh:
     units: Sequence[Unit]
     payloads: list[tuple[Unit, Tensor]] | None = None
     solving: PendingSolve | None = None
-    travelling: tuple[UnitBuffer, Tensor, Sharing] | None = None
+    travelling: tuple[UnitBuffer, Tensor, PendingBroadcast] | None = None
     new: bool = False
 
 
@@ -121,7 +121,7 @@ class Refresh:
         solver: Solver,
         *,
         pack: bool,
-        moments: Moments | None,
+        moments: SecondMoments | None,
     ) -> None:
         self.refreshes = 0
         self.failures = 0
@@ -192,7 +192,7 @@ class Refresh:
         self._use([pair for refreshed in due for pair in self.arrived(refreshed)])
         for refreshed in self.pending:
             if refreshed.travelling is not None and not refreshed.new:
-                refreshed.travelling[2].go_on()
+                refreshed.travelling[2].start_second_phase()
             refreshed.new = False
 
     def arrived(self, refreshed: PendingRefresh) -> list[tuple[Unit, Tensor]]:

@@ -1,6 +1,6 @@
 """Slots that the coming step measures and refreshes, and those still owed from steps that were not taken.
 
-due now, by the cadence ─┐
+due now, by the schedule ─┐
 overdue ─────────────────┴─▶ slots of this step ── taken ──▶ refreshed
                                                 └─ skipped ─▶ overdue: again at the next step that measures
 """
@@ -17,19 +17,19 @@ class RefreshQueue:
     """Keeps the slots of one run; the same on every rank, as it follows from the plan and from what ranks agree on.
 
     Args:
-        cadence: The intervals.
+        schedule: The intervals.
         plan: Which slots have blocks.
 
     Attributes:
-        cadence: The intervals.
+        schedule: The intervals.
         overdue: Slots whose refresh was due and has not happened.
         refreshed: Slots that have ever been refreshed.
         measured: Slots whose layers this step measures.
         slots: Those of them that it refreshes.
     """
 
-    def __init__(self, cadence: RefreshSchedule, plan: Plan) -> None:
-        self.cadence = cadence
+    def __init__(self, schedule: RefreshSchedule, plan: Plan) -> None:
+        self.schedule = schedule
         self.overdue: set[int] = set()
         self.refreshed: set[int] = set()
         self.measured: tuple[int, ...] = ()
@@ -43,7 +43,7 @@ class RefreshQueue:
 
     def begin(self, step: int) -> None:
         """Look up what a step does. What is overdue is measured at the first step that measures anything."""
-        measured, due = set(self.cadence.measured(step)), set(self.cadence.due(step))
+        measured, due = set(self.schedule.measured(step)), set(self.schedule.due(step))
         if measured:
             measured |= self.overdue
             due |= self.overdue
@@ -76,4 +76,4 @@ class RefreshQueue:
         first = self.first
         self.overdue = (self.overdue - set(self.slots)) | (set(unmeasured) & first)
         self.refreshed |= set(self.slots)
-        return 0 if first else self.cadence.lag_after(step)
+        return 0 if first else self.schedule.lag_after(step)

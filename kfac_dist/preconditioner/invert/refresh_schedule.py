@@ -53,7 +53,7 @@ class RefreshSchedule:
 
     @classmethod
     def of(cls, config: KFACConfig) -> RefreshSchedule:
-        """Return the cadence of a configuration."""
+        """Return the schedule of a configuration."""
         inversion = config.inversion
         return cls(
             config.curvature.factor_every,

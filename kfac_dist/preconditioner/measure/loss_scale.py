@@ -21,7 +21,7 @@ from kfac_dist.config.schema import Likelihood, LossTerms
 from kfac_dist.curvature.blocks import MicroBatch
 from kfac_dist.curvature.blocks.layer_calls import Batch
 from kfac_dist.curvature.capture.autograd import of_the_loop
-from kfac_dist.curvature.capture.samples import Place, tensors_in
+from kfac_dist.curvature.capture.samples import TensorDim, tensors_in
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.errors import ModelError
 from kfac_dist.hooks import HookHandle, after_forward
@@ -150,9 +150,9 @@ class LossScaleWatch:
         *,
         passes: int,
         scaled: bool,
-        place: Place | None,
+        place: TensorDim | None,
         uncounted: ModelError | None,
-    ) -> Place | None:
+    ) -> TensorDim | None:
         """Compare the scale with the loss that K-FAC was told of; collective, once, and waits for the device.
 
         Args:

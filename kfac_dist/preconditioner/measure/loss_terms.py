@@ -16,7 +16,7 @@ from torch import Tensor
 from kfac_dist.config.schema import LossTerms
 from kfac_dist.curvature.capture.samples import (
     PassShapes,
-    Place,
+    TensorDim,
     count_samples,
     find_number,
     find_positions,
@@ -64,7 +64,7 @@ class TermCounter:
     """
 
     def __init__(self, loss_terms: LossTerms) -> None:
-        self.place: Place | None = None
+        self.place: TensorDim | None = None
         self._loss_terms = loss_terms
 
     def samples(self, shapes: PassShapes) -> int | None:
@@ -98,7 +98,7 @@ class TermCounter:
             )
         return Counted(samples, float(samples))
 
-    def settle(self, shapes: PassShapes, terms: float | None) -> Place | None:
+    def settle(self, shapes: PassShapes, terms: float | None) -> TensorDim | None:
         """Return where n stands, by the number of terms that the loss has shown if it has, or else by the shapes.
 
         Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kfac_dist.config.schema import CurvatureConfig, Fisher, LossTerms
 from kfac_dist.curvature.block_tridiagonal_units import NeighbourMoments
-from kfac_dist.curvature.blocks import Block, KroneckerBlock, MicroBatch, Use
+from kfac_dist.curvature.blocks import Block, KroneckerBlock, LayerCall, MicroBatch
 from kfac_dist.curvature.blocks.layer_calls import Batch
 from kfac_dist.curvature.capture.arbiter import Arbiter, Mismatch
 from kfac_dist.curvature.capture.capture import Capture, warn_of_accumulation
@@ -29,10 +29,10 @@ from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
-from kfac_dist.preconditioner.invert.ekfac import Moments
+from kfac_dist.preconditioner.invert.ekfac import SecondMoments
 from kfac_dist.preconditioner.measure.loss_scale import LossScaleWatch, unscaling
 from kfac_dist.preconditioner.measure.loss_terms import Counted, Description, TermCounter
-from kfac_dist.preconditioner.measure.sampled_gradients import DrawnGradients
+from kfac_dist.preconditioner.measure.sampled_gradients import SampledLabelGradients
 from kfac_dist.preconditioner.measure.scale import gradient_scale
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.reduce.reduction import FactorReduction
@@ -53,7 +53,7 @@ class Measurement:
         communicator: The ranks; this one's number places its samples in the global batch.
         scaler: The AMP scaler whose scale output gradients carry, if any.
         phases: Told how long this takes.
-        drawn: Takes gradients at drawn labels, for parameters without a block.
+        sampled: Takes gradients at drawn labels, for parameters without a block.
         check_scale: Whether to compare the loss's gradient at the model's outputs with that of a plain mean.
         counter: Counts the loss's terms; by default a new one.
         arbiter: Compares what is captured with the blocks' gradients; by default a new one, of all blocks.
@@ -68,13 +68,13 @@ class Measurement:
         blocks: tuple[Block, ...],
         averages: RunningAverages,
         reduction: FactorReduction,
-        moments: Moments | None,
+        moments: SecondMoments | None,
         config: CurvatureConfig,
         *,
         communicator: Communicator,
         scaler: torch.amp.GradScaler | None,
         phases: PhaseTimer,
-        drawn: DrawnGradients | None = None,
+        sampled: SampledLabelGradients | None = None,
         check_scale: bool = True,
         counter: TermCounter | None = None,
         arbiter: Arbiter | None = None,
@@ -89,7 +89,7 @@ class Measurement:
         self._communicator = communicator
         self._scaler = scaler
         self._phases = phases
-        self._drawn = drawn
+        self._sampled = sampled
         self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
         self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
         self._terms = TermCounter(config.loss_terms) if counter is None else counter
@@ -134,8 +134,8 @@ class Measurement:
         self._uncounted = None
         self._entered.clear()
         self.mismatches = ()
-        if self._drawn is not None:
-            self._drawn.reset()
+        if self._sampled is not None:
+            self._sampled.reset()
         self._capture.reset()
         self._neighbours.reset()
         self._capture.active = active
@@ -206,26 +206,26 @@ class Measurement:
                 current = next(classes)
                 yield column
 
-        def measure(block: Block, uses: list[Use], first: bool) -> None:
-            uses = [use for use in uses if not use.empty]
-            if not uses:
+        def measure(block: Block, calls: list[LayerCall], first: bool) -> None:
+            calls = [call for call in calls if not call.empty]
+            if not calls:
                 return
             if self._moments is not None and isinstance(block, KroneckerBlock):
-                self._moments.measure(block, uses, micro, counted=first)
+                self._moments.measure(block, calls, micro, counted=first)
             if not self._factors or not self._reduction.accepts(block.name):
                 return
             if block.by_class and current is not None:
-                block.measure(uses, replace(micro, classes=current), self._averages, _EVERY_SIDE)
+                block.measure(calls, replace(micro, classes=current), self._averages, _EVERY_SIDE)
                 return
             sink = self._averages if first else _SumsOnly(self._averages)
             sides = _EVERY_SIDE if first else _EVERY_SIDE - {Side.A}
-            block.measure(uses, micro, sink, sides)
-            self._neighbours.measure(block, uses, micro, sink, sides)
+            block.measure(calls, micro, sink, sides)
+            self._neighbours.measure(block, calls, micro, sink, sides)
 
         self._enter(batch, micro)
         with self._scale.unwatched(), self._phases(Phase.STATISTICS):
-            if self._drawn is not None and self._factors:
-                self._drawn.add(outputs, self._drawn_labels(outputs, micro.first_sample), float(micro.terms))
+            if self._sampled is not None and self._factors:
+                self._sampled.add(outputs, self._drawn_labels(outputs, micro.first_sample), float(micro.terms))
             self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
         self._went_back = True
         if self._last and self._factors:
@@ -346,11 +346,11 @@ class Measurement:
             return self._micro_batch(batch, self._count(batch), own=False)
         return None
 
-    def _measure(self, block: Block, uses: list[Use]) -> None:
-        uses = [use for use in uses if not use.empty]
-        if not uses:
+    def _measure(self, block: Block, calls: list[LayerCall]) -> None:
+        calls = [call for call in calls if not call.empty]
+        if not calls:
             return  # as if the layer hadn't been called
-        batch = uses[0].batch
+        batch = calls[0].batch
         try:
             micro = self._micro_batch(batch, self._count(batch), own=False)
         except ModelError as error:  # told in `finish`, on every rank
@@ -367,10 +367,10 @@ class Measurement:
             micro = replace(micro, classes=None)
         with self._phases(Phase.STATISTICS):
             if self._factors:
-                block.measure(uses, micro, self._averages, self._sides)
-                self._neighbours.measure(block, uses, micro, self._averages, self._sides)
+                block.measure(calls, micro, self._averages, self._sides)
+                self._neighbours.measure(block, calls, micro, self._averages, self._sides)
             if self._moments is not None and isinstance(block, KroneckerBlock):
-                self._moments.measure(block, uses, micro, counted=True)
+                self._moments.measure(block, calls, micro, counted=True)
         if self._factors and self._last and not self._capture.waits_for(block.name):
             with self._phases(Phase.REDUCTION):
                 self._reduction.completed(block.name)
@@ -421,8 +421,8 @@ class Measurement:
             )
         probability = outputs.detach().float().softmax(-1)
         if config.fisher is Fisher.MC:
-            drawn = drawn_classes(probability, seed=config.seed, step=self._step, first_sample=first_sample)
-            yield Classes.of(drawn, number, slots)
+            sampled = drawn_classes(probability, seed=config.seed, step=self._step, first_sample=first_sample)
+            yield Classes.of(sampled, number, slots)
             return
         for index in range(number):
             yield Classes(slots, index=index, shares=probability[..., index])

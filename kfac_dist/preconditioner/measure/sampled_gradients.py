@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-class DrawnGradients:
+class SampledLabelGradients:
     """One step's sums of gradients.
 
     Args:

@@ -27,7 +27,7 @@ from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.slices import gather_slices
 from kfac_dist.engines import Engine
 from kfac_dist.errors import CheckpointError
-from kfac_dist.preconditioner.measure.sampled_gradients import DrawnGradients
+from kfac_dist.preconditioner.measure.sampled_gradients import SampledLabelGradients
 
 LABEL = "loss_terms"
 LABEL_DRAWN = "drawn gradients"
@@ -40,7 +40,7 @@ class DiagonalFisher:
     Args:
         engine: Where the gradients are.
         names: The parameters, the same on every rank; none makes everything here do nothing.
-        drawn: Gradients at drawn labels, to measure by; None measures by the averaged gradients.
+        sampled: Gradients at drawn labels, to measure by; None measures by the averaged gradients.
         decay: β.
         communicator: The ranks that average gradients.
         row: The ranks that together hold each gradient once, if the engine is sharded.
@@ -53,7 +53,7 @@ class DiagonalFisher:
         engine: Engine,
         names: Sequence[str],
         *,
-        drawn: DrawnGradients | None = None,
+        sampled: SampledLabelGradients | None = None,
         decay: float,
         communicator: Communicator,
         row: Communicator,
@@ -61,7 +61,7 @@ class DiagonalFisher:
         dtype: torch.dtype,
     ) -> None:
         self.names = tuple(names)
-        self.drawn = drawn
+        self.sampled = sampled
         self._engine = engine
         self._decay = decay
         self._communicator = communicator
@@ -88,7 +88,7 @@ class DiagonalFisher:
         """
         if not self.names:
             return
-        new, known = self._by_average(terms) if self.drawn is None else self._by_drawn(self.drawn.total)
+        new, known = self._by_average(terms) if self.sampled is None else self._by_sampled(self.sampled.total)
         known = known & taken
         zero_unless(known, new)
         rate = (1 - self._decay) * known.to(self._weight.dtype)
@@ -102,7 +102,7 @@ class DiagonalFisher:
         self.collect(self._engine.gradients())
         return self.gradient.square() * (total / self._engine.gradient_scale**2), total > 0
 
-    def _by_drawn(self, total: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_sampled(self, total: Tensor) -> tuple[Tensor, Tensor]:
         """Return n ḡ² of the drawn labels' gradients, and whether there were terms and all is finite."""
         self._communicator.all_reduce(total, label=LABEL_DRAWN).wait()
         terms = total[-1]

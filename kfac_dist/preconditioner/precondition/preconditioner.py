@@ -27,12 +27,12 @@ class Updates:
 
     Attributes:
         gradients: The gradients that they were made of, by parameter name: where they go.
-        rest: Those of parameters with a diagonal Fisher, flat.
+        diagonal: Those of parameters with a diagonal Fisher, flat.
         sums: What `Shape` returned, a group each.
     """
 
     gradients: dict[str, Tensor]
-    rest: Tensor
+    diagonal: Tensor
     sums: list[Tensor]
 
 
@@ -41,13 +41,13 @@ class Preconditioner:
 
     Args:
         transport: Moves gradients to this rank's groups and back.
-        rest: The diagonal Fisher of parameters without a block.
+        diagonal: The diagonal Fisher of parameters without a block.
         offload: Keeps the groups' inverses on the host, if it is asked for.
     """
 
-    def __init__(self, transport: Transport, rest: DiagonalFisher, offload: Offload | None) -> None:
+    def __init__(self, transport: Transport, diagonal: DiagonalFisher, offload: Offload | None) -> None:
         self._transport = transport
-        self._rest = rest
+        self._diagonal = diagonal
         self._offload = offload
 
     def collect(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ class Preconditioner:
         if self._offload is not None:
             self._offload.begin()
         self._transport.collect(gradients)
-        self._rest.collect(gradients)
+        self._diagonal.collect(gradients)
         return gradients
 
     def precondition(self, gradients: dict[str, Tensor], damping: float, shape: Shape | None = None) -> Updates:
@@ -74,9 +74,9 @@ class Preconditioner:
             if shape is not None:
                 sums += map(shape, groups, updates)
             self._transport.send(groups, updates)
-        return Updates(gradients, self._rest.apply(damping), sums)
+        return Updates(gradients, self._diagonal.apply(damping), sums)
 
     def deliver(self, updates: Updates, scale: Tensor | None = None) -> None:
         """Write updates, times a 0-dim factor, over the gradients that they were made of."""
         self._transport.deliver(updates.gradients, scale)
-        self._rest.deliver(updates.gradients, updates.rest, scale)
+        self._diagonal.deliver(updates.gradients, updates.diagonal, scale)

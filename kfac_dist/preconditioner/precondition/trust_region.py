@@ -44,7 +44,7 @@ class TrustRegion:
         engine: Where the gradients are.
         optimizer: Has the learning rate of the trust region.
         row: The ranks that together hold each update once.
-        rest: The parameters without a block that have a diagonal Fisher.
+        diagonal: The parameters without a block that have a diagonal Fisher.
         plain: Those that have none.
         device: Where preconditioning happens.
         dtype: In which precision.
@@ -63,7 +63,7 @@ class TrustRegion:
         engine: Engine,
         optimizer: HasRates | None,
         row: Communicator,
-        rest: DiagonalFisher,
+        diagonal: DiagonalFisher,
         plain: Sequence[str],
         device: torch.device,
         dtype: torch.dtype,
@@ -77,7 +77,7 @@ class TrustRegion:
         self._engine = engine
         self._optimizer = optimizer
         self._row = row
-        self._rest = rest
+        self._diagonal = diagonal
         self._plain = plain
         self._device = device
         self.kl_scale = torch.ones((), device=device, dtype=dtype)
@@ -106,7 +106,7 @@ class TrustRegion:
             return None
         product = torch.zeros(1, device=self._device, dtype=self.kl_scale.dtype)
         product += torch.stack(updates.sums).sum() if updates.sums else 0.0
-        for own in self._rest.products(updates.rest):
+        for own in self._diagonal.products(updates.diagonal):
             product += own
         self._row.all_reduce(product, label=LABEL).wait()
         length = self._lr() / self._engine.gradient_scale

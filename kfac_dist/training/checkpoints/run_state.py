@@ -37,13 +37,13 @@ from kfac_dist.training.checkpoints.differences import Difference, misfit
 from kfac_dist.training.checkpoints.random_state import capture_random_state, restore_random_state
 from kfac_dist.training.checkpoints.slices import SavedRun, Wanted, piecewise, run_name, saved_runs, straight
 from kfac_dist.training.game.players import PlayersKFAC
-from kfac_dist.training.setup import Parts
+from kfac_dist.training.setup import RunParts
 
 Saved = dict[str, list[SavedRun]]
 _UNITS = "kfac.units."
 
 
-def capture_state(parts: Parts, rank: int) -> dict[str, Any]:
+def capture_state(parts: RunParts, rank: int) -> dict[str, Any]:
     """Return the state of a run as nested dictionaries; collective, because K-FAC's part is."""
     engine, optimizer = parts.engine, parts.optimizer
     holdings = engine.holdings()
@@ -65,7 +65,7 @@ def capture_state(parts: Parts, rank: int) -> dict[str, Any]:
 def restore_state(
     checkpoints: Checkpoints,
     checkpoint: Checkpoint,
-    parts: Parts,
+    parts: RunParts,
     rank: int,
     own: dict[str, dict[str, Tensor]],
     changed: Sequence[Difference] = (),
@@ -175,7 +175,7 @@ def _misfits(checkpoint: Checkpoint, changed: Sequence[Difference]) -> Iterator[
         raise CheckpointError(misfit(checkpoint.path, text, changed)) from error
 
 
-def _is_same_solver(checkpoints: Checkpoints, checkpoint: Checkpoint, parts: Parts) -> bool:
+def _is_same_solver(checkpoints: Checkpoints, checkpoint: Checkpoint, parts: RunParts) -> bool:
     """Return whether a checkpoint was written with the run's solver.
 
     Solvers' states have names in common, such as λ's, and what one has set the damping to is no other's.

@@ -21,7 +21,7 @@ from kfac_dist.training.recovery.preemption import SIGNALS
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class LoadedBatch:
     """Samples of one forward pass on this rank.
 
     Attributes:
@@ -46,7 +46,7 @@ class StepBatch:
     """
 
     samples: int
-    micro_batches: list[MicroBatch]
+    micro_batches: list[LoadedBatch]
     after: Position
 
 
@@ -183,7 +183,7 @@ class Stream:
         fetched = self.source.fetch(plan, seed=self.sampler.seed + start.epoch)
         for batch, ranges in zip(batches, parts, strict=True):
             tensors = islice(fetched, len(ranges))
-            micro = [MicroBatch(part.start, *pair) for part, pair in zip(ranges, tensors, strict=True)]
+            micro = [LoadedBatch(part.start, *pair) for part, pair in zip(ranges, tensors, strict=True)]
             yield StepBatch(len(batch.indices), micro, self.sampler.after(batch))
 
 

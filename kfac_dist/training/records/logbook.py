@@ -12,9 +12,9 @@ from kfac_dist.optimizers.variance import RelativeVariance
 from kfac_dist.reporting.progress import Status
 from kfac_dist.training.evaluation import Evaluation
 from kfac_dist.training.records.curvature_log import CurvatureLog
-from kfac_dist.training.records.outputs import Outputs
+from kfac_dist.training.records.outputs import RunOutputs
 from kfac_dist.training.records.variance import variance_metrics
-from kfac_dist.training.setup import Parts
+from kfac_dist.training.setup import RunParts
 
 
 class Logbook:
@@ -28,7 +28,7 @@ class Logbook:
     """
 
     def __init__(
-        self, config: Config, parts: Parts, outputs: Outputs, paused: Callable[[], AbstractContextManager[None]]
+        self, config: Config, parts: RunParts, outputs: RunOutputs, paused: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self._parts = parts
         self._outputs = outputs

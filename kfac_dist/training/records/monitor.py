@@ -10,7 +10,7 @@ from typing import Any
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.reporting.exporter import Exporter, Reading
 from kfac_dist.training.checkpoints.checkpoint import MANIFEST
-from kfac_dist.training.setup import Parts
+from kfac_dist.training.setup import RunParts
 
 
 class Monitor:
@@ -25,7 +25,7 @@ class Monitor:
     """
 
     def __init__(
-        self, exporter: Exporter, name: str, parts: Parts, communicator: Communicator, checkpoints: Path
+        self, exporter: Exporter, name: str, parts: RunParts, communicator: Communicator, checkpoints: Path
     ) -> None:
         self._exporter = exporter
         self._parts = parts

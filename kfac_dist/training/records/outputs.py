@@ -15,7 +15,7 @@ from kfac_dist.training.recovery.preemption import StopSignals
 
 
 @dataclass(frozen=True)
-class Outputs:
+class RunOutputs:
     """The destinations of a run's numbers.
 
     Attributes:

@@ -180,10 +180,10 @@ class Preemption:
         signals: What this rank has been told.
         communicator: The ranks of the run.
         clock: Seconds.
-        wishes: What else this rank may wish for; asked at every poll.
+        requests: Further conditions of this rank, such as a checkpoint that is due; asked at every poll.
 
     Attributes:
-        granted: Whether any rank had each of these wishes, the same on every rank; set by `due`.
+        granted: Whether any rank had each of these requests, the same on every rank; set by `due`.
     """
 
     def __init__(
@@ -191,10 +191,10 @@ class Preemption:
         signals: StopSignals,
         communicator: Communicator,
         clock: Callable[[], float] = time.monotonic,
-        wishes: Sequence[Callable[[], bool]] = (),
+        requests: Sequence[Callable[[], bool]] = (),
     ) -> None:
-        self._wishes = wishes
-        self.granted = [False] * len(wishes)
+        self._requests = requests
+        self.granted = [False] * len(requests)
         self._signals = signals
         self._communicator = communicator
         self._clock = clock
@@ -210,7 +210,7 @@ class Preemption:
             CollectiveError: Another rank has failed.
         """
         if self._communicator.size == 1:
-            self.granted = [wish() for wish in self._wishes]
+            self.granted = [wish() for wish in self._requests]
             return self._signals.caught is not None
         stop = self._read()
         self._since_poll += 1
@@ -226,13 +226,13 @@ class Preemption:
     def _poll(self) -> None:
         now = self._clock()
         seconds_per_step = (now - self._polled_at) / self._since_poll
-        own = [seconds_per_step, float(self._signals.caught is not None), *(float(wish()) for wish in self._wishes)]
+        own = [seconds_per_step, float(self._signals.caught is not None), *(float(wish()) for wish in self._requests)]
         self._answer = _Answer(torch.tensor(own, dtype=torch.float64), self._communicator)
         self._since_poll, self._polled_at = 0, now
 
     def _read(self) -> bool:
         answer, self._answer = self._answer, None
-        self.granted = [False] * len(self._wishes)
+        self.granted = [False] * len(self._requests)
         if answer is None:
             return False
         seconds, told, *wished_for = answer.read()

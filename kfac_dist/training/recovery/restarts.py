@@ -22,7 +22,7 @@ from kfac_dist.training.checkpoints.manifest import NAME, read_manifest
 
 
 @dataclass(frozen=True)
-class Job:
+class JobHistory:
     """The common history of one job's starts; the same on every rank.
 
     Attributes:
@@ -46,11 +46,11 @@ class Job:
         return names <= {self.name}
 
 
-def find_job(world: World, communicator: Communicator) -> Job:
+def find_job(world: World, communicator: Communicator) -> JobHistory:
     """Return the job that these ranks belong to; collective."""
     own = _name(world.first, os.environ), world.restarted or any(launcher_restarts().values())
     words = communicator.gather_objects(own, label="job")
-    return Job(words[0][0], any(restarted for _, restarted in words))
+    return JobHistory(words[0][0], any(restarted for _, restarted in words))
 
 
 def _name(first: str | None, environment: Mapping[str, str]) -> str:

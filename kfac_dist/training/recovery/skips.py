@@ -17,7 +17,7 @@ from kfac_dist.training.data.sampler import Position
 from kfac_dist.training.records.window import WindowTotals
 from kfac_dist.training.recovery.diagnosis import blame_data
 from kfac_dist.training.recovery.divergence import DivergedError, Guard, Recovery, Verdict
-from kfac_dist.training.setup import Parts
+from kfac_dist.training.setup import RunParts
 
 
 class Skips:
@@ -36,7 +36,7 @@ class Skips:
     """
 
     def __init__(
-        self, config: Config, parts: Parts, communicator: Communicator, guard: Guard, note: Callable[[str], None]
+        self, config: Config, parts: RunParts, communicator: Communicator, guard: Guard, note: Callable[[str], None]
     ) -> None:
         self.recovery = Recovery()
         self.reason = ""

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kfac_dist.config.schema import CurvatureConfig, Sharing
-from kfac_dist.curvature.blocks import Block, Use, find_blocks
+from kfac_dist.curvature.blocks import Block, LayerCall, find_blocks
 from kfac_dist.curvature.blocks.layers.linear import LinearBlock
 from kfac_dist.curvature.capture.capture import Capture
 from kfac_dist.errors import ModelError
 from tests.curvature.measured import assert_close, build_kfac, factors
 
-Seen = dict[str, list[list[Use]]]
+Seen = dict[str, list[list[LayerCall]]]
 
 
 def watch(
@@ -26,8 +26,8 @@ def watch(
     blocks = find_blocks(model, CurvatureConfig()).blocks if blocks is None else blocks
     seen: Seen = {block.name: [] for block in blocks}
 
-    def completed(block: Block, uses: list[Use]) -> None:
-        seen[block.name].append(uses)
+    def completed(block: Block, calls: list[LayerCall]) -> None:
+        seen[block.name].append(calls)
 
     capture = Capture(model, blocks, completed, own_backward=own_backward)
     capture.active = active
@@ -66,16 +66,16 @@ def test_gradient_is_that_of_the_output_itself_also_under_in_place_activations(
     capture, seen = watch(model, own_backward=own_backward)
     outputs = model(x)
     if own_backward:
-        capture.backpropagate(outputs, [2 * outputs.detach()], lambda block, uses, _: seen[block.name].append(uses))
+        capture.backpropagate(outputs, [2 * outputs.detach()], lambda block, calls, _: seen[block.name].append(calls))
     else:
         outputs.square().sum().backward()
     assert times(seen) == [1, 1]
-    (use,) = seen["0"][0]
-    assert use.grad is not None
-    assert_close(use.grad, expected)
-    assert torch.equal(use.inputs, x)
-    assert not use.inputs.requires_grad
-    assert not use.grad.requires_grad
+    (call,) = seen["0"][0]
+    assert call.grad is not None
+    assert_close(call.grad, expected)
+    assert torch.equal(call.inputs, x)
+    assert not call.inputs.requires_grad
+    assert not call.grad.requires_grad
     capture.remove()
 
 
@@ -91,7 +91,7 @@ def test_in_place_activations_on_outputs_that_are_views(own_backward: bool, bias
     capture, seen = watch(model, own_backward=own_backward)
     outputs = model(x)
     if own_backward:
-        capture.backpropagate(outputs, [2 * outputs.detach()], lambda block, uses, _: seen[block.name].append(uses))
+        capture.backpropagate(outputs, [2 * outputs.detach()], lambda block, calls, _: seen[block.name].append(calls))
     else:
         outputs.square().sum().backward()
     assert times(seen) == [1, 1]
@@ -279,7 +279,7 @@ def test_uses_whose_gradients_never_come_are_forgotten_at_reset() -> None:
     model(inputs())
     capture.reset()
     model(inputs()).sum().backward()
-    assert [len(uses) for found in seen.values() for uses in found] == [1, 1]
+    assert [len(calls) for found in seen.values() for calls in found] == [1, 1]
     capture.remove()
 
 
@@ -295,7 +295,7 @@ def test_a_graph_that_is_dropped_takes_its_activations_along() -> None:
     assert kept[0].expired()
     model(inputs()).sum().backward()
     assert times(seen) == [1, 1]  # in backward, without waiting for what will not come
-    assert [len(uses) for found in seen.values() for uses in found] == [1, 1]
+    assert [len(calls) for found in seen.values() for calls in found] == [1, 1]
     assert capture.passes_back == {2}
     capture.remove()
 
@@ -308,7 +308,7 @@ def test_a_use_that_has_its_gradient_outlives_its_graph() -> None:
     first.sum().backward()
     del first
     second.sum().backward()
-    assert [len(uses) for uses in seen["0"]] == [2]
+    assert [len(calls) for calls in seen["0"]] == [2]
     capture.remove()
 
 
@@ -329,8 +329,8 @@ def test_flush_measures_the_uses_that_did_get_a_gradient() -> None:
     assert times(seen) == [0]
     capture.flush()
     assert times(seen) == [1]
-    (use,) = seen["shared"][0]
-    assert torch.equal(use.inputs, inputs())
+    (call,) = seen["shared"][0]
+    assert torch.equal(call.inputs, inputs())
     capture.flush()
     assert times(seen) == [1]
     capture.remove()
@@ -389,7 +389,7 @@ def test_a_layer_that_returns_no_tensor_is_named() -> None:
     assert not found.blocks
     assert found.uncovered["0.weight"] == "WithExtra.forward computes something else than nn.Linear"
     blocks = (LinearBlock("0", model[0], Sharing.EXPAND),)
-    capture = Capture(model, blocks, lambda block, uses: None, own_backward=False)
+    capture = Capture(model, blocks, lambda block, calls: None, own_backward=False)
     capture.active = True
     with pytest.raises(ModelError, match=r"layer 0: WithExtra returns tuple, not a tensor; .*exclude"):
         model(inputs())

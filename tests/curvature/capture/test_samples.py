@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.curvature.capture.samples import UNBATCHED, PassShapes, Place, count_samples, find_number, find_positions
+from kfac_dist.curvature.capture.samples import (
+    UNBATCHED,
+    PassShapes,
+    TensorDim,
+    count_samples,
+    find_number,
+    find_positions,
+)
 from kfac_dist.curvature.capture.samples import shapes_of as found_in
 
 B, T, D, C, N, E = 4, 6, 3, 5, 12, 20
@@ -56,10 +63,10 @@ def test_samples(name: str, shapes: PassShapes, samples: int | None) -> None:
 
 def test_a_number_is_found_in_the_outputs_before_the_inputs() -> None:
     shapes = PassShapes(((T, B, D), (N,)), ((T, B, C),))
-    assert find_number(shapes, T) == Place("outputs", 0)
-    assert find_number(shapes, B) == Place("outputs", 0, 1)
-    assert find_number(shapes, B * 1.01, 0.02) == Place("outputs", 0, 1)
-    assert find_number(shapes, N) == Place("inputs", 1)
+    assert find_number(shapes, T) == TensorDim("outputs", 0)
+    assert find_number(shapes, B) == TensorDim("outputs", 0, 1)
+    assert find_number(shapes, B * 1.01, 0.02) == TensorDim("outputs", 0, 1)
+    assert find_number(shapes, N) == TensorDim("inputs", 1)
     assert find_number(shapes, N + 1) is None
 
 

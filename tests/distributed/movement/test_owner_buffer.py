@@ -134,7 +134,7 @@ def share_among_many(dtypes: list[torch.dtype]) -> list[tuple[bool, tuple[int, i
         layout.part(buffer, comm.rank).copy_(layout.part(expected, comm.rank))
         in_flight.append((expected, buffer, share_segments(comm, buffer, layout, label=str(index))))
     for _, _, sharing in in_flight[::3]:
-        sharing.go_on()
+        sharing.start_second_phase()
     for index, (expected, buffer, sharing) in enumerate(in_flight):
         sharing.wait()
         sharing.wait()

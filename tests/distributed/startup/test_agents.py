@@ -13,14 +13,14 @@ from collections.abc import Mapping
 import pytest
 
 from kfac_dist.distributed.startup.agents import line_to_agent
-from kfac_dist.distributed.startup.rank_info import Launcher, Place
+from kfac_dist.distributed.startup.rank_info import Launcher, RankInfo
 from kfac_dist.processes import process
 
 RANK = (
     "import os, sys, time\n"
     "from kfac_dist.distributed.startup.agents import AgentWatch\n"
-    "from kfac_dist.distributed.startup.rank_info import find_place\n"
-    "with AgentWatch(find_place(os.environ), tick_seconds=0.05):\n"
+    "from kfac_dist.distributed.startup.rank_info import find_rank_info\n"
+    "with AgentWatch(find_rank_info(os.environ), tick_seconds=0.05):\n"
     "    print(os.getpid(), flush=True)\n"
     "    time.sleep(float(sys.argv[1]))\n"
     "print('trained on', flush=True)\n"
@@ -101,7 +101,7 @@ def test_a_process_without_a_launcher_outlives_whoever_started_it() -> None:
 
 
 def test_the_line_ends_at_the_process_that_has_no_variables_of_a_rank() -> None:
-    place = Place(Launcher.TORCHRUN, 0, 1, 0, 1, ("localhost", 1))
-    assert [found.pid for found in line_to_agent(place)] == [os.getppid()]
-    assert line_to_agent(Place(Launcher.NOBODY, 0, 1, 0, 1, None)) == []
-    assert line_to_agent(Place(Launcher.ENVIRONMENT, 0, 1, 0, 1, ("localhost", 1))) == []
+    info = RankInfo(Launcher.TORCHRUN, 0, 1, 0, 1, ("localhost", 1))
+    assert [found.pid for found in line_to_agent(info)] == [os.getppid()]
+    assert line_to_agent(RankInfo(Launcher.NOBODY, 0, 1, 0, 1, None)) == []
+    assert line_to_agent(RankInfo(Launcher.ENVIRONMENT, 0, 1, 0, 1, ("localhost", 1))) == []

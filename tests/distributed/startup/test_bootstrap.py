@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from kfac_dist.distributed.startup.bootstrap import FLIGHT_RECORDER, _record_flights, bootstrap, choose_device
-from kfac_dist.distributed.startup.rank_info import Launcher, Place
+from kfac_dist.distributed.startup.rank_info import Launcher, RankInfo
 from kfac_dist.distributed.startup.rendezvous import EPOCH
 from kfac_dist.errors import CollectiveError, ConfigError
 from tests.harness import run_ranks
@@ -24,7 +24,9 @@ TORCHRUN = {
     "MASTER_ADDR": "localhost",
     "MASTER_PORT": "29500",
 }
-PLACE = Place(Launcher.TORCHRUN, rank=1, world_size=4, local_rank=1, local_world_size=2, address=("localhost", 29500))
+TORCHRUN_INFO = RankInfo(
+    Launcher.TORCHRUN, rank=1, world_size=4, local_rank=1, local_world_size=2, address=("localhost", 29500)
+)
 
 
 @pytest.mark.parametrize(
@@ -39,22 +41,22 @@ PLACE = Place(Launcher.TORCHRUN, rank=1, world_size=4, local_rank=1, local_world
 def test_device_of_a_rank(monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, expected: torch.device) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert choose_device(device, PLACE) == expected  # type: ignore[arg-type]
+    assert choose_device(device, TORCHRUN_INFO) == expected  # type: ignore[arg-type]
 
 
 def test_a_rank_with_gpus_of_its_own_takes_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert choose_device("auto", replace(PLACE, own_gpus=True)) == torch.device("cuda", 0)
+    assert choose_device("auto", replace(TORCHRUN_INFO, own_gpus=True)) == torch.device("cuda", 0)
 
 
 def test_cuda_without_enough_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"run\.device: cuda needs a GPU for each of the 2 ranks .* has 1"):
-        choose_device("cuda", PLACE)
+        choose_device("cuda", TORCHRUN_INFO)
     with pytest.raises(ConfigError, match=r"auto finds 1 GPU for the 2 ranks of this node: start 1 rank .*device=cpu"):
-        choose_device("auto", PLACE)  # NCCL takes one rank per GPU
+        choose_device("auto", TORCHRUN_INFO)  # NCCL takes one rank per GPU
 
 
 def meet_with(port: int, gpus_by_rank: list[int]) -> str:
@@ -137,9 +139,9 @@ EXPORTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def test_tasks_of_srun_meet_and_show_others_their_place() -> None:
-    places = [("0", "3", "0", "2"), ("1", "3", "1", "2"), ("2", "3", "0", "1")]
+    infos = [("0", "3", "0", "2"), ("1", "3", "1", "2"), ("2", "3", "0", "1")]
     results = run_ranks(3, join_as_task_of_srun, free_port(), process_group=False)
-    assert [result[1] for result in results] == [dict(zip(EXPORTS, place, strict=True)) for place in places]
+    assert [result[1] for result in results] == [dict(zip(EXPORTS, info, strict=True)) for info in infos]
     assert results[0][0] == "3 ranks on 2 nodes (srun), gloo on cpu"
     assert not any(result[2] for result in results), "what was exported goes with the world"
 
@@ -186,8 +188,8 @@ def test_a_host_without_an_address_is_told_without_torch_s_pages(monkeypatch: py
 
 
 def joined_by_others() -> str:
-    place = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ.update(place)
+    info = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(info)
     if dist.get_rank() == 1:
         return str(bootstrap("cpu", 20.0).owns_group)
     with pytest.raises(

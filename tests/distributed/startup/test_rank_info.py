@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kfac_dist.distributed.startup.rank_info import Launcher, Place, find_place
+from kfac_dist.distributed.startup.rank_info import Launcher, RankInfo, find_rank_info
 from kfac_dist.errors import ConfigError
 
 TORCHRUN = {
@@ -19,7 +19,9 @@ TORCHRUN = {
     "GROUP_WORLD_SIZE": "2",
 }
 BY_HAND = {name: text for name, text in TORCHRUN.items() if name not in ("TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE")}
-PLACE = Place(Launcher.TORCHRUN, rank=1, world_size=4, local_rank=1, local_world_size=2, address=("localhost", 29500))
+TORCHRUN_INFO = RankInfo(
+    Launcher.TORCHRUN, rank=1, world_size=4, local_rank=1, local_world_size=2, address=("localhost", 29500)
+)
 
 # As `srun -n 3` sets them on two nodes of a job with room for four, in SLURM 22.05.
 SRUN = {
@@ -36,7 +38,7 @@ SRUN = {
     "SLURM_STEP_TASKS_PER_NODE": "2,1",
     "SLURM_TASKS_PER_NODE": "2(x2)",
 }
-SRUN_PLACE = Place(Launcher.SLURM, 1, 3, 1, 2, ("node2", 12_000 + 7 * 41 + 2 * 7))
+SRUN_INFO = RankInfo(Launcher.SLURM, 1, 3, 1, 2, ("node2", 12_000 + 7 * 41 + 2 * 7))
 
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 OPEN_MPI = {
@@ -45,7 +47,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
-MPI_PLACE = Place(Launcher.MPI, 1, 4, 1, 2, None)
+MPI_INFO = RankInfo(Launcher.MPI, 1, 4, 1, 2, None)
 # As DeepSpeed's launcher sets them on its node 0 of two.
 DEEPSPEED = {
     **{name: text for name, text in BY_HAND.items() if name != "LOCAL_WORLD_SIZE"},
@@ -56,47 +58,50 @@ DEEPSPEED = {
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "info"),
     [
-        (TORCHRUN, PLACE),
-        (BY_HAND, Place(Launcher.ENVIRONMENT, 1, 4, 1, 2, ("localhost", 29500))),
-        (DEEPSPEED, Place(Launcher.DEEPSPEED, 1, 4, 1, 2, ("localhost", 29500))),
-        (SRUN, SRUN_PLACE),
-        (HYDRA, MPI_PLACE),
-        (OPEN_MPI, MPI_PLACE),
-        ({"LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}, Place(Launcher.NOBODY, 0, 1, 0, 1, None)),
+        (TORCHRUN, TORCHRUN_INFO),
+        (BY_HAND, RankInfo(Launcher.ENVIRONMENT, 1, 4, 1, 2, ("localhost", 29500))),
+        (DEEPSPEED, RankInfo(Launcher.DEEPSPEED, 1, 4, 1, 2, ("localhost", 29500))),
+        (SRUN, SRUN_INFO),
+        (HYDRA, MPI_INFO),
+        (OPEN_MPI, MPI_INFO),
+        ({"LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}, RankInfo(Launcher.NOBODY, 0, 1, 0, 1, None)),
     ],
     ids=["torchrun", "by hand", "deepspeed", "srun", "hydra", "open mpi", "nobody"],
 )
-def test_each_launcher_tells_the_place(environment: dict[str, str], place: Place) -> None:
-    assert find_place({**environment, "HOME": "/"}) == place
+def test_each_launcher_tells_the_rank_info(environment: dict[str, str], info: RankInfo) -> None:
+    assert find_rank_info({**environment, "HOME": "/"}) == info
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "info"),
     [
         # srun or mpirun starts one torchrun agent a node; an elastic one has lost a node of three.
-        ({**TORCHRUN, **SRUN, "SLURM_PROCID": "2"}, PLACE),
-        ({**TORCHRUN, "PMI_RANK": "0", "PMI_SIZE": "2"}, PLACE),
+        ({**TORCHRUN, **SRUN, "SLURM_PROCID": "2"}, TORCHRUN_INFO),
+        ({**TORCHRUN, "PMI_RANK": "0", "PMI_SIZE": "2"}, TORCHRUN_INFO),
         # srun starts DeepSpeed's launcher once, which reaches its nodes by itself.
-        ({**DEEPSPEED, **SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, find_place(DEEPSPEED)),
+        ({**DEEPSPEED, **SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, find_rank_info(DEEPSPEED)),
         # srun that speaks PMI; mpirun that reached its two nodes by srun.
-        ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "3"}, SRUN_PLACE),
-        ({**HYDRA, **SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, MPI_PLACE),
+        ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "3"}, SRUN_INFO),
+        ({**HYDRA, **SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, MPI_INFO),
         # What `bootstrap` exported under mpirun, and is read once more.
-        ({**HYDRA, **BY_HAND}, Place(Launcher.ENVIRONMENT, 1, 4, 1, 2, ("localhost", 29500))),
+        ({**HYDRA, **BY_HAND}, RankInfo(Launcher.ENVIRONMENT, 1, 4, 1, 2, ("localhost", 29500))),
         # The batch script and a shell of salloc's are no tasks of srun's.
-        ({name: text for name, text in SRUN.items() if "STEP" not in name}, Place(Launcher.NOBODY, 0, 1, 0, 1, None)),
-        ({**SRUN, "SLURM_STEP_ID": "4294967290"}, Place(Launcher.NOBODY, 0, 1, 0, 1, None)),
+        (
+            {name: text for name, text in SRUN.items() if "STEP" not in name},
+            RankInfo(Launcher.NOBODY, 0, 1, 0, 1, None),
+        ),
+        ({**SRUN, "SLURM_STEP_ID": "4294967290"}, RankInfo(Launcher.NOBODY, 0, 1, 0, 1, None)),
     ],
 )
-def test_launchers_nest(environment: dict[str, str], place: Place) -> None:
-    assert find_place(environment) == place
+def test_launchers_nest(environment: dict[str, str], info: RankInfo) -> None:
+    assert find_rank_info(environment) == info
 
 
 def test_scripts_may_choose_where_srun_s_tasks_meet() -> None:
     chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5000", "WORLD_SIZE": "3"}
-    assert find_place(SRUN | chosen).address == ("10.0.0.1", 5000)
+    assert find_rank_info(SRUN | chosen).address == ("10.0.0.1", 5000)
 
 
 def test_jobs_steps_and_restarts_meet_at_different_ports() -> None:
@@ -106,13 +111,13 @@ def test_jobs_steps_and_restarts_meet_at_different_ports() -> None:
         for step in ("0", "1")
         for restart in ("0", "1")
     ]
-    ports = [place.address[1] for place in map(find_place, starts) if place.address is not None]
+    ports = [info.address[1] for info in map(find_rank_info, starts) if info.address is not None]
     assert len(set(ports)) == 12
     assert all(12_000 <= port < 32_000 for port in ports)
 
 
 def test_gpus_bound_by_slurm_are_counted_from_zero() -> None:
-    assert find_place({**SRUN, "SLURM_GPUS_PER_TASK": "1"}).own_gpus
+    assert find_rank_info({**SRUN, "SLURM_GPUS_PER_TASK": "1"}).own_gpus
 
 
 @pytest.mark.parametrize(
@@ -153,17 +158,17 @@ def test_contradictions_name_both_sides(
 ) -> None:
     changed = {name: text for name, text in (environment | changes).items() if text is not None}
     with pytest.raises(ConfigError, match=message):
-        find_place(changed)
+        find_rank_info(changed)
 
 
 def test_exports_lead_back_to_the_same_place() -> None:
-    again = find_place(SRUN_PLACE.exports() | SRUN)
+    again = find_rank_info(SRUN_INFO.exports() | SRUN)
     assert (again.rank, again.world_size, again.local_rank, again.local_world_size, again.address) == (
-        SRUN_PLACE.rank,
-        SRUN_PLACE.world_size,
-        SRUN_PLACE.local_rank,
-        SRUN_PLACE.local_world_size,
-        SRUN_PLACE.address,
+        SRUN_INFO.rank,
+        SRUN_INFO.world_size,
+        SRUN_INFO.local_rank,
+        SRUN_INFO.local_world_size,
+        SRUN_INFO.address,
     )
 
 

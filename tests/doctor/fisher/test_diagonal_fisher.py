@@ -11,8 +11,8 @@ from torch.func import functional_call, hessian
 
 from kfac_dist.config.schema import Likelihood
 from kfac_dist.curvature.fisher import label_gradient
-from kfac_dist.doctor.fisher.diagonal_fisher import Moments, estimates, moments
-from kfac_dist.doctor.fisher.directional import Derivatives, Outputs
+from kfac_dist.doctor.fisher.diagonal_fisher import EstimatorMoments, estimates, moments
+from kfac_dist.doctor.fisher.directional import Derivatives, OutputFunction
 
 INPUTS, OUTPUTS, BATCH = 3, 3, 4
 
@@ -27,7 +27,7 @@ def net() -> nn.Sequential:
 
 def derivatives(model: nn.Module, x: Tensor, name: str) -> Derivatives:
     indices = torch.arange(dict(model.named_parameters())[name].numel())
-    [found] = Outputs(model, x).derivatives(name, indices, chunk=1000)
+    [found] = OutputFunction(model, x).derivatives(name, indices, chunk=1000)
     return found
 
 
@@ -44,7 +44,7 @@ def log_likelihood(likelihood: Likelihood, h: Tensor, t: Tensor) -> Tensor:
     return t @ h - nn.functional.softplus(h).sum()
 
 
-def enumerated(likelihood: Likelihood, model: nn.Module, sample: Tensor, name: str) -> Moments:
+def enumerated(likelihood: Likelihood, model: nn.Module, sample: Tensor, name: str) -> EstimatorMoments:
     """Means and variances of (∂ℓ)² and −∂²ℓ over all labels, by autograd on the log-likelihood itself."""
     weights = {key: p.detach() for key, p in model.named_parameters()}
     first, second, probability = [], [], []
@@ -61,7 +61,7 @@ def enumerated(likelihood: Likelihood, model: nn.Module, sample: Tensor, name: s
     p, one, two = torch.stack(probability), torch.stack(first), torch.stack(second)
     assert float(p.sum()) == pytest.approx(1)
     torch.testing.assert_close(p @ one, p @ two)  # both are unbiased for the same
-    return Moments(p @ one, p @ (one - p @ one).square(), p @ (two - p @ two).square())
+    return EstimatorMoments(p @ one, p @ (one - p @ one).square(), p @ (two - p @ two).square())
 
 
 @pytest.mark.parametrize("likelihood", [Likelihood.CATEGORICAL, Likelihood.BERNOULLI])

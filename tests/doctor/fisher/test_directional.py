@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from kfac_dist.doctor.fisher.directional import Outputs, curvedness, mismatch, random_direction
+from kfac_dist.doctor.fisher.directional import OutputFunction, curvedness, mismatch, random_direction
 
 WIDTH = 6
 
@@ -60,10 +60,10 @@ SMOOTH = {
 }
 
 
-def outputs_of(name: str) -> Outputs:
+def outputs_of(name: str) -> OutputFunction:
     torch.manual_seed(0)
     model = SMOOTH[name]().double().eval()
-    return Outputs(model, torch.randn(3, 5, 4, dtype=torch.double))
+    return OutputFunction(model, torch.randn(3, 5, 4, dtype=torch.double))
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -94,13 +94,13 @@ def test_the_second_derivative_says_what_the_first_one_does(name: str) -> None:
 @pytest.mark.parametrize("kink", [nn.ReLU(), nn.LeakyReLU(0.3), nn.Hardtanh(-0.3, 0.3), Masked()])
 def test_a_kink_shows_whatever_its_name(kink: nn.Module) -> None:
     torch.manual_seed(0)
-    outputs = Outputs(sandwich(kink), torch.randn(16, 4))
+    outputs = OutputFunction(sandwich(kink), torch.randn(16, 4))
     assert mismatch(outputs, ["0.weight", "0.bias"]) > 0.1
     assert mismatch(outputs, ["2.weight", "2.bias"]) == 0
 
 
 def test_a_wrong_second_derivative_shows() -> None:
-    """Torch's own of a layer normalisation, which `Outputs` doesn't take: if it is mended, so can this file be."""
+    """Torch gives a layer normalisation a wrong one, which `OutputFunction` avoids; once mended, drop that."""
     torch.manual_seed(0)
     x, v = torch.randn(2, 8, dtype=torch.double), torch.randn(2, 8, dtype=torch.double)
     zero, one = torch.zeros((), dtype=torch.double), torch.ones((), dtype=torch.double)
@@ -116,10 +116,10 @@ def test_a_wrong_second_derivative_shows() -> None:
 def test_affine_layers_are_told_from_curved_ones() -> None:
     torch.manual_seed(0)
     model = sandwich(nn.Tanh())
-    outputs = Outputs(model, torch.randn(8, 4))
+    outputs = OutputFunction(model, torch.randn(8, 4))
     assert curvedness(outputs, ["2.weight", "2.bias"]) < 1e-5
     assert curvedness(outputs, ["0.weight", "0.bias"]) > 0.05
-    relu = Outputs(sandwich(nn.ReLU()), torch.randn(8, 4))
+    relu = OutputFunction(sandwich(nn.ReLU()), torch.randn(8, 4))
     assert curvedness(relu, ["0.weight", "0.bias"]) > 0.05  # straight nearly everywhere, and yet not affine
 
 

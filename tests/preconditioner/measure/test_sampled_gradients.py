@@ -15,10 +15,10 @@ from kfac_dist import KFAC
 from kfac_dist.config.schema import Likelihood
 from kfac_dist.curvature.fisher import label_gradient
 from kfac_dist.doctor.fisher.diagonal_fisher import moments
-from kfac_dist.doctor.fisher.directional import Outputs
+from kfac_dist.doctor.fisher.directional import OutputFunction
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.errors import ConfigError
-from kfac_dist.preconditioner.measure.sampled_gradients import DrawnGradients
+from kfac_dist.preconditioner.measure.sampled_gradients import SampledLabelGradients
 from tests.harness import run_ranks
 
 BATCH, DECAY, DAMPING, LR, SEED = 6, 0.8, 0.05, 0.1, 7
@@ -81,8 +81,8 @@ def test_the_formula(fisher: str) -> None:
         gradient = model.scale.grad.clone()
         if step % 2 == 0:
             outputs = model(batch(step)[0])
-            drawn = label_gradient(Likelihood.CATEGORICAL, outputs, seed=SEED, step=step, first_sample=0)
-            [mean] = torch.autograd.grad(outputs, model.scale, drawn / BATCH)
+            sampled = label_gradient(Likelihood.CATEGORICAL, outputs, seed=SEED, step=step, first_sample=0)
+            [mean] = torch.autograd.grad(outputs, model.scale, sampled / BATCH)
             total = DECAY * total + (1 - DECAY) * BATCH * mean**2
             weight = DECAY * weight + (1 - DECAY)
         kfac.step()
@@ -93,14 +93,14 @@ def test_the_formula(fisher: str) -> None:
 
 def test_its_mean_is_the_fisher_and_its_variance_twice_the_square() -> None:
     model, x = Scaled(), batch(0)[0].repeat(5, 1)
-    drawn, found = DrawnGradients(model, ["scale"], torch.device("cpu"), torch.float32), []
+    sampled, found = SampledLabelGradients(model, ["scale"], torch.device("cpu"), torch.float32), []
     outputs = model(x)
     for step in range(3000):
-        drawn.reset()
+        sampled.reset()
         labels = label_gradient(Likelihood.CATEGORICAL, outputs, seed=SEED, step=step, first_sample=0)
-        drawn.add(outputs, labels, float(len(x)))
-        found.append(drawn.total[:-1].square() / drawn.total[-1])
-    [along] = Outputs(model, x).derivatives("scale", torch.arange(4), chunk=4)
+        sampled.add(outputs, labels, float(len(x)))
+        found.append(sampled.total[:-1].square() / sampled.total[-1])
+    [along] = OutputFunction(model, x).derivatives("scale", torch.arange(4), chunk=4)
     exact = moments(Likelihood.CATEGORICAL, along).fisher.mean(1).float()
     values = torch.stack(found)
     torch.testing.assert_close(values.mean(0), exact, rtol=0.1, atol=0)
@@ -132,8 +132,8 @@ def test_what_is_not_finite_never_enters() -> None:
     kfac.step()
     before = kfac.state_dict()["diagonal"]["sums"]["scale"].clone()
     take(model, kfac, 1)
-    assert kfac._parts.rest.drawn is not None
-    kfac._parts.rest.drawn.total[0] = torch.inf  # overflowed, in a step that is taken
+    assert kfac._parts.diagonal.sampled is not None
+    kfac._parts.diagonal.sampled.total[0] = torch.inf  # overflowed, in a step that is taken
     kfac.step()
     assert torch.equal(kfac.state_dict()["diagonal"]["sums"]["scale"], before)
     kfac.remove()

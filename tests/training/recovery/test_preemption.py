@@ -198,8 +198,8 @@ def test_polls_are_rare_in_quick_steps_and_all_ranks_plan_the_same() -> None:
 
 def _grant(steps: int) -> list[list[bool]]:
     communicator = build_communicator(20)
-    wishes = (lambda: communicator.rank == 1, lambda: False)
-    preemption = Preemption(StopSignals(), communicator, wishes=wishes)
+    requests = (lambda: communicator.rank == 1, lambda: False)
+    preemption = Preemption(StopSignals(), communicator, requests=requests)
     granted = []
     for _ in range(steps):
         assert not preemption.due()
@@ -209,7 +209,7 @@ def _grant(steps: int) -> list[list[bool]]:
     return granted
 
 
-def test_what_one_rank_wishes_for_is_granted_on_all() -> None:
+def test_a_request_of_one_rank_is_granted_on_all() -> None:
     first, second = run_ranks(2, _grant, 4)
     assert first == second
     assert [True, False] in first
@@ -220,8 +220,8 @@ def _fulfil(steps: int, every: int) -> list[int]:
     """Runs on every rank: the boundaries at which a wish of rank 0's clock was fulfilled, which sets that back."""
     communicator = build_communicator(20)
     step, fulfilled = 0, [0]
-    wishes = (lambda: communicator.rank == 0 and step - fulfilled[-1] >= every,)
-    preemption = Preemption(StopSignals(), communicator, lambda: float(step), wishes)
+    requests = (lambda: communicator.rank == 0 and step - fulfilled[-1] >= every,)
+    preemption = Preemption(StopSignals(), communicator, lambda: float(step), requests)
     for step in range(1, steps):
         assert not preemption.due()
         if any(preemption.granted):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.base import KroneckerBlock, StatisticsSink, dense, weight_and_bias_views
-from kfac_dist.curvature.blocks.layer_calls import Use
+from kfac_dist.curvature.blocks.layer_calls import LayerCall
 from kfac_dist.curvature.blocks.layers.patch_gram import correlation_is_cheaper, patch_gram
 from kfac_dist.curvature.blocks.projection import Signs, sum_of
 from kfac_dist.curvature.blocks.rows import MicroBatch, fold_samples
@@ -71,13 +71,13 @@ class ConvolutionBlock(KroneckerBlock):
         rows = torch.unflatten(grad.flatten(2), 1, (self.groups, -1)).permute(1, 0, 3, 2)
         return fold_samples(rows, batch_size)
 
-    def _measure_inputs(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink) -> None:
-        inputs = (use.inputs for use in uses)
+    def _measure_inputs(self, calls: Sequence[LayerCall], batch: MicroBatch, sink: StatisticsSink) -> None:
+        inputs = (call.inputs for call in calls)
         images = [tensor.unsqueeze(0) if tensor.ndim == self._spatial + 1 else tensor for tensor in inputs]
         whole = batch.stride == 1 or all(len(image) == batch.batch_size for image in images)
         rows = batch.classes is not None  # by class, which correlation has none of
         if rows or not whole or self.sharing is not Sharing.EXPAND or not all(map(self._correlates, images)):
-            super()._measure_inputs(uses, batch, sink)
+            super()._measure_inputs(calls, batch, sink)
             return
         for image in images:
             # Correlation has no rows to choose from: sampling takes whole images.
@@ -110,15 +110,15 @@ class ConvolutionBlock(KroneckerBlock):
             gram[:, -1, -1] = images.shape[0] * outputs
         return gram, images.shape[0] * outputs
 
-    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+    def project(self, call: LayerCall, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
         """See `Block.project`: a few images at a time, since their patches are many times their size."""
-        if use.inputs.ndim == self._spatial + 1:
-            return super().project(use, batch_size, signs)
-        patches = math.prod(use.shape[2:]) * self.matrix_shape[2] * self.groups
+        if call.inputs.ndim == self._spatial + 1:
+            return super().project(call, batch_size, signs)
+        patches = math.prod(call.shape[2:]) * self.matrix_shape[2] * self.groups
         few = max(1, _PATCH_VALUES // max(1, patches))
         parts = [
-            super(ConvolutionBlock, self).project(use.part(slice(first, first + few)), None, signs)
-            for first in range(0, max(1, len(use.inputs)), few)
+            super(ConvolutionBlock, self).project(call.part(slice(first, first + few)), None, signs)
+            for first in range(0, max(1, len(call.inputs)), few)
         ]
         return sum_of(parts)
 

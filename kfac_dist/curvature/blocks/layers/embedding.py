@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, dense
-from kfac_dist.curvature.blocks.layer_calls import Use
+from kfac_dist.curvature.blocks.layer_calls import LayerCall
 from kfac_dist.curvature.blocks.projection import Signs
 from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, unscale
 from kfac_dist.curvature.class_conditional import Members
@@ -39,20 +39,22 @@ class EmbeddingBlock(Block):
         """See `Block.unbatched`: a vector of tokens is a batch."""
         return not inputs.ndim
 
-    def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
+    def measure(
+        self, calls: Sequence[LayerCall], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]
+    ) -> None:
         """Add token frequencies and output gradients; see `Block.measure`."""
         kept = total = 0
         by_class: list[Tensor] = []
-        for use in uses:
-            tokens = batch_first(use.inputs.unsqueeze(-1), batch.batch_size)
+        for call in calls:
+            tokens = batch_first(call.inputs.unsqueeze(-1), batch.batch_size)
             rows = slice(batch.first_row(tokens.shape[1]), None, batch.stride)
             if Side.A in sides:
                 drawn, members = tokens.flatten()[rows], batch.members(self.name, tokens.numel(), inputs=True)
-                sink.add_values(self.name, Side.A, _frequencies(drawn, cast(nn.Embedding, use.source), members))
+                sink.add_values(self.name, Side.A, _frequencies(drawn, cast(nn.Embedding, call.source), members))
                 counts = None if members is None else members.counts(drawn.device)
                 sink.add_count(self.name, Side.A, float(drawn.shape[0]), counts)
-            if Side.G in sides and use.grad is not None:
-                grads = batch_first(use.grad, batch.batch_size)
+            if Side.G in sides and call.grad is not None:
+                grads = batch_first(call.grad, batch.batch_size)
                 sampled = grads.flatten(0, 1)[rows]
                 scaled, factor = unscale(sampled, batch)
                 members = batch.members(self.name, grads.shape[0] * grads.shape[1], inputs=False)
@@ -63,20 +65,20 @@ class EmbeddingBlock(Block):
             counts = torch.stack(by_class).sum(0) * (batch.terms / total) if by_class else None
             sink.add_count(self.name, Side.G, batch.terms * (kept / total), counts)
 
-    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+    def project(self, call: LayerCall, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
         """See `Block.project`."""
-        assert use.grad is not None
-        return project_lookup(use, use.grad, signs)
+        assert call.grad is not None
+        return project_lookup(call, call.grad, signs)
 
     def parameter_views(self, matrix: Tensor) -> list[Tensor]:
         """See `Block.parameter_views`: the table is stored input first."""
         return [matrix[0].mT]
 
 
-def project_lookup(use: Use, grad: Tensor, signs: Signs) -> tuple[Tensor, Tensor]:
+def project_lookup(call: LayerCall, grad: Tensor, signs: Signs) -> tuple[Tensor, Tensor]:
     """Project the gradient that one call of an embedding gives its table."""
-    padding = cast(nn.Embedding, use.source).padding_idx
-    tokens, grads = use.inputs.flatten(), grad.reshape(-1, grad.shape[-1])  # of one token: [d]
+    padding = cast(nn.Embedding, call.source).padding_idx
+    tokens, grads = call.inputs.flatten(), grad.reshape(-1, grad.shape[-1])  # of one token: [d]
     if padding is not None:
         grads = grads * (tokens != padding)[:, None]
     return signs.project_lookup(grads, tokens)

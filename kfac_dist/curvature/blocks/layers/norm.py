@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kfac_dist.compat.torch import ranks_normalized_over
 from kfac_dist.config.schema import LossTerms, Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, dense
-from kfac_dist.curvature.blocks.layer_calls import Handle, Recorder, Use
+from kfac_dist.curvature.blocks.layer_calls import Handle, LayerCall, Recorder
 from kfac_dist.curvature.blocks.projection import PROJECTIONS, Signs, wide
 from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, fold_samples, sample, unscale
 from kfac_dist.curvature.factors import Side
@@ -57,24 +57,26 @@ class NormBlock(Block):
     def positions(self, tensor: Tensor, batch_size: int | None) -> Tensor:
         """Return a tensor of the input's shape as `[B, T, units]`."""
 
-    def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
+    def measure(
+        self, calls: Sequence[LayerCall], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]
+    ) -> None:
         """Add the second moments of the units' gradients; see `Block.measure`."""
         if Side.F not in sides:
             return
         parts: list[Tensor] = []
         factor = 1.0
-        for use in uses:
-            if use.grad is None:
+        for call in calls:
+            if call.grad is None:
                 continue
-            grad = self.positions(use.grad, batch.batch_size)
+            grad = self.positions(call.grad, batch.batch_size)
             shift, factor = unscale(widened(grad), batch)
-            scale = shift * self.positions(self.normalized(widened(use.inputs)), batch.batch_size)
+            scale = shift * self.positions(self.normalized(widened(call.inputs)), batch.batch_size)
             columns = [scale, shift] if len(self.parameters) > 1 else [scale]
             token = batch.loss_terms is LossTerms.TOKEN
             parts.append(torch.stack([c.flatten(0, 1) if token else c.sum(dim=1) for c in columns]))
         if not parts:
             return
-        # Uses of one sample add up; token losses keep every position of every use apart.
+        # Calls of one sample add up; token losses keep every position of every call apart.
         if batch.loss_terms is LossTerms.SAMPLE and len({part.shape for part in parts}) == 1:
             parts = [torch.stack(parts).sum(0)]
         total = kept_total = 0
@@ -84,11 +86,11 @@ class NormBlock(Block):
             total, kept_total = total + part.shape[1], kept_total + kept.shape[1]
         sink.add_count(self.name, Side.F, batch.terms * (kept_total / max(total, 1)))
 
-    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+    def project(self, call: LayerCall, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
         """See `Block.project`: the matrix is small enough to be made."""
-        assert use.grad is not None
-        shift = wide(self.positions(use.grad, batch_size)).flatten(0, 1)
-        scale = shift * self.positions(self.normalized(wide(use.inputs)), batch_size).flatten(0, 1)
+        assert call.grad is not None
+        shift = wide(self.positions(call.grad, batch_size)).flatten(0, 1)
+        scale = shift * self.positions(self.normalized(wide(call.inputs)), batch_size).flatten(0, 1)
         columns = [scale, shift][: len(self.parameters)]
         matrix = torch.stack([column.sum(0) for column in columns], dim=-1)
         size = torch.stack([column.abs().sum(0) for column in columns], dim=-1)

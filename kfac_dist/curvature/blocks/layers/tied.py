@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks.base import Block, StatisticsSink, as_autocast, dense
-from kfac_dist.curvature.blocks.layer_calls import Use
+from kfac_dist.curvature.blocks.layer_calls import LayerCall
 from kfac_dist.curvature.blocks.layers.embedding import project_lookup
 from kfac_dist.curvature.blocks.projection import Signs
 from kfac_dist.curvature.blocks.rows import MicroBatch, batch_first, unscale
@@ -56,21 +56,23 @@ class TiedBlock(Block):
         """See `Block.unbatched`: a vector of tokens is a batch."""
         return inputs.ndim < (2 if inputs.is_floating_point() else 1)
 
-    def measure(self, uses: Sequence[Use], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]) -> None:
+    def measure(
+        self, calls: Sequence[LayerCall], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]
+    ) -> None:
         """Add both partial traces; see `Block.measure`. Either needs output gradients, so `sides` doesn't matter."""
         kept = total = 0
-        for use in uses:
-            if use.grad is None:
+        for call in calls:
+            if call.grad is None:
                 continue
-            grads = batch_first(use.grad, batch.batch_size)
+            grads = batch_first(call.grad, batch.batch_size)
             rows = slice(batch.first_row(grads.shape[1]), None, batch.stride)
             sampled = grads.flatten(0, 1)[rows]
             scaled, factor = unscale(widened(sampled), batch)
-            if isinstance(use.source, nn.Embedding):
-                tokens = batch_first(use.inputs.unsqueeze(-1), batch.batch_size).flatten()[rows]
-                self._add_lookup(use.source, tokens, scaled, factor**2, sink)
+            if isinstance(call.source, nn.Embedding):
+                tokens = batch_first(call.inputs.unsqueeze(-1), batch.batch_size).flatten()[rows]
+                self._add_lookup(call.source, tokens, scaled, factor**2, sink)
             else:
-                inputs = batch_first(use.inputs, batch.batch_size).flatten(0, 1)[rows]
+                inputs = batch_first(call.inputs, batch.batch_size).flatten(0, 1)[rows]
                 self._add_head(widened(inputs), scaled, factor**2, sink)
             kept, total = kept + sampled.shape[0], total + grads.shape[0] * grads.shape[1]
         if total:
@@ -97,12 +99,12 @@ class TiedBlock(Block):
         scaled = inputs * torch.linalg.vector_norm(grads, dim=-1, keepdim=True)
         sink.add_rows(self.name, Side.G, scaled.unsqueeze(0), scale=scale, ones=False)
 
-    def project(self, use: Use, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
+    def project(self, call: LayerCall, batch_size: int | None, signs: Signs) -> tuple[Tensor, Tensor]:
         """See `Block.project`: the head's rows are the vocabulary's, which the matrix has as columns."""
-        assert use.grad is not None
-        if isinstance(use.source, nn.Embedding):
-            return project_lookup(use, use.grad, signs)
-        inputs, grads = (t.reshape(-1, t.shape[-1]) for t in (use.inputs, use.grad))
+        assert call.grad is not None
+        if isinstance(call.source, nn.Embedding):
+            return project_lookup(call, call.grad, signs)
+        inputs, grads = (t.reshape(-1, t.shape[-1]) for t in (call.inputs, call.grad))
         return signs.project_rows(inputs[None], grads[None], ones=False)
 
     def parameter_views(self, matrix: Tensor) -> list[Tensor]:

@@ -17,7 +17,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_dist.curvature.blocks.layer_calls import Use
+from kfac_dist.curvature.blocks.layer_calls import LayerCall
 from kfac_dist.curvature.blocks.layers.convolution import ConvolutionBlock, unfold
 from kfac_dist.curvature.blocks.rows import fold_samples
 
@@ -27,15 +27,15 @@ TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspo
 class TransposedConvolutionBlock(ConvolutionBlock):
     """A and G as of a convolution; the weight is stored input first, `[c_in, c_out/groups, *kernel]`."""
 
-    def use_rows(self, use: Use, batch_size: int | None) -> Tensor:
+    def use_rows(self, call: LayerCall, batch_size: int | None) -> Tensor:
         """Return the patches `[groups, B, T, c_in/groups · kernel]`; T is the output's, which a call may choose."""
         module = cast(TransposedConvolution, self.module)
-        inputs = use.inputs.unsqueeze(0) if use.inputs.ndim == self._spatial + 1 else use.inputs
+        inputs = call.inputs.unsqueeze(0) if call.inputs.ndim == self._spatial + 1 else call.inputs
         spread = _spread(inputs, module.stride)
         around: list[int] = []
         for size, out, kernel, dilation, padding in zip(
             spread.shape[2:],
-            use.shape[-self._spatial :],
+            call.shape[-self._spatial :],
             module.kernel_size,
             module.dilation,
             cast(tuple[int, ...], module.padding),

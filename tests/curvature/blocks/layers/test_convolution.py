@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.config.schema import Sharing
-from kfac_dist.curvature.blocks.layer_calls import Use
+from kfac_dist.curvature.blocks.layer_calls import LayerCall
 from kfac_dist.curvature.blocks.layers import convolution
 from kfac_dist.curvature.blocks.layers import patch_gram as correlation
 from kfac_dist.curvature.blocks.layers.convolution import ConvolutionBlock
@@ -37,8 +37,8 @@ def unfolded(layer: nn.Conv2d, images: Tensor) -> Tensor:
     return rows.mT @ rows / rows.shape[1]
 
 
-def use(layer: nn.Module, images: torch.Tensor) -> Use:
-    seen = Use(layer, layer(images).shape)
+def call(layer: nn.Module, images: torch.Tensor) -> LayerCall:
+    seen = LayerCall(layer, layer(images).shape)
     seen.keep(images)
     return seen
 
@@ -54,7 +54,7 @@ def test_it_equals_unfolding(name: str, max_dim: int | None, monkeypatch: pytest
     units = [unit for unit in units_of("conv", block.factors, max_dim) if unit.side is Side.A]
     averages = RunningAverages(units, units, decay=0.0, device=torch.device("cpu"))
     block.measure(
-        [use(layer, images[:2]), use(layer, images[2:])],
+        [call(layer, images[:2]), call(layer, images[2:])],
         MicroBatch(terms=2.0, batch_size=2),
         averages,
         frozenset({Side.A}),
