@@ -13,6 +13,7 @@ from kfac_dist.config.schema import DType, Fisher, KFACConfig, Sharing, Structur
 from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.engines import Engine
 from kfac_dist.preconditioner.kfac import KFAC
+from kfac_dist.preconditioner.measure.measurement import PLACES
 from kfac_dist.preconditioner.renewal import IDLE, MISMATCHED
 
 Still = Callable[[nn.Module], object]
@@ -94,4 +95,5 @@ def found_shared(kfac: KFAC) -> dict[str, Samples]:
         for block in kfac.monitor.plan.blocks.values()
         for unit in block.units
     }
-    return {name: Samples(number) for name, number in known.items() if number not in (0, Samples.OWN)}
+    shared = {name: Samples(number % PLACES) for name, number in known.items() if number}
+    return {name: samples for name, samples in shared.items() if samples is not Samples.OWN}

@@ -190,7 +190,7 @@ class Core:
         self._solved_whole = None
         parts.queue.overdue = state.marked(parts, values, "overdue")
         parts.queue.refreshed = state.marked(parts, values, "refreshed")
-        parts.measurement.load_samples(state.samples(parts, values))
+        parts.measurement.load_places(state.places(parts, values))
         for averages in self.averages():
             averages.discard()
 

@@ -7,7 +7,7 @@
     units/<name>/payload            what preconditioning uses now
     units/<name>/overdue            whether its refresh was due and has not happened
     units/<name>/refreshed          whether it has ever been refreshed
-    units/<name>/samples            how samples share its layer's output (`broadcast.Samples`), 0 if not known yet
+    units/<name>/samples            how samples share its layer's output and lie in it (`Measurement.places`)
     units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
     damping                         what the run has set the damping to, and multiplied it by
     adaptation                      how the damping has followed the trust region, if it does
@@ -128,14 +128,14 @@ def held(parts: Parts, step: int) -> dict[str, Any]:
     """Return what this rank holds: sums that are global here, and payloads of its column; collective."""
     parts.reduction.consolidate()
     pending = _pending(parts)
-    holders, samples = parts.refresh.holders, parts.measurement.samples()
+    holders, places = parts.refresh.holders, parts.measurement.places()
     units: dict[str, dict[str, Tensor]] = {}
     for unit in parts.plan.units:
         entry = {
             "scalars": parts.reduction.consolidated_scalars(unit).clone(),
             "overdue": torch.tensor(parts.plan.blocks[unit.block].slot in parts.queue.overdue),
             "refreshed": torch.tensor(parts.plan.blocks[unit.block].slot in parts.queue.refreshed),
-            "samples": torch.tensor(samples[unit.block]),
+            "samples": torch.tensor(places[unit.block]),
         }
         if parts.reduction.keeps(unit):
             entry["sum"] = parts.averages.sums(unit).clone()
@@ -210,8 +210,8 @@ def marked(parts: Parts, values: Mapping[str, Any], mark: str) -> set[int]:
     return {parts.plan.blocks[unit.block].slot for unit in parts.plan.units if values["units"][unit.name][mark]}
 
 
-def samples(parts: Parts, values: Mapping[str, Any]) -> dict[str, int]:
-    """Return how samples share each block's output, as far as the state knows."""
+def places(parts: Parts, values: Mapping[str, Any]) -> dict[str, int]:
+    """Return how samples share each block's output and where they lie in it, as far as the state knows."""
     return {unit.block: int(values["units"][unit.name].get("samples", 0)) for unit in parts.plan.units}
 
 

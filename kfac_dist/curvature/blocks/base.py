@@ -146,6 +146,10 @@ class Block(ABC):
         """Whether an input is of one sample, without a batch's dimension."""
         return inputs.ndim < 2
 
+    def leading(self, output: Sequence[int]) -> int:
+        """Return how many dimensions of an output stand before its features; 1 for images, `[B, C, ...]`."""
+        return max(len(output) - 1, 1)
+
     def rows(self, parameter: str) -> tuple[int, int] | None:
         """Return which rows `[first, last)` of a parameter are this block's, where it shares one; None: all of it."""
         return None

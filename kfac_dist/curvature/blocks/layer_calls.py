@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.curvature.capture.provenance import Reading
 from kfac_dist.curvature.capture.samples import PassShapes
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -37,6 +38,9 @@ class LayerCall:
         grad: Gradient of the loss with respect to the layer's output, summed over backward passes; None before any.
         settled: Whether no further gradient can come, since the last one's graph is freed.
         edge: The output's place in the autograd graph, for backward passes of K-FAC's own.
+        reading: Where the samples lie in input and gradient; None: as their shapes say. Set before a gradient is taken.
+        leading: Dimensions of input and gradient before the features.
+        arranged: Whether the block's own hooks have put samples first in them.
     """
 
     def __init__(
@@ -56,6 +60,9 @@ class LayerCall:
         self.settled = False
         self._queried: Tensor | None = None
         self.edge: torch.autograd.graph.GradientEdge | None = None
+        self.reading: Reading | None = None
+        self.leading = 1
+        self.arranged = False
         self._arrange = arrange
         self._inputs: Tensor | None = None
         self._version = 0
@@ -64,7 +71,10 @@ class LayerCall:
     def inputs(self) -> Tensor:
         """The input as it was passed (under autocast: as autograd keeps it), detached; a sparse one made dense."""
         assert self._inputs is not None
-        return self._inputs.to_dense() if self._inputs.layout in _SPARSE else self._inputs
+        return self._read(self._inputs.to_dense() if self._inputs.layout in _SPARSE else self._inputs)
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        return tensor if self.reading is None else self.reading.applied(tensor, self.batch.batch_size, self.leading)
 
     @property
     def batch(self) -> Batch:
@@ -95,7 +105,7 @@ class LayerCall:
 
     def take(self, grad: Tensor) -> None:
         """Add a gradient that has come back to the output."""
-        grad = grad if self._arrange is None else self._arrange(grad)
+        grad = self._read(grad if self._arrange is None else self._arrange(grad))
         self.grad = grad if self.grad is None else self.grad + grad
 
     @property
@@ -105,7 +115,7 @@ class LayerCall:
 
     def take_query(self, grad: Tensor) -> None:
         """Add a gradient that `torch.autograd.grad` has brought with those of the layer's parameters."""
-        grad = grad if self._arrange is None else self._arrange(grad)
+        grad = self._read(grad if self._arrange is None else self._arrange(grad))
         self._queried = grad if self._queried is None else self._queried + grad
 
     def take_queried(self) -> None:
@@ -124,6 +134,7 @@ class LayerCall:
         """Return the same call as if the layer had seen some of the samples only; they come first in its tensors."""
         call = copy.copy(self)
         call._inputs = self.inputs[samples]
+        call.reading = None  # they are in front now
         call.grad = None if self.grad is None else self.grad[samples]
         return call
 

@@ -36,8 +36,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from kfac_dist.compat.torch import break_graph, eagerly, is_batched, of_the_loop
+from kfac_dist.config.schema import Sharing
 from kfac_dist.curvature.blocks import Block, LayerCall
 from kfac_dist.curvature.blocks.layer_calls import Batch, Handle, Pending
+from kfac_dist.curvature.blocks.layers.norm import NormBlock
 from kfac_dist.curvature.capture.arbiter import Arbiter
 from kfac_dist.curvature.capture.autograd import (
     Purpose,
@@ -54,7 +56,8 @@ from kfac_dist.curvature.capture.autograd import (
 )
 from kfac_dist.curvature.capture.call_mode import leave_ended_calls
 from kfac_dist.curvature.capture.constants import Constants
-from kfac_dist.curvature.capture.samples import UNBATCHED, PassShapes, TensorDim, count_samples, shapes_of
+from kfac_dist.curvature.capture.provenance import Provenance, Reading
+from kfac_dist.curvature.capture.samples import UNBATCHED, PassShapes, TensorDim, find_samples, shapes_of
 from kfac_dist.curvature.capture.shared_outputs import Samples, consumers_of, expand, samples_of
 from kfac_dist.errors import ModelError
 from kfac_dist.hooks import after_forward, before_forward
@@ -130,7 +133,7 @@ class Capture:
         blocks: The blocks to watch.
         completed: Called with a block and its calls as soon as all their gradients are there.
         own_backward: The gradients come from `backpropagate`, not from the user's backward.
-        count_samples: Returns the number of samples of a pass, as far as its shapes tell.
+        find_samples: Returns where a pass's shapes show the number of samples, as far as they tell.
 
     Attributes:
         active: Whether forward passes are being watched; the owner sets it once a step.
@@ -138,6 +141,7 @@ class Capture:
         passes: Forward passes of the model since `reset`.
         passes_back: Those of them that the user's backward has come back to, by number.
         samples: Blocks whose outputs all samples share; None until a forward pass has shown which.
+        readings: Where the samples lie in what blocks see, by block, as that pass has shown.
         arbiter: Compares uses with the gradients that autograd makes of them, while it is set.
     """
 
@@ -148,7 +152,7 @@ class Capture:
         completed: Callable[[Block, list[LayerCall]], None],
         *,
         own_backward: bool,
-        count_samples: Callable[[PassShapes], int | None] = count_samples,
+        find_samples: Callable[[PassShapes], TensorDim | None] = find_samples,
     ) -> None:
         self.active = False
         self.paused = False
@@ -157,10 +161,13 @@ class Capture:
         self.arbiter: Arbiter | None = None
         self._completed = completed
         self._own_backward = own_backward
-        self._count_samples = count_samples
+        self._find_samples = find_samples
         self._ahead: TensorDim | None = None
         self._batch_size: int | None = None
         self.samples: dict[str, Samples] | None = None
+        self.readings: dict[str, Reading] = {}
+        self._traced: tuple[Provenance, PassShapes] | None = None  # not read yet: the loss may say where samples are
+        self._untold: set[str] = set()
         self._nodes: list[tuple[str, Any, Any]] = []
         self._constants: list[Constants | None] = []  # of the forward passes that are under way
         self._blocks = {block.name: block for block in blocks}
@@ -203,6 +210,7 @@ class Capture:
         self.passes_back.clear()
         self._batch_size = None
         self._nodes.clear()
+        self._traced = None
 
     @property
     def watching(self) -> bool:
@@ -225,6 +233,11 @@ class Capture:
     def batch_size(self) -> int | None:
         """Samples of the last forward pass, None if nothing tells."""
         return self._batches[-1].batch_size if self._batches else None
+
+    @property
+    def traced(self) -> tuple[Provenance, PassShapes] | None:
+        """The forward pass whose dimensions have been followed, with its shapes, until its first gradient comes."""
+        return self._traced
 
     def describe(self, description: object) -> None:
         """Begin a micro-batch of which the loop says something."""
@@ -266,6 +279,8 @@ class Capture:
             measure: Called with a block, its calls and whether this is the first column.
         """
         live = [(name, call) for batch in self._batches for name, own in batch.pending.items() for call in own.calls]
+        for name, call in live:
+            self._read(self._blocks[name], call)
         edges = [call.edge for _, call in live if call.edge is not None]
         first = True
         for column in columns if edges else ():
@@ -285,6 +300,10 @@ class Capture:
             for pending in batch.pending.values():
                 pending.clear()
 
+    def _count_samples(self, shapes: PassShapes) -> int | None:
+        place = self._find_samples(shapes)
+        return None if place is None else shapes.read(place)
+
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._note_pass(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
@@ -292,7 +311,7 @@ class Capture:
         leave_ended_calls()
         self._constants = [mode for mode in self._constants if mode is None or not mode.over]
         looks = self.watching and self.samples is None and self.batch_size != 1
-        self._constants.append(Constants(module) if looks else None)
+        self._constants.append(Constants(module, (args, kwargs)) if looks else None)
         if (constants := self._constants[-1]) is not None:
             constants.begin()
 
@@ -328,6 +347,9 @@ class Capture:
             return  # without an output, an exception has ended the pass
         shapes = self.batch.shapes
         shapes.outputs = shapes_of(output, trained=True)
+        if constants is not None:
+            constants.provenance.ended(output)
+            self._traced = constants.provenance, shapes
         batch_size = self._count_samples(shapes)
         firsts = [shape[0] for shape in shapes.inputs]
         self._ahead = TensorDim("inputs", firsts.index(batch_size)) if batch_size in firsts else None
@@ -393,16 +415,21 @@ class Capture:
             return
         if output is None or not output.requires_grad:
             return
+        if self._constants and (constants := self._constants[-1]) is not None:
+            constants.provenance.called(block.name, inputs)
         batch = self.batch
         batch.shapes.layers.append(UNBATCHED if block.unbatched(inputs) else tuple(inputs.shape))
         batch.shapes.nearest = output.numel()
         pending = batch.of(block.name)
+        arranged = arrange is not None
         written, arrange = below_view(output, arrange)
         if self.samples is None and not in_backward():
             self._nodes.append((block.name, output.grad_fn, written.grad_fn))
         own = block.own_tensors(source)
         found = accumulators(written, own)
         call = LayerCall(source, output.shape, arrange=arrange, owners=tuple(found.values()), batch=batch)
+        call.arranged = arranged
+        call.leading = max(inputs.ndim - 1, 1) if arranged else block.leading(output.shape)
         later = region is not None and not self._own_backward
         if not later:
             call.keep(block.kept(inputs))
@@ -444,17 +471,47 @@ class Capture:
             case Purpose.OTHER:
                 pass
             case Purpose.QUERY:
+                self._read(block, call)
                 call.take_query(grad.detach())
             case Purpose.LOSS:
                 self.passes_back.add(graph.forward_pass)
                 self._of_the_loss.add(block.name)
                 if not call.batch.went_back:
                     call.batch.went_back, call.batch.shapes = True, graph.shapes
+                self._read(block, call)
                 call.take(grad.detach())
                 if call.measurable:
                     self._check_untouched(block, [call])
                 self._note_positions(block, call)
                 self._note(block, call)
+
+    def _read(self, block: Block, call: LayerCall) -> None:
+        """Settle, before a call's first gradient is taken, where the samples lie in it."""
+        if call.grad is not None or call.queried:
+            return
+        if self._traced is not None:
+            (provenance, shapes), self._traced = self._traced, None
+            self.readings |= provenance.readings(self._find_samples(shapes))
+        call.reading = self.readings.get(block.name)
+        lead = call.shape[: call.leading]
+        if call.reading is not None or call.arranged or len(lead) < 2:
+            return
+        size = call.batch.batch_size
+        if not size or lead[1] != size or lead[0] == size or lead[0] % size:
+            return
+        # [k·B, B, d]: time first, or samples folded into the first dimension.
+        place = self._find_samples(call.batch.shapes)
+        if call.batch.shapes.time_first or (place is not None and place.dim == 1):
+            return
+        call.reading = Reading(0, last=False)
+        if block.name not in self._untold and (block.sharing is Sharing.REDUCE or isinstance(block, NormBlock)):
+            self._untold.add(block.name)
+            warnings.warn(
+                f"layer {block.name} gives {list(call.shape)} for {size} samples, and nothing tells which of the first "
+                "two dimensions has them: they are taken to be folded into the first. If it is time, turn its input "
+                "(x.transpose(0, 1)), set kfac.curvature.sharing: expand, or name it in kfac.curvature.exclude",
+                stacklevel=2,
+            )
 
     def _note_positions(self, block: Block, call: LayerCall) -> None:
         """Take the positions of a micro-batch from the layer nearest to the loss, whose gradient comes first."""
@@ -493,6 +550,7 @@ class Capture:
             return
         asked = purpose(call.owners)
         if asked is not Purpose.OTHER:
+            self._read(block, call)
             with _full_precision([call]):
                 self.arbiter.captured(block, [call.with_gradient(grad.detach())], asked)
 

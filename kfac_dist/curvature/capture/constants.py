@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kfac_dist.curvature.capture.call_mode import CallMode
+from kfac_dist.curvature.capture.provenance import Provenance
 
 # Their tensors lend a shape, a type or a device, no values.
 _SHAPE_ALONE = ("expand_as", "view_as", "reshape_as", "type_as")
@@ -35,10 +36,15 @@ class Constants(CallMode):
 
     Args:
         model: The model; its parameters and buffers are constant.
+        inputs: What it is called with.
+
+    Attributes:
+        provenance: Told of every function, too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: object = ()) -> None:
         super().__init__()
+        self.provenance = Provenance(inputs)
         self._storages: dict[int, StorageWeakRef] = {}
         self._nodes: set[Any] = set()
         for tensor in (*model.buffers(), *_plain_tensors(model)):
@@ -54,7 +60,11 @@ class Constants(CallMode):
         """Run a function of torch, and take note of what it made."""
         result = func(*args, **(kwargs or {}))
         if not torch.compiler.is_dynamo_compiling() and not self.over:
-            self._note(getattr(func, "__name__", ""), [*args, *(kwargs or {}).values()], result)
+            name = getattr(func, "__name__", "")
+            self._note(name, [*args, *(kwargs or {}).values()], result)
+            if name == "__get__":  # x.T and its like
+                name = getattr(getattr(func, "__self__", None), "__name__", "")
+            self.provenance.note(name, func, args, kwargs or {}, result)
         return result
 
     def _note(self, name: str, args: list[Any], result: Any) -> None:

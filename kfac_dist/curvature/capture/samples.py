@@ -189,12 +189,6 @@ def _single(kind: str, shapes: Sequence[Shape], numbers: set[int]) -> TensorDim 
     return TensorDim(kind, next(index for index, shape in enumerate(shapes) if shape[0] == number))
 
 
-def count_samples(shapes: PassShapes) -> int | None:
-    """Return the number of samples of a pass, None if its shapes don't tell."""
-    place = find_samples(shapes)
-    return None if place is None else shapes.read(place)
-
-
 def find_number(shapes: PassShapes, number: float, tolerance: float = 0.0) -> TensorDim | None:
     """Return the first place in which a given number of samples stands, outputs first.
 

@@ -17,7 +17,6 @@ from kfac_dist.config.schema import LossTerms
 from kfac_dist.curvature.capture.samples import (
     PassShapes,
     TensorDim,
-    count_samples,
     find_number,
     find_positions,
     find_samples,
@@ -67,10 +66,15 @@ class TermCounter:
         self.place: TensorDim | None = None
         self._loss_terms = loss_terms
 
+    def find_samples(self, shapes: PassShapes) -> TensorDim | None:
+        """Return where a pass shows its number of samples, as far as its shapes tell."""
+        settled = self.place is not None and shapes.read(self.place) is not None
+        return self.place if settled else find_samples(shapes)
+
     def samples(self, shapes: PassShapes) -> int | None:
         """Return B of a pass, as far as its shapes tell."""
-        found = None if self.place is None else shapes.read(self.place)
-        return count_samples(shapes) if found is None else found
+        place = self.find_samples(shapes)
+        return None if place is None else shapes.read(place)
 
     def count(self, shapes: PassShapes, said: Description, nearest: int | None) -> Counted:
         """Return the sizes of a micro-batch.

@@ -21,6 +21,7 @@ from kfac_dist.curvature.blocks import Block, KroneckerBlock, LayerCall, MicroBa
 from kfac_dist.curvature.blocks.layer_calls import Batch
 from kfac_dist.curvature.capture.arbiter import Arbiter, Mismatch
 from kfac_dist.curvature.capture.capture import Capture, warn_of_accumulation
+from kfac_dist.curvature.capture.provenance import Reading
 from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.curvature.class_conditional import Classes
 from kfac_dist.curvature.factors import Side
@@ -38,6 +39,8 @@ from kfac_dist.preconditioner.phases import Phase, PhaseTimer
 from kfac_dist.preconditioner.reduce.reduction import FactorReduction
 
 _EVERY_SIDE = frozenset(Side)
+PLACES = 8
+"""How many numbers `Samples` may have, in what `Measurement.places` makes of them."""
 
 
 class Measurement:
@@ -98,7 +101,7 @@ class Measurement:
             blocks,
             self._measure,
             own_backward=self._own_backward,
-            count_samples=self._terms.samples,
+            find_samples=self._terms.find_samples,
         )
         self._neighbours = NeighbourMoments(blocks)
         self._scale = LossScaleWatch(
@@ -147,10 +150,20 @@ class Measurement:
         known = self._capture.samples
         return {b.name: 0 if known is None else int(known.get(b.name, Samples.OWN)) for b in self._blocks}
 
-    def load_samples(self, values: Mapping[str, int]) -> None:
-        """Take what `samples` returned, so that a resumed run needn't find it out again."""
+    def places(self) -> dict[str, int]:
+        """Return how each block's output relates to the samples and where these are in it, as a number; 0: not known.
+
+        It is `Samples` + `PLACES` · `Reading.number`.
+        """
+        numbers = {name: reading.number for name, reading in self._capture.readings.items()}
+        return {name: known and known + PLACES * numbers.get(name, 0) for name, known in self.samples().items()}
+
+    def load_places(self, values: Mapping[str, int]) -> None:
+        """Take what `places` returned, so that a resumed run needn't find it out again."""
         known = all(values.get(block.name, 0) for block in self._blocks)
-        self._capture.samples = {name: Samples(number) for name, number in values.items()} if known else None
+        self._capture.samples = {name: Samples(number % PLACES) for name, number in values.items()} if known else None
+        found = {name: Reading.of(number // PLACES) for name, number in values.items()}
+        self._capture.readings = {name: reading for name, reading in found.items() if reading is not None}
 
     @property
     def judged(self) -> set[str]:

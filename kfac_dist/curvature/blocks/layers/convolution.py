@@ -46,6 +46,10 @@ class ConvolutionBlock(KroneckerBlock):
         """See `Block.unbatched`."""
         return inputs.ndim == self._spatial + 1
 
+    def leading(self, output: Sequence[int]) -> int:
+        """See `Block.leading`."""
+        return 1
+
     def input_rows(self, inputs: Tensor, batch_size: int | None) -> Tensor:
         """Return the patches `[groups, B, T, c_in/groups · kernel]` for T output positions."""
         module = cast(Convolution, self.module)

@@ -140,6 +140,11 @@ class LayerNormBlock(NormBlock):
         """See `Block.unbatched`."""
         return inputs.ndim == len(self._shape)
 
+    def leading(self, output: Sequence[int]) -> int:
+        """See `Block.leading`."""
+        last = list(output[-len(self._shape) :]) == self._shape and len(output) not in self.unit_dims
+        return max(len(output) - len(self._shape), 1) if last else 1
+
     @property
     def _norm(self) -> nn.LayerNorm | nn.RMSNorm:
         return cast(nn.LayerNorm | nn.RMSNorm, self.module)
@@ -163,6 +168,10 @@ class LayerNormBlock(NormBlock):
 
 class ChannelNormBlock(NormBlock):
     """Norms whose units are channels of `[B, C, *spatial]`, or of `[B, *spatial, C]` in subclasses that turn them."""
+
+    def leading(self, output: Sequence[int]) -> int:
+        """See `Block.leading`."""
+        return 1
 
     def positions(self, tensor: Tensor, batch_size: int | None) -> Tensor:
         """See `NormBlock.positions`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class ScaledBlock(NormBlock):
     def kept(self, inputs: Tensor) -> Tensor:
         """See `Block.kept`: f is K-FAC's own tensor."""
         return inputs
+
+    def leading(self, output: Sequence[int]) -> int:
+        """See `Block.leading`."""
+        return max(len(output) - len(self._shape), 1)
 
     def normalized(self, inputs: Tensor) -> Tensor:
         """See `NormBlock.normalized`."""
