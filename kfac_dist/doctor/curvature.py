@@ -46,6 +46,8 @@ TOLERANCE = 5e-3
 # A block whose norm is so much smaller than the largest's may hold nothing but rounding, as a query's and a key's does
 # where there is only one position to attend to: it is shown, and not judged.
 FAINT = 1e-12
+# Below this the loss's Hessian at the outputs, computed in fp64, is rounding: the model is as good as certain.
+CERTAIN = 1e-12
 
 Micro = tuple[Inputs, Tensor]
 
@@ -205,6 +207,9 @@ def _rows(
     vectors = hessian_rows(loss, outputs, targets)
     matrices = {name: values for name, (values, _) in found.items()}
     terms = float(loss.count(targets))
+    if max((float(vector.square().sum()) for vector in vectors), default=0.0) < CERTAIN:
+        said = "anything: the model is so certain here that the loss's curvature is rounding"
+        return [CurvatureRow(block.name, len(targets), 0, None, None, False, said) for block in blocks]
     compared = list(compare(module, blocks, matrices, inputs, vectors, terms))
     largest = max((result.exact for _, result in compared if result is not None), default=0.0)
     for block, result in compared:
@@ -216,6 +221,8 @@ def _rows(
             rows.append(replace(row, expected=said))
         else:
             exact, said = _is_exact(block, len(targets), positions), _expected(block, len(targets), positions)
+            if terms > len(targets) and terms > round(found[block.name][1]):
+                exact, said = False, f"approximate: {terms:g} terms share {found[block.name][1]:g} rows"
             if result.exact <= FAINT**2 * largest:
                 exact, said = False, "anything: next to no gradient, perhaps of rounding alone"
             rows.append(replace(row, error=result.error, cosine=result.cosine, exact=exact, expected=said))

@@ -64,16 +64,21 @@ def examine_scale(
         mismatched = kfac.coverage.mismatched
     with measuring(parts.engine.module, config.kfac, Fisher.EMPIRICAL) as kfac:
         single = _measure_samples(parts, parts.engine.module, kfac, batch)
+        blocks = {block.name: tuple(block.parameters) for block in kfac.coverage.blocks}
     samples = batch.samples
     ratios = {name: _ratio(whole[name]["scalars"], single[name]["scalars"]) for name in whole if name in single}
     if any(map(_off, ratios.values())) and isinstance(parts.engine, DDPEngine):  # elsewhere the module isn't whole
         ratios |= dict.fromkeys(_of_rounding_alone(config, parts, single, batch))
+    coupled = set[str]()
+    if any(map(_off, ratios.values())) and isinstance(parts.engine, DDPEngine):
+        apart = _coupled_parameters(parts, batch)
+        coupled = {name for name in ratios if apart & set(blocks.get(_block(name), ()))}
     shared_blocks = [name for name, kind in shared.items() if kind is Samples.SHARED]
     findings = [*_idle_blocks(whole, shared_blocks), *_constant_inputs(kfac, whole, samples)]
     findings += [Finding("capture", Severity.WARNING, f"{name}: {reason}") for name, reason in mismatched.items()]
     positions = max(targets_of(batch) // max(sum(len(micro.targets) for micro in batch.micro_batches), 1), 1)
     terms = Terms(samples, positions, communicator.size, config.loss.name.loss_terms, scaled=True)
-    return [*findings, *_judge(ratios, terms)]
+    return [*findings, *_judge(ratios, terms, coupled)]
 
 
 def targets_of(batch: StepBatch) -> int:
@@ -110,6 +115,30 @@ def _of_rounding_alone(config: Config, parts: RunParts, single: Units, batch: St
     return [name for name in single if name in exact and _differs(single[name]["scalars"], exact[name]["scalars"])]
 
 
+def _coupled_parameters(parts: RunParts, batch: StepBatch) -> set[str]:
+    """Return the parameters whose gradient of the batch isn't the sum of those of its samples, whoever made it so."""
+    module, loss = parts.engine.module, parts.loss
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    sums = []
+    for single in (False, True):
+        total = [torch.zeros_like(parameter) for parameter in trained.values()]
+        for micro in batch.micro_batches:
+            count = len(micro.targets)
+            for index in range(count if single else 1):
+                cut = itemgetter(slice(index, index + 1) if single else slice(None))
+                value = loss.total(forward(module, each(cut, micro.inputs)), cut(micro.targets))
+                found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+                for own, grad in zip(total, found, strict=True):
+                    if grad is not None:
+                        own += grad
+        sums.append(total)
+    return {
+        name
+        for name, whole, apart in zip(trained, *sums, strict=True)
+        if not float((whole - apart).norm()) <= TOLERANCE * float(apart.norm())
+    }
+
+
 def _differs(single: Tensor, exact: Tensor) -> bool:
     """Whether doubles have another trace than floats, or none at all."""
     return _off(_ratio(single, exact)) or float(exact[1]) < FAINT < float(single[1])
@@ -143,13 +172,33 @@ def _ratio(whole: Tensor, single: Tensor) -> float | None:
     return float((t1 / w1) / (t2 / w2))
 
 
-def _judge(ratios: Mapping[str, float | None], terms: Terms) -> list[Finding]:
+def _judge(ratios: Mapping[str, float | None], terms: Terms, unequal: Collection[str] = ()) -> list[Finding]:
+    """Judge the ratios.
+
+    Args:
+        ratios: By unit.
+        terms: The sizes of the batch.
+        unequal: Units of layers whose gradient of the batch isn't the sum of those of its samples.
+    """
     coupled = [name for name, ratio in ratios.items() if _side(name) is Side.A and _off(ratio)]
-    wrong = {
+    off = {
         name: math.sqrt(ratio)
         for name, ratio in ratios.items()
         if ratio is not None and _side(name) is not Side.A and _off(ratio)
     }
+    # A wrong scale of the loss is wrong in all layers.
+    right = any(ratio is not None and _side(name) is not Side.A and not _off(ratio) for name, ratio in ratios.items())
+    wrong = {name: factor for name, factor in off.items() if name not in unequal or not right}
+    if off and not wrong and not coupled:
+        return [
+            Finding(
+                "scale",
+                Severity.WARNING,
+                f"{_blocks(list(off))}: the model's gradient of {terms.samples} samples together, without K-FAC, isn't "
+                "the sum of those of the samples alone: samples influence each other, or an operation of torch "
+                "computes another gradient for another batch; the scale of G can't be checked",
+            )
+        ]
     if coupled:
         return [
             Finding(

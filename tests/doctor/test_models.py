@@ -183,3 +183,26 @@ def test_the_scale_of_a_gradient_next_to_nothing_is_not_judged() -> None:
     assert _ratio(torch.tensor([8.0, 8e-35]), torch.tensor([4.0, 4e-20])) == pytest.approx(1e-15), (
         "a loss of scale shows"
     )
+
+
+def test_a_model_that_is_certain_is_not_judged() -> None:
+    report = examine(config(DATA + "Certain", data=("images", IMAGES)))
+    assert report.ready, report.findings
+    said = {row.expected for row in report.curvature}
+    assert said == {"anything: the model is so certain here that the loss's curvature is rounding"}
+
+
+@pytest.mark.filterwarnings("ignore:the outputs of scale are shared")
+def test_a_row_that_terms_share_is_approximate() -> None:
+    """As the time's embedding of VoxtralRealtime: of one sample, one row, and five terms."""
+    report = examine(config(DATA + "Conditioned", data=("tokens", TOKENS)))
+    assert report.ready, report.findings
+    [found] = [finding for finding in report.findings if finding.check == "curvature"]
+    assert found.severity is Severity.FINE, found.text
+
+
+def test_a_gradient_that_depends_on_the_batch_is_told_from_a_wrong_scale() -> None:
+    report = examine(config(DATA + "OfItsBatch", data=("images", IMAGES)))
+    [found] = [finding for finding in report.findings if finding.check == "scale"]
+    assert found.severity is Severity.WARNING
+    assert found.text.startswith("first: the model's gradient of 8 samples together, without K-FAC, isn't the sum")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,3 +122,56 @@ class UsedByHand(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.middle(self.embedding(tokens)).tanh()
         return F.linear(F.linear(hidden, self.spare.weight), self.embedding.weight)
+
+
+class Certain(nn.Module):
+    """Class probabilities of which one is 1 to the last digit of a double."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 8), nn.Linear(8, 5)
+        with torch.no_grad():
+            self.last.bias.copy_(torch.arange(5) * 60.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs: Tensor = self.last(torch.tanh(self.first(images.mean((-1, -2)))))
+        return outputs
+
+
+class Conditioned(nn.Module):
+    """Token logits of which one row, the same for every sequence and position, scales the hidden values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.scale, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11)
+        self.register_buffer("condition", torch.linspace(-1, 1, 6)[None])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] == 1:
+            raise ValueError("a model of one fixed length")
+        outputs: Tensor = self.head(self.words(tokens) * (1 + self.scale(self.condition)))
+        return outputs
+
+
+class _OfItsBatch(torch.autograd.Function):
+    """The identity, with a gradient that is wrong for batches, as that of a kernel for some memory formats is."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * len(grad) ** 0.5
+
+
+class OfItsBatch(nn.Module):
+    """A model whose gradient depends on how many samples come together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 8), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs: Tensor = self.last(torch.tanh(_OfItsBatch.apply(self.first(images.mean((-1, -2))))))
+        return outputs
