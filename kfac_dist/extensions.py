@@ -1,4 +1,4 @@
-"""Registration of code outside of the package: layers' blocks, solvers, engines, communicators, metric sinks.
+"""Registration of code outside of the package: layers' blocks, solvers, transforms, engines, communicators, sinks.
 
 A module of yours registers what it adds when it is imported; a run imports it by `extensions: [package.module]` in its
 YAML file, a program by an import before it makes `KFAC`. Each registration names the version of this interface that it
@@ -38,6 +38,11 @@ from kfac_dist.engines.build import add_engine
 from kfac_dist.engines.training_engine import TrainingEngine as Engine
 from kfac_dist.errors import CollectiveError as CollectiveError
 from kfac_dist.errors import ExtensionError as ExtensionError
+from kfac_dist.preconditioner.precondition.transforms.base import Stack as Stack
+from kfac_dist.preconditioner.precondition.transforms.base import Stage as Stage
+from kfac_dist.preconditioner.precondition.transforms.base import State as State
+from kfac_dist.preconditioner.precondition.transforms.base import Transform as Transform
+from kfac_dist.preconditioner.precondition.transforms.table import add_transform
 from kfac_dist.reporting.sinks import Sink as Sink
 from kfac_dist.reporting.sinks import add_sink
 
@@ -62,7 +67,11 @@ __all__ = [
     "Side",
     "Sink",
     "SoloCommunicator",
+    "Stack",
+    "Stage",
+    "State",
     "TorchCommunicator",
+    "Transform",
     "Work",
     "World",
     "batch_first",
@@ -73,6 +82,7 @@ __all__ = [
     "register_engine",
     "register_sink",
     "register_solver",
+    "register_transform",
 ]
 
 
@@ -113,6 +123,26 @@ def register_solver(name: str, invert: Callable[[Tensor, Tensor], Tensor], *, ap
     """
     _check_version("register_solver", api_version)
     add_solver(name, invert)
+
+
+def register_transform(name: str, make: Callable[..., Transform], *, api_version: int) -> None:
+    """Add a stage of what is done with gradient matrices, which a run chooses by `kfac.update.transforms: {name: {}}`.
+
+    It gets the matrices of like layers together, on the ranks that precondition them, before the inverse, behind it, or
+    behind what sets the step's length, as its `stage` says. What it keeps from step to step is saved and resumed by
+    the layer's name, on any number of ranks and under any engine.
+
+    Args:
+        name: Lower-case letters, digits and '_'.
+        make: A class that derives from `Transform`, or what returns one; called with the YAML file's arguments by
+            keyword.
+        api_version: The `API_VERSION` that the transform was written for.
+
+    Raises:
+        ExtensionError: Another version, a name that is taken, or no transform; says what to write.
+    """
+    _check_version("register_transform", api_version)
+    add_transform(name, make)
 
 
 def register_communicator(

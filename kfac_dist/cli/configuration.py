@@ -53,12 +53,14 @@ def check_targets(config: Config, *, build: bool = False) -> None:
 
     from kfac_dist.config.yaml.targets import load_target
     from kfac_dist.engines import check_sections
+    from kfac_dist.preconditioner.precondition.transforms.table import check_transforms
     from kfac_dist.reporting.sinks import check_sinks
     from kfac_dist.tasks import DATA, MODELS, DataSplits
 
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     check_sections(config.engine, config.train, on_cpu=on_cpu)
     check_sinks(config.metrics.sinks)
+    check_transforms(config.kfac.update.transforms)
     load_target(config.data, DATA, "data", DataSplits)
     load_target(config.model, MODELS, "model", nn.Module)
     if build or not config.model.is_code:

@@ -54,6 +54,7 @@ from kfac_dist.config.kfac.solver import NewtonConfig as NewtonConfig
 from kfac_dist.config.kfac.solver import StepSolver as StepSolver
 from kfac_dist.config.kfac.splits import SplitBy as SplitBy
 from kfac_dist.config.kfac.splits import SplitConfig as SplitConfig
+from kfac_dist.config.kfac.update import TRANSFORM_NAMES as TRANSFORM_NAMES
 from kfac_dist.config.kfac.update import Graft as Graft
 from kfac_dist.config.kfac.update import UpdateConfig as UpdateConfig
 from kfac_dist.config.loss import LossConfig as LossConfig

@@ -238,7 +238,7 @@ class ChainGroup(Group):
         flat = self._matrices[key].flatten()
         return torch.cat([flat, self._told[key]]) if key in self._told else flat
 
-    def apply(self, damping: float) -> Tensor:
+    def apply(self, gradient: Tensor, damping: float) -> Tensor:
         """See `Group.apply`; the damping is part of the payloads."""
         links = [
             ChainLink(
@@ -251,5 +251,5 @@ class ChainGroup(Group):
             )
             for name in (block.name for block in self.blocks)
         ]
-        gradients = [self.matrix(self.gradient, index)[0] for index in range(len(self.blocks))]
+        gradients = [self.matrix(gradient, index)[0] for index in range(len(self.blocks))]
         return torch.cat([update.flatten() for update in apply_inverse(links, gradients)])

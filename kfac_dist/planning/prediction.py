@@ -19,7 +19,7 @@ from kfac_dist.planning.traffic import Rehearsed, rehearse
 from kfac_dist.preconditioner.invert.refresh import LABEL as INVERSES
 from kfac_dist.preconditioner.memory import RankBytes
 from kfac_dist.preconditioner.precondition import transport
-from kfac_dist.preconditioner.precondition.trust_region import LABEL as LENGTH
+from kfac_dist.preconditioner.precondition.preconditioner import LABEL as LENGTH
 
 PHASES = ("statistics", "reduction", "inversion", "sharing", "preconditioning", "gradients")
 

@@ -30,8 +30,8 @@ from kfac_dist.preconditioner.invert.ekfac import moments_wire
 from kfac_dist.preconditioner.invert.refresh import payload_wire
 from kfac_dist.preconditioner.plan import Plan
 from kfac_dist.preconditioner.precondition import diagonal_fisher as diagonal
+from kfac_dist.preconditioner.precondition import preconditioner as step_length
 from kfac_dist.preconditioner.precondition import transport as gradients
-from kfac_dist.preconditioner.precondition import trust_region as step_length
 from kfac_dist.preconditioner.precondition.transport import update_layout
 from kfac_dist.preconditioner.reduce import reduction
 from kfac_dist.preconditioner.reduce.buckets import BucketPlan

@@ -11,7 +11,7 @@ An engine that drives its optimizer itself (DeepSpeed) calls `step` on its own, 
     engine.backward(loss); engine.step()
 
 `step` reads in the order in which data flows: close the statistics that backward measured, refresh what is due, then
-collect, precondition, clip and deliver the gradients.
+collect, transform, scale and deliver the gradients.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kfac_dist.preconditioner.measure.loss_terms import Description
 from kfac_dist.preconditioner.monitor import Monitor
 from kfac_dist.preconditioner.parts import Loop, Parts
 from kfac_dist.preconditioner.phases import Phase
-from kfac_dist.preconditioner.precondition.trust_region import HasRates
+from kfac_dist.preconditioner.precondition.transforms.trust_region import HasRates
 from kfac_dist.preconditioner.solver_access import SolverAccess
 from kfac_dist.preconditioner.turns import Turns
 
@@ -126,14 +126,14 @@ class KFAC:
             return
         core.update_curvature()
         parts = core.parts
-        preconditioner, trust_region = parts.preconditioner, parts.trust_region
+        preconditioner = parts.preconditioner
         with core.phases(Phase.PRECONDITIONING):
             gradients = preconditioner.collect(self._loss_gradients())
-            updates = preconditioner.precondition(gradients, core.damping, trust_region.shape)
-            scale = trust_region.scale(updates)
+            updates = preconditioner.transform(gradients, core.damping)
+            scale = preconditioner.scale(updates)
             preconditioner.deliver(updates, scale)
-            trust_region.replace_plain(gradients)
-            parts.damping.adaptation.note(trust_region.kl_scale)
+            preconditioner.replace_plain(gradients)
+            parts.damping.adaptation.note(parts.trust_region.kl_scale)
         if self._attached is None:
             self._turns.taken()
         core.advance()

@@ -36,8 +36,9 @@ from kfac_dist.preconditioner.phases import PhaseTimer
 from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
 from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
 from kfac_dist.preconditioner.precondition.preconditioner import Preconditioner
+from kfac_dist.preconditioner.precondition.transforms.table import build_transforms
+from kfac_dist.preconditioner.precondition.transforms.trust_region import HasRates, TrustRegion
 from kfac_dist.preconditioner.precondition.transport import ReplicatedTransport, ShardedTransport, Transport
-from kfac_dist.preconditioner.precondition.trust_region import HasRates, TrustRegion
 from kfac_dist.preconditioner.reduce.reduction import FactorReduction
 
 # Parameters whose reason is shown when none has a block.
@@ -78,8 +79,8 @@ class Parts:
         refresh: Keeps the groups' inverses up to date.
         moments: EKFAC's second moments, if there are any.
         transport: Moves gradients to the groups and back.
-        preconditioner: Gradients to updates, through groups and diagonal Fisher.
-        trust_region: The updates' length.
+        preconditioner: Gradients to updates, through the list of transforms and the diagonal Fisher.
+        trust_region: The last of the transforms, if it is on; what it says of the last step is logged.
         damping: λ.
         mismatched: Why blocks were left out during the run, by name.
     """
@@ -223,7 +224,18 @@ def assemble(
     )
     reduction = FactorReduction(averages, plan, comm, distribution)
     adaptation = DampingAdaptation(config.inversion.adapt, comm, device, precision)
-    plain = [name for name in coverage.uncovered if name not in diagonal.names]
+    trust_region = TrustRegion(config.update, loop.optimizer, device, precision)
+    preconditioner = Preconditioner(
+        transport,
+        diagonal,
+        offload,
+        build_transforms(config, trust_region),
+        groups,
+        engine=engine,
+        communicator=comm,
+        row=row,
+        plain=[name for name in coverage.uncovered if name not in diagonal.names],
+    )
     return Parts(
         plan=plan,
         communicator=comm,
@@ -251,8 +263,8 @@ def assemble(
         refresh=refresh,
         moments=moments,
         transport=transport,
-        preconditioner=Preconditioner(transport, diagonal, offload),
-        trust_region=TrustRegion(config.update, engine, loop.optimizer, row, diagonal, plain, device, precision),
+        preconditioner=preconditioner,
+        trust_region=trust_region,
         damping=Damping(config.inversion.damping, adaptation, loop.total_steps, config.update.l2),
         mismatched=coverage.mismatched,
     )

@@ -155,6 +155,8 @@ def carry(before: Mapping[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     merged = {**before, "units": _common(before["units"], after["units"])}
     if "moments" in after:
         merged["moments"] = _common(before.get("moments", {}), after["moments"])
+    if "transforms" in after:
+        merged["transforms"] = _common(before.get("transforms", {}), after["transforms"])
     if "diagonal" in after:
         known = before.get("diagonal", {"sums": {}})
         merged["diagonal"] = {

@@ -13,6 +13,7 @@
     adaptation                      how the damping has followed the trust region, if it does
     diagonal                        the diagonal Fisher of parameters without a block, if there is one
     moments/<name>                  EKFAC's second moments, under scalars, sum and payload; whether they are `ready`
+    transforms/<block>              what transforms of its gradient keep, by transform and key, if they keep any
     mismatched/<block>              why a block was left out during the run, in UTF-8, if there are such blocks
 
 Between refreshes every rank has its own sums. Saving adds them up first (the average is linear, so this changes them by
@@ -37,6 +38,7 @@ from kfac_dist.errors import CheckpointError, CollectiveError
 from kfac_dist.preconditioner.invert.refresh import PendingRefresh
 from kfac_dist.preconditioner.parts import Parts
 from kfac_dist.preconditioner.plan import Plan
+from kfac_dist.preconditioner.precondition import states
 
 LABEL = "checkpoint"
 _LOAD = "load_state_dict"
@@ -153,6 +155,7 @@ def held(parts: Parts, step: int) -> dict[str, Any]:
         "damping": parts.damping.state_dict(),
         **({"diagonal": parts.diagonal.state_dict()} if parts.diagonal.names else {}),
         **({} if parts.moments is None else {"moments": parts.moments.held()}),
+        **({"transforms": parts.preconditioner.states.held()} if _transform_shapes(parts) else {}),
         **({"adaptation": parts.damping.adaptation.state_dict()} if parts.damping.adaptation.active else {}),
         **({MISMATCHED: {name: _as_bytes(why) for name, why in parts.mismatched.items()}} if parts.mismatched else {}),
     }
@@ -170,6 +173,8 @@ def gather(parts: Parts, step: int) -> dict[str, Any]:
             _gather_key(parts, parts.moments.plan, values["moments"], key)
     if parts.lagged:
         _gather_due(parts, values["units"])
+    if "transforms" in values:
+        values["transforms"] = _gather_transforms(parts, values["transforms"])
     return values
 
 
@@ -202,6 +207,7 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
     )
     if parts.moments is not None:
         parts.moments.restore(values.get("moments"))
+    parts.preconditioner.states.load(values.get("transforms", {}))
     return int(values["step"])
 
 
@@ -277,6 +283,29 @@ def _gather_due(parts: Parts, units: dict[str, dict[str, Tensor]]) -> None:
             units[name]["due"] = torch.tensor(due)
 
 
+def _transform_shapes(parts: Parts) -> dict[str, dict[str, tuple[int, ...]]]:
+    return states.shapes_of(parts.preconditioner.transforms, parts.plan)
+
+
+def _gather_transforms(parts: Parts, held: Mapping[str, states.BlockState]) -> dict[str, states.BlockState]:
+    """Give every rank the state of every block's transforms, from a rank that preconditions the block."""
+    shapes, comm = _transform_shapes(parts), parts.communicator
+    rows = [(block, key, shape) for block, own in shapes.items() for key, shape in own.items()]
+    owners = {block: parts.plan.blocks[block].owners[0] for block in shapes}
+    layout = SegmentLayout(
+        [Segment(f"{block}/{key}", torch.Size(shape).numel(), owners[block]) for block, key, shape in rows], comm.size
+    )
+    buffer = torch.empty(layout.sharing_numel, dtype=parts.averages.working, device=parts.averages.device)
+    for block, key, _ in rows:
+        if owners[block] == comm.rank:
+            layout.view(buffer, f"{block}/{key}").copy_(held[block][key].flatten())
+    share_segments(comm, buffer, layout, label=LABEL).wait()
+    found: dict[str, states.BlockState] = {}
+    for block, key, shape in rows:
+        found.setdefault(block, {})[key] = layout.view(buffer, f"{block}/{key}").view(shape)
+    return found
+
+
 def _check(parts: Parts, values: Mapping[str, Any], leaving: Set[str] = frozenset()) -> None:
     saved = values.get("units", {})
     for key in ("step", "shares", "refreshes"):
@@ -285,6 +314,8 @@ def _check(parts: Parts, values: Mapping[str, Any], leaving: Set[str] = frozense
                 f"the K-FAC state has no {key!r}: it isn't what this version's KFAC.state_dict() returns"
             )
     check_units(parts.plan, saved)
+    staying = {name: shapes for name, shapes in _transform_shapes(parts).items() if name not in leaving}
+    states.check(staying, values.get("transforms", {}))
     for unit in parts.plan.units:
         if unit.block in leaving:
             continue

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kfac_dist.config.section import Gone, NonNegative, Positive, Section
+from kfac_dist.config.spelling import did_you_mean
+
+# Registered by `kfac_dist.preconditioner.precondition.transforms.table.add_transform`.
+TRANSFORM_NAMES: set[str] = set()
 
 
 class Graft(StrEnum):
@@ -30,6 +34,8 @@ class UpdateConfig(Section):
             covers takes that step itself. null leaves Δ as long as the curvature says.
         l2: Coefficient of a weight decay that is part of the loss: l2·θ joins the gradient before preconditioning and
             l2 joins the damping. (An optimizer's own weight_decay stays outside of K-FAC, as in AdamW.)
+        transforms: Name of a registered transform to its arguments: further stages of what is done with a layer's
+            gradient matrix at its owner, in this order within a stage.
     """
 
     gone: ClassVar[Mapping[str, Gone]] = {
@@ -40,6 +46,19 @@ class UpdateConfig(Section):
     kl_clip_lr: Literal["current"] | Positive = "current"
     graft: Graft | None = None
     l2: NonNegative = 0.0
+    transforms: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("transforms")
+    @classmethod
+    def _transforms_are_registered(cls, transforms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in transforms:
+            if name not in TRANSFORM_NAMES:
+                known = ", ".join(sorted(TRANSFORM_NAMES)) or "none"
+                raise ValueError(
+                    f"found {name[:60]!r}{did_you_mean(name, TRANSFORM_NAMES)}; registered by the modules under "
+                    f"extensions: {known}"
+                )
+        return transforms
 
     @model_validator(mode="after")
     def _lr_belongs_to_clip(self) -> Self:

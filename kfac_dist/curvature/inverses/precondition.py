@@ -47,16 +47,16 @@ class Group(Payloads, ABC):
         return buffer[self._rows(index)]
 
     @abstractmethod
-    def apply(self, damping: float) -> Tensor:
-        """Return the preconditioned `gradient`, a new tensor of its shape."""
+    def apply(self, gradient: Tensor, damping: float) -> Tensor:
+        """Return the product of the damped inverse with a tensor shaped like `gradient`, a new tensor."""
 
 
 class InverseGroup(Group):
     """Damped inverses: `Δ = G⁻¹ ∇ A⁻¹`, or `∇ F⁻¹` a unit."""
 
-    def apply(self, damping: float) -> Tensor:
+    def apply(self, gradient: Tensor, damping: float) -> Tensor:
         """See `Group.apply`; the damping is part of the inverses."""
-        gradient = self.gradient.to(self._dtype)
+        gradient = gradient.to(self._dtype)
         right = self.sides[Side.A] if Side.A in self.sides else self.sides[Side.F]
         if right.diagonal:
             gradient = (gradient * right.vectors()[:, None, :]).to(gradient.dtype)
@@ -68,11 +68,11 @@ class InverseGroup(Group):
 class EigenGroup(Group):
     """Exact damping: `Δ = Q_G [(Q_Gᵀ ∇ Q_A) / (d_G d_Aᵀ + λ)] Q_Aᵀ`; Q is block-diagonal when factors are cut."""
 
-    def apply(self, damping: float) -> Tensor:
+    def apply(self, gradient: Tensor, damping: float) -> Tensor:
         """See `Group.apply`."""
         a, g = self.sides[Side.A], self.sides.get(Side.G)
-        dtype = self.gradient.dtype if a.diagonal and g is None else self._dtype
-        rotated = a.right(self.gradient.to(dtype))
+        dtype = gradient.dtype if a.diagonal and g is None else self._dtype
+        rotated = a.right(gradient.to(dtype))
         rotated = rotated if g is None else g.left(rotated, transposed=True)
         rotated = (rotated / (self._curvature() + damping * self._known())).to(dtype)
         rotated = a.right(rotated, transposed=True)

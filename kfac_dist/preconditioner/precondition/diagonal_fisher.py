@@ -129,11 +129,10 @@ class DiagonalFisher:
         fisher = self._sum / torch.where(measured, self._weight, 1.0)
         return self.gradient / torch.where(measured, fisher + damping, 1.0)
 
-    def products(self, update: Tensor) -> list[Tensor]:
-        """Return this rank's share of ⟨update, gradient⟩ over a row: whole gradients count once, slices all."""
-        if not self.names or (self._row.rank > 0 and not self._engine.sharded):
-            return []
-        return [torch.dot(update, self.gradient)]
+    @property
+    def counted(self) -> bool:
+        """Whether a sum over a row counts this rank's values: whole gradients count once, slices all."""
+        return bool(self.names) and (self._row.rank == 0 or self._engine.sharded)
 
     def deliver(self, gradients: dict[str, Tensor], update: Tensor, scale: Tensor | None) -> None:
         """Write a preconditioned gradient, times a 0-dim factor, over the gradients that were collected."""

@@ -1,54 +1,94 @@
-"""Gradients to updates: collected, preconditioned group by group as they arrive, and delivered at one length.
+"""Gradients to updates: collected, transformed stack by stack as they arrive, and delivered at one length.
 
 gradients = collect(...)                        set out for who preconditions them
-updates   = precondition(gradients, damping)    (G ⊗ A + λ)⁻¹∇ for blocks, ∇/(F + λ) for the rest; on their way back
+updates   = transform(gradients, damping)       one stage after the other for blocks, ∇/(F + λ) for the rest; sent back
+scale     = scale(updates)                      one reduction for all stages that set a length together
 deliver(updates, scale)                         into the gradients' own memory
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from kfac_dist.curvature.inverses.offload import Offload
 from kfac_dist.curvature.inverses.precondition import Group
+from kfac_dist.distributed.communicators.base import Communicator
+from kfac_dist.engines import Engine
 from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
+from kfac_dist.preconditioner.precondition.states import TransformStates
+from kfac_dist.preconditioner.precondition.transforms.base import Stack, Stage, Transform, keeps_state
 from kfac_dist.preconditioner.precondition.transport import Transport
 
-# Changes a group's update in place, and returns numbers about it that add up over groups.
-Shape = Callable[[Group, Tensor], Tensor]
+# What the traffic counts the reduction of the stages' numbers as.
+LABEL = "kl_clip"
 
 
 @dataclass(frozen=True)
 class Updates:
-    """Preconditioned gradients, on their way back.
+    """Transformed gradients, on their way back.
 
     Attributes:
         gradients: The gradients that they were made of, by parameter name: where they go.
         diagonal: Those of parameters with a diagonal Fisher, flat.
-        sums: What `Shape` returned, a group each.
+        sums: Of each stage that sets a length, by name: what it measured, a stack each.
     """
 
     gradients: dict[str, Tensor]
     diagonal: Tensor
-    sums: list[Tensor]
+    sums: Mapping[str, Sequence[Tensor]]
 
 
 class Preconditioner:
-    """Multiplies gradients by the damped inverse Fisher.
+    """Takes gradients through the list of transforms where their blocks are preconditioned.
 
     Args:
         transport: Moves gradients to this rank's groups and back.
         diagonal: The diagonal Fisher of parameters without a block.
         offload: Keeps the groups' inverses on the host, if it is asked for.
+        transforms: By name, in the order in which they are applied.
+        groups: This rank's groups.
+        engine: Where the gradients are.
+        communicator: All ranks.
+        row: The ranks that together hold each update once.
+        plain: Parameters that nothing preconditions.
+
+    Attributes:
+        transforms: By name, in the order in which they are applied.
+        states: What they keep from step to step.
     """
 
-    def __init__(self, transport: Transport, diagonal: DiagonalFisher, offload: Offload | None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        diagonal: DiagonalFisher,
+        offload: Offload | None,
+        transforms: Mapping[str, Transform],
+        groups: Sequence[Group],
+        *,
+        engine: Engine,
+        communicator: Communicator,
+        row: Communicator,
+        plain: Sequence[str],
+    ) -> None:
+        self.transforms = transforms
+        self.states = TransformStates(transforms, groups)
         self._transport = transport
         self._diagonal = diagonal
         self._offload = offload
+        self._engine = engine
+        self._communicator = communicator
+        self._row = row
+        self._plain = plain
+        self._linear = {name: stage for name, stage in transforms.items() if stage.linear}
+        self._scaling = {name: stage for name, stage in transforms.items() if stage.scales}
+        # On every rank alike, whatever blocks it has.
+        self._stateful = any(keeps_state(stage) for stage in transforms.values())
+        self._replacing = [t for t in transforms.values() if type(t).replace_plain is not Transform.replace_plain]
+        self._names = {id(group): tuple(block.name for block in group.blocks) for group in groups}
 
     def collect(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Start to bring gradients, by parameter name, to who preconditions them; returns them."""
@@ -58,25 +98,84 @@ class Preconditioner:
         self._diagonal.collect(gradients)
         return gradients
 
-    def precondition(self, gradients: dict[str, Tensor], damping: float, shape: Shape | None = None) -> Updates:
+    def transform(self, gradients: dict[str, Tensor], damping: float) -> Updates:
         """Return the updates of gradients that were collected; collective where they travel.
 
         Args:
             gradients: What `collect` returned.
             damping: λ, with the weight decay that is part of the loss.
-            shape: Applied to each group's update before it leaves.
         """
-        sums: list[Tensor] = []
-        for groups in self._transport.arriving():
-            updates: list[Tensor] = []
-            for group in groups if self._offload is None else self._offload.streamed(groups):
-                updates.append(group.apply(damping))
-            if shape is not None:
-                sums += map(shape, groups, updates)
-            self._transport.send(groups, updates)
+        taken = self._engine.finite_everywhere(self._communicator) if self._stateful else None
+        sums: dict[str, list[Tensor]] = {name: [] for name in self._scaling}
+        self._each_stack(self.transforms, damping, taken, sums)
         return Updates(gradients, self._diagonal.apply(damping), sums)
+
+    def precondition(self, gradients: dict[str, Tensor], damping: float) -> Updates:
+        """Return the damped inverse's product with gradients that were collected: the linear stages alone."""
+        self._each_stack(self._linear, damping, None, {})
+        return Updates(gradients, self._diagonal.apply(damping), {})
+
+    def scale(self, updates: Updates) -> Tensor | None:
+        """Return the factor of all updates, 0-dim, the same on every rank; None if they are as long as they should be.
+
+        Collective, unless no stage sets a length.
+        """
+        if not self._scaling:
+            return None
+        totals = torch.stack([self._total(name, updates) for name in self._scaling])
+        self._row.all_reduce(totals, label=LABEL).wait()
+        scales = [
+            stage.scale(total, self._engine.gradient_scale)
+            for stage, total in zip(self._scaling.values(), totals.unbind(), strict=True)
+        ]
+        return scales[0] if len(scales) == 1 else torch.stack(scales).prod()
 
     def deliver(self, updates: Updates, scale: Tensor | None = None) -> None:
         """Write updates, times a 0-dim factor, over the gradients that they were made of."""
         self._transport.deliver(updates.gradients, scale)
         self._diagonal.deliver(updates.gradients, updates.diagonal, scale)
+
+    def replace_plain(self, gradients: dict[str, Tensor]) -> None:
+        """Give the parameters that nothing preconditions the step that the stages have for them; in place."""
+        for transform in self._replacing:
+            for name in self._plain:
+                if name in gradients:
+                    transform.replace_plain(gradients[name], self._engine.gradient_scale)
+
+    def _each_stack(
+        self,
+        stages: Mapping[str, Transform],
+        damping: float,
+        taken: Tensor | None,
+        sums: Mapping[str, list[Tensor]],
+    ) -> None:
+        """Take every stack through some stages as it arrives, and send what comes out."""
+        gradient_scale = self._engine.gradient_scale
+        for groups in self._transport.arriving():
+            updates: list[Tensor] = []
+            for group in groups if self._offload is None else self._offload.streamed(groups):
+                stack = Stack(group.gradient, self._names[id(group)], damping, gradient_scale, group)
+                updates.append(self._apply(stages, stack, taken, sums))
+            self._transport.send(groups, updates)
+
+    def _apply(
+        self, stages: Mapping[str, Transform], stack: Stack, taken: Tensor | None, sums: Mapping[str, list[Tensor]]
+    ) -> Tensor:
+        update, states = stack.gradient, dict[str, dict[str, Tensor]]()
+        collected = True  # whether the stack's gradient is still the one that was collected
+        for name, stage in stages.items():
+            if collected and stage.stage is not Stage.GRADIENT:
+                stack, collected = (stack if update is stack.gradient else replace(stack, gradient=update)), False
+            state = {} if taken is None else self.states.of(name, stack.group)
+            update = stage.apply(update, stack, state)
+            if state:
+                states[name] = state
+            if name in sums:
+                sums[name].append(stage.measure(update, stack.gradient))
+        return update if taken is None else self.states.commit(stack.group, states, taken, update)
+
+    def _total(self, name: str, updates: Updates) -> Tensor:
+        """Return the sum over this rank of what a stage measured, 0-dim."""
+        sums, stage = updates.sums[name], self._scaling[name]
+        total = torch.stack(list(sums)).sum() if sums else updates.diagonal.new_zeros(())
+        return total + stage.measure(updates.diagonal, self._diagonal.gradient) if self._diagonal.counted else total

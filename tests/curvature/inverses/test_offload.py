@@ -54,9 +54,9 @@ def test_updates_and_payloads_are_the_same_bits(solver: Solver, dtype: torch.dty
         load(there, solver, seed)
         for _ in range(2):  # as often as a solver asks
             offload.begin()
-            updates = [group.apply(0.1) for group in offload.streamed(there)]
+            updates = [group.apply(group.gradient, 0.1) for group in offload.streamed(there)]
             for group, update in zip(here, updates, strict=True):
-                assert torch.equal(group.apply(0.1), update)
+                assert torch.equal(group.apply(group.gradient, 0.1), update)
     for group, other in zip(here, there, strict=True):
         for unit in group.units:
             assert torch.equal(group.payload(unit), other.payload(unit))
@@ -68,8 +68,10 @@ def test_what_was_fetched_before_a_payload_came_is_fetched_again() -> None:
     offload.begin()
     load(here, Solver.CHOLESKY, 3)
     load(there, Solver.CHOLESKY, 3)
-    updates = [group.apply(0.1) for group in offload.streamed(there)]
-    assert all(torch.equal(group.apply(0.1), update) for group, update in zip(here, updates, strict=True))
+    updates = [group.apply(group.gradient, 0.1) for group in offload.streamed(there)]
+    assert all(
+        torch.equal(group.apply(group.gradient, 0.1), update) for group, update in zip(here, updates, strict=True)
+    )
 
 
 def test_the_device_holds_two_groups_and_the_host_all() -> None:

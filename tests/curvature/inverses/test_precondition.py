@@ -84,7 +84,7 @@ def fill(groups: list[Group]) -> None:
 
 
 def each_block(groups: list[Group]) -> list[tuple[Block, Tensor, Tensor]]:
-    updates = [group.apply(DAMPING) for group in groups]
+    updates = [group.apply(group.gradient, DAMPING) for group in groups]
     return [
         (block, group.matrix(group.gradient, index).double(), group.matrix(update, index))
         for group, update in zip(groups, updates, strict=True)
@@ -153,7 +153,7 @@ def test_equal_shapes_are_one_batch_with_the_results_of_each_alone(solver: Solve
             alone.load(unit, holder[unit.name].payload(unit))
         gradient, update = of_block[block.name]
         alone.gradient.copy_(gradient)
-        assert_close(alone.apply(DAMPING), update, 1e-6)
+        assert_close(alone.apply(alone.gradient, DAMPING), update, 1e-6)
 
 
 @pytest.mark.parametrize("without_g", [False, True])
@@ -166,7 +166,7 @@ def test_identity_before_the_first_refresh(limit: int | None, without_g: bool) -
         groups = build_groups(blocks, units, solver, CPU)
         fill(groups)
         for group in groups:
-            assert torch.equal(group.apply(DAMPING), group.gradient)
+            assert torch.equal(group.apply(group.gradient, DAMPING), group.gradient)
 
 
 @pytest.mark.parametrize("solver", Solver)
@@ -190,7 +190,7 @@ def test_apply_leaves_the_gradient_alone() -> None:
         fill(groups)
         for group in groups:
             before = group.gradient.clone()
-            update = group.apply(DAMPING)
+            update = group.apply(group.gradient, DAMPING)
             assert torch.equal(group.gradient, before)
             assert update.data_ptr() != group.gradient.data_ptr() or isinstance(group, InverseGroup)
             update.zero_()

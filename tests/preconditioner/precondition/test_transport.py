@@ -150,9 +150,9 @@ def test_a_bucket_is_preconditioned_while_others_are_on_their_way(monkeypatch: p
     kfac = KFAC(engine, {"update": {"kl_clip": None}, "distribution": {"buckets": 3}})
     apply = InverseGroup.apply
 
-    def noted(group: Group, damping: float) -> Tensor:
+    def noted(group: Group, gradient: Tensor, damping: float) -> Tensor:
         events.append(f"precondition {group.blocks[0].name}")
-        return apply(group, damping)
+        return apply(group, gradient, damping)
 
     monkeypatch.setattr(InverseGroup, "apply", noted)
     F.cross_entropy(model(torch.randn(6, 5)), torch.arange(6) % 2).backward()
