@@ -98,7 +98,7 @@ MAY_IMPORT = {
         "training",
     },
     "integrations": {"config", "hooks", "preconditioner"},
-    "extensions": {"config", "curvature", "distributed", "engines", "errors", "reporting"},
+    "extensions": {"config", "curvature", "distributed", "engines", "errors", "preconditioner", "reporting"},
     "__main__": {"cli"},
     "__init__": {"config", "errors", "preconditioner"},
 }
