@@ -27,7 +27,7 @@ from kfac_dist.optimizers.variance import RelativeVariance
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.checkpoint import Checkpoint
-from kfac_dist.training.checkpoints.differences import differences
+from kfac_dist.training.checkpoints.differences import differences, divides_work_alike
 from kfac_dist.training.checkpoints.run_state import capture_state, restore_state
 from kfac_dist.training.data.batches import Source, StepBatch
 from kfac_dist.training.data.sampler import Position
@@ -233,13 +233,11 @@ class Trainer:
 
     def _continues_exactly(self, facts: dict[str, Any]) -> bool:
         """Whether a checkpoint holds ranks' own state, and these ranks divide the work as those did."""
-        same = ("kfac", "engine", "data", "train", "loss")
-        config = self.outputs.configuration
         return (
             "window" in facts
             and facts["window"]["counts"].keys() == self._window.counts().keys()
             and facts["world_size"] == self.communicator.size
-            and all(facts.get("config", {}).get(section) == config[section] for section in same)
+            and divides_work_alike(facts.get("config", {}), self.outputs.configuration)
         )
 
     def backpropagate(self, batch: StepBatch) -> TermCounts:

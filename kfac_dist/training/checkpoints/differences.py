@@ -11,8 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from kfac_dist.config.schema import Config
+
 # Where a run's files are, how long ranks wait and what is shown make no other run.
 _IRRELEVANT = ("run.name", "run.directory", "run.device", "run.timeout_seconds", "checkpoint", "metrics", "compare")
+_DIVIDING = ("kfac", "engine", "data", "train", "loss")
 _FORM = (
     "kfac.curvature.class_conditional",
     "kfac.curvature.exclude",
@@ -62,6 +67,21 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
         now: This run's.
     """
     return [difference for difference in _compare(before, now, "") if not _below(difference.key, _IRRELEVANT)]
+
+
+def divides_work_alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether ranks of two configurations, on as many ranks, have the same samples and measure the same of them.
+
+    Args:
+        before: A configuration as plain values; an earlier version's may lack keys, which then had today's defaults,
+            and have keys that are gone.
+        now: This run's.
+    """
+    try:
+        known = Config.model_validate(before).model_dump(mode="json")
+    except ValidationError:  # it would be refused today
+        return False
+    return all(known[section] == now[section] for section in _DIVIDING)
 
 
 def misfit(path: object, reason: str, found: Sequence[Difference]) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from kfac_dist.errors import CheckpointError
 from kfac_dist.training import train
-from kfac_dist.training.checkpoints.differences import differences, misfit
+from kfac_dist.training.checkpoints.differences import differences, divides_work_alike, misfit
 from kfac_dist.training.checkpoints.manifest import FileFacts, read_manifest, write_manifest
 from tests.training.runs import losses, saved_tensors, small_config
 
@@ -163,3 +163,18 @@ def test_a_checkpoint_whose_configuration_has_keys_that_are_gone_loads(
     _resume(tmp_path)
     assert _said(capsys) == ["differs from the checkpoint: train.steps: 6 → 9"]
     assert sorted(losses(tmp_path / "small")) == list(range(1, 10))
+
+
+def test_an_earlier_versions_configuration_divides_the_work_alike(tmp_path: Path) -> None:
+    now = small_config(tmp_path, kfac=True).model_dump(mode="json")
+    kfac = now["kfac"]
+    without = {**now, "kfac": {**kfac, "update": {key: kfac["update"][key] for key in ("kl_clip", "graft")}}}
+    gone = {**now, "kfac": {**kfac, "update": {**kfac["update"], "graft_scope": "layer"}}}
+    assert divides_work_alike(now, now)
+    assert divides_work_alike(without, now), "a key that it lacks has its default"
+    assert divides_work_alike(gone, now), "a key that is gone had the value of today"
+
+    other = {**now, "kfac": {**kfac, "update": {**kfac["update"], "graft_scope": "model"}}}
+    batches = {**now, "train": {**now["train"], "batch_size": 8}}
+    assert not any(divides_work_alike(before, now) for before in (other, batches, {}))
+    assert divides_work_alike({**now, "run": {**now["run"], "name": "other"}}, now)
