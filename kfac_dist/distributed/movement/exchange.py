@@ -142,6 +142,57 @@ def _by_peer(copies: Iterable[tuple[Copy, int]], size: int) -> tuple[tuple[Copy,
     return tuple(copy for copy, _ in ordered), tuple(splits)
 
 
+class SliceViews:
+    """Fixed memory for some slices of this rank's gradients, filled and emptied by one copy of all.
+
+    Args:
+        copies: The slices.
+        places: Of each, the views that hold its elements, in order.
+    """
+
+    def __init__(self, copies: Sequence[Copy], places: Sequence[Sequence[Tensor]]) -> None:
+        # Flat where they can be, so that a whole slice needs no view of its own.
+        flat = [[view.view(-1) if view.is_contiguous() else view for view in own] for own in places]
+        self._slices = list(zip(copies, flat, strict=True))
+        self._views = [view for own in flat for view in own]
+        # Of the gradients that have filled it, until they are back.
+        self._filled: tuple[Mapping[str, Tensor], list[Tensor], list[Tensor]] | None = None
+
+    def fill(self, local: Mapping[str, Tensor]) -> None:
+        """Copy what a rank holds of gradients into the memory; one that is missing counts as zero."""
+        views, held = self._pairs(local)
+        self._filled = (local, views, held)
+        if len(views) < len(self._views):
+            torch._foreach_zero_([view for copy, own in self._slices if copy.parameter not in local for view in own])
+        if views:
+            torch._foreach_copy_(views, held)
+
+    def empty_into(self, local: Mapping[str, Tensor], scale: Tensor | None) -> None:
+        """Copy what is in the memory, times a 0-dim factor, over the gradients that there are."""
+        if scale is not None and self._views:
+            torch._foreach_mul_(self._views, scale)
+        filled, self._filled = self._filled, None
+        views, held = self._pairs(local) if filled is None or filled[0] is not local else filled[1:]
+        if views:
+            torch._foreach_copy_(held, views)
+
+    def _pairs(self, local: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the views whose gradients are there, and the parts of these that hold the same elements."""
+        views: list[Tensor] = []
+        held: list[Tensor] = []
+        for copy, own in self._slices:
+            gradient = local.get(copy.parameter)
+            if gradient is None:
+                continue
+            part = _part_of(gradient, copy)
+            views += own
+            if len(own) > 1:
+                held += cut_like(part, own)
+            else:
+                held += [part if view.ndim == 1 else part.view(view.shape) for view in own]
+        return (self._views if len(views) == len(self._views) else views), held
+
+
 class Exchange:
     """Moves gradients along a plan, through buffers that live as long as it does.
 
@@ -179,10 +230,11 @@ class Exchange:
                 raise ValueError(f"{name} has shape {tuple(shape)}; its place has {found and tuple(found)}")
         self._shards = torch.zeros(sum(plan.shard_splits), dtype=wire_dtype, device=device)
         self._pieces = torch.zeros(sum(plan.piece_splits), dtype=wire_dtype, device=device)
-        self._in_shards = torch.split(self._shards, [copy.numel for copy in plan.shards]) if plan.shards else ()
+        in_shards = torch.split(self._shards, [copy.numel for copy in plan.shards]) if plan.shards else ()
+        self._sent = SliceViews(plan.shards, [(view,) for view in in_shards])
         self._assembled = [run for copy in plan.pieces for run in _runs_of(places, copy)]
         self._in_pieces = cut_like(self._pieces, self._assembled)
-        self._kept = [_runs_of(places, copy) for copy in plan.kept]
+        self._kept = SliceViews(plan.kept, [_runs_of(places, copy) for copy in plan.kept])
         self._work: Work | None = None
 
     def to_owners(self, local: Mapping[str, Tensor]) -> None:
@@ -192,21 +244,22 @@ class Exchange:
             local: Parameter to this rank's slice of its gradient: 1-D, any floating dtype. One that is missing counts
                 as zero; more parameters than the plan has are ignored.
         """
-        _copy_all(self._in_shards, _held(self.plan.shards, local), or_zero=True)
+        self._sent.fill(local)
         self._work = self._comm.all_to_all(
             self._pieces, self._shards, self.plan.piece_splits, self.plan.shard_splits, label=self._label
         )
-        for places, held in zip(self._kept, _held(self.plan.kept, local), strict=True):
-            _copy_all(places, [None] * len(places) if held is None else cut_like(held, places), or_zero=True)
+        self._kept.fill(local)
 
     def assembled(self) -> None:
         """Waits until the gradients of all parts that this rank owns are in their places."""
         self._wait()
-        _copy_all(self._assembled, self._in_pieces)
+        if self._assembled:
+            torch._foreach_copy_(self._assembled, self._in_pieces)
 
     def to_shards(self) -> None:
         """Starts to take back what is in the places now; collective. They must stay as they are until `delivered`."""
-        _copy_all(self._in_pieces, self._assembled)
+        if self._assembled:
+            torch._foreach_copy_(self._in_pieces, self._assembled)
         self._work = self._comm.all_to_all(
             self._shards, self._pieces, self.plan.shard_splits, self.plan.piece_splits, label=self._label
         )
@@ -219,14 +272,8 @@ class Exchange:
             scale: 0-dim factor for all of it; it also scales what this rank has in the places of its own slices.
         """
         self._wait()
-        if scale is not None:
-            factors = [*self._in_shards, *(place for places in self._kept for place in places)]
-            if factors:
-                torch._foreach_mul_(factors, scale)
-        _copy_all(_held(self.plan.shards, local), self._in_shards)
-        for places, held in zip(self._kept, _held(self.plan.kept, local), strict=True):
-            if held is not None:
-                _copy_all(cut_like(held, places), places)
+        for views in (self._sent, self._kept):
+            views.empty_into(local, scale)
 
     def _wait(self) -> None:
         assert self._work is not None, "nothing is on its way"
@@ -238,25 +285,12 @@ def _runs_of(places: Mapping[str, Tensor], copy: Copy) -> list[Tensor]:
     return runs(places[copy.part], copy.offset, copy.offset + copy.numel)
 
 
-def _held(copies: Sequence[Copy], local: Mapping[str, Tensor]) -> list[Tensor | None]:
-    """Return the views of this rank's slices that copies speak of; None where there is no gradient."""
-    views: list[Tensor | None] = []
-    for copy in copies:
-        held = local.get(copy.parameter)
-        if held is not None and (held.ndim != 1 or held.numel() < copy.local + copy.numel):
-            raise ValueError(
-                f"{copy.parameter}: rank {copy.holder} holds {copy.local + copy.numel} elements or more of it, "
-                f"but its gradient has shape {tuple(held.shape)}"
-            )
-        views.append(None if held is None else held[copy.local : copy.local + copy.numel])
-    return views
-
-
-def _copy_all(targets: Sequence[Tensor | None], sources: Sequence[Tensor | None], *, or_zero: bool = False) -> None:
-    """Copies pairwise where both are there, converting dtypes, in one launch on a GPU; other targets become zero."""
-    pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t is not None and s is not None]
-    if pairs:
-        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
-    empty = [t for t, s in zip(targets, sources, strict=True) if t is not None and s is None] if or_zero else []
-    if empty:
-        torch._foreach_zero_(empty)
+def _part_of(gradient: Tensor, copy: Copy) -> Tensor:
+    """Return the view of this rank's slice that a copy speaks of."""
+    numel, stop = gradient.numel(), copy.local + copy.numel
+    if gradient.ndim != 1 or numel < stop:
+        raise ValueError(
+            f"{copy.parameter}: rank {copy.holder} holds {stop} elements or more of it, but its gradient has shape "
+            f"{tuple(gradient.shape)}"
+        )
+    return gradient if numel == copy.numel else gradient[copy.local : stop]
