@@ -13,7 +13,7 @@ import typer
 
 from kfac_dist.cli.configuration import ConfigFile, Overrides, load, model_of_shapes
 from kfac_dist.cli.exits import exit_codes
-from kfac_dist.config.schema import Config
+from kfac_dist.config.schema import Config, Target
 from kfac_dist.config.yaml.document import show
 from kfac_dist.errors import ConfigError
 
@@ -118,9 +118,11 @@ def _world_sizes(text: str) -> list[int]:
 
 
 def _show_plan(resolved: Config, world_size: int, node_size: int | None, console: Console, *, everything: bool) -> None:
+    from kfac_dist.config.schema import LossTerms, Precision
     from kfac_dist.curvature.block_tridiagonal_units import find_all
     from kfac_dist.planning.memory_options import savings
     from kfac_dist.planning.plan_table import is_small, plan_summary, plan_view
+    from kfac_dist.planning.row_copies import MicroRows
     from kfac_dist.precision import settled
     from kfac_dist.preconditioner.memory import check_class_memory, rank_bytes
     from kfac_dist.preconditioner.plan import build_plan
@@ -138,13 +140,16 @@ def _show_plan(resolved: Config, world_size: int, node_size: int | None, console
     )
     check_class_memory(planned, config)
     kept = rank_bytes(planned, config, sharded=shards > 1)
+    half = resolved.engine.precision is not Precision.FLOAT32
+    micro = MicroRows({}, half, resolved.loss.name.loss_terms is LossTerms.TOKEN)
+    samples = -(-resolved.train.batch_size // (world_size * resolved.train.accumulate))
     options = savings(
         coverage.blocks,
         config,
         world_size=world_size,
         local_world_size=node_size or world_size,
         shard_size=shards,
-        micro=_micro_rows(resolved, model, coverage.blocks, world_size),
+        micro=_micro_rows(model, coverage.blocks, resolved.data, micro, samples),
     )
     treatment = resolved.kfac.curvature.uncovered
     if everything or is_small(planned):
@@ -154,16 +159,11 @@ def _show_plan(resolved: Config, world_size: int, node_size: int | None, console
             console.print(line, soft_wrap=True)
 
 
-def _micro_rows(resolved: Config, model: nn.Module, blocks: Sequence[Block], world_size: int) -> MicroRows:
-    """Return what a rank measures at once; rows are counted only where measuring copies any."""
-    from kfac_dist.config.schema import LossTerms, Precision
-    from kfac_dist.planning.row_copies import MicroRows
+def _micro_rows(model: nn.Module, blocks: Sequence[Block], data: Target, micro: MicroRows, samples: int) -> MicroRows:
+    """Fill in the rows of a micro-batch of so many samples; they are counted only where measuring copies any."""
     from kfac_dist.planning.rows import count_rows
 
-    half = resolved.engine.precision is not Precision.FLOAT32
-    micro = MicroRows({}, half, resolved.loss.name.loss_terms is LossTerms.TOKEN)
     if not micro.copied:
         return micro
-    samples = -(-resolved.train.batch_size // (world_size * resolved.train.accumulate))
-    rows, _ = count_rows(model.to("meta"), blocks, resolved.data)
+    rows, _ = count_rows(model.to("meta"), blocks, data)
     return replace(micro, rows={name: samples * count for name, count in rows.items()})

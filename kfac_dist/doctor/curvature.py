@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.config.schema import Config, Fisher, LossTerms, Sharing
+from kfac_dist.config.schema import Fisher, KFACConfig, LossConfig, LossTerms, Sharing
 from kfac_dist.curvature.block_tridiagonal_units import find_all
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.blocks.layers.norm import NormBlock
@@ -53,7 +53,8 @@ Micro = tuple[Inputs, Tensor]
 
 
 def examine_curvature(
-    config: Config,
+    kfac: KFACConfig,
+    loss_config: LossConfig,
     module: nn.Module,
     loss: Loss,
     data: Source,
@@ -63,7 +64,8 @@ def examine_curvature(
     """Compare one sample, then as many as `ROWS` backward passes allow; collective, on the same samples everywhere.
 
     Args:
-        config: The run's configuration.
+        kfac: The run's K-FAC.
+        loss_config: The loss's name, and which labels don't count.
         module: The bare model.
         loss: The loss.
         data: The training data.
@@ -75,33 +77,33 @@ def examine_curvature(
         text = f"not compared with the exact curvature: {trained:,} values, at most {PARAMETERS:,} are compared"
         return [Finding("curvature", Severity.FINE, text)], ()
     still(module)
-    one = _first_position(config, module, _samples(config, data, 1))
+    one = _first_position(loss_config, module, _samples(loss_config, data, 1))
     with torch.no_grad():
         columns = forward(module, one[0])[0].numel()
     if columns > ROWS:
         text = f"not compared with the exact curvature: {columns:,} outputs a term, at most {ROWS} are compared"
         return [Finding("curvature", Severity.FINE, text)], ()
-    rows, symmetry = _compare(config, module, loss, one, ranks, sharing=Sharing.EXPAND)
-    many = _batch(config, module, data, one, columns)
+    rows, symmetry = _compare(kfac, loss_config, module, loss, one, ranks, sharing=Sharing.EXPAND)
+    many = _batch(_samples(loss_config, data, SAMPLES), one, columns)
     if many is None:
         return [*_judge(rows), *symmetry], rows
-    further, symmetry = _compare(config, module, loss, many, ranks, sharing=None)
+    further, symmetry = _compare(kfac, loss_config, module, loss, many, ranks, sharing=None)
     shown = (*(row for row in rows if row.exact), *(row for row in further if not row.exact))
     return [*_judge((*rows, *further)), *symmetry], shown
 
 
-def _samples(config: Config, data: Source, count: int) -> Micro:
+def _samples(loss: LossConfig, data: Source, count: int) -> Micro:
     [(inputs, targets)] = data.fetch([torch.arange(min(count, len(data)))], seed=0)
-    if config.loss.name.loss_terms is LossTerms.TOKEN:
+    if loss.name.loss_terms is LossTerms.TOKEN:
         # K-FAC's own labels ignore no position; the Hessian doesn't depend on which label there is.
-        targets = targets.masked_fill(targets == config.loss.ignore_index, 0)
+        targets = targets.masked_fill(targets == loss.ignore_index, 0)
     return inputs, targets
 
 
-def _first_position(config: Config, module: nn.Module, one: Micro) -> Micro:
+def _first_position(loss: LossConfig, module: nn.Module, one: Micro) -> Micro:
     """Keep one token of a sequence if the model takes so short a one."""
     inputs, targets = one
-    if config.loss.name.loss_terms is LossTerms.SAMPLE or not isinstance(inputs, Tensor):
+    if loss.name.loss_terms is LossTerms.SAMPLE or not isinstance(inputs, Tensor):
         return one
     if inputs.ndim < 2 or inputs.shape[1] != targets.shape[1]:
         return one
@@ -114,9 +116,9 @@ def _first_position(config: Config, module: nn.Module, one: Micro) -> Micro:
     return short if outputs.shape[:-1].numel() == 1 else one
 
 
-def _batch(config: Config, module: nn.Module, data: Source, one: Micro, columns: int) -> Micro | None:
+def _batch(several: Micro, one: Micro, columns: int) -> Micro | None:
     """Return more samples, and more of their positions where one was taken; None if one sample is all that fits."""
-    inputs, targets = _samples(config, data, SAMPLES)
+    inputs, targets = several
     if not isinstance(inputs, Tensor) or not isinstance(one[0], Tensor) or inputs.shape[1:] == one[0].shape[1:]:
         count = min(SAMPLES, ROWS // columns)
         first = each(lambda tensor: tensor[:count], inputs)
@@ -128,15 +130,22 @@ def _batch(config: Config, module: nn.Module, data: Source, one: Micro, columns:
 
 
 def _compare(
-    config: Config, module: nn.Module, loss: Loss, micro: Micro, ranks: Communicator, *, sharing: Sharing | None
+    config: KFACConfig,
+    loss_config: LossConfig,
+    module: nn.Module,
+    loss: Loss,
+    micro: Micro,
+    ranks: Communicator,
+    *,
+    sharing: Sharing | None,
 ) -> tuple[tuple[CurvatureRow, ...], list[Finding]]:
     inputs, targets = micro
-    with measuring(module, config.kfac, Fisher.TYPE2, sharing=sharing) as kfac:
+    with measuring(module, config, Fisher.TYPE2, sharing=sharing) as kfac:
         outputs = _pass(module, loss, micro, kfac)
         if any(samples is not Samples.SHARED for samples in found_shared(kfac).values()):
             outputs = _pass(module, loss, micro, kfac)
         found = _factors(kfac)
-        if config.loss.name.loss_terms is LossTerms.TOKEN:
+        if loss_config.name.loss_terms is LossTerms.TOKEN:
             seen = _positions_of_norms(module, inputs, kfac.coverage.blocks)
             found = {name: (values, float(seen.get(name, rows))) for name, (values, rows) in found.items()}
         symmetry = examine_symmetry(kfac, ranks)
@@ -194,7 +203,7 @@ def _pass(module: nn.Module, loss: Loss, micro: Micro, kfac: KFAC) -> Tensor:
 
 
 def _rows(
-    config: Config,
+    config: KFACConfig,
     module: nn.Module,
     loss: Loss,
     inputs: Inputs,
@@ -237,7 +246,7 @@ def _rows(
 
 
 def _in_double(
-    config: Config,
+    config: KFACConfig,
     module: nn.Module,
     inputs: Inputs,
     vectors: Sequence[Tensor],
@@ -248,7 +257,7 @@ def _in_double(
     """Return ‖GGN‖² of some blocks by a model of doubles: where that of floats is larger by far, it is rounding."""
     double = copy.deepcopy(module).double()
     taken = each(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
-    blocks = [block for block in find_all(double, config.kfac).blocks if block.name in names]
+    blocks = [block for block in find_all(double, config).blocks if block.name in names]
     try:
         compared = list(compare(double, blocks, matrices, taken, [vector.double() for vector in vectors], terms))
     except RuntimeError:  # it computes in floats, whatever it is made of

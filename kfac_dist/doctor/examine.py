@@ -258,7 +258,7 @@ def _measure(
     config, ranks = case.config, case.ranks
     rows: tuple[CurvatureRow, ...] = ()
     try:
-        findings, rows = examine_curvature(config, model, loss, train, ranks, still)
+        findings, rows = examine_curvature(config.kfac, config.loss, model, loss, train, ranks, still)
         case.findings += findings
         check_sections(config.engine, config.train, on_cpu=case.world.device.type == "cpu")
         # Inputs and output gradients are whole under every engine, so that what they measure is seen under DDP, too.
@@ -268,8 +268,8 @@ def _measure(
         )
         sampler = sampler_of(config.train, len(train), config.run.seed)
         stream = Stream(train, sampler, rank=ranks.rank, world_size=ranks.size, accumulate=config.train.accumulate)
-        parts = RunParts(engine, optimizer, None, loss, stream, train, test, 1)
-        case.findings += examine_scale(config, parts, ranks, still)
+        parts = RunParts(engine, optimizer, None, loss, stream, train, test, 1, config.train, config.learning_rate)
+        case.findings += examine_scale(config.kfac, config.loss.name.loss_terms, parts, config.run.seed, ranks, still)
     except CollectiveError:
         raise
     except KFACError as error:

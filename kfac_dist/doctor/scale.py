@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.config.schema import Config, Fisher
+from kfac_dist.config.schema import Fisher, KFACConfig, LossTerms
 from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.curvature.factors import Side
 from kfac_dist.distributed.communicators.base import Communicator
@@ -44,31 +44,38 @@ Units = Mapping[str, Mapping[str, Tensor]]
 
 
 def examine_scale(
-    config: Config, parts: RunParts, communicator: Communicator, still: Still = nn.Module.eval
+    kfac_config: KFACConfig,
+    loss_terms: LossTerms,
+    parts: RunParts,
+    seed: int,
+    communicator: Communicator,
+    still: Still = nn.Module.eval,
 ) -> list[Finding]:
     """Measure a batch in two ways; collective.
 
     Args:
-        config: The run's configuration.
+        kfac_config: The run's K-FAC.
+        loss_terms: The terms of its loss.
         parts: The run's parts; its `kfac` isn't used.
+        seed: Of the order of the samples.
         communicator: The ranks.
         still: Sets the mode in which the model is measured.
     """
     still(parts.engine.module)
-    batch = _batch(config, parts, communicator)
-    with measuring(parts.engine, config.kfac, Fisher.EMPIRICAL) as kfac:
-        whole = _measure_batch(config, parts, communicator, kfac, batch)
+    batch = _batch(parts, seed, communicator)
+    with measuring(parts.engine, kfac_config, Fisher.EMPIRICAL) as kfac:
+        whole = _measure_batch(parts, communicator, kfac, batch)
         shared = found_shared(kfac)
         if any(samples is not Samples.SHARED for samples in shared.values()):
-            whole = _measure_batch(config, parts, communicator, kfac, batch)
+            whole = _measure_batch(parts, communicator, kfac, batch)
         mismatched = kfac.coverage.mismatched
-    with measuring(parts.engine.module, config.kfac, Fisher.EMPIRICAL) as kfac:
+    with measuring(parts.engine.module, kfac_config, Fisher.EMPIRICAL) as kfac:
         single = _measure_samples(parts, parts.engine.module, kfac, batch)
         blocks = {block.name: tuple(block.parameters) for block in kfac.coverage.blocks}
     samples = batch.samples
     ratios = {name: _ratio(whole[name]["scalars"], single[name]["scalars"]) for name in whole if name in single}
     if any(map(_off, ratios.values())) and isinstance(parts.engine, DDPEngine):  # elsewhere the module isn't whole
-        ratios |= dict.fromkeys(_of_rounding_alone(config, parts, single, batch))
+        ratios |= dict.fromkeys(_of_rounding_alone(kfac_config, parts, single, batch))
     coupled = set[str]()
     if any(map(_off, ratios.values())) and isinstance(parts.engine, DDPEngine):
         apart = _coupled_parameters(parts, batch)
@@ -77,7 +84,7 @@ def examine_scale(
     findings = [*_idle_blocks(whole, shared_blocks), *_constant_inputs(kfac, whole, samples)]
     findings += [Finding("capture", Severity.WARNING, f"{name}: {reason}") for name, reason in mismatched.items()]
     positions = max(targets_of(batch) // max(sum(len(micro.targets) for micro in batch.micro_batches), 1), 1)
-    terms = Terms(samples, positions, communicator.size, config.loss.name.loss_terms, scaled=True)
+    terms = Terms(samples, positions, communicator.size, loss_terms, scaled=True)
     return [*findings, *_judge(ratios, terms, coupled)]
 
 
@@ -86,29 +93,29 @@ def targets_of(batch: StepBatch) -> int:
     return sum(micro.targets.numel() for micro in batch.micro_batches)
 
 
-def _batch(config: Config, parts: RunParts, communicator: Communicator) -> StepBatch:
+def _batch(parts: RunParts, seed: int, communicator: Communicator) -> StepBatch:
     """Return the first samples of the run, fewer of them."""
-    samples = min(SAMPLES_A_RANK * communicator.size, config.train.batch_size, len(parts.train))
-    sampler = Sampler(len(parts.train), samples, config.run.seed)
-    accumulate = config.train.accumulate
+    samples = min(SAMPLES_A_RANK * communicator.size, parts.settings.batch_size, len(parts.train))
+    sampler = Sampler(len(parts.train), samples, seed)
+    accumulate = parts.settings.accumulate
     stream = Stream(parts.train, sampler, rank=communicator.rank, world_size=communicator.size, accumulate=accumulate)
     return next(stream.steps(Position()))
 
 
-def _measure_batch(config: Config, parts: RunParts, communicator: Communicator, kfac: KFAC, batch: StepBatch) -> Units:
+def _measure_batch(parts: RunParts, communicator: Communicator, kfac: KFAC, batch: StepBatch) -> Units:
     nowhere = RunOutputs(None, Checkpoints(Path(), 1, communicator), SilentProgress(), {})
-    trainer = Trainer(config, replace(parts, kfac=kfac), communicator, nowhere)
+    trainer = Trainer(replace(parts, kfac=kfac), communicator, nowhere)
     trainer.backpropagate(batch)
     kfac.step()
     parts.optimizer.zero_grad()
     return factors(kfac)
 
 
-def _of_rounding_alone(config: Config, parts: RunParts, single: Units, batch: StepBatch) -> list[str]:
+def _of_rounding_alone(config: KFACConfig, parts: RunParts, single: Units, batch: StepBatch) -> list[str]:
     """Return the units whose gradients are others in a model of doubles, so that nothing can be told from them."""
     double = copy.deepcopy(parts.engine.module).double()
     try:
-        with measuring(double, config.kfac, Fisher.EMPIRICAL) as kfac:
+        with measuring(double, config, Fisher.EMPIRICAL) as kfac:
             exact = _measure_samples(parts, double, kfac, batch)
     except RuntimeError:  # it computes in floats, whatever it is made of
         return []

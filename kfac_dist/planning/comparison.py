@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import yaml
 from torch import nn
 
-from kfac_dist.config.schema import Config
+from kfac_dist.config.schema import Config, EngineConfig, KFACConfig
 from kfac_dist.curvature.block_tridiagonal_units import find_all
 from kfac_dist.errors import ConfigError
 from kfac_dist.planning.job import Model, PlannedRun
@@ -109,7 +109,6 @@ def compare(
     check_network(hardware, sizes)
     coverage = find_all(model, config.kfac)
     kfac = settled(config.kfac, (p for block in coverage.blocks for p in block.parameters.values()))
-    config = config.model_copy(update={"kfac": kfac})
     rows, unknown = count_rows(model, coverage.blocks, config.data)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     uncovered = {name: trained[name] for name in coverage.uncovered if name in trained}
@@ -118,34 +117,46 @@ def compare(
     note = f"statistics are not in the times: {unknown}" if unknown else ""
     if without and not unknown:
         note = f"statistics of {len(without)} blocks that the forward pass doesn't call are not in the times"
-    return [_compare(config, known, hardware, size, node_size, note) for size in sizes]
+    return [
+        _compare(kfac, _Ranks(size, node_size, hardware, known, config.engine, config.train.batch_size), note)
+        for size in sizes
+    ]
 
 
-def _compare(config: Config, model: Model, hardware: Hardware, size: int, node_size: int, note: str) -> Comparison:
-    sharded = config.engine.shard_size(size) > 1
-    grid = distributions(config.kfac, world_size=size, node_size=min(node_size, size), sharded=sharded)
-    found = Comparison(size, hardware, _predictions(grid, config, model, hardware, size, node_size), note)
+@dataclass(frozen=True)
+class _Ranks:
+    """A number of ranks on a machine, and what they train."""
+
+    size: int
+    node_size: int
+    hardware: Hardware
+    model: Model
+    engine: EngineConfig
+    batch_size: int
+
+    def predictions(self, grid: Iterable[Strategy]) -> list[Prediction]:
+        """Return what strategies cost, the quickest first."""
+        predictions = []
+        for strategy in grid:
+            try:
+                job = PlannedRun.of(self.model, strategy.config, self.engine, self.size, self.node_size)
+            except ConfigError:
+                if strategy.configured:
+                    raise
+                continue  # a placement that doesn't fit these ranks is no strategy
+            predictions.append(predict(strategy, job, self.hardware, self.batch_size))
+        return _sorted(predictions)
+
+
+def _compare(kfac: KFACConfig, ranks: _Ranks, note: str) -> Comparison:
+    sharded = ranks.engine.shard_size(ranks.size) > 1
+    node_size = min(ranks.node_size, ranks.size)
+    grid = distributions(kfac, world_size=ranks.size, node_size=node_size, sharded=sharded)
+    found = Comparison(ranks.size, ranks.hardware, ranks.predictions(grid), note)
     for axis in AXES:
-        grid = crossed(config.kfac, found.promising, axis, model.blocks)
-        more = _predictions(grid, config, model, hardware, size, node_size)
+        more = ranks.predictions(crossed(kfac, found.promising, axis, ranks.model.blocks))
         found = replace(found, predictions=_sorted([*found.predictions, *more]))
     return found
-
-
-def _predictions(
-    grid: Iterable[Strategy], config: Config, model: Model, hardware: Hardware, size: int, node_size: int
-) -> list[Prediction]:
-    """Return what strategies cost, the quickest first."""
-    predictions = []
-    for strategy in grid:
-        try:
-            job = PlannedRun.of(model, strategy.config, config.engine, size, node_size)
-        except ConfigError:
-            if strategy.configured:
-                raise
-            continue  # a placement that doesn't fit these ranks is no strategy
-        predictions.append(predict(strategy, job, hardware, config.train.batch_size))
-    return _sorted(predictions)
 
 
 def _sorted(predictions: Iterable[Prediction]) -> list[Prediction]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -216,6 +217,20 @@ def others_lines(stream: TextIO) -> Iterator[None]:
     finally:
         if terminal is not None:
             terminal.close()
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, beside other processes' live views."""
+    with others_lines(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
+
+
+def tell(line: str, progress: ProgressDisplay) -> None:
+    """Print what happened to a run, even with quiet output."""
+    if isinstance(progress, SilentProgress):
+        say(line)
+    else:
+        progress.note(line)
 
 
 class _Lock(IntEnum):

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schedules import value_at
-from kfac_dist.config.schema import Config
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.errors import CheckpointError
 from kfac_dist.optimizers import set_learning_rate
@@ -50,7 +49,6 @@ class Trainer:
     """Runs the steps of one run.
 
     Args:
-        config: The run's configuration.
         parts: Model, data, loss, optimizers.
         communicator: The ranks.
         outputs: Where numbers go.
@@ -61,8 +59,7 @@ class Trainer:
         stopwatch: Training time.
     """
 
-    def __init__(self, config: Config, parts: RunParts, communicator: Communicator, outputs: RunOutputs) -> None:
-        self.config = config
+    def __init__(self, parts: RunParts, communicator: Communicator, outputs: RunOutputs) -> None:
         self.parts = parts
         self.communicator = communicator
         self.outputs = outputs
@@ -78,8 +75,8 @@ class Trainer:
         self._saved_moment = time.monotonic()
         self._guard = Guard(parts.engine, communicator, self._device)
         self._passes = self._build_passes()
-        self._skips = Skips(config, parts, communicator, self._guard, outputs.progress.note)
-        self._logbook = Logbook(config, parts, outputs, self._standing)
+        self._skips = Skips(parts, communicator, self._guard, outputs.progress.note)
+        self._logbook = Logbook(parts, outputs, self._standing)
         self._batches = parts.stream.steps(self.position)
 
     def train(self) -> None:
@@ -140,7 +137,7 @@ class Trainer:
         What is evaluated is the current model, or the average of the weights if the run keeps one. Of the test data the
         data's own score is taken, too.
         """
-        settings, score = self.config.train, self.parts.score if source is self.parts.test else None
+        settings, score = self.parts.settings, self.parts.score if source is self.parts.test else None
         batch_size = max(1, settings.batch_size // (settings.accumulate * self.communicator.size))
         samples = len(source) if samples is None else min(samples, len(source))
         average = self.parts.average
@@ -192,7 +189,7 @@ class Trainer:
             CheckpointError: It can't be read, or is of another model.
         """
         parts, facts = self.parts, checkpoint.facts
-        fresh_kfac = self.config.checkpoint.kfac == "fresh" and not self._has_begun
+        fresh_kfac = self.outputs.checkpoint.kfac == "fresh" and not self._has_begun
         own = restore_state(
             self.outputs.checkpoints,
             checkpoint,
@@ -271,13 +268,13 @@ class Trainer:
         elif self.parts.kfac is not None:
             self.parts.kfac.step()
         taken = self._guard.taken()
-        self.parts.engine.take_step(self.parts.optimizer, self.config.train.clip_grad_norm)
+        self.parts.engine.take_step(self.parts.optimizer, self.parts.settings.clip_grad_norm)
         if self.parts.average is not None:
             self.parts.average.update(self.step + 1)
         self._window.add_step(batch.samples, counts.everywhere, taken)
 
     def _after_step(self) -> None:
-        settings, every = self.config.train, self.config.checkpoint.every
+        settings, every = self.parts.settings, self.outputs.checkpoint.every
         last = self.step == self.parts.total_steps
         if self.outputs.monitor is not None:
             self.outputs.monitor.stepped()
@@ -293,7 +290,7 @@ class Trainer:
         """Write a checkpoint beside training, but none to go back to of a run that skips its steps or statistics."""
         last = self.step == self.parts.total_steps
         if not self._guard.row and (last or not self._skips.recovery.dropping):
-            self.save(unforeseen=unforeseen, wait=not self.config.checkpoint.asynchronous)
+            self.save(unforeseen=unforeseen, wait=not self.outputs.checkpoint.asynchronous)
 
     def _preempt(self) -> None:
         """Save what isn't saved yet, and stop."""
@@ -311,7 +308,7 @@ class Trainer:
 
     def _wants_to_save(self) -> bool:
         """Whether rank 0's clock asks for a checkpoint."""
-        minutes = self.config.checkpoint.every_minutes
+        minutes = self.outputs.checkpoint.every_minutes
         due = minutes > 0 and time.monotonic() - self._saved_moment >= 60 * minutes
         return due and self.communicator.rank == 0
 
@@ -362,7 +359,7 @@ class Trainer:
 
     def relative_variances(self) -> dict[str, RelativeVariance]:
         """Return how noisy each parameter's gradient is, if that is wanted and the optimizer knows it; collective."""
-        if not self.config.metrics.relative_variance:
+        if not self.outputs.metrics.relative_variance:
             return {}
         return relative_variances(self.parts.engine, self.parts.optimizer, self.communicator)
 
@@ -389,4 +386,4 @@ class Trainer:
         self._window_began = self.stopwatch.seconds
 
     def _learning_rate(self, step: int) -> float:
-        return value_at(self.config.learning_rate, step, self.parts.total_steps)
+        return value_at(self.parts.learning_rate, step, self.parts.total_steps)

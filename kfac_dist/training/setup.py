@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from kfac_dist.config.schema import Config, KFACConfig, StepSolver
+from kfac_dist.config.schema import Config, KFACConfig, Schedule, StepSolver, TrainConfig
 from kfac_dist.distributed.communicators.agreement import agree_on_plan
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.startup.bootstrap import World
@@ -45,6 +45,8 @@ class RunParts:
         train: The training data.
         test: The held-out data.
         total_steps: Length of the run.
+        settings: How often the run logs and evaluates, the size of its batches, and its reactions to bad steps.
+        learning_rate: The rate that the run sets and logs.
         stepper: Finds the step instead of the optimizer, which then descends by it; None for the direct solver.
         average: The running average of the weights, if the run keeps one.
         score: Further figures of the held-out data, if the data brings any.
@@ -59,6 +61,8 @@ class RunParts:
     train: Source
     test: Source
     total_steps: int
+    settings: TrainConfig
+    learning_rate: Schedule
     stepper: Stepper | None = None
     average: IterateAverage | None = None
     score: Score | None = None
@@ -115,11 +119,13 @@ def build_parts(
         sampler.check(communicator.size, Position())
         loss = build_loss(config.loss)
         if config.game is not None:
-            check_players(config, model, train)
+            check_players(config.model.name, model, train)
         at("trying the model out")
         trial = try_out(model.to(world.device), loss, train, test)
         check_targets(loss, train, trial.outputs)
-        game = build_game(config, model, train, test) if config.game is not None else None
+        game = None
+        if config.game is not None:
+            game = build_game(config.game, model, train, test, config.run.seed)
         if communicator.size > 1 and config.engine.waits_for_every_gradient:
             refuse_unused(WHERE, trial.unused)
         at("comparing what was built")
@@ -130,7 +136,7 @@ def build_parts(
     stepper = None
     if game is not None:
         share_judge(game, communicator)
-        engine, optimizer, kfac = build_players(config, game, total_steps)
+        engine, optimizer, kfac = build_players(game, config.first_order, config.kfac, total_steps)
     else:
         engine, optimizer = build_engine(
             model, config.engine, config.train, world, partial(build_optimizer, config=config.first_order)
@@ -144,8 +150,22 @@ def build_parts(
     seed_everything(config.run.seed, rank=world.rank + 1)
     stream = Stream(train, sampler, rank=world.rank, world_size=world.world_size, accumulate=settings.accumulate)
     average = None if settings.iterate_averaging is None else IterateAverage(engine, settings.iterate_averaging)
-    score = splits.score
-    return RunParts(engine, optimizer, kfac, loss, stream, train, test, total_steps, stepper, average, score, game)
+    return RunParts(
+        engine,
+        optimizer,
+        kfac,
+        loss,
+        stream,
+        train,
+        test,
+        total_steps,
+        settings,
+        config.learning_rate,
+        stepper,
+        average,
+        splits.score,
+        game,
+    )
 
 
 def with_classes(config: KFACConfig, outputs: int) -> KFACConfig:

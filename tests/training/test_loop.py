@@ -116,8 +116,10 @@ def trainer(tmp_path: Path) -> Trainer:
     config = small_config(tmp_path, train={"steps": 6, "log_every": 3, "clip_grad_norm": 1.0})
     communicator = SoloCommunicator()
     parts = build_parts(config, bootstrap("cpu", 10), communicator)
-    outputs = RunOutputs(None, Checkpoints(tmp_path, 1, communicator), SilentProgress(), {})
-    return Trainer(config, parts, communicator, outputs)
+    outputs = RunOutputs(
+        None, Checkpoints(tmp_path, 1, communicator), SilentProgress(), {}, config.checkpoint, config.metrics
+    )
+    return Trainer(parts, communicator, outputs)
 
 
 def test_a_step_that_does_not_log_reads_nothing_from_the_device(trainer: Trainer) -> None:

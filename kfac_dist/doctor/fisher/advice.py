@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from kfac_dist.config.schema import Config
+from kfac_dist.config.schema import CurvatureConfig
 from kfac_dist.curvature.fisher import MAX_COLUMNS
 from kfac_dist.doctor.fisher.report import FisherReport
 
@@ -16,15 +16,16 @@ CLOSE = 1.5
 SHOWN = 3
 
 
-def advise(report: FisherReport, config: Config) -> Iterator[str]:
+def advise(report: FisherReport, curvature: CurvatureConfig, batch_size: int) -> Iterator[str]:
     """Yield sentences: the estimators, the last two layers, labels, the setting, and what `empirical` would be.
 
     Args:
         report: What was measured.
-        config: The run's configuration.
+        curvature: What the run measures, and how it averages that.
+        batch_size: Samples of a step.
     """
     yield from _estimators(report)
-    yield from _labels(report, config)
+    yield from _labels(report, curvature, batch_size)
     yield from _empirical(report)
 
 
@@ -59,30 +60,30 @@ def _estimators(report: FisherReport) -> Iterator[str]:
     )
 
 
-def _labels(report: FisherReport, config: Config) -> Iterator[str]:
+def _labels(report: FisherReport, curvature: CurvatureConfig, batch_size: int) -> Iterator[str]:
     worst = max(report.trend, key=lambda row: row.first_deviation)
     labels = math.ceil((worst.first_deviation / report.deviation) ** 2)
-    beta = config.kfac.curvature.decay
+    beta = curvature.decay
     # Var of an average with weights (1 − β)βᵏ is (1 − β)/(1 + β) of one term's.
-    window = config.train.batch_size * (1 + beta) / (1 - beta)
+    window = batch_size * (1 + beta) / (1 - beta)
     reached = worst.first_deviation / math.sqrt(window)
     asked = f"{report.deviation:.0%}"
     yield (
         f"labels for {asked}: {labels:,} by Î1 where it is noisiest ({worst.layer}, step {worst.step}); one a sample "
-        f"in batches of {config.train.batch_size}, averaged with β = {beta:g}, count as {window:,.0f} and give "
+        f"in batches of {batch_size}, averaged with β = {beta:g}, count as {window:,.0f} and give "
         f"{reached:.1%}"
     )
     if reached <= report.deviation:
-        share = _share(report, 1, config)
+        share = _share(report, 1, curvature.factor_every)
         yield f"kfac.curvature.fisher: mc is enough, one drawn label a sample{share}"
         return
-    seconds = report.columns * report.cost.backward / config.kfac.curvature.factor_every
+    seconds = report.columns * report.cost.backward / curvature.factor_every
     affordable = report.cost.step is None or seconds <= EXTRA * report.cost.step
     if report.columns <= MAX_COLUMNS and affordable:
-        share = _share(report, report.columns, config)
+        share = _share(report, report.columns, curvature.factor_every)
         yield f"kfac.curvature.fisher: type2, which has no variance from labels, for {report.columns} passes{share}"
         return
-    batches = labels / config.train.batch_size
+    batches = labels / batch_size
     needed = (batches - 1) / (batches + 1)
     yield (
         f"kfac.curvature.fisher: mc, and for {asked} kfac.curvature.decay: {min(needed + 5e-5, 0.9999):.4f}, or more "
@@ -90,8 +91,7 @@ def _labels(report: FisherReport, config: Config) -> Iterator[str]:
     )
 
 
-def _share(report: FisherReport, passes: int, config: Config) -> str:
-    every = config.kfac.curvature.factor_every
+def _share(report: FisherReport, passes: int, every: int) -> str:
     seconds = passes * report.cost.backward / every
     text = f": {seconds * 1e3:.2g} ms a step, measured every {every}"
     return (

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.config.schema import Config, EngineName, Likelihood, Precision
+from kfac_dist.config.schema import Config, CurvatureConfig, EngineName, Likelihood, Precision
 from kfac_dist.curvature.fisher import label_gradient
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.startup.bootstrap import World
@@ -123,22 +123,29 @@ def examine_fisher(
             torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []),
         ):
             still(twin := build_model(config.model).to(world.device))
-        return _examine(replicated, parts, twin, ranks, wish)
+        return _examine(config.kfac.curvature, config.loss.name.likelihood, parts, twin, ranks, wish)
     finally:
         if parts.kfac is not None:
             parts.kfac.remove()
         parts.engine.close()
 
 
-def _examine(config: Config, parts: RunParts, twin: nn.Module, ranks: Communicator, wish: Wish) -> FisherReport:
+def _examine(
+    curvature: CurvatureConfig,
+    likelihood: Likelihood,
+    parts: RunParts,
+    twin: nn.Module,
+    ranks: Communicator,
+    wish: Wish,
+) -> FisherReport:
     nowhere = RunOutputs(None, Checkpoints(Path(), 1, ranks), SilentProgress(), {})
-    trainer = Trainer(config, parts, ranks, nowhere)
+    trainer = Trainer(parts, ranks, nowhere)
     _follow(twin, parts.engine.module)
     subject: _Subject | None = None
     with _measuring(ranks):
         if ranks.rank == 0:
-            subject = _subject(config, parts, twin)
-    backward = _seconds_of_backward(config, parts, twin, ranks)
+            subject = _subject(likelihood, curvature.seed, parts, twin)
+    backward = _seconds_of_backward(likelihood, parts, twin, ranks)
     history: dict[int, dict[str, Sums]] = {}
     stepping = looking = 0.0
     parts.engine.module.train()
@@ -154,12 +161,13 @@ def _examine(config: Config, parts: RunParts, twin: nn.Module, ranks: Communicat
     if subject is not None:
         coordinates = sum(len(found) for found in subject.indices.values())
         cost = FisherCost(stepping / trainer.step if trainer.step else None, backward, looking / coordinates)
-        report = _report(config, subject, history, cost, wish)
+        report = _report(subject, history, cost, wish)
+        report = replace(report, advice=tuple(advise(report, curvature, parts.settings.batch_size)))
     found: FisherReport = ranks.gather_objects(report, label=LABEL)[0]
     return found
 
 
-def _subject(config: Config, parts: RunParts, twin: nn.Module) -> _Subject:
+def _subject(likelihood: Likelihood, seed: int, parts: RunParts, twin: nn.Module) -> _Subject:
     [(inputs, _)] = parts.train.fetch([torch.arange(1)], seed=0)
     one = observe(twin, inputs)
     count = max(2, min(SAMPLES, len(parts.train), ELEMENTS // max(one.elements, 1)))
@@ -168,13 +176,10 @@ def _subject(config: Config, parts: RunParts, twin: nn.Module) -> _Subject:
     layers = judge_smoothness(outputs, find_layers(twin, course), course)
     trained = {name: outputs.parameters[name] for layer in layers for name in layer.parameters}
     indices = coordinates_of(trained, course.elements)
-    seed = config.kfac.curvature.seed
-    return _Subject(outputs, course, layers, indices, config.loss.name.likelihood, parts.loss, targets, seed)
+    return _Subject(outputs, course, layers, indices, likelihood, parts.loss, targets, seed)
 
 
-def _report(
-    config: Config, subject: _Subject, history: dict[int, dict[str, Sums]], cost: FisherCost, wish: Wish
-) -> FisherReport:
+def _report(subject: _Subject, history: dict[int, dict[str, Sums]], cost: FisherCost, wish: Wish) -> FisherReport:
     outputs, layers = subject.outputs, subject.layers
     rows = []
     for layer in layers:
@@ -185,7 +190,7 @@ def _report(
     with torch.no_grad():
         shape = forward(outputs.module, outputs.inputs).shape
     categorical = subject.likelihood is Likelihood.CATEGORICAL
-    report = FisherReport(
+    return FisherReport(
         likelihood=str(subject.likelihood),
         columns=shape[-1] if categorical else shape[1:].numel(),
         samples=len(subject.targets),
@@ -196,7 +201,6 @@ def _report(
         cost=cost,
         advice=(),
     )
-    return replace(report, advice=tuple(advise(report, config)))
 
 
 @contextmanager
@@ -223,7 +227,7 @@ def _data_gradient(loss: Loss, outputs: OutputFunction, targets: Tensor) -> Tens
     return gradient
 
 
-def _seconds_of_backward(config: Config, parts: RunParts, twin: nn.Module, ranks: Communicator) -> float:
+def _seconds_of_backward(likelihood: Likelihood, parts: RunParts, twin: nn.Module, ranks: Communicator) -> float:
     """Return what one more backward of a step's batch takes, with drawn labels: the slowest rank's median."""
     trained = [p for p in twin.parameters() if p.requires_grad]
     micro_batches = next(parts.stream.steps(Position())).micro_batches
@@ -233,7 +237,7 @@ def _seconds_of_backward(config: Config, parts: RunParts, twin: nn.Module, ranks
             seconds = 0.0
             for part in micro_batches:
                 outputs = forward(twin, part.inputs)
-                resample = partial(_resample, config.loss.name.likelihood, outputs, trained, repeat)
+                resample = partial(_resample, likelihood, outputs, trained, repeat)
                 seconds += _timed(resample, parts)
             found.append(seconds)
     everywhere: list[float] = ranks.gather_objects(statistics.median(found[1:]), label=LABEL)

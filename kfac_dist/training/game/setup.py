@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.config.schema import Config
+from kfac_dist.config.schema import GameConfig, KFACConfig, OptimizerConfig
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.flat import broadcast_all
 from kfac_dist.engines import TrainingEngine
@@ -28,8 +28,13 @@ _BATCH = 256
 _JUDGE_SEED = 0
 
 
-def check_players(config: Config, model: nn.Module, data: Source) -> None:
+def check_players(name: str, model: nn.Module, data: Source) -> None:
     """Refuse what can't play.
+
+    Args:
+        name: The model's in the configuration.
+        model: The model.
+        data: The training data.
 
     Raises:
         ModelError: The model is no game's, or its samples aren't like the data's.
@@ -37,7 +42,7 @@ def check_players(config: Config, model: nn.Module, data: Source) -> None:
     """
     if not isinstance(model, TwoPlayers):
         raise ModelError(
-            f"model.name: {config.model.name} returned {type(model).__name__}; a game's model is a "
+            f"model.name: {name} returned {type(model).__name__}; a game's model is a "
             "kfac_dist.tasks.TwoPlayers(generator, discriminator, latent)"
         )
     [(samples, _)] = data.fetch([torch.arange(1)], seed=0)
@@ -53,18 +58,17 @@ def check_players(config: Config, model: nn.Module, data: Source) -> None:
         )
 
 
-def build_game(config: Config, model: nn.Module, train: Source, test: Source) -> GameParts:
+def build_game(game: GameConfig, model: nn.Module, train: Source, test: Source, seed: int) -> GameParts:
     """Train the judge of the players' samples: the same on every rank.
 
     Raises:
         DataError: The data has no class labels.
     """
-    assert config.game is not None
     assert isinstance(model, TwoPlayers)
     samples, labels = _all(train)
     judge = train_judge(samples, labels, _JUDGE_SEED)
     accuracy = judge.accuracy(*_all(test))
-    return GameParts(model, config.game, judge, accuracy, config.run.seed)
+    return GameParts(model, game, judge, accuracy, seed)
 
 
 def share_judge(game: GameParts, communicator: Communicator) -> None:
@@ -73,18 +77,18 @@ def share_judge(game: GameParts, communicator: Communicator) -> None:
 
 
 def build_players(
-    config: Config, game: GameParts, total_steps: int
+    game: GameParts, first_order: OptimizerConfig, kfac_config: KFACConfig, total_steps: int
 ) -> tuple[TrainingEngine, torch.optim.Optimizer, PlayersKFAC | None]:
     """Build an engine of both players, an optimizer with a group for each, and a K-FAC for each; collective."""
     players, own = game.players, game.config.discriminator
-    optimizer = build_optimizer(players.generator.parameters(), config.first_order)
+    optimizer = build_optimizer(players.generator.parameters(), first_order)
     optimizer.add_param_group({"params": list(players.discriminator.parameters()), "lr_factor": own.lr_factor})
     kfac = None
-    if config.kfac.enabled:
+    if kfac_config.enabled:
         members = {
             name: KFAC(
                 getattr(players, name),
-                config.kfac,
+                kfac_config,
                 optimizer=_Group(optimizer, index),
                 total_steps=total_steps,
                 # The likelihood is that of the discriminator's logits, not of a generator's samples.

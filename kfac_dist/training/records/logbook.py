@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
-from kfac_dist.config.schema import Config
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.optimizers.variance import RelativeVariance
 from kfac_dist.reporting.progress import Status
@@ -21,14 +20,13 @@ class Logbook:
     """Hands on what a run finds; every rank has one, rank 0's writes.
 
     Args:
-        config: The run's configuration.
         parts: Whose K-FAC and solver are asked for their numbers.
         outputs: Where numbers go.
         paused: Makes a context in which the run's clock stands.
     """
 
     def __init__(
-        self, config: Config, parts: RunParts, outputs: RunOutputs, paused: Callable[[], AbstractContextManager[None]]
+        self, parts: RunParts, outputs: RunOutputs, paused: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self._parts = parts
         self._outputs = outputs
@@ -37,7 +35,7 @@ class Logbook:
             for kfac in parts.kfacs:
                 kfac.monitor.phases.enabled = True
             self._curvature = CurvatureLog(
-                parts.kfac, outputs.writer, config.metrics.spectra, parts.total_steps, paused
+                parts.kfac, outputs.writer, outputs.metrics.spectra, parts.total_steps, paused
             )
 
     def ask(self, step: int) -> None:

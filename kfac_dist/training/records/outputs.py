@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from kfac_dist.config.schema import CheckpointConfig, MetricsConfig
 from kfac_dist.distributed.communicators.straggler_watch import Watch
 from kfac_dist.reporting.progress import ProgressDisplay
 from kfac_dist.reporting.run_lock import RunLock
@@ -23,6 +24,8 @@ class RunOutputs:
         checkpoints: Store of checkpoints.
         progress: Output on the terminal.
         configuration: The resolved configuration, saved with each checkpoint.
+        checkpoint: When to save, and what to take of a checkpoint.
+        metrics: Measurements beside losses.
         signals: Signals that this process has received from its scheduler.
         watch: Tells other ranks where this one is.
         monitor: Numbers for those who watch the run; None on ranks other than 0, and if it isn't watched.
@@ -33,6 +36,8 @@ class RunOutputs:
     checkpoints: Checkpoints
     progress: ProgressDisplay
     configuration: dict[str, Any]
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     signals: StopSignals = field(default_factory=StopSignals)
     watch: Watch = field(default_factory=lambda: Watch(None, 0, 1))
     monitor: Monitor | None = None

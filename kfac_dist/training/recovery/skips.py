@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kfac_dist.config.schedules import value_at
-from kfac_dist.config.schema import Config
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.training.data.sampler import Position
 from kfac_dist.training.records.window import WindowTotals
@@ -24,7 +23,6 @@ class Skips:
     """Judges each logged window, and keeps K-FAC's damping at what came of it; every rank decides alike.
 
     Args:
-        config: The run's configuration.
         parts: Whose damping is raised.
         communicator: The ranks.
         guard: Skips the steps.
@@ -35,24 +33,23 @@ class Skips:
         reason: What went wrong last.
     """
 
-    def __init__(
-        self, config: Config, parts: RunParts, communicator: Communicator, guard: Guard, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, parts: RunParts, communicator: Communicator, guard: Guard, note: Callable[[str], None]) -> None:
         self.recovery = Recovery()
         self.reason = ""
-        self._config = config
         self._parts = parts
         self._communicator = communicator
         self._guard = guard
         self._note = note
         self._warned = False
+        options = (kfac.solver_access.config for kfac in parts.kfacs)
+        self._refresh_every = max((config.inversion.inverse_every for config in options), default=0)
         for kfac in parts.kfacs:
             kfac.monitor.names_dropped = False  # told here, of all ranks
 
     @property
     def may_go_back(self) -> bool:
         """Whether the run may go back to a checkpoint once more."""
-        return self.recovery.rollbacks < self._config.train.divergence.rollbacks
+        return self.recovery.rollbacks < self._parts.settings.divergence.rollbacks
 
     def judge(self, totals: WindowTotals, step: int, positions: Sequence[Position]) -> Verdict:
         """Say what went wrong in a window, if anything did, and decide what follows; collective.
@@ -85,7 +82,7 @@ class Skips:
 
     def went_back(self, failed: Recovery, step: int) -> None:
         """Damp more than what failed did, now that the run is at an earlier step."""
-        failed.went_back(self.recovery, self._config.train.divergence, step)
+        failed.went_back(self.recovery, self._parts.settings.divergence, step)
         self.recovery = failed
         self._set_damping(refresh=True)
 
@@ -119,12 +116,12 @@ class Skips:
 
     def _decide(self, step: int, totals: WindowTotals, row: int) -> Verdict:
         verdict = self.recovery.judge(
-            self._config.train.divergence,
+            self._parts.settings.divergence,
             step=step,
             skipped=totals.skipped,
             dropped=totals.dropped,
             row=row,
-            calm=2 * self._config.kfac.inversion.inverse_every,
+            calm=2 * self._refresh_every,
             last=step == self._parts.total_steps,
         )
         self._set_damping(refresh=totals.skipped > 0 or totals.dropped > 0)
@@ -138,5 +135,5 @@ class Skips:
         remedy = "lower optimizer.lr, raise kfac.inversion.damping, or lower kfac.update.kl_clip"
         if self._parts.stepper is not None:
             remedy = "raise kfac.inversion.damping"
-        rate = value_at(self._config.learning_rate, step, self._parts.total_steps)
+        rate = value_at(self._parts.learning_rate, step, self._parts.total_steps)
         return f"{what} at step {step + 1}, learning rate {rate:g}: {remedy}"
