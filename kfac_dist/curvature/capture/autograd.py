@@ -11,11 +11,12 @@ from torch import Tensor
 
 from kfac_dist.compat.torch import after_backward as after_backward
 from kfac_dist.compat.torch import backward_pass_id as backward_pass_id
-from kfac_dist.compat.torch import base_of, holds, running_node, saved_names, will_run
+from kfac_dist.compat.torch import base_of, holds, running_node, saved_names
 from kfac_dist.compat.torch import checkpointed_region as checkpointed_region
 from kfac_dist.compat.torch import compile_anew as compile_anew
 from kfac_dist.compat.torch import in_backward as in_backward
 from kfac_dist.compat.torch import of_the_loop as of_the_loop
+from kfac_dist.compat.torch import will_run as will_run
 
 
 def below_view(

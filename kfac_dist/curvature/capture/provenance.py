@@ -139,11 +139,11 @@ class Provenance:
         found = {name: {self._reading(layout, label) for layout in own} for name, own in self._layers.items()}
         return {name: next(iter(own)) for name, own in found.items() if len(own) == 1 and None not in own}  # type: ignore[misc]
 
-    def leaves_open(self, shapes: PassShapes) -> bool:
-        """Whether either of the first two dimensions of the first output may be the samples': nothing mixed either."""
-        if not self._outputs or len(shapes.outputs[0]) < 3:
+    def leaves_open(self, shapes: PassShapes, output: int = 0) -> bool:
+        """Whether either of the first two dimensions of an output may be the samples': nothing has mixed either."""
+        if output >= len(self._outputs) or len(shapes.outputs[output]) < 3:
             return False
-        layout = self._outputs[0]
+        layout = self._outputs[output]
         labels = [self._only(dim) for dim in layout[:2]] if layout is not None else [None]
         return None not in labels and len(set(labels)) == 2 and not set(labels) & set(map(self._root, self._mixed))
 
@@ -294,6 +294,8 @@ class Provenance:
         one = self.layout(left) or tuple(map(_none, left.shape))
         other = self.layout(right) or tuple(map(_none, right.shape))
         self._mix([one[-1], other[-2]])
+        if right.ndim > 2:  # rows with rows, as queries with keys, and not with a weight
+            self._mix([one[-2], other[-1]])
         batch = self._aligned([one[:-2], other[:-2]], tuple(made.shape[:-2]))
         return (*batch, one[-2], other[-1])
 

@@ -7,6 +7,7 @@ has nodes and edges for its inputs and graphs in its outputs; position ids `[1, 
     all begin with one number  that number
     several numbers            the one with which an input begins, too
     time first                 the second dimension, told by recurrent and attention layers that are given it so
+    positions for rows         not told: `[B·T, C]` of `[B, T]` may have B terms or B·T
     none (a loss alone)        the number with which the inputs begin
     the model wasn't called    the number with which the inputs of its layers begin
     one sample, no batch       1, told by the layer nearest to the loss, whose output is the model's
@@ -127,7 +128,8 @@ def find_samples(shapes: PassShapes) -> TensorDim | None:
     if (second := _time_first(shapes)) is not None:
         return second
     if shapes.outputs:
-        return None if _looks_like_features(shapes) else _by_outputs(shapes.outputs, shapes.inputs)
+        asked = _looks_like_features(shapes) or _folded(shapes)
+        return None if asked else _by_outputs(shapes.outputs, shapes.inputs)
     if shapes.inputs:
         # A first dimension of size 1 is broadcast over the samples.
         firsts = {shape[0] for shape in shapes.inputs}
@@ -167,6 +169,28 @@ def _looks_like_features(shapes: PassShapes) -> bool:
         return False
     rows = _product(shapes.layers[-1][:-1])
     return first[0] not in {shape[0] for shape in shapes.inputs} and shapes.nearest == rows * first[0]
+
+
+def _folded(shapes: PassShapes) -> bool:
+    """Whether the outputs' rows are positions of the samples of an input, `[B·T, C]` of `[B, T]`: B or B·T terms."""
+    firsts = {shape[0] for shape in shapes.outputs}
+    if len(firsts) > 1 or firsts & {size for shape in shapes.inputs for size in shape}:
+        return False
+    [first] = firsts
+    return any(
+        first == shape[0] * _product(shape[begin:end])
+        for shape in shapes.inputs
+        for begin in range(1, len(shape))
+        for end in range(begin + 1, len(shape) + 1)
+        if shape[0] > 1
+    )
+
+
+def folded_samples(shapes: PassShapes) -> TensorDim | None:
+    """Return where the samples stand of a pass whose outputs have their positions for rows; None of another one."""
+    if not shapes.outputs or not _folded(shapes):
+        return None
+    return next(TensorDim("inputs", index) for index, shape in enumerate(shapes.inputs) if shape[0] > 1)
 
 
 def _by_outputs(outputs: Sequence[Shape], inputs: Sequence[Shape]) -> TensorDim | None:

@@ -7,6 +7,7 @@ warning, since a loss may be weighted on purpose, also by a number that happens 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from kfac_dist.config.schema import Likelihood, LossTerms
 from kfac_dist.curvature.blocks import MicroBatch
 from kfac_dist.curvature.blocks.layer_calls import Batch
-from kfac_dist.curvature.capture.autograd import of_the_loop
+from kfac_dist.curvature.capture.autograd import of_the_loop, will_run
 from kfac_dist.curvature.capture.samples import TensorDim, tensors_in
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.errors import ModelError
@@ -101,6 +102,21 @@ def explain_scale(scale: float, terms: Terms) -> tuple[bool, str] | None:
     )
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs of a model that a loss reads.
+
+    Attributes:
+        values: The first of them.
+        gradient: The loss's gradient there.
+        read: Numbers of those that it reads, among those with dimensions that depend on trained parameters.
+    """
+
+    values: Tensor
+    gradient: Tensor
+    read: tuple[int, ...]
+
+
 class LossScaleWatch:
     """Takes outputs and their gradient from the first measured backward pass.
 
@@ -110,8 +126,8 @@ class LossScaleWatch:
     Args:
         model: The bare model.
         current: Returns the micro-batch whose forward pass runs.
-        came: Called with outputs, their gradient and the micro-batch as soon as the gradient has come; returns sizes
-            and scales, None if the number of terms is not known.
+        came: Called with the outputs that the loss reads and the micro-batch as soon as a gradient has come; returns
+            sizes and scales, None if the number of terms is not known.
         compare: Whether to compare the scale; if not, ranks only agree on where the number of samples stands.
 
     """
@@ -120,7 +136,7 @@ class LossScaleWatch:
         self,
         model: nn.Module,
         current: Callable[[], Batch],
-        came: Callable[[Tensor, Tensor, Batch], MicroBatch | None],
+        came: Callable[[Outputs, Batch], MicroBatch | None],
         *,
         compare: bool = True,
     ) -> None:
@@ -152,6 +168,7 @@ class LossScaleWatch:
         scaled: bool,
         place: TensorDim | None,
         uncounted: ModelError | None,
+        unclear: str | None = None,
     ) -> TensorDim | None:
         """Compare the scale with the loss that K-FAC was told of; collective, once, and waits for the device.
 
@@ -162,6 +179,7 @@ class LossScaleWatch:
             scaled: Whether an AMP scaler is known of.
             place: Where this rank has found the number of samples.
             uncounted: Why it has not.
+            unclear: Why that may be another place.
 
         Returns:
             Where all ranks find the number of samples from now on.
@@ -181,6 +199,8 @@ class LossScaleWatch:
                 problem = explain_scale(found, _terms(outputs, micro, communicator.size, scaled))
             if problem is None and (found is None or micro.divisor is not None):
                 problem = _left_out(gradient, micro)
+        if problem is None and unclear is not None:
+            problem = (False, unclear)
         # An overflow of the loss scale makes the first gradients infinite: then the next measurement is asked.
         overflowed = seen is not None and not bool(torch.isfinite(seen[1]).all())
         answers = communicator.gather_objects((overflowed, seen is None, problem, place), label="agreement")
@@ -216,21 +236,47 @@ class LossScaleWatch:
     def _forward_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._compare or not self._watching or self.paused or not torch.is_grad_enabled() or not of_the_loop():
             return
-        outputs = next((part for part in tensors_in(output) if part.ndim and part.requires_grad), None)
-        if outputs is None:
+        trained = [part for part in tensors_in(output) if part.ndim and part.requires_grad]
+        if not trained:
             return
-        values = outputs.detach().clone() if outputs.numel() < _COPIED else outputs.detach()
-
+        values = [part.detach() for part in trained]
+        if trained[0].numel() < _COPIED:
+            values[0] = values[0].clone()
+        nodes = [part.grad_fn for part in trained]
         batch = self._current()
 
-        def gradient_came(gradient: Tensor) -> None:
-            if self._watching and not self.paused:
-                self._watching = False
-                self._seen = (values, gradient.detach(), self._came(values, gradient.detach(), batch))
+        def gradient_came(gradient: Tensor, index: int) -> None:
+            if not self._watching or self.paused:
+                return
+            read = _read(nodes)
+            if index not in read:
+                return  # it only leads to another output, whose gradient has come or will come
+            self._watching = False
+            outputs = Outputs(values[index], gradient.detach(), tuple(read))
+            self._seen = (outputs.values, outputs.gradient, self._came(outputs, batch))
 
-        outputs.register_hook(gradient_came)
+        for index, part in enumerate(trained):
+            part.register_hook(functools.partial(gradient_came, index=index))
 
 
+def _read(nodes: list[Any]) -> list[int]:
+    """Return which of the model's outputs the loss reads, in a backward pass: those that lead to no other of them."""
+    running = [index for index, node in enumerate(nodes) if node is not None and will_run(node)]
+    if len(running) < 2:
+        return running or list(range(len(nodes)))
+    behind: set[Any] = set()
+    for index in running:
+        todo = [source for source, _ in nodes[index].next_functions]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in behind:
+                behind.add(node)
+                todo += [source for source, _ in node.next_functions]
+    return [index for index in running if nodes[index] not in behind] or running
+
+
+# Gradients that differ by less of the largest are the same.
+_SAME = 1e-5
 # Measured steps that may bring nothing before the question is dropped: each of them waits for the device once.
 _STEPS = 3
 # Outputs of more values are not copied; one that the loss changes in place then no longer fits its gradient.
@@ -280,6 +326,22 @@ def _left_out(gradient: Tensor, micro: MicroBatch) -> tuple[bool, str] | None:
         "them out, call kfac.micro_batch(terms=..., divisor=...) before each forward pass with the number of those "
         "that it keeps"
     )
+
+
+def time_dim(gradient: Tensor) -> int | None:
+    """Return which of the first two dimensions of an output can't be the samples', by the loss's gradient there.
+
+    The loss takes a mean over it, so that its gradient is the same all along it; or reads one position of it. None:
+    neither or both.
+    """
+    rest = gradient.flatten(2) if gradient.ndim > 2 else gradient[..., None]
+    largest = rest.abs().amax()
+    found = []
+    for dim in (0, 1):
+        same = (rest - rest.mean(dim, keepdim=True)).abs().amax() <= _SAME * largest
+        single = rest.ne(0).any(2).any(1 - dim).sum() == 1
+        found.append(bool(same | single))
+    return found.index(True) if sum(found) == 1 else None
 
 
 def _divisor(micro: MicroBatch) -> float:

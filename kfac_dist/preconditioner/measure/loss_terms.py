@@ -9,7 +9,8 @@ The place in the shapes in which n was found in the first measured step is kept 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from kfac_dist.curvature.capture.samples import (
     find_number,
     find_positions,
     find_samples,
+    folded_samples,
     is_unbatched,
 )
 from kfac_dist.errors import ModelError
@@ -68,8 +70,10 @@ class TermCounter:
 
     def find_samples(self, shapes: PassShapes) -> TensorDim | None:
         """Return where a pass shows its number of samples, as far as its shapes tell."""
-        settled = self.place is not None and shapes.read(self.place) is not None
-        return self.place if settled else find_samples(shapes)
+        if self.place is not None and shapes.read(self.place) is not None:
+            return self.place
+        folded = folded_samples(shapes) if self._loss_terms is LossTerms.TOKEN else None
+        return folded or find_samples(shapes)
 
     def samples(self, shapes: PassShapes) -> int | None:
         """Return B of a pass, as far as its shapes tell."""
@@ -102,17 +106,25 @@ class TermCounter:
             )
         return Counted(samples, float(samples))
 
-    def settle(self, shapes: PassShapes, terms: float | None) -> TensorDim | None:
+    def settle(self, shapes: PassShapes, terms: float | None, read: Sequence[int] = ()) -> TensorDim | None:
         """Return where n stands, by the number of terms that the loss has shown if it has, or else by the shapes.
 
         Args:
             shapes: A pass.
             terms: The loss's terms by its gradient; None if that doesn't tell.
+            read: Numbers of the outputs that the loss reads; none of it is known.
         """
+        numbers = [number for number in read if number < len(shapes.outputs)]
+        if 0 < len(numbers) < len(shapes.outputs):
+            seen = replace(shapes, outputs=tuple(shapes.outputs[number] for number in numbers))
+            found = self.settle(seen, terms)
+            if found is None or found.kind != "outputs":
+                return found
+            return replace(found, tensor=numbers[found.tensor])
         # A single term is a loss that isn't divided at all.
         unknown = terms is None or terms < 1.5 or is_unbatched(shapes) or self._loss_terms is LossTerms.TOKEN
         told = None if unknown else find_number(shapes, terms or 0.0, _ROUNDING)
-        return find_samples(shapes) if told is None else told
+        return self.find_samples(shapes) if told is None else told
 
 
 def _among(shapes: PassShapes, number: float | Tensor | None) -> int | None:

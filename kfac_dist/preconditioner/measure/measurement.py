@@ -22,6 +22,7 @@ from kfac_dist.curvature.blocks.layer_calls import Batch
 from kfac_dist.curvature.capture.arbiter import Arbiter, Mismatch
 from kfac_dist.curvature.capture.capture import Capture, warn_of_accumulation
 from kfac_dist.curvature.capture.provenance import Reading
+from kfac_dist.curvature.capture.samples import TensorDim
 from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.curvature.class_conditional import Classes
 from kfac_dist.curvature.factors import Side
@@ -31,7 +32,7 @@ from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.engines import Engine
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.invert.ekfac import SecondMoments
-from kfac_dist.preconditioner.measure.loss_scale import LossScaleWatch, unscaling
+from kfac_dist.preconditioner.measure.loss_scale import LossScaleWatch, Outputs, time_dim, unscaling
 from kfac_dist.preconditioner.measure.loss_terms import Counted, Description, TermCounter
 from kfac_dist.preconditioner.measure.sampled_gradients import SampledLabelGradients
 from kfac_dist.preconditioner.measure.scale import gradient_scale
@@ -115,6 +116,7 @@ class Measurement:
         self._went_back = False
         self._unlabelled = False
         self._uncounted: ModelError | None = None
+        self._unclear: str | None = None
         self._entered: set[Batch] = set()
 
     @property
@@ -294,6 +296,7 @@ class Measurement:
                 scaled=self._scaler is not None,
                 place=self._terms.place,
                 uncounted=self._uncounted,
+                unclear=self._unclear,
             )
         return taken
 
@@ -344,20 +347,45 @@ class Measurement:
             return self._description.last
         return bool(self._engine.backward_pass().last)
 
-    def _outputs_gradient_came(self, outputs: Tensor, gradient: Tensor, batch: Batch) -> MicroBatch | None:
+    def _outputs_gradient_came(self, outputs: Outputs, batch: Batch) -> MicroBatch | None:
         """Let the loss say over how many terms it is a mean; return the micro-batch, None where its n isn't known.
 
         Waits for the device, in the first measured step.
         """
         said = _said(batch)
         if self._terms.place is None and said.divisor is None and said.terms is None:
-            scale = gradient_scale(outputs, gradient, self._config.likelihood)
+            scale = gradient_scale(outputs.values, outputs.gradient, self._config.likelihood)
             raw = self._micro_batch(batch, Counted(None, 1.0), own=False)
             told = None if scale is None else 1 / (scale * unscaling(raw))
-            self._terms.place = self._terms.settle(batch.shapes, told)
+            self._terms.place = self._terms.settle(batch.shapes, told, outputs.read)
+            if told is None:
+                self._choose_dimension(outputs, self._terms.place, said)
+        elif self._terms.place is None and said.terms is not None:
+            self._choose_dimension(outputs, self._terms.find_samples(batch.shapes), said)
         with suppress(ModelError):  # told in `finish`
             return self._micro_batch(batch, self._count(batch), own=False)
         return None
+
+    def _choose_dimension(self, outputs: Outputs, place: TensorDim | None, said: Description) -> None:
+        """Choose between samples and time where the model treats the first two dimensions of its outputs alike."""
+        if self._capture.traced is None or self._config.loss_terms is LossTerms.TOKEN:
+            return
+        provenance, shapes = self._capture.traced
+        [index, *others] = outputs.read
+        if others or place != TensorDim("outputs", index) or not provenance.leaves_open(shapes, index):
+            return
+        sizes = shapes.outputs[index][:2]
+        time = time_dim(outputs.gradient) if said.terms is None else None
+        if said.terms is not None:
+            time = 0 if sizes[0] != said.terms == sizes[1] else 1
+        if time == 0:
+            self._terms.place = TensorDim("outputs", index, 1)
+        elif time is None and sizes[0] != sizes[1]:
+            self._unclear = (
+                f"the model returns {list(shapes.outputs[index])}, treats the first two dimensions alike, and nothing "
+                f"tells which of them is the samples': {sizes[0]} samples are taken. Call kfac.micro_batch(terms="
+                f"{sizes[0]}) before each forward pass if that is right, and with terms={sizes[1]} if time comes first"
+            )
 
     def _measure(self, block: Block, calls: list[LayerCall]) -> None:
         calls = [call for call in calls if not call.empty]

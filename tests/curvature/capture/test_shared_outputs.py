@@ -225,6 +225,7 @@ def test_rows_of_samples_are_none_that_they_share(use: str) -> None:
     inputs = torch.randn(SAMPLES, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        kfac.micro_batch(terms=SAMPLES)  # nothing else tells it from the positions
         model(inputs).square().sum(-1).mean().backward()
         kfac.step()
     assert set(kfac._parts.measurement.samples().values()) == {Samples.OWN}

@@ -447,3 +447,122 @@ def test_statistics_that_are_dropped_are_named_once() -> None:
     assert said[0].startswith("statistics of 1, 0 were not finite on this rank")
     assert kfac.metrics()["dropped_statistics"] == 3
     kfac.remove()
+
+
+def both(m: Two, x: Tensor, edges: Tensor, owner: Tensor) -> dict[str, Tensor]:
+    """Values of nodes and of graphs, of which a loss may read either."""
+    nodes = m.first(x).tanh()
+    hidden = (nodes + torch.zeros_like(nodes).index_add(0, edges[1], nodes[edges[0]])).tanh()
+    return {"nodes": hidden, "graphs": m.last(torch.zeros(GRAPHS, 7).index_add(0, owner, hidden))}
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, squares])
+@pytest.mark.parametrize(("read", "n"), [("graphs", GRAPHS), ("nodes", NODES)])
+def test_the_outputs_that_the_loss_reads_have_its_terms(read: str, n: int, loss: Loss) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="no backward pass has come through last")
+        assert_terms(Two(both), lambda m: m(X, EDGES, OWNER), lambda out: loss(out[read]), n)
+
+
+def test_outputs_on_the_way_to_others_are_read_where_the_loss_reads_no_other() -> None:
+    """A head beside the graphs' that no loss reads, and a copy of the nodes that leads to them."""
+
+    def heads(m: Two, x: Tensor, edges: Tensor, owner: Tensor) -> tuple[Tensor, ...]:
+        found = both(m, x, edges, owner)
+        return found["nodes"] * 2, found["nodes"], found["graphs"], m.last(found["nodes"])
+
+    for index, n in ((0, NODES), (1, NODES), (2, GRAPHS), (3, NODES)):
+        assert_terms(Two(heads), lambda m: m(X, EDGES, OWNER), lambda out, index=index: squares(out[index]), n)
+
+
+def flattened(m: Two, x: Tensor) -> Tensor:
+    return m.last(m.first(x).tanh()).flatten(0, 1)
+
+
+def test_rows_of_positions_are_told_by_the_loss_or_asked_about() -> None:
+    def model_of(m: nn.Module) -> Tensor:
+        return m(draw(B, T, D))
+
+    # A categorical loss tells B or B·T; squares don't.
+    assert_terms(Two(flattened), model_of, lambda o: T * cross_entropy(o), B)
+    assert_terms(Two(flattened), model_of, squares, B * T, loss_terms="token")
+    for told in ({"terms": B}, {"terms": B * T}):
+        assert_terms(Two(flattened), model_of, lambda o: squares(o), told["terms"], told)
+    for sharing in ("expand", "reduce"):
+        kfac = build_kfac(model := Two(flattened), sharing=sharing)
+        squares(model_of(model)).backward()
+        with pytest.raises(ModelError, match=r"number of samples .* can't be told .* kfac.micro_batch\(terms=...\)"):
+            kfac.step()
+        kfac.remove()
+
+
+ALIKE = "treats the first two dimensions alike, and nothing tells which of them is the samples': 6 samples are taken"
+
+
+def test_time_first_through_layers_that_mix_nothing_is_told_or_warned_of() -> None:
+    plain_model, x = Two(plain), draw(T, B, D)
+    with pytest.warns(UserWarning, match=ALIKE + r".*terms=6\).*terms=4 if time comes first"):
+        assert_terms(plain_model, lambda m: m(x), squares, T)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_terms(Two(plain), lambda m: m(x), lambda o: (o - 0.3).square().sum((0, 2)).mean(), B, {"terms": B})
+        # The loss takes a mean over time first, or reads the last step alone.
+        assert_terms(Two(plain), lambda m: m(x), lambda o: squares(o.mean(0)), B)
+        assert_terms(Two(plain), lambda m: m(x), lambda o: squares(o[-1]), B)
+        assert_terms(Two(plain), lambda m: m(x.transpose(0, 1)), lambda o: squares(o.mean(1)), B)
+        assert_terms(Two(plain), lambda m: m(x.transpose(0, 1)), lambda o: squares(o[:, 0]), B)
+        # Something mixes time, or takes a mean over the samples for them.
+        mixed = Two(lambda m, given: m.last(m.first(given).tanh().cumsum(1)))
+        assert_terms(mixed, lambda m: m(x.transpose(0, 1)), squares, B)
+
+
+def unnamed_on_ranks(time_first: bool) -> dict[str, Tensor]:
+    """Reduced factors of this rank's part of eight samples, of which a mean over time is taken; on one rank or two."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = Two(plain)
+    x = draw(8, T, D)[rank * 8 // size : (rank + 1) * 8 // size]
+    wrapped = nn.parallel.DistributedDataParallel(model) if size > 1 else model
+    config = {"factor_every": 1, "decay": 0.0, "sharing": "reduce"}
+    kfac = KFAC(wrapped, {"curvature": config, "inversion": {"inverse_every": 1}, "update": {"kl_clip": None}})
+    outputs = wrapped(x.transpose(0, 1) if time_first else x)
+    squares(outputs.mean(0 if time_first else 1)).backward()
+    kfac.step()
+    found = factors(kfac)
+    kfac.remove()
+    return found
+
+
+def of_graphs_on_ranks() -> dict[str, Tensor]:
+    """Factors of a loss on graphs alone, two of four on each of two ranks."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def pooled_part(m: Two, x: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        nodes = m.first(x).tanh()
+        return nodes, m.last(torch.zeros(GRAPHS // size, 7).index_add(0, owner, nodes))
+
+    model = Two(pooled_part)
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if size > 1 else model
+    config = {"factor_every": 1, "decay": 0.0}
+    kfac = KFAC(wrapped, {"curvature": config, "inversion": {"inverse_every": 1}, "update": {"kl_clip": None}})
+    own = slice(rank * NODES // size, (rank + 1) * NODES // size)
+    squares(wrapped(X[own], OWNER[own] - rank * GRAPHS // size)[1]).backward()
+    kfac.step()
+    found = factors(kfac)
+    kfac.remove()
+    return found
+
+
+def on_ranks() -> list[dict[str, Tensor]]:
+    return [unnamed_on_ranks(False), unnamed_on_ranks(True), of_graphs_on_ranks()]
+
+
+def test_what_the_loss_tells_is_the_same_on_two_ranks() -> None:
+    alone = on_ranks()
+    for found in run_ranks(2, on_ranks):
+        for one, two in zip(alone, found, strict=True):
+            assert one.keys() == two.keys()
+            for name, factor in one.items():
+                assert_close(two[name], factor)
+    for name, factor in alone[0].items():
+        assert_close(alone[1][name], factor)
