@@ -22,13 +22,13 @@ from matplotlib.axes import Axes
 
 from benchmarks.reporting import write
 from kfac_dist.config.yaml.load import load_config, resolve
-from kfac_dist.doctor import Wish, examine
+from kfac_dist.doctor import FisherRequest, examine
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = ("digits_classifier", "digits_autoencoder")
 
 
-def measure(name: str, seed: int, wish: Wish) -> dict[str, Any]:
+def measure(name: str, seed: int, wish: FisherRequest) -> dict[str, Any]:
     """Return the doctor's report on one run."""
     report = examine(resolve(load_config(CONFIGS / f"{name}.yaml", [f"run.seed={seed}"])), fisher=wish)
     assert report.fisher is not None, report.findings
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=9)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    wish = Wish(arguments.steps, moments=arguments.moments)
+    wish = FisherRequest(arguments.steps, moments=arguments.moments)
     results, medians = {}, {}
     for name in RUNS:
         reports = [measure(name, seed, wish) for seed in range(arguments.seeds)]

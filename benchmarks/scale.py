@@ -41,7 +41,7 @@ from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.distributed.communicators.traffic import Traffic
 from kfac_dist.planning.job import Model, PlannedRun, StepKind
-from kfac_dist.planning.traffic import rehearse
+from kfac_dist.planning.traffic import record_traffic
 from kfac_dist.tasks.models.bert import bert
 from kfac_dist.tasks.models.byte_gpt import byte_gpt
 from tests.engines.live_bytes import bookkeeping, live_bytes
@@ -146,8 +146,8 @@ def planned(job: PlannedRun) -> dict[str, Any]:
         "units": len(job.plan.units),
         "owned_units": len(job.plan.owned(rank)),
         "load_max_over_mean": job.plan.assignment.imbalance(),
-        "refresh_step": sent(rehearse(job, REFRESH, rank).traffic),
-        "ordinary_step": sent(rehearse(job, ORDINARY, rank).traffic),
+        "refresh_step": sent(record_traffic(job, REFRESH, rank).traffic),
+        "ordinary_step": sent(record_traffic(job, ORDINARY, rank).traffic),
         "state_bytes": job.memory[rank].total,
         "state_bytes_of_the_fullest_rank": max(found.total for found in job.memory),
     }
@@ -227,7 +227,7 @@ def planning(size: int) -> dict[str, Any]:
         job.plan.rows()
         planned_at = time.process_time()
         for kind in (REFRESH, ORDINARY):
-            rehearse(job, kind, size - 1)
+            record_traffic(job, kind, size - 1)
         laid_out_at = time.process_time()
         found[strategy] = {
             "blocks": len(job.plan.blocks),

@@ -16,7 +16,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -32,6 +32,13 @@ _FLAGS = (
 )
 # Takes any arguments and returns None, and is found wherever a pickle is read.
 _NOTHING = nullcontext().__exit__
+
+
+class Handle(Protocol):
+    """A registered hook or callback; `remove` detaches it."""
+
+    def remove(self) -> None:
+        """Detach it."""
 
 
 class HookHandle:

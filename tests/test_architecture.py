@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "curvature": {"compat", "config", "errors", "hooks", "inputs", "precision"},
     "distributed": {"config", "errors", "precision", "processes"},
-    "engines": {"compat", "config", "distributed", "errors", "precision"},
+    "engines": {"compat", "config", "distributed", "errors", "hooks", "precision"},
     "preconditioner": {"config", "curvature", "distributed", "engines", "errors", "hooks", "precision"},
     "optimizers": {"compat", "config", "distributed", "engines", "errors", "inputs", "preconditioner"},
     "tasks": {"config", "errors"},

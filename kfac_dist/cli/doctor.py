@@ -37,10 +37,10 @@ def doctor(
     """
     with exit_codes():
         resolved = load(config, overrides, {})
-        from kfac_dist.doctor import Wish, examine
+        from kfac_dist.doctor import FisherRequest, examine
         from kfac_dist.doctor.view import print_report
 
-        report = examine(resolved, world_size, Wish(steps, deviation) if fisher else None)
+        report = examine(resolved, world_size, FisherRequest(steps, deviation) if fisher else None)
         if leads():
             if as_json:
                 print(report.to_json())

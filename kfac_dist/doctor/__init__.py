@@ -13,6 +13,6 @@ view         the report on a terminal
 
 from kfac_dist.doctor.examine import examine
 from kfac_dist.doctor.findings import Finding, Report, Severity
-from kfac_dist.doctor.fisher.examine import Wish
+from kfac_dist.doctor.fisher.examine import FisherRequest
 
-__all__ = ["Finding", "Report", "Severity", "Wish", "examine"]
+__all__ = ["Finding", "FisherRequest", "Report", "Severity", "examine"]

@@ -25,7 +25,7 @@ from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.startup.bootstrap import World, bootstrap
 from kfac_dist.doctor.curvature import examine_curvature
 from kfac_dist.doctor.findings import CurvatureRow, Finding, Report, Severity
-from kfac_dist.doctor.fisher.examine import Wish, examine_fisher
+from kfac_dist.doctor.fisher.examine import FisherRequest, examine_fisher
 from kfac_dist.doctor.fisher.report import FisherReport
 from kfac_dist.doctor.measure import Still, still_in_training
 from kfac_dist.doctor.parameters import coverage_finding, parameter_rows
@@ -60,7 +60,7 @@ class _Case:
         return not any(finding.severity is Severity.ERROR for finding in self.findings)
 
 
-def examine(config: Config, world_size: int | None = None, fisher: Wish | None = None) -> Report:
+def examine(config: Config, world_size: int | None = None, fisher: FisherRequest | None = None) -> Report:
     """Examine a run's configuration; called by every rank, which all return the same report.
 
     Args:
@@ -93,7 +93,7 @@ def _planned_ranks(world: World, asked: int | None) -> int:
     return asked or world.world_size
 
 
-def _examine(case: _Case, planned: int, fisher: Wish | None) -> Report:
+def _examine(case: _Case, planned: int, fisher: FisherRequest | None) -> Report:
     report = Report(case.config.run.name, _environment(case, planned))
     built = _build(case)
     if built is None:
@@ -277,10 +277,10 @@ def _measure(
     return rows
 
 
-def _measure_fisher(case: _Case, wish: Wish, still: Still) -> FisherReport | None:
+def _measure_fisher(case: _Case, request: FisherRequest, still: Still) -> FisherReport | None:
     """Compare the diagonal Fisher's estimators; that a model doesn't allow it is nothing against the run."""
     try:
-        return examine_fisher(case.config, case.world, case.ranks, wish, still)
+        return examine_fisher(case.config, case.world, case.ranks, request, still)
     except CollectiveError:
         raise
     except ModelError as error:

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from kfac_dist.compat.torch import times_written
 from kfac_dist.config.schema import Backend
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.gradient_layout import GradientLayout
+from kfac_dist.hooks import Handle as Handle
 
 # What the traffic counts the ranks' vote on their gradients as.
 FINITE = "finite"
@@ -40,13 +40,6 @@ class BackwardPass:
     scale: float = 1.0
     index: int = 0
     last: bool | None = None
-
-
-class Handle(Protocol):
-    """A registered callback; `remove` detaches it."""
-
-    def remove(self) -> None:
-        """Detach it."""
 
 
 class Engine(ABC):

@@ -21,7 +21,7 @@ class TrainingEngine(Engine):
         """Return a context for one micro-batch's forward and backward; only the last of a step averages gradients."""
 
     def averaging_bytes(self, size: int) -> int:
-        """Return how many bytes one of `size` ranks sends as a step's gradients are averaged; 0 if nobody knows."""
+        """Return how many bytes one of `size` ranks sends as a step's gradients are averaged; 0 if unknown."""
         return 0
 
     def prepared(self, inputs: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The cost of K-FAC on other numbers of ranks, by other strategies and on other machines, before anything runs.
 
-Job             a model's shapes, a configuration and W: the same plan that ranks make at start-up      job.py
-rehearse        a rank's collectives in one kind of step, recorded, not sent                               traffic.py
+PlannedRun      a model's shapes, a configuration and W: the same plan that ranks make at start-up      job.py
+record_traffic  a rank's collectives in one kind of step, recorded, not sent                            traffic.py
 Hardware        what products, inversions and messages cost: a profile, or what `calibrate` measured   hardware.py
 predict         both together: milliseconds added to a step, and where they go                         prediction.py
 strategies      the grid that is compared                                                              strategies.py

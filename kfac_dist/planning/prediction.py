@@ -15,7 +15,7 @@ from kfac_dist.planning.job import PlannedRun, StepKind
 from kfac_dist.planning.machines.hardware import Hardware, Overhead
 from kfac_dist.planning.machines.network import seconds_of
 from kfac_dist.planning.strategies import Strategy
-from kfac_dist.planning.traffic import Rehearsed, rehearse
+from kfac_dist.planning.traffic import RecordedTraffic, record_traffic
 from kfac_dist.preconditioner.invert.refresh import LABEL as INVERSES
 from kfac_dist.preconditioner.memory import RankBytes
 from kfac_dist.preconditioner.precondition import transport
@@ -30,12 +30,12 @@ class StepCost:
 
     Attributes:
         seconds: By phase, what it adds to a step of the bare optimizer.
-        rehearsed: What the busiest rank sends.
+        recorded: What the busiest rank sends.
         flops: What the busiest rank computes.
     """
 
     seconds: Mapping[str, float]
-    rehearsed: Rehearsed
+    recorded: RecordedTraffic
     flops: float
 
     @property
@@ -77,17 +77,17 @@ class Prediction:
     @property
     def bytes_sent(self) -> float:
         """Sent by the busiest rank in an average step."""
-        return self._mean({kind: cost.rehearsed.sent for kind, cost in self.costs.items()})
+        return self._mean({kind: cost.recorded.sent for kind, cost in self.costs.items()})
 
     @property
     def worst_bytes(self) -> int:
         """Sent by the busiest rank in the step in which it sends most."""
-        return max(cost.rehearsed.sent for cost in self.costs.values())
+        return max(cost.recorded.sent for cost in self.costs.values())
 
     @property
     def worst_collectives(self) -> int:
         """Collectives of the step that has most."""
-        return max(len(cost.rehearsed.calls) for cost in self.costs.values())
+        return max(len(cost.recorded.calls) for cost in self.costs.values())
 
     @property
     def flops(self) -> float:
@@ -140,7 +140,7 @@ class _Alone:
     def cost(self, kind: StepKind) -> StepCost:
         """Return what a kind of step costs."""
         job, hardware, rank = self._job, self._hardware, self._job.busiest
-        sent = rehearse(job, kind, rank)
+        sent = record_traffic(job, kind, rank)
         seconds = dict.fromkeys(PHASES, 0.0)
         for call in sent.calls:
             seconds[_phase_of(call.label)] += seconds_of(call, hardware, job.node_size)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kfac_dist.config.schema import Uncovered
 from kfac_dist.curvature.class_product import Summary
 from kfac_dist.distributed.communicators.base import Communicator, SoloCommunicator
-from kfac_dist.distributed.communicators.recording import Call, Rehearsal
+from kfac_dist.distributed.communicators.recording import Call, RecordingCommunicator
 from kfac_dist.distributed.communicators.traffic import Traffic
 from kfac_dist.distributed.movement.owner_buffer import SegmentLayout, share_segments
 from kfac_dist.engines.base import FINITE
@@ -40,7 +40,7 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Rehearsed:
+class RecordedTraffic:
     """The collectives of one rank.
 
     Attributes:
@@ -57,12 +57,12 @@ class Rehearsed:
         return self.traffic.total_bytes
 
 
-def rehearse(job: PlannedRun, kind: StepKind, rank: int) -> Rehearsed:
+def record_traffic(job: PlannedRun, kind: StepKind, rank: int) -> RecordedTraffic:
     """Return what `rank` sends in a step of some kind."""
-    world = Rehearsal(rank, job.world_size)
+    world = RecordingCommunicator(rank, job.world_size)
     solo = job.world_size == 1
     _Step(job, SoloCommunicator(world.traffic, META) if solo else world, rank).take(kind)
-    return Rehearsed(tuple(world.calls), world.traffic)
+    return RecordedTraffic(tuple(world.calls), world.traffic)
 
 
 class _Step:

@@ -3,7 +3,7 @@
     mark ── statistics ── mark ── reduction ── mark ── … ── mark        a phase lasts from its mark to the next one
 
 On a CPU a mark is the clock's time. On a GPU, where the host runs ahead, it is an event on the stream; how far apart
-events are is read when somebody asks for the seconds, and asks the device for nothing but events that have passed.
+events are is read when the seconds are asked for, and asks the device for nothing but events that have passed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A `KFAC`'s state as one file beside somebody else's checkpoint: DeepSpeed's tag, Hugging Face's folder."""
+"""A `KFAC`'s state as one file beside another library's checkpoint: DeepSpeed's tag, Hugging Face's folder."""
 
 from __future__ import annotations
 

@@ -255,8 +255,8 @@ class _Handler(BaseHTTPRequestHandler):
             case "/metrics":
                 self._answer(200, *self.server.exporter.metrics())
             case "/health":
-                status, told = self.server.exporter.health()
-                self._answer(status, json.dumps(told).encode() + b"\n", "application/json")
+                status, health = self.server.exporter.health()
+                self._answer(status, json.dumps(health).encode() + b"\n", "application/json")
             case _:
                 self._answer(404, b"there are /metrics and /health\n", "text/plain; charset=utf-8")
 

@@ -33,12 +33,12 @@ def _ask(program: str, *arguments: str) -> str | None:
     if shutil.which(program) is None:
         return None
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             [program, *arguments], capture_output=True, text=True, check=False, timeout=_PATIENCE_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if told.returncode:
-        return FORGOTTEN if _UNKNOWN in told.stderr else None
-    states = [line.split()[0] for line in told.stdout.splitlines() if line.strip()]  # of "CANCELLED by 0", the first
+    if answer.returncode:
+        return FORGOTTEN if _UNKNOWN in answer.stderr else None
+    states = [line.split()[0] for line in answer.stdout.splitlines() if line.strip()]  # of "CANCELLED by 0", the first
     return next((state for state in states if state in WAITING | UNDER_WAY), states[0] if states else FORGOTTEN)

@@ -99,8 +99,8 @@ class RunStatus:
             lines.append(f"  ranks       {self.ranks}, rank 0 on {self.host}")
         if self.job is not None:
             again = f", started again {self.restarts} times" if self.restarts else ""
-            told = {None: "(no word from SLURM here)", FORGOTTEN: "(SLURM no longer knows it)"}
-            lines.append(f"  SLURM job   {self.job} {told.get(self.job_state, self.job_state)}{again}")
+            unknown = {None: "(no word from SLURM here)", FORGOTTEN: "(SLURM no longer knows it)"}
+            lines.append(f"  SLURM job   {self.job} {unknown.get(self.job_state, self.job_state)}{again}")
         if self.earlier:
             lines.append(f"  before it   {self.earlier}")
         return "\n".join(lines)
@@ -135,8 +135,8 @@ def run_status(directory: Path, job: str | None, job_state: Callable[[str], str 
         raise KFACError(f"{directory}: no run is here; expected a run's directory, such as runs/digits-autoencoder")
     # By the job's own word if it has begun: a directory may have been copied, or a job started by hand.
     number = job if record is None or (job is not None and "_" in job) else record.job or job
-    told = None if number is None else (job_state or slurm_state)(number)
-    standing, reason = _standing(record, number, told)
+    queued = None if number is None else (job_state or slurm_state)(number)
+    standing, reason = _standing(record, number, queued)
     metrics = directory / "metrics.jsonl"
     losses, unreadable = [], ""
     try:
@@ -154,7 +154,7 @@ def run_status(directory: Path, job: str | None, job_state: Callable[[str], str 
         ranks=None if record is None else record.ranks,
         host=None if record is None else record.host,
         job=number,
-        job_state=told,
+        job_state=queued,
         restarts=0 if record is None else record.restarts,
         earlier="" if record is None else record.earlier,
         unreadable=unreadable,

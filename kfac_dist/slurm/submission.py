@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.config.schema import Config
-from kfac_dist.config.yaml.document import parse, told
+from kfac_dist.config.yaml.document import parse, reported
 from kfac_dist.config.yaml.load import dump_yaml, merged
 from kfac_dist.config.yaml.text import read_text
 from kfac_dist.errors import ConfigError, KFACError
@@ -196,5 +196,5 @@ def _sweep_lines(sweep: Path, configuration: str) -> tuple[str, ...]:
             problems += [f"{sweep}:{number}: {problem}" for problem in str(error).splitlines()]
         lines.append(line.strip())
     if problems or not lines:
-        raise ConfigError(told(problems or [f"--sweep {sweep}: no line has overrides such as train.steps=100"]))
+        raise ConfigError(reported(problems or [f"--sweep {sweep}: no line has overrides such as train.steps=100"]))
     return tuple(lines)

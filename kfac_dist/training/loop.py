@@ -101,13 +101,13 @@ class Trainer:
         with self.outputs.watch.explaining(), self._loading(), self.outputs.signals.deferring():
             while self.step < self.parts.total_steps:
                 self._at_boundary(preemption)
-                self.outputs.watch.at(f"step {self.step + 1}, loading the batch")
+                self.outputs.watch.set_activity(f"step {self.step + 1}, loading the batch")
                 batch = next(self._batches)
                 self._window_positions.append(self.position)
                 self._take_step(batch)
                 self.step += 1
                 self.position = batch.after
-                self.outputs.watch.at(f"step {self.step}, what follows it")
+                self.outputs.watch.set_activity(f"step {self.step}, what follows it")
                 self._after_step()
             preemption.finish()
             self._settle_writes()
@@ -260,9 +260,9 @@ class Trainer:
         if stepper is None:
             set_learning_rate(self.parts.optimizer, self._learning_rate(self.step))
         watch, where = self.outputs.watch, f"step {self.step + 1}"
-        watch.at(f"{where}, forward and backward")
+        watch.set_activity(f"{where}, forward and backward")
         counts = self.backpropagate(batch)
-        watch.at(f"{where}, K-FAC and the optimizer")
+        watch.set_activity(f"{where}, K-FAC and the optimizer")
         if stepper is not None:
             stepper.propose(counts.everywhere)
         elif self.parts.kfac is not None:

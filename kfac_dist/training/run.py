@@ -90,7 +90,7 @@ def train(
         config.run, config.metrics, quiet=quiet, live=live, on_lost=on_lost, end=on_second_interrupt
     ) as session:
         directory = run_directory(config.run)
-        session.watch.at(f"preparing {directory}")
+        session.watch.set_activity(f"preparing {directory}")
         earlier = None
         with agreed(session.communicator, what=f"can't prepare {directory}"):
             if session.leads:
@@ -120,7 +120,7 @@ def _train_all(
     runs.append(_train_one(config, name, directory, session, record))
     for entry, optimizer in config.compare.items() if compare else ():
         runs.append(_train_compared(config, entry, optimizer, directory, session, record))
-    session.watch.at("writing the results")
+    session.watch.set_activity("writing the results")
     with agreed(session.communicator, what=f"can't finish {directory}"):
         if session.leads:
             write_comparison(runs, config.run.name, directory)
@@ -152,11 +152,11 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
         config.run.timeout_seconds,
         session.job.name,
     )
-    at = session.watch.at
-    parts = build_parts(config, session.world, session.communicator, at)
+    set_activity = session.watch.set_activity
+    parts = build_parts(config, session.world, session.communicator, set_activity)
     try:
         with session.watch.explaining():  # before what follows takes the ranks apart
-            at("looking for a checkpoint")
+            set_activity("looking for a checkpoint")
             start = find_start(config.checkpoint.resume, checkpoints, session.job)
             with _writer(directory, config.metrics, start, session) as writer:
                 values = config.model_dump(mode="json")
@@ -177,7 +177,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
                 )
                 trainer = Trainer(parts, session.communicator, outputs)
                 if start is not None:
-                    at(f"reading checkpoint {start.path}")
+                    set_activity(f"reading checkpoint {start.path}")
                     trainer.restore(start)
                     session.progress.note(f"{name}: resumed from {start.path}")
                 if session.leads:
@@ -187,7 +187,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
                     record.running(parts.total_steps)
                 session.progress.start(name, parts.total_steps, trainer.step, lambda: last_saved(checkpoints.directory))
                 trainer.train()
-            at("the final evaluation")
+            set_activity("the final evaluation")
             summary = summarize(name, trainer)
             variances = trainer.relative_variances()
     finally:

@@ -71,9 +71,9 @@ def open_session(
     Raises:
         KFACError: The ranks don't meet, another run holds the directory, or the address is taken.
     """
-    place = find_rank_info(os.environ)
-    signals = StopSignals(end, say if place.rank == 0 else lambda line: None)
-    with AgentWatch(place), signals, bootstrap(run.device, run.timeout_seconds) as world:
+    info = find_rank_info(os.environ)
+    signals = StopSignals(end, say if info.rank == 0 else lambda line: None)
+    with AgentWatch(info), signals, bootstrap(run.device, run.timeout_seconds) as world:
         communicator = build_communicator(run.timeout_seconds)
         progress = build_progress(rank=world.rank, quiet=quiet, live=live, run=run.name)
         progress.note(world.describe())

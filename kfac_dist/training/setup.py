@@ -88,7 +88,10 @@ class RunParts:
 
 
 def build_parts(
-    config: Config, world: World, communicator: Communicator, at: Callable[[str], None] = lambda where: None
+    config: Config,
+    world: World,
+    communicator: Communicator,
+    set_activity: Callable[[str], None] = lambda activity: None,
 ) -> RunParts:
     """Build everything that a run needs; collective.
 
@@ -99,7 +102,7 @@ def build_parts(
         config: The run's configuration.
         world: Where this rank computes.
         communicator: The ranks.
-        at: Told what comes next, for ranks that have to wait.
+        set_activity: Told what comes next, for ranks that have to wait.
 
     Raises:
         KFACError: Something can't be built; every rank raises.
@@ -108,9 +111,9 @@ def build_parts(
     with agreed(communicator):
         check_engine(config.engine, config.train, world)
         seed_everything(config.run.seed, rank=0)  # the same initial weights on every rank
-        at("building the model")
+        set_activity("building the model")
         model = build_model(config.model)
-        at("reading the data")
+        set_activity("reading the data")
         splits = build_data(config.data)
         train, test = (source_of(part, world.device, settings.loader_workers) for part in (splits.train, splits.test))
         sampler = sampler_of(settings, len(train), config.run.seed)
@@ -120,7 +123,7 @@ def build_parts(
         loss = build_loss(config.loss)
         if config.game is not None:
             check_players(config.model.name, model, train)
-        at("trying the model out")
+        set_activity("trying the model out")
         trial = try_out(model.to(world.device), loss, train, test)
         check_targets(loss, train, trial.outputs)
         game = None
@@ -128,7 +131,7 @@ def build_parts(
             game = build_game(config.game, model, train, test, config.run.seed)
         if communicator.size > 1 and config.engine.waits_for_every_gradient:
             refuse_unused(WHERE, trial.unused)
-        at("comparing what was built")
+        set_activity("comparing what was built")
     agree_on_plan(communicator, parameter_shapes(model))
     total_steps = settings.steps or sampler.steps(settings.epochs or 1)
     engine: TrainingEngine

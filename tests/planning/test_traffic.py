@@ -17,7 +17,7 @@ from kfac_dist.curvature.blocks import find_blocks
 from kfac_dist.curvature.factors import Unit
 from kfac_dist.planning.job import Model, PlannedRun, StepKind
 from kfac_dist.planning.strategies import AXES, crossed, distributions
-from kfac_dist.planning.traffic import rehearse
+from kfac_dist.planning.traffic import record_traffic
 from kfac_dist.preconditioner.invert.refresh_schedule import RefreshSchedule
 from tests.engines.fsdp2_runs import mesh_of, sharded
 from tests.engines.live_bytes import bookkeeping, live_bytes
@@ -126,7 +126,7 @@ def agrees(config: dict[str, Any], job: PlannedRun, rank: int) -> None:
         assert kfac.monitor.plan.rows() == job.plan.rows()
         for step in range(window, 2 * window):
             kind = StepKind.at(schedule, step)
-            assert rehearse(job, kind, rank).traffic.snapshot() == sent[step], (config, rank, step)
+            assert record_traffic(job, kind, rank).traffic.snapshot() == sent[step], (config, rank, step)
             due = [unit for unit in job.owned.get(rank, ()) if job.plan.blocks[unit.block].slot in kind.slots]
             assert Counter(solved[step]) == Counter(due), (config, rank, step)
         load = sum(unit.cost for step in solved[window:] for unit in step)
@@ -159,7 +159,7 @@ def sharded_steps(size: int, ranks: list[int]) -> list[tuple[Any, Any]]:
                     network.zero_grad()
                     steps.append(kfac.communicator.traffic.snapshot())
                 kfac.remove()
-            told = [rehearse(job, StepKind.at(schedule, step), rank).traffic.snapshot() for step in window]
+            told = [record_traffic(job, StepKind.at(schedule, step), rank).traffic.snapshot() for step in window]
             found.append((steps[window.start :], told))
     return found
 

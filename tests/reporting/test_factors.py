@@ -12,7 +12,7 @@ from tests.reporting.large_run import write_large_run
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'kfac_dist[report]'")
 from kfac_dist.reporting.report import factors  # need plotly
 from kfac_dist.reporting.report.chart_style import style
-from kfac_dist.reporting.report.many_curves import crowd
+from kfac_dist.reporting.report.many_curves import draw_many
 
 
 def test_of_many_factors_the_worst_stand_out_from_a_band(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_of_many_blocks_those_farthest_from_an_even_split_are_drawn(tmp_path: Pa
 
 
 def test_few_curves_are_all_drawn() -> None:
-    figure = crowd({str(index): ([0], [1.0]) for index in range(12)}, max, "factors")
+    figure = draw_many({str(index): ([0], [1.0]) for index in range(12)}, max, "factors")
     assert [curve.name for curve in figure.data] == [str(index) for index in range(12)]
     assert figure.layout.meta is None
 
@@ -59,7 +59,7 @@ def test_a_band_knows_what_was_read_before_and_nothing_infinite() -> None:
     """Where refreshes take turns, a step has readings of some factors alone."""
     turns = {str(index): ([index % 2, 2 + index % 2], [float(index), 100.0 + index]) for index in range(20)}
     turns["19"] = ([1, 3], [None, 119.0])
-    smallest, largest, *_ = crowd(turns, lambda values: values[1] or 0.0, "factors").data
+    smallest, largest, *_ = draw_many(turns, lambda values: values[1] or 0.0, "factors").data
     assert list(smallest.x) == [0, 1, 2, 3]
     assert list(smallest.y) == [0, 0, 1, 100]
     assert list(largest.y) == [18, 18, 118, 119]

@@ -164,7 +164,7 @@ def parse(text: str, source: str) -> Document:
     elif not isinstance(values, dict):
         reader.problems.append(f"{source}: the top level is {show(values)}, expected a mapping of sections")
     if reader.problems:
-        raise ConfigError(told(reader.problems))
+        raise ConfigError(reported(reader.problems))
     return Document(values, reader.places)
 
 
@@ -192,7 +192,7 @@ def override(path: tuple[str, ...], text: str, source: str) -> Document:
     reader = _Reader(source, numbered=False)
     values = reader.read(text, path)
     if reader.problems:
-        raise ConfigError(told(reader.problems))
+        raise ConfigError(reported(reader.problems))
     for depth in range(len(path)):
         reader.places[path[:depth]] = Origin(source)
     for key in reversed(path):
@@ -339,7 +339,7 @@ def dotted(path: Sequence[str | int]) -> str:
     return ".".join(_short(str(key)) for key in path)
 
 
-def told(problems: Sequence[str], total: int | None = None) -> str:
+def reported(problems: Sequence[str], total: int | None = None) -> str:
     """Return what is wrong, a line each, as far as a person reads it; of `total` mistakes these may be the first."""
     shown = problems[:MOST_PROBLEMS]
     hidden = (total or len(problems)) - len(shown)

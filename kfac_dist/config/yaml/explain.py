@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from kfac_dist.config.section import MOST, MOST_COUNT
 from kfac_dist.config.spelling import did_you_mean
-from kfac_dist.config.yaml.document import MOST_PROBLEMS, Document, Origin, dotted, plain_value, show, told
+from kfac_dist.config.yaml.document import MOST_PROBLEMS, Document, Origin, dotted, plain_value, reported, show
 from kfac_dist.config.yaml.fields import Allowed, Path, all_paths, allowed_at
 from kfac_dist.errors import ConfigError
 
@@ -26,7 +26,7 @@ def config_error(error: ValidationError, document: Document) -> ConfigError:
     ordered = sorted(found.items(), key=lambda entry: entry[1][0])
     # Only the first lines are read: a file may have thousands of unknown keys.
     lines = [f"{place}: {_explain(path, detail)}" for path, (place, detail) in ordered[:MOST_PROBLEMS]]
-    return ConfigError(told(lines, len(ordered)))
+    return ConfigError(reported(lines, len(ordered)))
 
 
 def _path(detail: ErrorDetails, document: Document) -> Path:

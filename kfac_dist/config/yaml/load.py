@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from kfac_dist.config.schema import Config
 from kfac_dist.config.section import can_be_path
-from kfac_dist.config.yaml.document import MOST_VALUES, Document, Dumper, parse, parse_override, show, told
+from kfac_dist.config.yaml.document import MOST_VALUES, Document, Dumper, parse, parse_override, reported, show
 from kfac_dist.config.yaml.explain import config_error
 from kfac_dist.config.yaml.shipped import find_config, meant
 from kfac_dist.config.yaml.targets import import_module
@@ -54,7 +54,7 @@ def merged(document: Document, overrides: Sequence[str] = (), *, top: Iterable[D
         except ConfigError as error:
             problems.append(str(error))
     if problems:
-        raise ConfigError(told(problems))
+        raise ConfigError(reported(problems))
     for layer in top:
         document = document.merged_with(layer)
     _import_extensions(document)
@@ -79,7 +79,7 @@ def _import_extensions(document: Document) -> None:
             except ConfigError as error:
                 problems.append(f"{document.place(('extensions', index))}: {error}")
     if problems:
-        raise ConfigError(told(problems))
+        raise ConfigError(reported(problems))
 
 
 def resolve(config: Config) -> Config:

@@ -13,15 +13,9 @@ from torch import Tensor, nn
 
 from kfac_dist.curvature.capture.provenance import Reading
 from kfac_dist.curvature.capture.samples import PassShapes
+from kfac_dist.hooks import Handle as Handle
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-
-
-class Handle(Protocol):
-    """A registered hook; `remove` takes it off."""
-
-    def remove(self) -> None:
-        """Take it off."""
 
 
 class LayerCall:

@@ -54,7 +54,7 @@ class _Over:
         """Returns at once."""
 
 
-class Rehearsal(Communicator):
+class RecordingCommunicator(Communicator):
     """One rank of many, the others of which aren't there.
 
     Attributes:
@@ -124,7 +124,9 @@ class Rehearsal(Communicator):
         if len(own) == 1:
             return SoloCommunicator(self.traffic, self.device)
         ranks = [self.ranks[member] for member in own]
-        return Rehearsal(list(own).index(self.rank), len(own), ranks=ranks, traffic=self.traffic, calls=self.calls)
+        return RecordingCommunicator(
+            list(own).index(self.rank), len(own), ranks=ranks, traffic=self.traffic, calls=self.calls
+        )
 
     @override
     def close(self) -> None:

@@ -57,9 +57,9 @@ class Watch:
         self._explained: CollectiveError | None = None
         self._over = threading.Event()
 
-    def at(self, where: str) -> None:
-        """Note where this rank is now; costs next to nothing."""
-        self._where = where
+    def set_activity(self, activity: str) -> None:
+        """Note what this rank does now; costs next to nothing."""
+        self._where = activity
         self._changed = True
 
     @contextmanager
@@ -102,16 +102,16 @@ class Watch:
         self._over.set()
 
     def _watch(self, store: Store) -> None:
-        told = ""
+        answered = ""
         while not self._over.wait(self._tick):
             changed, self._changed = self._changed, False
             where = self._where
-            if changed or told == where:
+            if changed or answered == where:
                 continue
             try:
                 if store.check([_QUESTION]):
                     store.set(str(self._rank), where)
-                    told = where
+                    answered = where
             except RuntimeError:  # its server is gone: no question can come
                 return
 

@@ -56,8 +56,8 @@ def compare(store: Store, rank: int, size: int, own: Found) -> None:
         verdict = meeting.get("verdict").decode()
         meeting.set(f"read/{rank}", "")
     else:
-        told = meeting.multi_get([str(other) for other in range(size)])
-        verdict = judge([Found(**json.loads(text)) for text in told])
+        found = meeting.multi_get([str(other) for other in range(size)])
+        verdict = judge([Found(**json.loads(text)) for text in found])
         meeting.set("verdict", verdict)
         if verdict:
             _wait_for_readers(meeting, size)

@@ -58,7 +58,7 @@ REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Wish:
+class FisherRequest:
     """The questions of an examination.
 
     Attributes:
@@ -99,7 +99,7 @@ class _Subject:
 
 
 def examine_fisher(
-    config: Config, world: World, ranks: Communicator, wish: Wish, still: Still = nn.Module.eval
+    config: Config, world: World, ranks: Communicator, request: FisherRequest, still: Still = nn.Module.eval
 ) -> FisherReport:
     """Measure both estimators in every layer, at first and over some steps; collective, the same on every rank.
 
@@ -107,7 +107,7 @@ def examine_fisher(
         config: The run's configuration.
         world: This process's place.
         ranks: The ranks.
-        wish: What to find out.
+        request: What to find out.
         still: Sets the mode in which the model is measured.
 
     Raises:
@@ -123,7 +123,7 @@ def examine_fisher(
             torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []),
         ):
             still(twin := build_model(config.model).to(world.device))
-        return _examine(config.kfac.curvature, config.loss.name.likelihood, parts, twin, ranks, wish)
+        return _examine(config.kfac.curvature, config.loss.name.likelihood, parts, twin, ranks, request)
     finally:
         if parts.kfac is not None:
             parts.kfac.remove()
@@ -136,7 +136,7 @@ def _examine(
     parts: RunParts,
     twin: nn.Module,
     ranks: Communicator,
-    wish: Wish,
+    request: FisherRequest,
 ) -> FisherReport:
     nowhere = RunOutputs(None, Checkpoints(Path(), 1, ranks), SilentProgress(), {})
     trainer = Trainer(parts, ranks, nowhere)
@@ -149,7 +149,7 @@ def _examine(
     history: dict[int, dict[str, Sums]] = {}
     stepping = looking = 0.0
     parts.engine.module.train()
-    for moment in _moments(min(wish.steps, parts.total_steps), wish.moments):
+    for moment in _moments(min(request.steps, parts.total_steps), request.moments):
         stepping += _timed(partial(trainer.take, moment - trainer.step), parts)
         _follow(twin, parts.engine.module)
         with _measuring(ranks):
@@ -161,7 +161,7 @@ def _examine(
     if subject is not None:
         coordinates = sum(len(found) for found in subject.indices.values())
         cost = FisherCost(stepping / trainer.step if trainer.step else None, backward, looking / coordinates)
-        report = _report(subject, history, cost, wish)
+        report = _report(subject, history, cost, request)
         report = replace(report, advice=tuple(advise(report, curvature, parts.settings.batch_size)))
     found: FisherReport = ranks.gather_objects(report, label=LABEL)[0]
     return found
@@ -179,13 +179,15 @@ def _subject(likelihood: Likelihood, seed: int, parts: RunParts, twin: nn.Module
     return _Subject(outputs, course, layers, indices, likelihood, parts.loss, targets, seed)
 
 
-def _report(subject: _Subject, history: dict[int, dict[str, Sums]], cost: FisherCost, wish: Wish) -> FisherReport:
+def _report(
+    subject: _Subject, history: dict[int, dict[str, Sums]], cost: FisherCost, request: FisherRequest
+) -> FisherReport:
     outputs, layers = subject.outputs, subject.layers
     rows = []
     for layer in layers:
         values = sum(outputs.parameters[name].numel() for name in layer.parameters)
         seen = sum(len(subject.indices[name]) for name in layer.parameters)
-        rows.append(layer_row(layer, history[0][layer.name], values, seen, wish.deviation))
+        rows.append(layer_row(layer, history[0][layer.name], values, seen, request.deviation))
     trend = [row for step, sums in history.items() for row in trend_rows(step, layers, sums)]
     with torch.no_grad():
         shape = forward(outputs.module, outputs.inputs).shape
@@ -195,7 +197,7 @@ def _report(subject: _Subject, history: dict[int, dict[str, Sums]], cost: Fisher
         columns=shape[-1] if categorical else shape[1:].numel(),
         samples=len(subject.targets),
         draws=DRAWS,
-        deviation=wish.deviation,
+        deviation=request.deviation,
         layers=tuple(rows),
         trend=tuple(trend),
         cost=cost,

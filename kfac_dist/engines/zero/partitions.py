@@ -54,7 +54,7 @@ class Partitions(ABC):
 
     @abstractmethod
     def slices(self, parameter: Any) -> Iterable[Slice] | None:
-        """Return who holds which range of a parameter, nothing if it isn't sharded; None if nobody trains it."""
+        """Return who holds which range of a parameter, nothing if it isn't sharded; None if no rank trains it."""
 
     @abstractmethod
     def gradients(self) -> Held:

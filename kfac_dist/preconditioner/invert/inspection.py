@@ -1,6 +1,6 @@
 """Readings of the factors that refreshes invert: spectra, condition and damping of each factor, and who inverted it.
 
-Reading costs an eigenvalue decomposition beside the inversion, so it happens only at refreshes that somebody asked for,
+Reading costs an eigenvalue decomposition beside the inversion, so it happens only at refreshes for which it was asked,
 and changes nothing that the run computes.
 """
 
@@ -77,7 +77,7 @@ class RefreshReading:
 
 
 class Inspector:
-    """Reads what this rank inverts, each factor once after somebody has asked.
+    """Reads what this rank inverts, each factor once after a request.
 
     Args:
         rank: This rank.

@@ -101,7 +101,7 @@ class Refresh:
         failures: Units that this rank could not solve, and left as they were.
         raised: Units that weren't positive definite with their damping, so that more was added.
         pending: Payloads on their way.
-        inspector: Reads spectra of what is solved here, if somebody has asked.
+        inspector: Reads spectra of what is solved here, if they were asked for.
         asymmetries: `[2, units]`: how far this rank's factors, and their inverses, were from symmetric when they were
             last solved and before anything made them so; −1 where nothing was measured. Eigenbases have no such number,
             and no more have factors that a packed wire has mirrored.

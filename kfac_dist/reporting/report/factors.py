@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from plotly import graph_objects as go
 
 from kfac_dist.reporting.report.chart_style import GREY, style, titled, with_menu
-from kfac_dist.reporting.report.many_curves import Values, crowd
+from kfac_dist.reporting.report.many_curves import Values, draw_many
 from kfac_dist.reporting.report.readings import by_factor
 from kfac_dist.reporting.report.runs import RunData
 
@@ -41,7 +41,7 @@ def conditions(run: RunData) -> go.Figure:
         unit: ([factor["step"] for factor in found], [factor["condition"] for factor in found])
         for unit, found in by_factor(run).items()
     }
-    return titled(crowd(curves, _worst, "factors"), "step", "(largest + damping) / (smallest + damping)", log=True)
+    return titled(draw_many(curves, _worst, "factors"), "step", "(largest + damping) / (smallest + damping)", log=True)
 
 
 def splits(run: RunData) -> go.Figure:
@@ -56,7 +56,7 @@ def splits(run: RunData) -> go.Figure:
         points = [(step, math.sqrt(at["A"] / at["G"])) for step, at in by_step.items() if at.get("A") and at.get("G")]
         if points:
             curves[block] = ([step for step, _ in points], [split for _, split in points])
-    return titled(crowd(curves, _farthest, "blocks"), "step", "π", log=True)
+    return titled(draw_many(curves, _farthest, "blocks"), "step", "π", log=True)
 
 
 def _worst(values: Values) -> float:

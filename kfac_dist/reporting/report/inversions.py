@@ -9,7 +9,7 @@ from typing import Any
 from plotly import graph_objects as go
 
 from kfac_dist.reporting.report.chart_style import GREY, bar, plain, titled
-from kfac_dist.reporting.report.many_curves import Values, crowd
+from kfac_dist.reporting.report.many_curves import Values, draw_many
 from kfac_dist.reporting.report.readings import numbered, readings_of_factors
 from kfac_dist.reporting.report.runs import RunData
 
@@ -103,7 +103,7 @@ def times(run: RunData) -> go.Figure:
         own = by_rank.setdefault(reading["rank"], {})  # a game's players are read one after the other
         own[reading["step"]] = own.get(reading["step"], 0.0) + 1000 * reading["seconds"]
     curves = {f"rank {rank}": (list(own), list(own.values())) for rank, own in sorted(by_rank.items())}
-    return titled(crowd(curves, _mean, "ranks"), "step", "milliseconds of inverting")
+    return titled(draw_many(curves, _mean, "ranks"), "step", "milliseconds of inverting")
 
 
 def _add_rest(figure: go.Figure, by_rank: dict[int, Found]) -> None:

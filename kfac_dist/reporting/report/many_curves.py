@@ -14,7 +14,7 @@ Values = Sequence[float | None]
 Curves = Mapping[str, tuple[Sequence[int], Values]]
 
 
-def crowd(curves: Curves, excess: Callable[[Values], float], what: str) -> go.Figure:
+def draw_many(curves: Curves, excess: Callable[[Values], float], what: str) -> go.Figure:
     """Draw curves by name, all of them if they are few.
 
     Args:

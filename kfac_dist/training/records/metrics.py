@@ -130,8 +130,8 @@ class MetricsWriter:
         try:
             yield
         except (Exception, SystemExit) as error:  # the user's own code may raise anything, and no rank may stop alone
-            told = f"metrics.sinks.{name}: its {method} raises {type(error).__name__}: {error}"
-            self.failure = self.failure or KFACError(told)
+            failure = f"metrics.sinks.{name}: its {method} raises {type(error).__name__}: {error}"
+            self.failure = self.failure or KFACError(failure)
 
 
 def _finite(value: Any) -> Any:

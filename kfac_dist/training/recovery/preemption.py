@@ -1,10 +1,10 @@
-"""A scheduler's wish that the run stop, heard by one rank and agreed on by all at a step's boundary.
+"""A scheduler's request that the run stop, received by one rank and agreed on by all at a step's boundary.
 
     rank 0   step ── poll ── step ── read: stop? ── step ── …        a poll is one small reduction, started at one
     rank 1   step ── poll ── step ── read: stop? ── step ── …        boundary and read at the next, without a wait
                  ▲ a signal only sets a flag
 
-Whatever else one rank alone may wish goes the same way: a checkpoint by the clock, an end because its disk is full.
+Whatever else one rank alone may request goes the same way: a checkpoint by the clock, an end because its disk is full.
 
 Polls are about `POLL_SECONDS` apart, and every rank computes the same distance in steps: it follows from seconds that
 the polls themselves sum up. A step longer than that is polled at each of its boundaries.
@@ -210,11 +210,11 @@ class Preemption:
             CollectiveError: Another rank has failed.
         """
         if self._communicator.size == 1:
-            self.granted = [wish() for wish in self._requests]
+            self.granted = [request() for request in self._requests]
             return self._signals.caught is not None
         stop = self._read()
         self._since_poll += 1
-        # A wish that is granted here is fulfilled after this call: asked for now, it would be granted once more.
+        # A request that is granted here is fulfilled after this call: asked for now, it would be granted once more.
         if not stop and not any(self.granted) and self._since_poll >= self._interval:
             self._poll()
         return stop
@@ -226,7 +226,11 @@ class Preemption:
     def _poll(self) -> None:
         now = self._clock()
         seconds_per_step = (now - self._polled_at) / self._since_poll
-        own = [seconds_per_step, float(self._signals.caught is not None), *(float(wish()) for wish in self._requests)]
+        own = [
+            seconds_per_step,
+            float(self._signals.caught is not None),
+            *(float(request()) for request in self._requests),
+        ]
         self._answer = _Answer(torch.tensor(own, dtype=torch.float64), self._communicator)
         self._since_poll, self._polled_at = 0, now
 
@@ -235,11 +239,11 @@ class Preemption:
         self.granted = [False] * len(self._requests)
         if answer is None:
             return False
-        seconds, told, *wished_for = answer.read()
-        self.granted = [number > 0 for number in wished_for]
-        wished = int(POLL_SECONDS * self._communicator.size / seconds) if seconds > 0 else self._interval
-        self._interval = max(1, min(wished, _GROWTH * self._interval))
-        return told > 0
+        seconds, caught, *requested = answer.read()
+        self.granted = [number > 0 for number in requested]
+        wanted = int(POLL_SECONDS * self._communicator.size / seconds) if seconds > 0 else self._interval
+        self._interval = max(1, min(wanted, _GROWTH * self._interval))
+        return caught > 0
 
 
 class _Answer:

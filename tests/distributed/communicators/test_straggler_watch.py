@@ -21,12 +21,12 @@ def _said(watch: Watch) -> str:
 def test_a_failure_names_who_waits_where_and_who_does_not_answer() -> None:
     store = HashStore()
     asking, waiting, stopped = (Watch(store, rank, 4, TICK) for rank in (0, 1, 2))
-    asking.at("step 7, backward")
+    asking.set_activity("step 7, backward")
     with waiting:
-        stopped.at("step 7, backward")
-        waiting.at("step 7, loading the batch")
+        stopped.set_activity("step 7, backward")
+        waiting.set_activity("step 7, loading the batch")
         time.sleep(4 * TICK)
-        waiting.at("step 7, backward")
+        waiting.set_activity("step 7, backward")
         said = _said(asking)
     assert said == (
         "all_reduce failed; no answer from ranks 2-3; waiting: rank 0 in step 7, backward, "
@@ -38,7 +38,7 @@ def test_ranks_that_move_on_tell_nothing() -> None:
     store = HashStore()
     with Watch(store, 0, 2, TICK) as watch:
         for step in range(20):
-            watch.at(f"step {step}")
+            watch.set_activity(f"step {step}")
             time.sleep(TICK / 4)
         assert not PrefixStore("watch", store).check(["0"])
         time.sleep(4 * TICK)
@@ -48,10 +48,10 @@ def test_ranks_that_move_on_tell_nothing() -> None:
 def test_what_a_rank_would_have_said_before_is_no_answer() -> None:
     store = HashStore()
     asking, stopped = (Watch(store, rank, 2, TICK) for rank in (0, 1))
-    asking.at("step 36, K-FAC and the optimizer")
+    asking.set_activity("step 36, K-FAC and the optimizer")
     with stopped:
         time.sleep(4 * TICK)  # it stands still in "starting", as a slow start does
-        stopped.at("step 36, K-FAC and the optimizer")
+        stopped.set_activity("step 36, K-FAC and the optimizer")
         time.sleep(4 * TICK)
     assert "no answer from rank 1; waiting: rank 0 in step 36" in _said(asking)
 
@@ -71,7 +71,7 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed b
 )
 def test_a_collective_of_torch_s_or_deepspeed_s_own_is_explained_too(error: Exception) -> None:
     watch = Watch(HashStore(), 0, 2, TICK)
-    watch.at("step 7, K-FAC and the optimizer")
+    watch.set_activity("step 7, K-FAC and the optimizer")
     with pytest.raises(CollectiveError) as caught, watch.explaining():
         _fail_on_the_way_out(error)
     first, _, _ = str(error).partition("\n")

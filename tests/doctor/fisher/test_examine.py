@@ -13,7 +13,7 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from kfac_dist.cli import app
-from kfac_dist.doctor import Severity, Wish, examine
+from kfac_dist.doctor import FisherRequest, Severity, examine
 from kfac_dist.doctor.fisher.report import FisherReport
 from kfac_dist.tasks import build_data, build_model
 from kfac_dist.training.checkpoints.random_state import seed_everything
@@ -26,7 +26,7 @@ LABELS = "tests.bad_models:samples"
 
 def _report(steps: int = 0, directory: str = "/nowhere", kfac: bool = True, **sections: Any) -> FisherReport:
     config = small_config(directory, kfac=kfac, **sections)
-    report = examine(config, fisher=Wish(steps=steps, deviation=0.2))
+    report = examine(config, fisher=FisherRequest(steps=steps, deviation=0.2))
     assert report.ready, report.findings
     assert report.fisher is not None, report.findings
     return report.fisher
@@ -131,7 +131,7 @@ def test_tokens_share_a_sample() -> None:
 
 def test_what_cannot_be_differentiated_so_is_a_remark() -> None:
     config = small_config("/nowhere", kfac=True, model={"name": "tests.doctor.whole_models:Opaque", "args": {}})
-    report = examine(config, fisher=Wish(steps=0))
+    report = examine(config, fisher=FisherRequest(steps=0))
     assert report.fisher is None
     [remark] = [finding for finding in report.findings if finding.check == "fisher"]
     assert remark.severity is Severity.WARNING
@@ -140,7 +140,7 @@ def test_what_cannot_be_differentiated_so_is_a_remark() -> None:
 
 def _on_a_rank() -> FisherReport | None:
     os.environ.update(launched(dist.get_rank(), dist.get_world_size()))
-    return examine(small_config("/nowhere", kfac=True), fisher=Wish(steps=4)).fisher
+    return examine(small_config("/nowhere", kfac=True), fisher=FisherRequest(steps=4)).fisher
 
 
 def test_ranks_train_together_and_report_the_same() -> None:
