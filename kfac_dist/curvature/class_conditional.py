@@ -134,12 +134,17 @@ class Classes:
         labels = labels.detach().long()
         return cls(slots, torch.where((labels >= 0) & (labels < number), labels, number))
 
-    def counts(self, terms: float | Tensor) -> Tensor | None:
-        """Return a number of terms shared out over the classes `[C]` as the labels are; None without labels."""
-        if self.labels is None or not self.labels.numel():
-            return None
-        counts = Members(self.number, self.labels.reshape(-1)).counts(self.labels.device)
-        return counts * (to_device(terms, counts.device) if isinstance(terms, Tensor) else terms) / self.labels.numel()
+    def counts(self, terms: float | Tensor) -> Tensor:
+        """Return a number of terms shared out over the classes `[C]`, as the labels or the shares in one class are."""
+        values = self.labels if self.labels is not None else self.shares
+        assert values is not None
+        members = Members(self.number, values.reshape(-1))
+        if self.labels is None:
+            members = Members(self.number, None, self.index, values.reshape(-1))
+        counts = members.counts(values.device)
+        return (
+            counts * (to_device(terms, counts.device) if isinstance(terms, Tensor) else terms) / max(values.numel(), 1)
+        )
 
     def members(self, layer: str, rows: int, *, inputs: bool) -> Members:
         """Return the classes of a layer's rows.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -211,8 +211,9 @@ class Measurement:
             return
         batch = self._capture.batch
         micro = self._micro_batch(batch, self._count_outputs(outputs), own=True)
+        by_column = list(self._classes_of_columns(outputs, micro.first_sample))
         # Consumed as columns are: each vector is measured before the next is made.
-        classes = iter(self._classes_of_columns(outputs, micro.first_sample))
+        classes = iter(by_column or itertools.repeat(None))
         current: Classes | None = None
 
         def columns() -> Iterator[Tensor]:
@@ -230,14 +231,15 @@ class Measurement:
             if not self._factors or not self._reduction.accepts(block.name):
                 return
             if block.by_class and current is not None:
-                block.measure(calls, replace(micro, classes=current), self._averages, _EVERY_SIDE)
+                of_classes = self._averages if first else _ClassesOnly(self._averages)
+                block.measure(calls, replace(micro, classes=current), of_classes, _EVERY_SIDE)
                 return
             sink = self._averages if first else _SumsOnly(self._averages)
             sides = _EVERY_SIDE if first else _EVERY_SIDE - {Side.A}
             block.measure(calls, micro, sink, sides)
             self._neighbours.measure(block, calls, micro, sink, sides)
 
-        self._enter(batch, micro)
+        self._enter(batch, micro, by_column)
         with self._scale.unwatched(), self._phases(Phase.STATISTICS):
             if self._sampled is not None and self._factors:
                 self._sampled.add(outputs, self._drawn_labels(outputs, micro.first_sample), float(micro.terms))
@@ -416,10 +418,18 @@ class Measurement:
             with self._phases(Phase.REDUCTION):
                 self._reduction.completed(block.name)
 
-    def _enter(self, batch: Batch, micro: MicroBatch) -> None:
-        """Count the terms of a micro-batch for every layer, also for those that it doesn't use."""
+    def _enter(self, batch: Batch, micro: MicroBatch, by_column: Sequence[Classes] = ()) -> None:
+        """Count the terms of a micro-batch for every layer, also for those that it doesn't use.
+
+        Args:
+            batch: It.
+            micro: Its sizes.
+            by_column: The classes of the columns that K-FAC sends back itself.
+        """
         kept = micro.terms / micro.stride
-        by_class = None if micro.classes is None else micro.classes.counts(kept)
+        given = by_column or ([] if micro.classes is None else [micro.classes])
+        counts = [classes.counts(kept) for classes in given]
+        by_class = torch.stack(counts).sum(0) if counts else None
         for averages in (self._averages, *([] if self._moments is None else [self._moments.averages])):
             averages.enter(batch, kept, by_class)
         self._entered.add(batch)
@@ -447,11 +457,14 @@ class Measurement:
         assert config.likelihood is not None
         return label_gradient(config.likelihood, outputs, seed=config.seed, step=self._step, first_sample=first_sample)
 
-    def _classes_of_columns(self, outputs: Tensor, first_sample: int) -> Iterator[Classes | None]:
-        """Yield the classes of the terms behind each vector that is sent back: drawn ones, or a column's own."""
+    def _classes_of_columns(self, outputs: Tensor, first_sample: int) -> Iterator[Classes]:
+        """Yield the classes of the terms behind each vector that is sent back: drawn ones, or a column's own.
+
+        Nothing where statistics aren't kept apart by class.
+        """
         config = self._config
         if not config.class_slots:
-            yield from itertools.repeat(None)
+            return
         assert config.class_conditional is not None
         assert config.class_conditional.classes is not None
         number, slots = config.class_conditional.classes, config.class_slots
@@ -516,6 +529,19 @@ class Measurement:
 
 def _said(batch: Batch) -> Description:
     return batch.description if isinstance(batch.description, Description) else Description()
+
+
+class _ClassesOnly:
+    """A sink that counts terms by class alone, for the further columns of one micro-batch."""
+
+    def __init__(self, averages: RunningAverages) -> None:
+        self._averages = averages
+        self.add_rows = averages.add_rows
+        self.add_values = averages.add_values
+
+    def add_count(self, block: str, side: Side, count: float | Tensor, by_class: Tensor | None = None) -> None:
+        """Take the counts by class."""
+        self._averages.add_count(block, side, 0.0, by_class)
 
 
 class _SumsOnly:

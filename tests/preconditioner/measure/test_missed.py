@@ -286,3 +286,70 @@ def test_attention_and_an_expert_without_rows_keep_their_averages(ranks: int, sh
             for unit, factor in results[wanted][0].items():
                 if unit.startswith(("attention", "expert")) or unit == "first/A":
                     assert_close(results[name][0][unit], factor)
+
+
+PIECES, CONDITIONAL = 6, {"classes": CLASSES}
+BY_CLASS: dict[str, dict[str, Any]] = {
+    "empirical": {},
+    "mc": {"fisher": "mc", "likelihood": "categorical"},
+    "type2": {"fisher": "type2", "likelihood": "categorical"},
+}
+
+
+def pieces_of(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Six pieces of two samples each, of which each goes to one expert: to the second in the first four at most."""
+    generator = torch.Generator().manual_seed(step)
+    routes = (torch.tensor([0, 1, 1, 0, 0, 0]) * (step != 2)).repeat_interleave(BATCH // PIECES)
+    inputs = torch.randn(BATCH, 4, generator=generator)
+    return inputs, routes, torch.randint(0, CLASSES, (BATCH,), generator=generator)
+
+
+def weights_by_class(fisher: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Weights of G by class, weights, and those of the second expert's G by hand: every term of steps that used it."""
+    rank, size = place()
+    model = Experts()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if size > 1 else model
+    kfac = KFAC(wrapped, configuration(curvature={**BY_CLASS[fisher], "class_conditional": CONDITIONAL}))
+    expected = torch.zeros(CLASSES)
+    for step in range(4):
+        inputs, route, labels = pieces_of(step)
+        with torch.no_grad(), kfac.unobserved():
+            shares = model(inputs, route).softmax(-1)
+        if fisher == "empirical":
+            shares = F.one_hot(labels, CLASSES).float()
+        expected = DECAY * expected + (1 - DECAY) * shares.sum(0) * (step != 2)
+        model.zero_grad()
+        rows = torch.arange(BATCH)[part(rank, size)].chunk(PIECES // size)
+        for index, own in enumerate(rows):
+            labelled = {"classes": labels[own]} if fisher == "empirical" else {}
+            last = index == len(rows) - 1
+            kfac.micro_batch(first_sample=int(own[0]), divisor=BATCH / size, terms=len(own), last=last, **labelled)
+            outputs = wrapped(inputs[own], route[own])
+            kfac.fisher_backward(outputs)
+            (F.cross_entropy(outputs, labels[own], reduction="sum") * size / BATCH).backward()
+        kfac.step()
+    state = kfac.state_dict()
+    kfac.remove()
+    scalars = {name: entry["scalars"] * state["shares"] for name, entry in state["units"].items()}
+    return {name: own[2:] for name, own in scalars.items()}, {name: own[0] for name, own in scalars.items()}, expected
+
+
+def all_by_class() -> dict[str, Any]:
+    return {fisher: weights_by_class(fisher) for fisher in BY_CLASS}
+
+
+def test_terms_that_an_expert_misses_count_by_class() -> None:
+    """Also where K-FAC draws the labels, or sends a column back for each class."""
+    alone = all_by_class()
+    for fisher, (by_class, weights, expected) in alone.items():
+        found = by_class["experts.1.0/G/0"]
+        if fisher != "mc":
+            assert_close(found, expected)
+        assert_close(found.sum(), expected.sum())
+        assert_close(weights["experts.1.0/G/0"], expected.sum())
+        assert_close(by_class["head/G/0"].sum(), weights["head/G/0"])
+    for found_on in run_ranks(2, all_by_class, timeout=240):
+        for fisher, (by_class, weights, _) in found_on.items():
+            for name, values in alone[fisher][0].items():
+                assert_close(by_class[name], values)
+                assert_close(weights[name], alone[fisher][1][name])
