@@ -403,6 +403,30 @@ def test_a_gradient_asked_for_inside_of_unobserved_is_named_as_a_cause() -> None
     assert kfac.coverage.mismatched
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_penalty_built_inside_of_unobserved_is_named_as_a_cause(whole: bool) -> None:
+    """Its gradient comes with the loss's, or to a layer that the loss itself doesn't call."""
+    x, y = batch()
+    model = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    kfac = build_kfac(model)
+    with kfac.unobserved():
+        penalty = model(x + 0.1).square().mean() if whole else model[2](torch.ones(2, 6)).square().mean()
+    (F.cross_entropy(model(x), y) + penalty).backward()
+    with pytest.warns(UserWarning, match=r"also called inside of kfac.unobserved\(\), and the gradient of that call"):
+        kfac.step()
+    assert set(kfac.coverage.mismatched) == ({"0", "2"} if whole else {"2"})
+    kfac.remove()
+    kfac = build_kfac(model)
+    with kfac.unobserved():
+        model(x + 0.1).square().mean().backward()
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.cross_entropy(model(x), y).backward()
+        kfac.step()
+    kfac.remove()
+
+
 def test_counters_go_on_without_a_layer() -> None:
     model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
     kfac = build_kfac(model)

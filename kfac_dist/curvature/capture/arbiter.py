@@ -85,6 +85,7 @@ class Arbiter:
         open: Names of the blocks that no step has shown yet.
         differentiated: Whether a backward pass was itself to be differentiated (`create_graph=True`).
         replaced: Blocks whose calls used tensors computed from their parameters in place of these.
+        unobserved: Blocks that were called while passes were ignored, with a graph behind the call.
         paused: Whether to ignore the passes that run now.
     """
 
@@ -93,6 +94,7 @@ class Arbiter:
         self.open = set(self._blocks) - judged
         self.differentiated = False
         self.replaced: set[str] = set()
+        self.unobserved: set[str] = set()
         self.paused = False
         self._sides: dict[str, _Sides] = {}
         self._refused: dict[str, str] = {}
@@ -173,6 +175,7 @@ class Arbiter:
         self._postponed.clear()
         self.differentiated = False
         self.replaced.clear()
+        self.unobserved.clear()
         self.remove()
 
     def remove(self) -> None:
@@ -218,6 +221,7 @@ class Arbiter:
                 self._blocks[name],
                 captured=sides.captured,
                 replaced=name in self.replaced,
+                unobserved=name in self.unobserved,
                 differentiated=self.differentiated,
             )
             wrong.append(Mismatch(name, off, scale, cause))
@@ -257,7 +261,7 @@ def _norm(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _cause(block: Block, *, captured: bool, replaced: bool, differentiated: bool) -> str:
+def _cause(block: Block, *, captured: bool, replaced: bool, unobserved: bool, differentiated: bool) -> str:
     """Return the probable cause of a mismatch, and the way out."""
     kind = type(block.module)
     name = kind.__name__
@@ -265,6 +269,11 @@ def _cause(block: Block, *, captured: bool, replaced: bool, differentiated: bool
         return (
             "its calls used tensors computed from its parameters in their place, as torch.func.functional_call does; "
             "K-FAC measures the parameters themselves: call the model, or name the layer in kfac.curvature.exclude"
+        )
+    if unobserved:
+        return (
+            "it was also called inside of kfac.unobserved(), and the gradient of that call came outside of it: send "
+            "that loss back by itself, inside of kfac.unobserved(), too"
         )
     if not captured:
         return (

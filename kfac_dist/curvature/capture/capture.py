@@ -102,7 +102,10 @@ class _Recorder:
     @property
     def watching(self) -> bool:
         """Whether forward passes are measured now."""
-        return self._capture.watching
+        watching = self._capture.watching
+        if not watching:
+            self._capture.note_unobserved(self._block)
+        return watching
 
     def refuse(self, cause: str) -> None:
         """See `blocks.calls.Recorder.refuse`."""
@@ -238,6 +241,11 @@ class Capture:
     def traced(self) -> tuple[Provenance, PassShapes] | None:
         """The forward pass whose dimensions have been followed, with its shapes, until its first gradient comes."""
         return self._traced
+
+    def note_unobserved(self, block: Block) -> None:
+        """Take note of a call that is not to be observed: its gradient may still come to where it is."""
+        if self.paused and self.active and self.arbiter is not None and torch.is_grad_enabled() and of_the_loop():
+            self.arbiter.unobserved.add(block.name)
 
     def describe(self, description: object) -> None:
         """Begin a micro-batch of which the loop says something."""
