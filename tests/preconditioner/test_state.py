@@ -137,8 +137,13 @@ def test_state_resumes_with_other_slots_and_lag() -> None:
 
 
 def test_state_is_weights_only_loadable(tmp_path: Any) -> None:
-    torch.save(kfac_for(mlp()).state_dict(), tmp_path / "state.pt")
-    kfac_for(mlp()).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    run = Run("mlp", BASE)
+    run.train(BEFORE)
+    torch.save(run.kfac.state_dict(), tmp_path / "state.pt")
+    again = Run("mlp", BASE).kfac
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.steps == BEFORE
+    torch.testing.assert_close(again.state_dict(), run.kfac.state_dict(), rtol=0, atol=0)
 
 
 def test_refreshes_are_counted_over_resumes() -> None:

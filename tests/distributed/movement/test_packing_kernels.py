@@ -18,11 +18,16 @@ from kfac_dist.distributed.movement.packing import pack_symmetric, triangle_nume
 SIZES = (1, 2, 3, 4, 7, 8, 31, 32, 33, 64, 97)
 
 
-def check(device: str) -> None:
-    """Compare packed and unpacked values, of every size, layout and precision, with those made by copies on the CPU."""
+def check(device: str) -> int:
+    """Compare packed and unpacked values, of every size, layout and precision, with those made by copies on the CPU.
+
+    Returns:
+        Comparisons made.
+    """
     from kfac_dist.distributed.movement import packing_kernels
 
     generator = torch.Generator().manual_seed(0)
+    compared = 0
     for n in SIZES:
         half = torch.randn(2, n, n, generator=generator)
         whole = half + half.mT
@@ -39,11 +44,13 @@ def check(device: str) -> None:
             back = torch.full((2, n, n), torch.nan, device=device)
             packing_kernels.unpack(found, back)
             assert torch.equal(back.cpu(), unpack_symmetric(found.cpu(), n, torch.empty(2, n, n))), (n, dtype)
+            compared += 1
+    return compared
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_a_gpu() -> None:
-    check("cuda")
+    assert check("cuda") == 2 * len(SIZES)
     matrix = torch.randn(3, 65, 65, device="cuda")
     matrix = matrix + matrix.mT
     packed = torch.empty(3, triangle_numel(65), device="cuda")
@@ -56,9 +63,11 @@ def test_kernels_on_a_gpu() -> None:
 def test_kernels_in_the_interpreter() -> None:
     # A process of its own: Triton reads the variable when a kernel is defined.
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    program = "from tests.distributed.movement.test_packing_kernels import check; check('cpu')"
+    program = "from tests.distributed.movement.test_packing_kernels import check; print(check('cpu'))"
     root = Path(__file__).parents[3]
-    subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, check=True, timeout=300)
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert (ended.returncode, ended.stdout.strip()) == (0, str(2 * len(SIZES))), ended.stderr
 
 
 def test_without_triton_a_warning_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

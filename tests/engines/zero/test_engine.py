@@ -286,9 +286,12 @@ from kfac_dist import KFAC
 model = torch.nn.Linear(3, 2)
 kfac = KFAC(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 torch.nn.functional.cross_entropy(model(torch.randn(5, 3)), torch.zeros(5, dtype=torch.long)).backward()
+before = model.weight.grad.clone()
 kfac.step()
+print(kfac.steps, list(kfac.coverage.uncovered), torch.equal(model.weight.grad, before))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "1 [] False\n"), ended.stderr
 
 
 def two_backward_passes(stage: int) -> list[dict[str, Tensor]]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfac_dist import KFAC
+from kfac_dist import KFAC, KFACConfig
 from kfac_dist.config.schema import Likelihood
 from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.measure.scale import gradient_scale
@@ -233,7 +233,12 @@ def test_a_forward_pass_for_nothing_disarms_nothing() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_forward_pass_for_nothing_is_no_accumulation() -> None:
-    looked_at_first(mean).step()
+    kfac = looked_at_first(mean)
+    kfac.step()
+    units = kfac.state_dict()["units"]
+    rows = {name: float(unit["scalars"][0]) for name, unit in units.items()}
+    first = 1 - KFACConfig().curvature.decay
+    assert rows == pytest.approx(dict.fromkeys(("0/A/0", "0/G/0", "2/A/0", "2/G/0"), first * SAMPLES))
 
 
 def test_steps_that_show_nothing_postpone_the_question_three_times_at_most() -> None:

@@ -114,8 +114,12 @@ def test_growing_batches_need_two_samples_a_rank() -> None:
 
 
 def test_good_batches_are_accepted() -> None:
-    Sampler(102, 10, 0).check(2, Position())
-    Sampler(3, 10, 0).check(3, Position())
+    for size, ranks in ((102, 2), (3, 3)):
+        sampler = Sampler(size, 10, 0)
+        sampler.check(ranks, Position())
+        assert min(len(batch.indices) for batch in sampler.epoch(Position())) >= ranks
+        with pytest.raises(DataError, match=f"for {ranks + 1} ranks|can't feed {ranks + 1} ranks"):
+            sampler.check(ranks + 1, Position())
 
 
 def test_no_samples_is_refused() -> None:
