@@ -24,23 +24,23 @@ TASKS = {
 
 _HEAD = """# The zoo
 
-Classes of transformers {transformers} that predict tokens or classify images, each built from its configuration alone
-(small: two layers, 32 wide, random weights){timm}: what [`doctor`](doctor.md) says of it, and five steps with K-FAC on
-one rank and on two, with the same global batches.
+Results of [`doctor`](doctor.md), and of five steps with K-FAC on one rank and on two with the same global batches, for
+classes of transformers {transformers} that predict tokens or classify images, each built from its configuration
+(small: two layers, width 32, random weights){timm}.
 
-- **covered**: share of the parameters' values that have a block. What has none keeps its plain gradient; why, the next
-  column says, with its share.
-- **exact**: blocks that have to equal the exact Gauss–Newton matrix (one sample, one position), and the largest error.
+- **covered**: share of the parameters' values that have a block. The others keep their plain gradient; the next column
+  gives the reasons, with their shares.
+- **exact**: blocks that must equal the exact Gauss–Newton matrix (one sample, one position), and the largest error.
 - **ranks**: largest difference of a parameter on two ranks from one rank's, after the steps, relative to its tensor's
-  largest value; dropout and everything else that is drawn is off. Where it is not next to zero, the same without K-FAC
-  stands in brackets: within a factor of {own:g}, the difference is the model's own (it couples the samples of a batch,
-  or its rounding grows); beyond it, K-FAC's.
+  largest value, without dropout or other randomness. Unless it is near zero, the difference without K-FAC follows in
+  brackets: within a factor of {own:g}, the model itself causes it (it couples the samples of a batch, or amplifies
+  rounding); beyond, K-FAC does.
 
 {summary}
 
-Made by `python -m benchmarks.zoo`, which runs each family in processes of its own; everything is in
-[`zoo.json`](../benchmarks/results/zoo.json). The last column is the commit of the package at which a family was run:
-what it says holds for that one. On {machine}.
+Made by `python -m benchmarks.zoo`, which runs each family in separate processes; all results are in
+[`zoo.json`](../benchmarks/results/zoo.json). The last column is the commit of the package at which a family was run.
+On {machine}.
 """
 
 

@@ -50,7 +50,7 @@ def test_the_page_has_everything_inside(run_directory: Path, tmp_path: Path) -> 
     text = page.read_text()
     body = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r'(?:src|href)="(?:https?:)?//', body)
-    for heading in ("Loss", "Where a step", "Who inverted what: mine", "Factors: mine", "Damping, clip"):
+    for heading in ("Loss", "Time of a step", "Owners of inverses: mine", "Factors: mine", "Damping, clip"):
         assert heading in body
     for drawn in ("inversions that failed", "factors inverted with more damping", "statistics dropped"):
         assert f"{drawn}, so far" in text

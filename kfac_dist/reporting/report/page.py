@@ -91,16 +91,14 @@ def _sections(runs: Sequence[RunData]) -> Iterator[Section]:
 
     yield Section(
         "Loss",
-        "Training loss, a mean over the batches since the last point; open marks are the test data's.",
+        "Training loss, averaged over the batches since the last point; open markers: test data.",
         [charts.losses(runs, "step", "step"), charts.losses(runs, "seconds", "seconds of training")],
     )
     if any(run.game and run.evaluations for run in runs):
         figures = [("test_loss", "Fréchet distance to held-out data"), ("test_metric", "classifier score")]
         drawn = [charts.samples(runs, key, label, log=key == "test_loss") for key, label in figures]
-        yield Section("Samples", "How a classifier of the data judges what the generator makes.", drawn, 300)
-    yield Section(
-        "Where a step's time goes", "Rank 0's mean over its run.", [charts.phases(runs)], 140 + 60 * len(runs)
-    )
+        yield Section("Samples", "Scores of generated samples by a classifier of the data.", drawn, 300)
+    yield Section("Time of a step by phase", "Rank 0's mean over its run.", [charts.phases(runs)], 140 + 60 * len(runs))
     for run in runs:
         if run.readings:
             yield from _of_curvature(run)
@@ -125,25 +123,25 @@ def _of_curvature(run: RunData) -> Iterator[Section]:
     timeline = inversions.timeline(run)
     [cells] = timeline.data
     yield Section(
-        f"Who inverted what: {run.name}",
-        "A row is a layer's A or G, a column a refresh that was looked at, and the number in a cell the rank that "
-        "inverted it there; the more its shade stands out, the longer that took, divided by n³.",
+        f"Owners of inverses: {run.name}",
+        "A row is a layer's A or G, a column a recorded refresh, and the number in a cell the rank that inverted it "
+        "there; the stronger the shade, the longer it took, divided in proportion to n³.",
         [timeline],
         120 + 22 * len(cells.y),
         min_width=160 + 7 * max(map(len, cells.y), default=0) + 30 * len(cells.x),
     )
     yield Section(
         f"Work of each rank: {run.name}",
-        "Left what was inverted when last looked at, a segment a factor, divided by n³; right the time for what a rank "
-        "inverted at the refreshes that were looked at.",
+        "Left: the last recorded inversions, one segment per factor, divided in proportion to n³. Right: a rank's time "
+        "for its inversions at each recorded refresh.",
         [inversions.bars(run), inversions.times(run)],
         min(1600, max(380, 100 + 24 * len({reading["rank"] for reading in run.readings}))),
     )
     yield Section(
         f"Factors: {run.name}",
-        "Eigenvalues of a factor that the menu chooses, beside what damping adds to them; the condition of what is "
-        "inverted; and π, by which damping is split over A and G. Of many factors the worst conditioned and of many "
-        "blocks those whose π is farthest from 1 are drawn over a band of all.",
+        "Eigenvalues of the factor selected in the menu, with the damping added to them; the condition number of the "
+        "damped factor; and π, which splits the damping between A and G. Of many factors the worst conditioned, and of "
+        "many blocks those with π farthest from 1, are drawn over a band of all.",
         [factors.spectra(run), factors.conditions(run), factors.splits(run)],
         440,
     )
