@@ -427,6 +427,22 @@ def test_a_penalty_built_inside_of_unobserved_is_named_as_a_cause(whole: bool) -
     kfac.remove()
 
 
+@pytest.mark.parametrize("functional", [True, False])
+def test_a_transform_of_the_model_in_the_loss_is_named_as_a_cause(functional: bool) -> None:
+    x, y = batch()
+    model = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    kfac = build_kfac(model)
+    parameters = dict(model.named_parameters())
+    slope = torch.func.grad(
+        lambda value: (torch.func.functional_call(model, parameters, (value,)) if functional else model(value)).sum()
+    )(x)
+    (F.cross_entropy(model(x), y) + slope.square().sum(-1).mean()).backward()
+    with pytest.warns(UserWarning, match=r"a transform of torch.func \(grad, jvp, vmap\) was part of the loss"):
+        kfac.step()
+    assert kfac.coverage.mismatched
+    kfac.remove()
+
+
 def test_counters_go_on_without_a_layer() -> None:
     model = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
     kfac = build_kfac(model)

@@ -86,6 +86,7 @@ class Arbiter:
         differentiated: Whether a backward pass was itself to be differentiated (`create_graph=True`).
         replaced: Blocks whose calls used tensors computed from their parameters in place of these.
         unobserved: Blocks that were called while passes were ignored, with a graph behind the call.
+        transformed: Blocks that were called under a transform of torch.func.
         paused: Whether to ignore the passes that run now.
     """
 
@@ -95,6 +96,7 @@ class Arbiter:
         self.differentiated = False
         self.replaced: set[str] = set()
         self.unobserved: set[str] = set()
+        self.transformed: set[str] = set()
         self.paused = False
         self._sides: dict[str, _Sides] = {}
         self._refused: dict[str, str] = {}
@@ -176,6 +178,7 @@ class Arbiter:
         self.differentiated = False
         self.replaced.clear()
         self.unobserved.clear()
+        self.transformed.clear()
         self.remove()
 
     def remove(self) -> None:
@@ -222,6 +225,7 @@ class Arbiter:
                 captured=sides.captured,
                 replaced=name in self.replaced,
                 unobserved=name in self.unobserved,
+                transformed=name in self.transformed,
                 differentiated=self.differentiated,
             )
             wrong.append(Mismatch(name, off, scale, cause))
@@ -261,7 +265,9 @@ def _norm(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _cause(block: Block, *, captured: bool, replaced: bool, unobserved: bool, differentiated: bool) -> str:
+def _cause(
+    block: Block, *, captured: bool, replaced: bool, unobserved: bool, transformed: bool, differentiated: bool
+) -> str:
     """Return the probable cause of a mismatch, and the way out."""
     kind = type(block.module)
     name = kind.__name__
@@ -274,6 +280,12 @@ def _cause(block: Block, *, captured: bool, replaced: bool, unobserved: bool, di
         return (
             "it was also called inside of kfac.unobserved(), and the gradient of that call came outside of it: send "
             "that loss back by itself, inside of kfac.unobserved(), too"
+        )
+    if transformed:
+        return (
+            "a transform of torch.func (grad, jvp, vmap) was part of the loss, whose gradient reaches the weight by a "
+            "way that no output gradient shows; send that part back by itself, inside of kfac.unobserved(), or name "
+            "the layer in kfac.curvature.exclude"
         )
     if not captured:
         return (

@@ -243,8 +243,14 @@ class Capture:
         return self._traced
 
     def note_unobserved(self, block: Block) -> None:
-        """Take note of a call that is not to be observed: its gradient may still come to where it is."""
-        if self.paused and self.active and self.arbiter is not None and torch.is_grad_enabled() and of_the_loop():
+        """Take note of a call that is not measured: its gradient may still come with the loss's."""
+        if not self.active or torch.compiler.is_dynamo_compiling():
+            return
+        if self.arbiter is None or not torch.is_grad_enabled():
+            return
+        if not of_the_loop():
+            self.arbiter.transformed.add(block.name)
+        elif self.paused:
             self.arbiter.unobserved.add(block.name)
 
     def describe(self, description: object) -> None:
