@@ -8,9 +8,9 @@ CONFIG ?= configs/digits_autoencoder.yaml
 NPROC ?= 2
 ARGS ?=
 PYTEST_ARGS ?=
-# Test files that run side by side. Most of them start ranks of their own, so that more than four seldom pay. (nproc would
-# believe OMP_NUM_THREADS.)
-JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n : 4 )))
+# Test files that run side by side. Many wait, for a deadline or a job, so that one more than there are cores fills the
+# gaps; most start ranks of their own, so that more than four seldom pay. (nproc would believe OMP_NUM_THREADS.)
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n + 1 : 4 )))
 
 # One thread a rank: ranks on one machine share its cores, and two pools of threads would fight over them.
 export OMP_NUM_THREADS ?= 1

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from multiprocessing import forkserver
 
 import pytest
+
+from tests.harness import leave_undrawn
 
 # A shell starts background jobs with Ctrl-C ignored, and nohup its own with SIGHUP: tests send both.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -27,6 +30,20 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.as_posix().endswith(LONG)}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs end without their picture, but in tests that name `drawn`."""
+    drawn = leave_undrawn() if "drawn" not in request.fixturenames else None
+    yield
+    if drawn is not None:
+        drawn()
+
+
+@pytest.fixture
+def drawn() -> None:
+    """The picture of the losses is drawn."""
 
 
 @pytest.fixture

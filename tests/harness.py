@@ -168,21 +168,28 @@ def _take_workers(number: int) -> list[_Worker]:
 
 def _start_worker() -> _Worker:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
     ours, theirs = context.Pipe()
+    process = fork(_serve, theirs, daemon=True)
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def fork(function: Callable[..., Any], *args: Any, daemon: bool = False) -> BaseProcess:
+    """Runs a function in a process that is forked from the server, which has torch imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
     # One thread each, also in libraries that read it at import: ranks share the few cores of a test machine.
     previous = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = context.Process(target=function, args=args, daemon=daemon)
         process.start()
     finally:
         if previous is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = previous
-    theirs.close()
-    return _Worker(process, ours)
+    return process
 
 
 def _serve(pipe: Connection) -> None:
@@ -214,6 +221,7 @@ def _run(task: _Task) -> _Result | _Failure:
     torch.manual_seed(0)
     try:
         function, args = pickle.loads(task.call)
+        leave_undrawn()
         if task.process_group:
             timeout = timedelta(seconds=task.group_timeout)
             dist.init_process_group(
@@ -235,6 +243,19 @@ def _run(task: _Task) -> _Result | _Failure:
         if dist.is_initialized():
             dist.destroy_process_group()
         _forget_meshes()
+
+
+def leave_undrawn() -> Callable[[], None]:
+    """Lets runs of this process end without the picture of their losses, and returns the way back.
+
+    Drawing it takes longer than such a run trains, and matplotlib a new process most of a second.
+    """
+    results = sys.modules.get("kfac_dist.training.results")
+    if results is None:
+        return lambda: None
+    drawn = results.draw_losses
+    results.draw_losses = lambda *_: None  # type: ignore[attr-defined]
+    return lambda: setattr(results, "draw_losses", drawn)
 
 
 def _forget_meshes() -> None:

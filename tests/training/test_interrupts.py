@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +15,9 @@ from torch import nn
 
 from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.reporting.run_file import State, read_record
+from tests.started import Started
 from tests.training.runs import losses, small_config
 
-ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 60
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -43,23 +41,11 @@ def _write(directory: Path, **sections: Any) -> Path:
     return config
 
 
-def _start(*words: str, standstill: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "kfac_dist", *words],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "SECONDS_PER_SAMPLE": "0.005",
-            "STANDSTILL": str(standstill),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def _start(*words: str, standstill: Path) -> Started:
+    return Started(words, {**os.environ, "SECONDS_PER_SAMPLE": "0.005", "STANDSTILL": str(standstill)})
 
 
-def _wait(condition: Callable[[], bool], run: subprocess.Popen[str]) -> None:
+def _wait(condition: Callable[[], bool], run: Started) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert run.poll() is None, run.communicate()[0]
@@ -67,7 +53,7 @@ def _wait(condition: Callable[[], bool], run: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def _interrupt(run: subprocess.Popen[str]) -> str:
+def _interrupt(run: Started) -> str:
     run.send_signal(signal.SIGINT)
     said, _ = run.communicate(timeout=PATIENCE_SECONDS)
     assert run.returncode == 130, said

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,10 @@ import pytest
 from torch import Tensor, nn
 
 from kfac_dist.config.yaml.load import dump_yaml
-from tests.launch.test_stopping import _free_port
+from tests.distributed.startup.test_rendezvous import free_port
+from tests.started import Started
 from tests.training.runs import launched, small_config
 
-ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 240
 DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs pip install 'kfac_dist[deepspeed]'"
@@ -97,24 +95,10 @@ def test_the_others_name_it_in_one_line(tmp_path: Path, engine: str, place: str,
     if by is signal.SIGSTOP:  # its connections stay open: only time tells
         settings["run"] = {"timeout_seconds": 8}
     config.write_text(dump_yaml(small_config(tmp_path, kfac=True, **settings)))
-    port = int(_free_port())
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "kfac_dist", "train", str(config), "--quiet"],
-            env={
-                **os.environ,
-                **launched(rank, 2, port),
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                "DIES": place,
-                "BY": str(int(by)),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    port = free_port()
+    words = ["train", str(config), "--quiet"]
+    mortal = {"DIES": place, "BY": str(int(by))}
+    ranks = [Started(words, {**os.environ, **launched(rank, 2, port), **mortal}) for rank in range(2)]
     try:
         said, _ = ranks[0].communicate(timeout=PATIENCE_SECONDS)
     finally:

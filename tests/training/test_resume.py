@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,7 +19,9 @@ from kfac_dist.errors import CheckpointError
 from kfac_dist.preconditioner import state
 from kfac_dist.training import train
 from kfac_dist.training.records.metrics import read_metrics
+from tests.distributed.startup.test_rendezvous import free_port
 from tests.harness import run_ranks
+from tests.started import Started
 from tests.training.runs import final_model, launched, losses, small_config
 
 DROPOUT = {"name": "tests.training.runs:DropoutNet", "args": {}}
@@ -161,30 +160,17 @@ def test_another_number_of_ranks_continues_the_run(tmp_path: Path) -> None:
         assert losses(directory / "small") == pytest.approx(losses(tmp_path / "1/small"), rel=1e-4)
 
 
-def _start_ranks(config_file: Path, world_size: int = 2) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = "import sys; from kfac_dist.cli import main; sys.argv[0] = 'kfac-dist'; main()"
-    arguments = ["train", str(config_file), "--resume", "auto", "--quiet"]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
-            env={**common, **launched(rank, world_size, port)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+def _start_ranks(config_file: Path, world_size: int = 2) -> list[Started]:
+    port = free_port()
+    words = ["train", str(config_file), "--resume", "auto", "--quiet"]
+    return [Started(words, {**os.environ, **launched(rank, world_size, port)}) for rank in range(world_size)]
 
 
-def _wait_for_step(directory: Path, step: int, ranks: list[subprocess.Popen[str]]) -> None:
+def _wait_for_step(directory: Path, step: int, ranks: list[Started]) -> None:
     deadline = time.monotonic() + 120
     while max(losses(directory), default=0) < step:
         assert all(rank.poll() is None for rank in ranks), "a rank ended by itself: " + "".join(
-            rank.communicate()[1] for rank in ranks if rank.poll() is not None
+            rank.said for rank in ranks if rank.poll() is not None
         )
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -28,6 +28,7 @@ def _compared(directory: Path) -> Config:
     )
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_its_files_and_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(_compared(tmp_path), compare=True)
     directory = tmp_path / "small"

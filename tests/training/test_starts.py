@@ -17,6 +17,7 @@ from kfac_dist.config.yaml.load import dump_yaml
 from kfac_dist.processes import parent_of, process
 from kfac_dist.reporting.run_file import State, read_record
 from kfac_dist.training.records.metrics import read_metrics
+from tests.started import Started
 from tests.training.runs import losses, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -35,17 +36,20 @@ def _write(directory: Path, **sections: Any) -> Path:
     return config
 
 
-def _start(command: list[str], *, seconds_per_sample: float = 0.01) -> subprocess.Popen[str]:
+def _start(config: Path, *words: str) -> Started:
+    return Started(
+        ["train", str(config), "--quiet", *words], {**os.environ, "SECONDS_PER_SAMPLE": "0.01"}, new_session=True
+    )
+
+
+def _torchrun(config: Path, *, seconds_per_sample: float = 0.01) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "kfac_dist", "train", str(config), "--quiet", "--resume", "auto"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SECONDS_PER_SAMPLE": str(seconds_per_sample)}
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHON": sys.executable,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "SECONDS_PER_SAMPLE": str(seconds_per_sample),
-        },
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,14 +57,10 @@ def _start(command: list[str], *, seconds_per_sample: float = 0.01) -> subproces
     )
 
 
-def _train(config: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "kfac_dist", "train", str(config), "--quiet", *words]
-
-
-def _wait_for_step(directory: Path, step: int, job: subprocess.Popen[str]) -> None:
+def _wait_for_step(directory: Path, step: int, job: Started | subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while max(losses(directory), default=0) < step:
-        assert job.poll() is None, job.stdout.read() if job.stdout else ""
+        assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -71,10 +71,10 @@ def _children(pid: int) -> list[int]:
 
 def test_starts_that_meet_a_running_one_are_refused_and_leave_it_alone(tmp_path: Path) -> None:
     config = _write(tmp_path, train={"steps": 100_000, "log_every": 1}, checkpoint={"every": 100})
-    first = _start(_train(config))
+    first = _start(config)
     try:
         _wait_for_step(tmp_path / "small", 1, first)
-        others = [_start(_train(config)), _start(_train(config, "--resume", "auto"))]
+        others = [_start(config), _start(config, "--resume", "auto")]
         for other in others:
             said, _ = other.communicate(timeout=PATIENCE_SECONDS)
             assert other.returncode == 2
@@ -95,9 +95,9 @@ def test_starts_that_meet_a_running_one_are_refused_and_leave_it_alone(tmp_path:
 
 def test_of_two_that_resume_at_once_one_goes_on_and_its_checkpoints_are_whole(tmp_path: Path) -> None:
     config = _write(tmp_path, train={"steps": 10, "log_every": 1})
-    job = _start(_train(config))
+    job = _start(config)
     job.communicate(timeout=PATIENCE_SECONDS)
-    both = [_start(_train(config, "--resume", "auto", "train.steps=60")) for _ in range(2)]
+    both = [_start(config, "--resume", "auto", "train.steps=60") for _ in range(2)]
     ends = [job.communicate(timeout=PATIENCE_SECONDS)[0] for job in both]
     assert sorted(job.returncode for job in both) == [0, 2], ends
     assert [" is in use by process " in said for said in ends].count(True) == 1
@@ -109,16 +109,14 @@ def test_of_two_that_resume_at_once_one_goes_on_and_its_checkpoints_are_whole(tm
 @pytest.mark.slow
 def test_ranks_of_a_killed_agent_end_and_the_next_start_loses_nothing(tmp_path: Path) -> None:
     config = _write(tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "kfac_dist", "train", str(config), "--quiet", "--resume", "auto"]
-    agent = _start(command)
+    agent = _torchrun(config)
     directory = tmp_path / "small"
     _wait_for_step(directory, 7, agent)
     ranks = [process(pid) for pid in _children(agent.pid)]
     assert len(ranks) == 2
     agent.send_signal(signal.SIGKILL)
     agent.wait()
-    again = _start(command, seconds_per_sample=0)
+    again = _torchrun(config, seconds_per_sample=0)
     said, _ = again.communicate(timeout=PATIENCE_SECONDS)
     assert again.returncode == 0, said
     assert not any(rank.alive for rank in ranks)
