@@ -5,6 +5,9 @@ The command line prints them without a traceback and exits with code 2; in a lib
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class KFACError(Exception):
     """Base of every error that the user, not a bug, causes."""
@@ -36,3 +39,10 @@ class CollectiveError(KFACError):
 
 class PlanMismatchError(KFACError):
     """Ranks that disagree about the work: names the first block that differs, on every rank."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Name the closest known name as `"; did you mean 'x'?"`, or return nothing."""
+    spelled = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1)
+    return f"; did you mean '{spelled[close[0]]}'?" if close else ""

@@ -144,7 +144,6 @@ NOT_PRIVATE = ("_foreach_", "_exit", "_name_", "_value_", "_replace", "_asdict",
 
 # What the parts below `training` may read of a configuration: values, not files.
 PLAIN_CONFIG = (
-    "kfac_dist.config.spelling",
     "kfac_dist.config.schema",
     "kfac_dist.config.schedules",
     "kfac_dist.config.yaml.options",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kfac_dist.curvature.blocks import Block
-    from kfac_dist.planning.row_copies import MicroRows
+    from kfac_dist.planning.memory_options import MicroRows
 
 CALIBRATION_SECONDS = 600.0
 PIPE_WIDTH = 160
@@ -120,9 +120,8 @@ def _world_sizes(text: str) -> list[int]:
 def _show_plan(resolved: Config, world_size: int, node_size: int | None, console: Console, *, everything: bool) -> None:
     from kfac_dist.config.schema import LossTerms, Precision
     from kfac_dist.curvature.block_tridiagonal_units import find_all
-    from kfac_dist.planning.memory_options import savings
+    from kfac_dist.planning.memory_options import MicroRows, savings
     from kfac_dist.planning.plan_table import is_small, plan_summary, plan_view
-    from kfac_dist.planning.row_copies import MicroRows
     from kfac_dist.precision import settled
     from kfac_dist.preconditioner.memory import check_class_memory, rank_bytes
     from kfac_dist.preconditioner.plan import build_plan

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from kfac_dist.config.section import CountOrZero, Flag, Seconds, Section
-from kfac_dist.config.spelling import did_you_mean
+from kfac_dist.errors import did_you_mean
 
 # Registered by `kfac_dist.reporting.sinks.add_sink`.
 SINK_NAMES: set[str] = set()

@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from kfac_dist.config.checkpoint import CheckpointConfig as CheckpointConfig
-from kfac_dist.config.divergence import DivergenceConfig as DivergenceConfig
 from kfac_dist.config.engine import EngineConfig as EngineConfig
 from kfac_dist.config.engine import EngineName as EngineName
 from kfac_dist.config.engine import FSDP2Config as FSDP2Config
@@ -29,7 +28,7 @@ from kfac_dist.config.engine import Precision as Precision
 from kfac_dist.config.game import DiscriminatorConfig as DiscriminatorConfig
 from kfac_dist.config.game import GameConfig as GameConfig
 from kfac_dist.config.game import Objective as Objective
-from kfac_dist.config.kfac.classes import ClassConditionalConfig as ClassConditionalConfig
+from kfac_dist.config.kfac.curvature import ClassConditionalConfig as ClassConditionalConfig
 from kfac_dist.config.kfac.curvature import CurvatureConfig as CurvatureConfig
 from kfac_dist.config.kfac.curvature import DType as DType
 from kfac_dist.config.kfac.curvature import Fisher as Fisher
@@ -47,13 +46,13 @@ from kfac_dist.config.kfac.distribution import Reduction as Reduction
 from kfac_dist.config.kfac.inversion import AdaptConfig as AdaptConfig
 from kfac_dist.config.kfac.inversion import InversionConfig as InversionConfig
 from kfac_dist.config.kfac.inversion import Solver as Solver
+from kfac_dist.config.kfac.inversion import SplitBy as SplitBy
+from kfac_dist.config.kfac.inversion import SplitConfig as SplitConfig
 from kfac_dist.config.kfac.inversion import Structure as Structure
 from kfac_dist.config.kfac.kfac import KFACConfig as KFACConfig
 from kfac_dist.config.kfac.solver import CGConfig as CGConfig
 from kfac_dist.config.kfac.solver import NewtonConfig as NewtonConfig
 from kfac_dist.config.kfac.solver import StepSolver as StepSolver
-from kfac_dist.config.kfac.splits import SplitBy as SplitBy
-from kfac_dist.config.kfac.splits import SplitConfig as SplitConfig
 from kfac_dist.config.kfac.update import TRANSFORM_NAMES as TRANSFORM_NAMES
 from kfac_dist.config.kfac.update import Graft as Graft
 from kfac_dist.config.kfac.update import UpdateConfig as UpdateConfig
@@ -70,6 +69,7 @@ from kfac_dist.config.section import OpenNames as OpenNames
 from kfac_dist.config.section import Section as Section
 from kfac_dist.config.section import check_new_name as check_new_name
 from kfac_dist.config.train import BatchGrowth as BatchGrowth
+from kfac_dist.config.train import DivergenceConfig as DivergenceConfig
 from kfac_dist.config.train import TrainConfig as TrainConfig
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from kfac_dist.config.schema import Config, EngineName, Precision
 from kfac_dist.curvature.block_tridiagonal_units import find_all
 from kfac_dist.curvature.blocks import Coverage
-from kfac_dist.distributed.communicators.agreement import agree_on_plan, plan_digest
+from kfac_dist.distributed.communicators.agreement import agree_on_plan, agreed, plan_digest
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.startup.bootstrap import World, bootstrap
@@ -38,7 +38,6 @@ from kfac_dist.optimizers import build_optimizer
 from kfac_dist.preconditioner.memory import check_class_memory
 from kfac_dist.preconditioner.plan import Plan, build_plan
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.random_state import seed_everything
 from kfac_dist.training.data.batches import Source, Stream, source_of
 from kfac_dist.training.data.sampler import Position, sampler_of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, arange
 
+from kfac_dist.distributed.communicators.agreement import agreed
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.doctor.findings import Finding, Severity
 from kfac_dist.inputs import tensors
 from kfac_dist.tasks import Loss
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.data.batches import InMemorySource, Source
 from kfac_dist.training.data.sampler import split
 from kfac_dist.training.recovery.diagnosis import not_finite

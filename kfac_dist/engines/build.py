@@ -144,7 +144,7 @@ def _built(
         case EngineName.DDP:
             engine = _build_ddp(model, config, world)
         case EngineName.FSDP2:
-            from kfac_dist.engines.fsdp2_build import build_fsdp2
+            from kfac_dist.engines.fsdp2 import build_fsdp2
 
             engine = build_fsdp2(model, config.fsdp2, config.precision, world.device)
         case EngineName.ZERO1 | EngineName.ZERO2 | EngineName.ZERO3:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kfac_dist.config.schema import MetricsConfig
 from kfac_dist.errors import ConfigError
-from kfac_dist.reporting.restarts import launcher_restarts as launcher_restarts
+from kfac_dist.reporting.run_file import launcher_restarts as launcher_restarts
 
 if TYPE_CHECKING:
     from prometheus_client import Metric

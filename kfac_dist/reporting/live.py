@@ -33,7 +33,7 @@ from kfac_dist.reporting.progress import (
     Status,
     TerminalProgress,
 )
-from kfac_dist.reporting.restarts import launcher_restarts
+from kfac_dist.reporting.run_file import launcher_restarts
 
 REFRESH_SECONDS = 0.5
 # Above the view after the terminal's size has changed: what was there is drawn anew.

@@ -18,7 +18,6 @@ from enum import StrEnum
 from pathlib import Path
 
 from kfac_dist.errors import KFACError
-from kfac_dist.reporting.restarts import launcher_restarts
 
 STATE_FILE = "state.json"
 INTERRUPTED_REASON = "by Ctrl-C; what was saved before is there"
@@ -171,3 +170,11 @@ def read_record(directory: Path) -> RunRecord | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise KFACError(f"{path}: can't be read: {error}") from error
+
+
+_LAUNCHERS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
+
+
+def launcher_restarts() -> dict[str, int]:
+    """Return how often each launcher has started this job again."""
+    return {by: int(os.environ.get(name) or 0) for by, name in _LAUNCHERS.items()}

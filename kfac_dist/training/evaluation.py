@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.distributed.communicators.base import Communicator
-from kfac_dist.distributed.movement.flat import broadcast_all
+from kfac_dist.distributed.movement.broadcast import broadcast_all
 from kfac_dist.engines import TrainingEngine
 from kfac_dist.inputs import each
 from kfac_dist.tasks.losses import Loss

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schedules import value_at
+from kfac_dist.distributed.communicators.agreement import agreed
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.errors import CheckpointError
 from kfac_dist.optimizers import set_learning_rate
 from kfac_dist.optimizers.variance import RelativeVariance
 from kfac_dist.preconditioner.kfac import KFAC
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.checkpoint import Checkpoint
 from kfac_dist.training.checkpoints.differences import differences, divides_work_alike
 from kfac_dist.training.checkpoints.run_state import capture_state, restore_state

@@ -23,12 +23,12 @@ from pathlib import Path
 
 from kfac_dist.config.schema import Config, MetricsConfig, OptimizerConfig, StepSolver
 from kfac_dist.config.yaml.load import dump_yaml
+from kfac_dist.distributed.communicators.agreement import agreed
 from kfac_dist.errors import CollectiveError
 from kfac_dist.reporting.live import tell
 from kfac_dist.reporting.run_file import RunFile
 from kfac_dist.reporting.sinks import build_sinks
 from kfac_dist.reporting.summary import RunSummary
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.checkpoint import Checkpoint, Checkpoints
 from kfac_dist.training.loop import DivergedError, RunOutputs, Trainer
 from kfac_dist.training.records.metrics import MetricsWriter

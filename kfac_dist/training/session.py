@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.config.schema import MetricsConfig, RunConfig
+from kfac_dist.distributed.communicators.agreement import agreed
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.distributed.communicators.straggler_watch import Watch
@@ -20,7 +21,6 @@ from kfac_dist.reporting.exporter import Exporter
 from kfac_dist.reporting.live import build_progress, say
 from kfac_dist.reporting.progress import ProgressDisplay
 from kfac_dist.reporting.run_lock import RunLock
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.recovery.preemption import StopSignals
 from kfac_dist.training.recovery.restarts import JobHistory, find_job
 from kfac_dist.training.starts import run_directory

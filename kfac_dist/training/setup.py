@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kfac_dist.config.schema import Config, KFACConfig, Schedule, StepSolver, TrainConfig
-from kfac_dist.distributed.communicators.agreement import agree_on_plan
+from kfac_dist.distributed.communicators.agreement import agree_on_plan, agreed
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.engines import TrainingEngine, build_engine, check_engine
@@ -20,7 +20,6 @@ from kfac_dist.optimizers import Stepper, build_optimizer, build_stepper
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.tasks import Loss, build_data, build_loss, build_model
 from kfac_dist.tasks.scores import Score
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.averaging import IterateAverage
 from kfac_dist.training.checkpoints.random_state import seed_everything
 from kfac_dist.training.data.batches import Source, Stream, source_of

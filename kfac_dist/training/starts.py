@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kfac_dist.config.schema import RunConfig, TrainConfig
+from kfac_dist.distributed.communicators.agreement import agreed
 from kfac_dist.errors import CheckpointError, ConfigError
 from kfac_dist.reporting.live import tell
 from kfac_dist.reporting.progress import ProgressDisplay
 from kfac_dist.reporting.run_file import write_whole
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.checkpoint import Checkpoint, Checkpoints, read_manifest
 from kfac_dist.training.checkpoints.differences import differences
 from kfac_dist.training.recovery.restarts import JobHistory

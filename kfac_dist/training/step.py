@@ -13,7 +13,7 @@ from torch import Tensor
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.inputs import each
 from kfac_dist.training.data.batches import LoadedBatch, StepBatch
-from kfac_dist.training.data.terms import TermCounts as TermCounts
+from kfac_dist.training.data.batches import TermCounts as TermCounts
 from kfac_dist.training.game.players import PlayersKFAC
 from kfac_dist.training.passes import explained, forward, loss_total, refuse_unused
 from kfac_dist.training.records.window import Window

@@ -15,9 +15,8 @@ from kfac_dist.config.yaml.options import parse_kfac
 from kfac_dist.curvature.blocks import LayerCall, MicroBatch, find_blocks
 from kfac_dist.curvature.factors import FactorKind, Side
 from kfac_dist.curvature.statistics import RunningAverages
-from kfac_dist.planning.memory_options import Saving, savings
+from kfac_dist.planning.memory_options import MicroRows, Saving, copied_bytes, savings
 from kfac_dist.planning.plan_table import plan_view
-from kfac_dist.planning.row_copies import MicroRows, copied_bytes
 from kfac_dist.preconditioner.memory import rank_bytes
 from kfac_dist.preconditioner.plan import build_plan
 from kfac_dist.training.records.logbook import of_all_ranks

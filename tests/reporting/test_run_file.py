@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.reporting.report import read_run, write_report
-from kfac_dist.reporting.restarts import launcher_restarts
-from kfac_dist.reporting.run_file import RunFile, read_record, write_whole
+from kfac_dist.reporting.run_file import RunFile, launcher_restarts, read_record, write_whole
 
 
 def test_restarts_by_any_launcher_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

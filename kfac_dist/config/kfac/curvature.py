@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from kfac_dist.config.kfac.classes import ClassConditionalConfig, from_flag
-from kfac_dist.config.section import BelowOne, Count, Flag, Pattern, Section, Seed, check_one_in_k
+from kfac_dist.config.section import BelowOne, Count, Flag, Pattern, Positive, Section, Seed, check_one_in_k
 
 
 class Fisher(StrEnum):
@@ -78,6 +77,29 @@ class OnMismatch(StrEnum):
 
 
 _MOST_DECAY_IN_BF16 = 0.95
+
+
+class ClassConditionalConfig(Section):
+    """One A and one G for each class, combined into the Kronecker product that is nearest to Σ π_c A_c⊗G_c.
+
+    `true` in YAML means all defaults, `false` is null.
+
+    Attributes:
+        classes: C, the number of classes. The training loop takes it from the model's outputs; a `KFAC` that is built
+            by hand, and `kfac-dist plan`, have to be told.
+        limit_gib: GiB that a rank may give to these statistics, C times the ordinary ones; more is refused before
+            anything is allocated.
+    """
+
+    classes: Count | None = None
+    limit_gib: Positive = 4.0
+
+
+def from_flag(value: Any) -> Any:
+    """Read `true` as a section of defaults and `false` as none."""
+    if isinstance(value, bool):
+        return {} if value else None
+    return value
 
 
 class CurvatureConfig(Section):

@@ -8,9 +8,8 @@ from pydantic import Field, model_validator
 
 from kfac_dist.config.kfac.curvature import CurvatureConfig, DType, Fisher, Uncovered
 from kfac_dist.config.kfac.distribution import DistributionConfig, Placement, Reduction
-from kfac_dist.config.kfac.inversion import InversionConfig, Solver, Structure
+from kfac_dist.config.kfac.inversion import InversionConfig, Solver, SplitBy, Structure
 from kfac_dist.config.kfac.solver import CGConfig, NewtonConfig, StepSolver
-from kfac_dist.config.kfac.splits import SplitBy
 from kfac_dist.config.kfac.update import UpdateConfig
 from kfac_dist.config.schedules import ScheduleKind
 from kfac_dist.config.section import Flag, Section

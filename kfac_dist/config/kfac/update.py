@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from kfac_dist.config.section import Gone, NonNegative, Positive, Section
-from kfac_dist.config.spelling import did_you_mean
+from kfac_dist.errors import did_you_mean
 
 # Registered by `kfac_dist.preconditioner.precondition.transforms.table.add_transform`.
 TRANSFORM_NAMES: set[str] = set()

@@ -9,10 +9,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kfac_dist.config.section import MOST, MOST_COUNT
-from kfac_dist.config.spelling import did_you_mean
 from kfac_dist.config.yaml.document import MOST_PROBLEMS, Document, Origin, dotted, plain_value, reported, show
 from kfac_dist.config.yaml.fields import Allowed, Path, all_paths, allowed_at
-from kfac_dist.errors import ConfigError
+from kfac_dist.errors import ConfigError, did_you_mean
 
 
 def config_error(error: ValidationError, document: Document) -> ConfigError:

@@ -10,8 +10,7 @@ import difflib
 import os
 from pathlib import Path
 
-from kfac_dist.config.spelling import did_you_mean
-from kfac_dist.errors import ConfigError
+from kfac_dist.errors import ConfigError, did_you_mean
 
 SUFFIX = ".yaml"
 _SHARED = "base"

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kfac_dist.config.schema import Target
-from kfac_dist.config.spelling import did_you_mean
-from kfac_dist.errors import ConfigError, KFACError
+from kfac_dist.errors import ConfigError, KFACError, did_you_mean
 
 Kind = Literal["model", "data"]
 

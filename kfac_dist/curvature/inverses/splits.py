@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from kfac_dist.config.schema import SplitBy, SplitConfig
-from kfac_dist.config.spelling import did_you_mean
 from kfac_dist.curvature.blocks.base import Block
 from kfac_dist.curvature.blocks.layers.attention import AttentionBlock
 from kfac_dist.curvature.factors import Cuts, FactorKind, FactorSpec, Side, equal_parts
-from kfac_dist.errors import ConfigError
+from kfac_dist.errors import ConfigError, did_you_mean
 
 _KEY = "kfac.inversion.splits"
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import Config, CurvatureConfig, EngineName, Likelihood, Precision
 from kfac_dist.curvature.fisher import label_gradient
+from kfac_dist.distributed.communicators.agreement import agreed
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.doctor.fisher.advice import advise
@@ -41,7 +42,6 @@ from kfac_dist.doctor.measure import Still
 from kfac_dist.errors import ModelError
 from kfac_dist.reporting.progress import SilentProgress
 from kfac_dist.tasks import Loss, build_model
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.checkpoint import Checkpoints
 from kfac_dist.training.data.sampler import Position
 from kfac_dist.training.loop import RunOutputs, Trainer

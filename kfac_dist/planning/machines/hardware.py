@@ -24,11 +24,10 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from kfac_dist.config.schema import DType
 from kfac_dist.config.section import Count, NonNegative, Positive, Section
-from kfac_dist.config.spelling import did_you_mean
 from kfac_dist.config.yaml.document import parse
 from kfac_dist.config.yaml.text import read_text
 from kfac_dist.distributed.communicators.recording import Collective
-from kfac_dist.errors import ConfigError
+from kfac_dist.errors import ConfigError, did_you_mean
 
 _PROFILES = files("kfac_dist.planning.machines").joinpath("profiles")
 

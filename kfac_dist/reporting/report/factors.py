@@ -9,8 +9,7 @@ from plotly import graph_objects as go
 
 from kfac_dist.reporting.report.chart_style import GREY, style, titled, with_menu
 from kfac_dist.reporting.report.many_curves import Values, draw_many
-from kfac_dist.reporting.report.readings import by_factor
-from kfac_dist.reporting.report.runs import RunData
+from kfac_dist.reporting.report.runs import RunData, by_factor
 
 _SHARES = {"smallest": 0.0, "a quarter": 0.25, "median": 0.5, "three quarters": 0.75, "largest": 1.0}
 

@@ -10,8 +10,7 @@ from plotly import graph_objects as go
 
 from kfac_dist.reporting.report.chart_style import GREY, bar, plain, titled
 from kfac_dist.reporting.report.many_curves import Values, draw_many
-from kfac_dist.reporting.report.readings import numbered, readings_of_factors
-from kfac_dist.reporting.report.runs import RunData
+from kfac_dist.reporting.report.runs import RunData, numbered, readings_of_factors
 
 ROWS = 40
 REFRESHES = 120

@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemWriter, Metadata
 
 from kfac_dist.compat.torch import load_dcp, save_dcp
+from kfac_dist.distributed.communicators.agreement import agreed
 from kfac_dist.distributed.communicators.base import Communicator, SoloCommunicator
 from kfac_dist.distributed.communicators.build import build_communicator
 from kfac_dist.errors import CheckpointError, KFACError
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.background import Background
 from kfac_dist.training.checkpoints.manifest import MANIFEST as MANIFEST
 from kfac_dist.training.checkpoints.manifest import NAME, FileFacts, damaged, file_facts, sync_directory, write_manifest

@@ -26,12 +26,12 @@ from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kfac_dist.config.schema import StepSolver
+from kfac_dist.distributed.communicators.agreement import agreed
 from kfac_dist.engines import TrainingEngine
 from kfac_dist.engines.local_shards import LocalShard
 from kfac_dist.errors import CheckpointError
 from kfac_dist.preconditioner.kfac import KFAC
 from kfac_dist.preconditioner.state import MISMATCHED, check_units, mismatched
-from kfac_dist.training.agreement import agreed
 from kfac_dist.training.checkpoints.checkpoint import Checkpoint, Checkpoints
 from kfac_dist.training.checkpoints.differences import Difference, misfit
 from kfac_dist.training.checkpoints.random_state import capture_random_state, restore_random_state

@@ -1,4 +1,7 @@
-"""Brings the samples that the sampler planned to the device: cut out of memory, or through a `DataLoader`."""
+"""Brings the samples that the sampler planned to the device: cut out of memory, or through a `DataLoader`.
+
+A step's batch, and the numbers of its loss's terms.
+"""
 
 from __future__ import annotations
 
@@ -221,3 +224,16 @@ def _describe(item: object) -> str:
     if isinstance(item, list | tuple):
         return f"{type(item).__name__} of ({', '.join(type(part).__name__ for part in item)})"
     return type(item).__name__
+
+
+@dataclass(frozen=True)
+class TermCounts:
+    """Loss terms of a step.
+
+    Attributes:
+        here: Of each of this rank's micro-batches, on the device; None where the number of samples says it.
+        everywhere: Of all ranks and micro-batches together; at least 1.
+    """
+
+    here: Sequence[Tensor | None]
+    everywhere: int | Tensor

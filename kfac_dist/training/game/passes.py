@@ -21,9 +21,8 @@ from kfac_dist.inputs import Inputs
 from kfac_dist.optimizers.symplectic import GameField, game_field
 from kfac_dist.tasks.game import TwoPlayers, discriminator_total, game_noise, generator_total
 from kfac_dist.tasks.judge import Judge, frechet, score
-from kfac_dist.training.data.batches import Source, StepBatch, evaluation_batches
+from kfac_dist.training.data.batches import Source, StepBatch, TermCounts, evaluation_batches
 from kfac_dist.training.data.sampler import split
-from kfac_dist.training.data.terms import TermCounts
 from kfac_dist.training.evaluation import Evaluation, share_buffers
 from kfac_dist.training.game.players import PlayersKFAC
 from kfac_dist.training.passes import explained

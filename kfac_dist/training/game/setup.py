@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config.schema import GameConfig, KFACConfig, OptimizerConfig
 from kfac_dist.distributed.communicators.base import Communicator
-from kfac_dist.distributed.movement.flat import broadcast_all
+from kfac_dist.distributed.movement.broadcast import broadcast_all
 from kfac_dist.engines import TrainingEngine
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.errors import DataError, ModelError

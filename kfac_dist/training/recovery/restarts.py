@@ -17,7 +17,7 @@ from pathlib import Path
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.startup.bootstrap import World
 from kfac_dist.errors import CheckpointError
-from kfac_dist.reporting.restarts import launcher_restarts
+from kfac_dist.reporting.run_file import launcher_restarts
 from kfac_dist.training.checkpoints.manifest import NAME, read_manifest
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from kfac_dist.distributed.communicators.build import build_communicator
-from kfac_dist.distributed.movement.flat import broadcast_all
+from kfac_dist.distributed.movement.broadcast import broadcast_all
 from tests.harness import run_ranks
 
 
