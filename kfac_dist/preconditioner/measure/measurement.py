@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -26,7 +26,6 @@ from kfac_dist.curvature.capture.samples import TensorDim
 from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.curvature.class_conditional import Classes
 from kfac_dist.curvature.factors import Side
-from kfac_dist.curvature.fisher import drawn_classes, hessian_columns, label_gradient
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.engines import Engine
@@ -34,6 +33,7 @@ from kfac_dist.errors import ModelError
 from kfac_dist.preconditioner.invert.ekfac import SecondMoments
 from kfac_dist.preconditioner.measure.loss_scale import LossScaleWatch, Outputs, time_dim, unscaling
 from kfac_dist.preconditioner.measure.loss_terms import Counted, Description, TermCounter
+from kfac_dist.preconditioner.measure.own_passes import ClassesOnly, OwnPasses, SumsOnly
 from kfac_dist.preconditioner.measure.sampled_gradients import SampledLabelGradients
 from kfac_dist.preconditioner.measure.scale import gradient_scale
 from kfac_dist.preconditioner.phases import Phase, PhaseTimer
@@ -95,6 +95,7 @@ class Measurement:
         self._phases = phases
         self._sampled = sampled
         self._own_backward = config.fisher in (Fisher.MC, Fisher.TYPE2)
+        self._own_passes = OwnPasses(config)
         self._sides = frozenset({Side.A}) if config.fisher is Fisher.INPUT_ONLY else _EVERY_SIDE
         self._terms = TermCounter(config.loss_terms) if counter is None else counter
         self._capture = Capture(
@@ -211,14 +212,14 @@ class Measurement:
             return
         batch = self._capture.batch
         micro = self._micro_batch(batch, self._count_outputs(outputs), own=True)
-        by_column = list(self._classes_of_columns(outputs, micro.first_sample))
+        by_column = list(self._own_passes.classes(outputs, self._step, micro.first_sample))
         # Consumed as columns are: each vector is measured before the next is made.
         classes = iter(by_column or itertools.repeat(None))
         current: Classes | None = None
 
         def columns() -> Iterator[Tensor]:
             nonlocal current
-            for column in self._columns(outputs, micro.first_sample):
+            for column in self._own_passes.columns(outputs, self._step, micro.first_sample):
                 current = next(classes)
                 yield column
 
@@ -231,10 +232,10 @@ class Measurement:
             if not self._factors or not self._reduction.accepts(block.name):
                 return
             if block.by_class and current is not None:
-                of_classes = self._averages if first else _ClassesOnly(self._averages)
+                of_classes = self._averages if first else ClassesOnly(self._averages)
                 block.measure(calls, replace(micro, classes=current), of_classes, _EVERY_SIDE)
                 return
-            sink = self._averages if first else _SumsOnly(self._averages)
+            sink = self._averages if first else SumsOnly(self._averages)
             sides = _EVERY_SIDE if first else _EVERY_SIDE - {Side.A}
             block.measure(calls, micro, sink, sides)
             self._neighbours.measure(block, calls, micro, sink, sides)
@@ -242,7 +243,8 @@ class Measurement:
         self._enter(batch, micro, by_column)
         with self._scale.unwatched(), self._phases(Phase.STATISTICS):
             if self._sampled is not None and self._factors:
-                self._sampled.add(outputs, self._drawn_labels(outputs, micro.first_sample), float(micro.terms))
+                drawn = self._own_passes.drawn_labels(outputs, self._step, micro.first_sample)
+                self._sampled.add(outputs, drawn, float(micro.terms))
             self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
         self._went_back = True
         if self._last and self._factors:
@@ -445,42 +447,6 @@ class Measurement:
                 with suppress(ModelError):  # nothing is measured by it
                     self._enter(batch, self._micro_batch(batch, self._count(batch), own=False))
 
-    def _columns(self, outputs: Tensor, first_sample: int) -> Iterable[Tensor]:
-        config = self._config
-        assert config.likelihood is not None  # the schema refuses these Fishers without one
-        if config.fisher is Fisher.TYPE2:
-            return hessian_columns(config.likelihood, outputs)
-        return [self._drawn_labels(outputs, first_sample)]
-
-    def _drawn_labels(self, outputs: Tensor, first_sample: int) -> Tensor:
-        config = self._config
-        assert config.likelihood is not None
-        return label_gradient(config.likelihood, outputs, seed=config.seed, step=self._step, first_sample=first_sample)
-
-    def _classes_of_columns(self, outputs: Tensor, first_sample: int) -> Iterator[Classes]:
-        """Yield the classes of the terms behind each vector that is sent back: drawn ones, or a column's own.
-
-        Nothing where statistics aren't kept apart by class.
-        """
-        config = self._config
-        if not config.class_slots:
-            return
-        assert config.class_conditional is not None
-        assert config.class_conditional.classes is not None
-        number, slots = config.class_conditional.classes, config.class_slots
-        if outputs.shape[-1] != number:
-            raise ModelError(
-                f"kfac.curvature.class_conditional.classes is {number}, but the model has {outputs.shape[-1]} outputs "
-                f"a term, and fisher {config.fisher} knows as many classes: set it to {outputs.shape[-1]}"
-            )
-        probability = outputs.detach().float().softmax(-1)
-        if config.fisher is Fisher.MC:
-            sampled = drawn_classes(probability, seed=config.seed, step=self._step, first_sample=first_sample)
-            yield Classes.of(sampled, number, slots)
-            return
-        for index in range(number):
-            yield Classes(slots, index=index, shares=probability[..., index])
-
     def _given_classes(self, said: Description) -> Classes | None:
         config = self._config
         if said.classes is None or config.class_conditional is None or config.class_conditional.classes is None:
@@ -529,27 +495,3 @@ class Measurement:
 
 def _said(batch: Batch) -> Description:
     return batch.description if isinstance(batch.description, Description) else Description()
-
-
-class _ClassesOnly:
-    """A sink that counts terms by class alone, for the further columns of one micro-batch."""
-
-    def __init__(self, averages: RunningAverages) -> None:
-        self._averages = averages
-        self.add_rows = averages.add_rows
-        self.add_values = averages.add_values
-
-    def add_count(self, block: str, side: Side, count: float | Tensor, by_class: Tensor | None = None) -> None:
-        """Take the counts by class."""
-        self._averages.add_count(block, side, 0.0, by_class)
-
-
-class _SumsOnly:
-    """A sink that takes sums but no counts, for the further columns of one micro-batch."""
-
-    def __init__(self, averages: RunningAverages) -> None:
-        self.add_rows = averages.add_rows
-        self.add_values = averages.add_values
-
-    def add_count(self, block: str, side: Side, count: float | Tensor, by_class: Tensor | None = None) -> None:
-        """Take no count: the first column brought it."""

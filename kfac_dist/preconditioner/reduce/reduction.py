@@ -40,7 +40,7 @@ LABEL = "factors"
 
 
 @dataclass
-class _Bucket:
+class _UnitBucket:
     """Consecutive blocks that are reduced by one collective."""
 
     span: Span
@@ -51,10 +51,10 @@ class _Bucket:
 
 
 @dataclass
-class _Measurement:
+class _StepReduction:
     """The reduction of one step: buckets in the order in which they leave, spans that stay local, and its blocks."""
 
-    buckets: list[_Bucket]
+    buckets: list[_UnitBucket]
     local: list[Span]
     overlap: bool
     blocks: frozenset[str]
@@ -93,7 +93,7 @@ class FactorReduction:
         self._label = label
         self._layout = BucketPlan(plan, config, averages.layout, comm.size, averages.working)
         self._overlap = config.overlap and comm.size > 1
-        self._current: _Measurement | None = None
+        self._current: _StepReduction | None = None
         self._missed = MissedTerms(averages.scalars[1:])
         # On the device: whether a measuring step was taken is known there first.
         self._dirty = torch.zeros((), dtype=torch.bool, device=averages.device)
@@ -117,8 +117,8 @@ class FactorReduction:
         """
         reduced = self._layout.at(slots, measured)
         units = self._plan.units
-        buckets = [_Bucket(span, {u.block for u in units[span.units]}, wire) for span, wire in reduced.buckets]
-        self._current = _Measurement(buckets, reduced.local, self._overlap, reduced.blocks)
+        buckets = [_UnitBucket(span, {u.block for u in units[span.units]}, wire) for span, wire in reduced.buckets]
+        self._current = _StepReduction(buckets, reduced.local, self._overlap, reduced.blocks)
 
     def accepts(self, block: str) -> bool:
         """Whether this step measures a block, and still may: once its bucket has left, its statistics are closed."""
@@ -184,7 +184,7 @@ class FactorReduction:
         self._dirty |= taken
         return taken
 
-    def _launch(self, bucket: _Bucket) -> None:
+    def _launch(self, bucket: _UnitBucket) -> None:
         averages, span = self._averages, bucket.span
         averages.close(span)
         if self.blending:
@@ -268,7 +268,7 @@ class FactorReduction:
         """Share of the total that each rank keeps after a reduction of blended averages."""
         return 1.0 if self._layout.scattering else 1 / self._comm.size
 
-    def _collect(self, bucket: _Bucket) -> Tensor | None:
+    def _collect(self, bucket: _UnitBucket) -> Tensor | None:
         """Wait for a bucket; the window then holds the sums, or the owned units' sums are returned."""
         assert bucket.work is not None
         received = bucket.work.wait()
