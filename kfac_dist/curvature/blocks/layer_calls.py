@@ -35,6 +35,7 @@ class LayerCall:
         reading: Where the samples lie in input and gradient; None: as their shapes say. Set before a gradient is taken.
         leading: Dimensions of input and gradient before the features.
         arranged: Whether the block's own hooks have put samples first in them.
+        number: Calls of the block before it in this micro-batch.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class LayerCall:
         self.reading: Reading | None = None
         self.leading = 1
         self.arranged = False
+        self.number = 0
         self._arrange = arrange
         self._inputs: Tensor | None = None
         self._version = 0
@@ -140,10 +142,12 @@ class Pending:
     Attributes:
         uses: Calls that were seen.
         regions: The checkpointed region that each call was part of, if its input is still to come.
+        seen: How many calls there have been.
     """
 
     calls: list[LayerCall] = field(default_factory=list)
     regions: list[weakref.ref[Any] | None] = field(default_factory=list)
+    seen: int = 0
 
     @property
     def complete(self) -> bool:

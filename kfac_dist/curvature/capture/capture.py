@@ -56,7 +56,7 @@ from kfac_dist.curvature.capture.autograd import (
 )
 from kfac_dist.curvature.capture.call_mode import leave_ended_calls
 from kfac_dist.curvature.capture.constants import Constants
-from kfac_dist.curvature.capture.provenance import Provenance, Reading
+from kfac_dist.curvature.capture.provenance import Provenance, Reading, Readings
 from kfac_dist.curvature.capture.samples import UNBATCHED, PassShapes, TensorDim, find_samples, shapes_of
 from kfac_dist.curvature.capture.shared_outputs import Samples, consumers_of, expand, samples_of
 from kfac_dist.errors import ModelError
@@ -168,7 +168,7 @@ class Capture:
         self._ahead: TensorDim | None = None
         self._batch_size: int | None = None
         self.samples: dict[str, Samples] | None = None
-        self.readings: dict[str, Reading] = {}
+        self.readings: dict[str, Readings] = {}
         self._traced: tuple[Provenance, PassShapes] | None = None  # not read yet: the loss may say where samples are
         self._untold: set[str] = set()
         self._nodes: list[tuple[str, Any, Any]] = []
@@ -442,7 +442,8 @@ class Capture:
         own = block.own_tensors(source)
         found = accumulators(written, own)
         call = LayerCall(source, output.shape, arrange=arrange, owners=tuple(found.values()), batch=batch)
-        call.arranged = arranged
+        call.arranged, call.number = arranged, pending.seen
+        pending.seen += 1
         call.leading = max(inputs.ndim - 1, 1) if arranged else block.leading(output.shape)
         later = region is not None and not self._own_backward
         if not later:
@@ -506,7 +507,8 @@ class Capture:
         if self._traced is not None:
             (provenance, shapes), self._traced = self._traced, None
             self.readings |= provenance.readings(self._find_samples(shapes))
-        call.reading = self.readings.get(block.name)
+        readings = self.readings.get(block.name)
+        call.reading = readings[call.number % len(readings)] if readings else None
         lead = call.shape[: call.leading]
         if call.reading is not None or call.arranged or len(lead) < 2:
             return

@@ -45,6 +45,7 @@ _VIEWS = _names(
 )
 _PRODUCTS = _names("matmul __matmul__ mm bmm")
 _JOINED = _names("cat concat concatenate")
+_REPEATED = _names("repeat tile repeat_interleave")
 _REDUCTIONS = _names("mean sum amax amin max min logsumexp prod std var any all median nansum nanmean")
 # These keep the shape, and mix what lies along `dim`.
 _ALONG = _names("softmax log_softmax gumbel_softmax cumsum cumprod logcumsumexp sort argsort")
@@ -55,6 +56,8 @@ _CONVOLUTIONS = _names(
 )
 _RECURRENT = _names("lstm gru rnn_tanh rnn_relu")
 _BITS = 16  # dimensions that an input may have
+# Readings in a number of 64 bits.
+_DIGIT_BITS, _CALLS = 4, 12
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,27 @@ class Reading:
         return turned.flatten(0, 1) if leading == 1 else turned
 
 
+# By call of a layer in a pass; a single one stands for all.
+Readings = tuple[Reading | None, ...]
+
+
+def readings_number(readings: Readings) -> int | None:
+    """Return readings as one number, 0 for none; None if they are too many."""
+    if len(readings) > _CALLS or any(reading is not None and reading.number + 1 >> _DIGIT_BITS for reading in readings):
+        return None
+    digits = (1 if reading is None else 1 + reading.number for reading in readings)
+    return sum(digit << _DIGIT_BITS * index for index, digit in enumerate(digits))
+
+
+def readings_of(number: int) -> Readings:
+    """Return the readings with a number."""
+    found = []
+    while number:
+        number, digit = divmod(number, 1 << _DIGIT_BITS)
+        found.append(Reading.of(digit - 1))
+    return tuple(found)
+
+
 class Provenance:
     """The layouts of a forward pass's tensors.
 
@@ -127,8 +151,8 @@ class Provenance:
         self._outputs = [self.layout(tensor) for tensor in trained]
         self._layouts.clear()
 
-    def readings(self, place: TensorDim | None) -> dict[str, Reading]:
-        """Return the readings of layers that saw the samples in one way in all of their calls.
+    def readings(self, place: TensorDim | None) -> dict[str, Readings]:
+        """Return the readings of layers by call, once where all calls have the same one; none where none is known.
 
         Args:
             place: Where the pass's shapes show the samples.
@@ -136,8 +160,8 @@ class Provenance:
         label = self._label(place)
         if label is None:
             return {}
-        found = {name: {self._reading(layout, label) for layout in own} for name, own in self._layers.items()}
-        return {name: next(iter(own)) for name, own in found.items() if len(own) == 1 and None not in own}  # type: ignore[misc]
+        found = {name: tuple(self._reading(layout, label) for layout in own) for name, own in self._layers.items()}
+        return {name: own if len(set(own)) > 1 else own[:1] for name, own in found.items() if any(own)}
 
     def leaves_open(self, shapes: PassShapes, output: int = 0) -> bool:
         """Whether either of the first two dimensions of an output may be the samples': nothing has mixed either."""
@@ -264,8 +288,12 @@ class Provenance:
             return self._attention(tensors)
         if name in _JOINED:
             return self._joined(args, given, made)
+        if name == "stack":
+            return self._stacked(args, given, made)
         if own is None or not isinstance(first, Tensor):
             return None
+        if name in _REPEATED:
+            return self._repeated(name, own, args, given, made)
         if name in ("linear", "bilinear"):
             self._mix(own[-1:])
             return (*own[:-1], _none(made.shape[-1]))
@@ -327,10 +355,35 @@ class Provenance:
         if not isinstance(dim, int) or not layouts:
             return None
         dim %= made.ndim
-        return tuple(
-            _none(size) if index == dim else self._met([layout[index] for layout in layouts])
-            for index, size in enumerate(made.shape)
-        )
+        joined = [layout[dim] for layout in layouts]
+        met = [self._met([layout[index] for layout in layouts]) for index in range(made.ndim) if index != dim]
+        alike = len(layouts) == len(list(_near(parts))) and len(set(map(_size, joined))) == 1
+        along = ((None, len(layouts)), *self._met(joined)) if alike else _none(made.shape[dim])
+        return (*met[:dim], along, *met[dim:])
+
+    def _stacked(self, args: Sequence[Any], given: Mapping[str, Any], made: Tensor) -> Layout | None:
+        parts = list(_near(args[:1] or [given.get("tensors", ())]))
+        dim = args[1] if len(args) > 1 else given.get("dim", 0)
+        if not isinstance(dim, int) or not parts:
+            return None
+        dim %= made.ndim
+        layouts = [self.layout(tensor) or tuple(map(_none, tensor.shape)) for tensor in parts]
+        met = [self._met([layout[index] for layout in layouts]) for index in range(made.ndim - 1)]
+        return (*met[:dim], _none(len(parts)), *met[dim:])
+
+    def _repeated(
+        self, name: str, own: Layout, args: Sequence[Any], given: Mapping[str, Any], made: Tensor
+    ) -> Layout | None:
+        if name == "repeat_interleave":
+            times = args[1] if len(args) > 1 else given.get("repeats")
+            dim = args[2] if len(args) > 2 else given.get("dim")
+            if not isinstance(times, int) or not isinstance(dim, int):
+                return None
+            dim %= len(own)
+            return (*own[:dim], (*own[dim], (None, times)), *own[dim + 1 :])
+        whole = (*(_none(1) for _ in range(made.ndim - len(own))), *own)
+        pairs = [(dim, size // max(_size(dim), 1)) for dim, size in zip(whole, made.shape, strict=True)]
+        return tuple(dim if times == 1 else ((None, times), *dim) for dim, times in pairs)
 
     def _reduced(self, own: Layout, args: Sequence[Any], given: Mapping[str, Any], made: Tensor) -> Layout | None:
         if len(list(_near([*args, *given.values()]))) > 1:
@@ -377,6 +430,8 @@ _KNOWN = (
     | _CONVOLUTIONS
     | _REDUCTIONS
     | _RECURRENT
+    | _REPEATED
+    | {"stack"}
     | {"baddbmm", "addmm", "einsum", "linear", "bilinear", "embedding", "multi_head_attention_forward"}
 )
 

@@ -21,7 +21,7 @@ from kfac_dist.curvature.blocks import Block, KroneckerBlock, LayerCall, MicroBa
 from kfac_dist.curvature.blocks.layer_calls import Batch
 from kfac_dist.curvature.capture.arbiter import Arbiter, Mismatch
 from kfac_dist.curvature.capture.capture import Capture, warn_of_accumulation
-from kfac_dist.curvature.capture.provenance import Reading
+from kfac_dist.curvature.capture.provenance import readings_number, readings_of
 from kfac_dist.curvature.capture.samples import TensorDim
 from kfac_dist.curvature.capture.shared_outputs import Samples
 from kfac_dist.curvature.class_conditional import Classes
@@ -156,17 +156,18 @@ class Measurement:
     def places(self) -> dict[str, int]:
         """Return how each block's output relates to the samples and where these are in it, as a number; 0: not known.
 
-        It is `Samples` + `PLACES` · `Reading.number`.
+        It is `Samples` + `PLACES` · `readings_number`.
         """
-        numbers = {name: reading.number for name, reading in self._capture.readings.items()}
-        return {name: known and known + PLACES * numbers.get(name, 0) for name, known in self.samples().items()}
+        found = {name: readings_number(readings) for name, readings in self._capture.readings.items()}
+        if None in found.values():
+            return dict.fromkeys(self.samples(), 0)  # a resumed run finds it out again
+        return {name: known and known + PLACES * (found.get(name) or 0) for name, known in self.samples().items()}
 
     def load_places(self, values: Mapping[str, int]) -> None:
         """Take what `places` returned, so that a resumed run needn't find it out again."""
         known = all(values.get(block.name, 0) for block in self._blocks)
         self._capture.samples = {name: Samples(number % PLACES) for name, number in values.items()} if known else None
-        found = {name: Reading.of(number // PLACES) for name, number in values.items()}
-        self._capture.readings = {name: reading for name, reading in found.items() if reading is not None}
+        self._capture.readings = {name: readings_of(number // PLACES) for name, number in values.items()}
 
     @property
     def judged(self) -> set[str]:

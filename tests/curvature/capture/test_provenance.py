@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist import KFAC
 from kfac_dist.curvature.capture.constants import Constants
-from kfac_dist.curvature.capture.provenance import Provenance, Reading
+from kfac_dist.curvature.capture.provenance import Provenance, readings_number, readings_of
 from kfac_dist.curvature.capture.samples import PassShapes, TensorDim
 from tests.curvature.measured import assert_close, build_kfac, factors
 from tests.harness import run_ranks
@@ -41,7 +41,13 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "cut": lambda x: x.transpose(0, 1)[1:5, :, ::2],
     "one step": lambda x: x.transpose(0, 1)[3],
     "a row in front": lambda x: torch.cat([x[:, :1] * 1.0, x], dim=1).transpose(0, 1),
-    "stacked": lambda x: F.pad(x, (0, 2)).transpose(0, 1),
+    "padded": lambda x: F.pad(x, (0, 2)).transpose(0, 1),
+    "stacked": lambda x: torch.stack([x[:, step] for step in range(T)]),
+    "stacked behind": lambda x: torch.stack([x[:, step] for step in range(T)], dim=1).flatten(0, 1),
+    "views one after the other": lambda x: torch.cat([x[:, 0], x[:, 1], x[:, 2]]),
+    "repeated": lambda x: x[:, 0].repeat(3, 1),
+    "tiled behind": lambda x: x[:, 0].tile(2, 3, 1),
+    "beams": lambda x: x[:, 0].repeat_interleave(3, 0),
     "expanded": lambda x: x.transpose(0, 1)[:, None].expand(T, 3, B, D).reshape(T * 3, B, D),
     "summed": lambda x: x.transpose(0, 1).sum(0, keepdim=True).expand(T, B, D) / T,
     "row by row": lambda x: (x.transpose(0, 1) + torch.zeros(T, 1, D)).clone(),
@@ -76,14 +82,14 @@ def test_samples_are_followed(name: str) -> None:
     x = torch.arange(1.0, B + 1)[:, None, None].expand(B, T, D).clone().requires_grad_()
     provenance, moved = followed(MOVES[name], x)
     for place in (TensorDim("inputs", 0), TensorDim("outputs", 0)):
-        reading = provenance.readings(place)["layer"]
+        [reading] = provenance.readings(place)["layer"]
         first = reading.applied(moved, B, max(moved.ndim - 1, 1))
         assert len(first) in (B, moved.shape[0])
         rows = first.reshape(B, -1)
         kept = rows != 0
         assert kept.any(dim=1).all()
         assert torch.equal(rows[kept], torch.arange(1.0, B + 1)[:, None].expand_as(rows)[kept])
-        assert Reading.of(reading.number) == reading
+        assert readings_of(readings_number((reading, None, reading))) == (reading, None, reading)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +200,66 @@ def test_reduce_sums_over_a_samples_own_positions(turn: str, size: int) -> None:
     units = torch.stack([scale, ng.sum(1)], dim=-1)
     expected = torch.einsum("bdi,bdj->dij", units, units) / size
     assert_close(next(found[key] for key in found if key.startswith("norm/")).reshape(D, 2, 2), expected)
+
+
+class Parts(nn.Module):
+    """Layers for a function to use."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.use = use
+        self.conv, self.group, self.head = nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, C)
+        self.linear, self.rms, self.last = nn.Linear(D, D), nn.RMSNorm(D), nn.Linear(D, C)
+        self.recurrent, self.attention = nn.LSTM(D, D), nn.MultiheadAttention(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+def frames(x: Tensor) -> Tensor:
+    """Images of two channels, `[B, T, 2, 4, 4]`."""
+    return x[..., None, None, None] * torch.linspace(-1, 1, 192).view(D, 2, 4, 4) @ torch.ones(4, 4) / 4
+
+
+USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "frames, time outside": lambda m, x: m.head(
+        m.group(m.conv(frames(x).sum(2).transpose(0, 1).flatten(0, 1))).mean((2, 3)).unflatten(0, (T, -1)).mean(0)
+    ),
+    "rows of a recurrent layer": lambda m, x: m.last(
+        m.rms(m.linear(m.recurrent(x.transpose(0, 1))[0].reshape(-1, D))).unflatten(0, (T, -1)).mean(0)
+    ),
+    "either way in turn": lambda m, x: m.last(
+        (m.linear(x).tanh() + m.linear(x.transpose(0, 1)).transpose(0, 1)).mean(1)
+    ),
+    "two views": lambda m, x: m.last(m.rms(m.linear(torch.cat([x.mean(1), x.amax(1)]))).unflatten(0, (2, -1)).sum(0)),
+    "attention over patches, time first": lambda m, x: m.last(
+        m.attention(*[m.linear(x.reshape(len(x) * 2, 4, D)).transpose(0, 1)] * 3)[0]
+        .transpose(0, 1)
+        .reshape(len(x), -1, D)
+        .mean(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("use", USES)
+def test_reduced_factors_of_a_batch_are_the_mean_of_its_samples(use: str, size: int) -> None:
+    x = torch.randn(size, T, D, generator=torch.Generator().manual_seed(size))
+    model = Parts(USES[use])
+    kfac, whole, single = build_kfac(model, sharing="reduce"), {}, []
+    for own in (slice(None), *(slice(index, index + 1) for index in range(size))):
+        model.zero_grad()
+        F.cross_entropy(model(x[own]), torch.arange(size)[own] % C).backward()
+        kfac.step()
+        found = {name: value for name, value in factors(kfac).items() if not value.isnan().any()}
+        whole, single = (whole, [*single, found]) if whole else (found, [])
+    kfac.remove()
+    assert len(whole) >= 4
+    largest = max(float(value.norm()) for name, value in whole.items() if name.endswith("G"))
+    for name, value in whole.items():
+        mean = torch.stack([found[name] for found in single]).mean(0)
+        assert float((value - mean).norm()) <= 1e-4 * float(mean.norm()) + 1e-10 * largest, name
 
 
 def trained(turn: str, solver: str, likelihood: dict[str, Any]) -> list[Tensor]:
