@@ -1,4 +1,4 @@
-"""`python -m kfac_dist`, which is what `torchrun -m kfac_dist` starts on every rank."""
+"""`python -m kfac_dist`, the entry point of `torchrun -m kfac_dist` on every rank."""
 
 from kfac_dist.cli import main
 

@@ -1,7 +1,7 @@
 """The command line: `kfac-dist init|config|train|launch|submit|status|plan|…`: arguments in, hands over.
 
-A file for the commands of each purpose. What needs torch is imported inside of them, so that `--help` and a refused
-configuration take no time.
+A file for the commands of each purpose. Modules that need torch are imported inside of them, so that `--help` and a
+refused configuration take no time.
 """
 
 import typer
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(train)
-# What follows CONFIG goes to the launcher's own script.
+# Arguments after CONFIG go to the launcher's own script.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 for command in (init, config, submit, status, plan, calibrate, doctor, report):
     app.command()(command)

@@ -1,4 +1,4 @@
-"""`kfac-dist doctor`: what K-FAC would do with a run, and whether that is right."""
+"""`kfac-dist doctor`: K-FAC's treatment of a run's parameters, and checks of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def doctor(
     ] = 0.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Say what K-FAC does with each parameter, and check data, loss and curvature; code 1 if something is wrong.
+    """Show K-FAC's treatment of each parameter, and check data, loss and curvature; code 1 if something is wrong.
 
     Builds model and data and runs them: code that the configuration names is called.
     """

@@ -1,8 +1,8 @@
 """Ends of commands: one line a mistake and an exit code, on one rank or on many.
 
-Every rank of a launcher runs the command line by itself. A mistake of the user's ends it with code 2 and without a
-traceback; what the doctor found wrong with code 1; Ctrl-C with code 130, or 0 where a launcher started it, whose own
-code tells of Ctrl-C; a bug keeps its traceback.
+Every rank of a launcher runs the command line by itself. A user's mistake ends it with code 2 and without a traceback;
+errors found by the doctor with code 1; Ctrl-C with code 130, or 0 under a launcher, whose own code reports Ctrl-C; a
+bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _said = threading.Event()
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Return a context that turns what a user can mend into lines and a code."""
+    """Return a context that turns a user's mistakes into one line each and an exit code."""
     try:
         yield
     except KFACError as error:
@@ -49,12 +49,12 @@ def interrupted_code() -> int:
 
 
 def end_at_once() -> None:
-    """End this process by a second Ctrl-C, whatever it waits for."""
+    """End this process by a second Ctrl-C, also while it waits."""
     os._exit(INTERRUPTED)
 
 
 def insist(error: KFACError) -> None:
-    """End this process by an error soon, even if what it has to close first waits for ranks that are gone."""
+    """End this process by an error soon, even if closing its resources waits for ranks that are gone."""
     timer = threading.Timer(LAST_SECONDS, _end, [error])
     timer.daemon = True
     timer.start()

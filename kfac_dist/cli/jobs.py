@@ -32,7 +32,7 @@ def submit(
     started_by: Annotated[
         StartedBy,
         typer.Option(
-            "--started-by", "--with", help="What starts the ranks: torchrun's agents, which restart them, or srun."
+            "--started-by", "--with", help="Launcher of the ranks: torchrun's agents, which restart them, or srun."
         ),
     ] = StartedBy.TORCHRUN,
     max_restarts: Annotated[int, typer.Option(min=0, help="How often torchrun starts the ranks again.")] = 3,
@@ -85,7 +85,7 @@ def submit(
 
 def status(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/NAME.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print what is known as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
 ) -> None:
     """Tell how a run stands: its last step, loss and checkpoint, and its SLURM job if it has one."""
     with exit_codes():

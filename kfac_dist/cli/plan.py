@@ -1,4 +1,4 @@
-"""`kfac-dist plan` and `kfac-dist calibrate`: what a run would cost, and what a machine takes for it."""
+"""`kfac-dist plan` and `kfac-dist calibrate`: a run's predicted costs, and a machine's measured rates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CALIBRATION_SECONDS = 600.0
 PIPE_WIDTH = 160
 # Of a plan that is to be read; the largest clusters have fewer GPUs.
 MOST_RANKS = 100_000
-# What strategies are compared on unless something else is named.
+# Hardware profile of comparisons unless another one is named.
 HARDWARE = "h100-ib400"
 
 
@@ -61,11 +61,11 @@ def plan(
         bool, typer.Option("--all", help="Show every block and every rank of a large plan, or every strategy.")
     ] = False,
 ) -> None:
-    """Show which rank would measure, invert and precondition which block, and what strategies cost, from shapes alone.
+    """Show the rank that inverts and preconditions each block, and the costs of strategies, from shapes alone.
 
-    One number of ranks has the plan: block by block and rank by rank if it is small or with --all, else a summary.
-    Several, --strategies or --hardware have a table of strategies: bytes, flops, balance, memory and predicted
-    milliseconds, and the best one to paste. Builds the model: code that the configuration names is called.
+    One number of ranks shows the plan: by block and rank if it is small or with --all, else a summary. Several numbers,
+    --strategies or --hardware show a table of strategies: bytes, flops, balance, memory and predicted milliseconds, and
+    the best one as YAML. Builds the model: code that the configuration names is called.
     """
     with exit_codes():
         sizes = _world_sizes(world_size)
@@ -88,8 +88,8 @@ def plan(
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="The file to write, for `plan --hardware FILE`.")] = Path("measured.json"),
-    device: Annotated[Device, typer.Option(help="What computes.")] = Device.AUTO,
-    name: Annotated[str | None, typer.Option(help="What tables call it; the file's name by default.")] = None,
+    device: Annotated[Device, typer.Option(help="Device of the measurements.")] = Device.AUTO,
+    name: Annotated[str | None, typer.Option(help="Name in tables; the file's name by default.")] = None,
 ) -> None:
     """Measure this machine's products, inversions and, under a launcher, its collectives, for `plan`."""
     with exit_codes():

@@ -1,4 +1,4 @@
-"""`kfac-dist report`: one page on what runs did, which `kfac-dist train` writes, too."""
+"""`kfac-dist report`: one page about one or several runs, which `kfac-dist train` also writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def report(
         Path | None, typer.Option(help="The page to write; report.html in the first run's directory by default.")
     ] = None,
 ) -> None:
-    """Write one page on what runs did and why: losses, time by phase, spectra, owners of inverses; works offline."""
+    """Write one HTML page about runs: losses, time by phase, spectra, owners of inverses; works offline."""
     with exit_codes():
         write_page(runs, out if out is not None else runs[0] / REPORT_FILE)
 

@@ -54,7 +54,7 @@ def train(
             raise ConfigError("--live shows progress and --quiet hides it: leave one of them out")
         if overwrite and resolved.checkpoint.resume != "never":
             raise ConfigError(
-                f"--overwrite deletes the run that --resume {resolved.checkpoint.resume} goes on with: leave one out"
+                f"--overwrite deletes the run that --resume {resolved.checkpoint.resume} resumes: leave one out"
             )
         from kfac_dist.training.run import train as run
 
@@ -83,7 +83,7 @@ def train(
 
 
 def _go_on() -> str:
-    """Return the command that goes on with this run; "" under a launcher, which was started by another one."""
+    """Return the command that resumes this run; "" under a launcher, which was started by another command."""
     if launched():
         return ""
     words, skips = [], False
@@ -100,7 +100,7 @@ def _go_on() -> str:
 def launch(
     context: typer.Context,
     config: ConfigFile,
-    launcher: Annotated[LauncherName, typer.Option("--with", help="What starts the ranks.", show_default=False)],
+    launcher: Annotated[LauncherName, typer.Option("--with", help="Launcher of the ranks.", show_default=False)],
 ) -> None:
     """Train on ranks that torchrun, SLURM, mpirun or DeepSpeed starts.
 
@@ -110,6 +110,6 @@ def launch(
     with exit_codes():
         if str(config).startswith("-"):
             raise ConfigError(f"found {str(config)!r}, expected a configuration: options follow it")
-        # A mistake is told before the launcher starts, which would wrap it in its own report.
+        # Report mistakes before the launcher starts, which would wrap them in its own report.
         load(config, overrides_in(context.args), {})
         launch_command(launcher, config, context.args).replace_this_process()

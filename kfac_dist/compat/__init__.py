@@ -1,1 +1,1 @@
-"""Names that other packages keep to themselves: one module for each package, and what to do where a name is missing."""
+"""Private names of other packages: one module for each package, with alternatives for releases that lack a name."""

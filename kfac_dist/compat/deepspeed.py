@@ -1,7 +1,7 @@
-"""Private names of DeepSpeed, each behind a function that says what it is for; nothing else in the package uses one.
+"""Private names of DeepSpeed, each behind a function that says its purpose; nothing else in the package uses one.
 
-DeepSpeed has no public way into its step or its backward pass. What K-FAC needs there is as old as OLDEST; `check`
-says so of a release that lacks it, before anything is built on it. What came later has a second way here.
+DeepSpeed has no public hooks into its step or its backward pass. The names that K-FAC needs exist since OLDEST; `check`
+refuses a release that lacks them. Names that came later have an alternative here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STAGE_3 = (
 
 
 def check(engine: Any) -> None:
-    """Make sure that this release has what K-FAC hangs on.
+    """Check that this release has the names that K-FAC needs.
 
     Raises:
         ConfigError: It lacks something: names it, and the releases that have it.
@@ -77,7 +77,7 @@ def manages_accumulation(engine: Any) -> bool:
 def replace_backward_beginnings(
     engine: Any, replacements: Callable[[Callable[[], None], Callable[[Tensor], Tensor]], tuple[Any, Any]]
 ) -> None:
-    """Put something in the place of what begins a backward pass, and of what each first gradient goes through.
+    """Replace the engine's hooks at the beginning of a backward pass and on each parameter's first gradient.
 
     Args:
         engine: DeepSpeed's.
@@ -96,7 +96,7 @@ class BeforeStep:
 
     Args:
         engine: DeepSpeed's.
-        callback: What is called.
+        callback: The function to call.
         removed: Called when it is removed.
     """
 
@@ -126,7 +126,7 @@ class BeforeStep:
             self._engine.__dict__["_take_model_step"] = self._outer
 
 
-# ---- what its optimizers hold
+# ---- state of its optimizers
 
 
 def is_padding(gradient: Tensor) -> bool:
@@ -147,7 +147,7 @@ def gradient_of(optimizer: Any, parameter: Any) -> Tensor:
 
 
 def got_gradient(optimizer: Any, parameter: Any) -> bool:
-    """Whether a parameter got a gradient in this step of stage 3; what wasn't reached keeps the last one."""
+    """Whether a parameter got a gradient in this step of stage 3; unreached parameters keep the last one."""
     seen = getattr(optimizer, "_offload_boundary_param_ids", None)
     return seen is None or parameter.ds_id in seen
 

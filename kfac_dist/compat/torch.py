@@ -1,4 +1,4 @@
-"""Private names of torch, each behind a function that says what it is for; nothing else in the package uses one.
+"""Private names of torch, each behind a function that says its purpose; nothing else in the package uses one.
 
 A name that some supported release lacks has a second way here. (`torch._foreach_*` are documented, and not private.)
 """
@@ -86,7 +86,7 @@ def after_backward(callback: Callable[[], None]) -> None:
 
 
 def register_first_hook(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have a function see the gradient that comes to a tensor, before any other hook on it changes that."""
+    """Call a function with the gradient of a tensor, before any other hook on it changes the gradient."""
     handle: RemovableHandle = tensor.register_hook(hook)
     hooks = cast("dict[int, Any]", tensor._backward_hooks)
     others = {number: other for number, other in hooks.items() if number != handle.id}
@@ -128,24 +128,24 @@ def saved_names(kind: type) -> tuple[str, ...]:
 
 
 def holds(node: Any, name: str) -> bool:
-    """Whether a node still has a tensor that it saved; what hooks have packed is not unpacked for the answer."""
+    """Whether a node still has a tensor that it saved; tensors packed by hooks are not unpacked for the answer."""
     try:
         saved = getattr(node, name)
     except RuntimeError:  # custom functions refuse to answer once they are freed
         return False
     parts: Iterable[Any] = saved if isinstance(saved, tuple) else (saved,)
-    # Releases before `SavedTensor.data` can't be asked: what was saved counts as still there.
+    # Releases without `SavedTensor.data` can't be asked: saved tensors count as still there.
     return any(getattr(p, "data", True) is not None or getattr(p, "unpack_hook", None) is not None for p in parts)
 
 
 def of_the_loop() -> bool:
-    """Whether what runs is a pass of a training loop, rather than of something that only looks at the model.
+    """Whether the current pass is of a training loop, rather than of a tool that examines the model.
 
     `torch.func` transforms (per-sample gradients, Jacobians), `torch.jit.trace`, `torch.export`, `torch.fx` and fake
-    tensors run a model on what isn't a batch, and no gradient of theirs ends in a parameter.
+    tensors don't run a model on a batch, and none of their gradients reaches a parameter.
     """
     if torch.compiler.is_dynamo_compiling():
-        # Not by `is_exporting()`, which is true to what is compiled: from 2.7 to 2.13 at the least.
+        # Not by `is_exporting()`, which is true in compiled code, at least from 2.7 to 2.13.
         return not (_KNOWS_EXPORTS and torch.compiler._is_exporting_flag)
     return (
         torch._C._functorch.peek_interpreter_stack() is None
@@ -157,7 +157,7 @@ def of_the_loop() -> bool:
     )
 
 
-# 2.6 knows of compiling only, and the name of what says that `torch.fx` traces has changed.
+# 2.6 only knows of compiling, and the function that detects tracing by `torch.fx` has changed its name.
 _KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _fx_tracing: Callable[[], bool] = getattr(
     torch.fx._symbolic_trace, "is_fx_symbolic_tracing", torch.fx._symbolic_trace.is_fx_tracing
@@ -196,11 +196,11 @@ def ranks_normalized_over(norm: nn.SyncBatchNorm) -> int:
 
 
 def checkpointed_region() -> object | None:
-    """Return what identifies the region of non-re-entrant activation checkpointing that runs now, or None.
+    """Return an object that identifies the current region of non-re-entrant activation checkpointing, or None.
 
     `torch.utils.checkpoint` installs hooks on saved tensors that close over the region's frame: the frame itself in the
-    first forward pass, a weak reference to it when the region is computed again. Nothing public tells the region, and
-    an input that a checkpointed layer held would undo what checkpointing saves.
+    first forward pass, a weak reference to it when the region is computed again. There is no public name for the
+    region, and an input that a checkpointed layer held would undo the savings of checkpointing.
     """
     pack = _top_pack_hook()
     if pack is None:
@@ -248,18 +248,18 @@ else:  # torch 2.6 and 2.7 don't tell which hooks are on top: note it, as they a
         return _entered.hooks[-1].pack_hook if _entered.hooks else None
 
 
-# ---- what torch.compile made
+# ---- modules made by torch.compile
 
 
-# Found out beforehand: this runs inside of what is being compiled.
+# Determined in advance: this runs inside of code that is being compiled.
 _BREAKS_TAKE_REASONS = torch.__version__ >= "2.7"
 
 
 def compile_anew() -> None:
-    """Have torch.compile see that modules have hooks now.
+    """Make torch.compile take new hooks of modules into account.
 
-    What was compiled before the hooks were there would never run them, nor would what was compiled for a copy without
-    hooks: by default, compiled code is not asked whether a module had some.
+    Code compiled before the hooks were registered, or for a copy without hooks, would never run them: by default,
+    compiled code has no guard on a module's hooks.
     """
     if "torch._dynamo" not in sys.modules:  # importing it takes seconds
         return
@@ -286,7 +286,7 @@ _KNOWS_BASES = torch.__version__ >= "2.13"
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module inside of what `torch.compile(model)` returned; it has the same parameters by shorter names."""
+    """Return the module inside the result of `torch.compile(model)`: the same parameters under shorter names."""
     return cast(nn.Module, model._orig_mod) if type(model).__name__ == "OptimizedModule" else model
 
 
@@ -396,7 +396,7 @@ def load_dcp(state: dict[str, Any], **options: Any) -> None:
         dcp.load_state_dict(state, no_dist=True, **options)
 
 
-# In 2.6 only the functions that `save` and `load` came to replace can be told that a process is alone.
+# In 2.6 only the functions that `save` and `load` have replaced accept that a process is alone.
 _DCP_CAN_BE_ALONE = torch.__version__ >= "2.7"
 if not _DCP_CAN_BE_ALONE:
     # Not around the call: filters belong to all threads, and checkpoints are written in one of their own.

@@ -1,4 +1,4 @@
-"""`checkpoint`: when to save, how many to keep, what to start from."""
+"""`checkpoint`: saving, keeping and resuming checkpoints."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from kfac_dist.config.section import Count, CountOrZero, FilePath, Flag, NonNega
 
 
 class CheckpointConfig(Section):
-    """When to save, how many to keep, and what to start from.
+    """Saving, keeping and resuming checkpoints.
 
     Attributes:
         every: Steps between checkpoints; 0 saves at the end only.
-        every_minutes: Minutes after which rank 0's clock asks for one more; 0 never does. It leaves no trace in the
-            run, and holds every rank's own statistics.
-        asynchronous: Write while training goes on: it waits for the copy to host memory only, and, if the last write
-            isn't over when the next one is due, for that.
-        keep: Newest checkpoints that stay on disk.
-        kfac: `restore` takes K-FAC's statistics and inverses from the checkpoint; with `fresh` K-FAC begins anew while
-            model and optimizer go on, as it does from a checkpoint of a run without K-FAC.
-        resume: `auto` takes the newest good checkpoint of this run, `never` starts afresh, else a checkpoint's path.
+        every_minutes: Minutes of rank 0's clock between additional checkpoints; 0: none. They don't change the course
+            of the run, and hold every rank's own statistics.
+        asynchronous: Write in the background: training waits only for the copy to host memory and, if the last write
+            isn't finished when the next one is due, for that write.
+        keep: Number of newest checkpoints that stay on disk.
+        kfac: `restore` loads K-FAC's statistics and inverses from the checkpoint; `fresh` starts K-FAC anew and resumes
+            only model and optimizer, as from a checkpoint of a run without K-FAC.
+        resume: `auto` resumes the newest good checkpoint of this run, `never` starts afresh; or a checkpoint's path.
     """
 
     every: CountOrZero = 0

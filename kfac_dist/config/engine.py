@@ -4,8 +4,8 @@
     fsdp2                  every rank holds rows of each parameter
     zero1, zero2, zero3    DeepSpeed: each rank holds a share of the optimizer's state, of the gradients too, of all
 
-`deepspeed` is DeepSpeed's own configuration in DeepSpeed's own words. What a run says elsewhere already (batches,
-clipping, the optimizer, the stage) isn't said there a second time.
+`deepspeed` is DeepSpeed's own configuration. Settings of other sections (batches, clipping, the optimizer, the stage)
+are not repeated in it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EngineName(OpenNames):
 
 
 class Precision(StrEnum):
-    """In what a model computes; optimizers step in float32 always."""
+    """Precision of the model's computations; optimizers always step in float32."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -68,7 +68,7 @@ class FSDP2Config(Section):
     Attributes:
         wrap: Patterns (`fnmatch`, on module names) of modules that are gathered as one, each before its forward pass.
             By default the children of every `ModuleList` or `Sequential` inside of the model that have parameters.
-            What no pattern matches is gathered with the whole model.
+            Modules that match no pattern are gathered with the whole model.
         replicas: Copies of the model, R: ranks are a mesh of R rows, each of which holds the model once.
         reshard_after_forward: Whether to let go of gathered parameters between forward and backward.
         reduce_dtype: Precision in which gradients are averaged, if the model computes in another.

@@ -33,11 +33,11 @@ class GameConfig(Section):
     """A game between a generator and a discriminator, each with a K-FAC of its own.
 
     Attributes:
-        objective: What the generator descends.
+        objective: Loss of the generator.
         adjustment: λ of the symplectic adjustment ξ + λNᵀξ (Balduzzi et al. 2018); 0 is plain simultaneous descent.
         align: Choose λ's sign at every step, so that the adjustment is drawn to stable fixed points only.
-        discriminator: What the discriminator has otherwise.
-        score_samples: Samples that the generator makes to be judged at each evaluation.
+        discriminator: Settings of the discriminator that differ from the generator's.
+        score_samples: Samples that the generator makes for the scores of each evaluation.
         grid: Rows and columns of the pictures of samples.
     """
 

@@ -1,4 +1,4 @@
-"""`loss`: the shipped losses, and what they tell K-FAC."""
+"""`loss`: the shipped losses, with their likelihood and loss terms."""
 
 from __future__ import annotations
 

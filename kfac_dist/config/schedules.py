@@ -37,7 +37,7 @@ class Schedule(Section):
         kind: How it moves from there.
         final: Where it ends; not of a constant.
         steps: Step at which it gets there; by default the run's last.
-        warmup_steps: Steps that it takes to come to `value`.
+        warmup_steps: Steps until `value` is reached.
         warmup_from: Where the warm-up begins.
     """
 

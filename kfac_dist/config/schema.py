@@ -1,10 +1,10 @@
-"""The typed, frozen sections of a run: what a YAML file may say, and what every value means.
+"""The typed, frozen sections of a run: the keys of its YAML file and their meanings.
 
 Each section answers one question and has its own file here, so that a constructor takes the few options that it needs:
 
     run  model  data  loss  optimizer  engine  train  checkpoint  metrics        the training run
     game                                                                         two players instead of one model
-    kfac = curvature (what is measured) + inversion (what is solved)
+    kfac = curvature (measurement) + inversion (solving)
          + distribution (which rank does it) + update (scaling of the result)
          + solver (finds the step) with newton or cg
 
@@ -101,9 +101,9 @@ class RunConfig(Section):
     Attributes:
         name: Of the run, and of the folder of its files.
         directory: Where that folder is.
-        seed: Of the initial weights, of the batches and of everything else that is drawn.
-        device: What computes; `auto` is a GPU for each rank where PyTorch finds them, else the CPU.
-        timeout_seconds: How long ranks wait for each other before they give up.
+        seed: Seed of the initial weights, the batches and all other random numbers.
+        device: Device of each rank; `auto` is a GPU for each rank if PyTorch finds them, else the CPU.
+        timeout_seconds: Seconds that ranks wait for each other before they give up.
     """
 
     name: Name
@@ -118,19 +118,19 @@ class Config(Section):
 
     Attributes:
         run: Name, seed and place.
-        model: What is trained: a shipped model, or your own as package.module:callable.
-        data: What it is trained on: shipped data, or your own as package.module:callable.
-        loss: The loss; K-FAC takes its likelihood from it.
-        optimizer: The first-order optimizer that takes the step; none where a solver of K-FAC's finds the whole step.
-        kfac: What K-FAC measures, inverts and does with the result.
-        engine: How the model's parameters are distributed over the ranks.
+        model: The model: a shipped one, or your own as package.module:callable.
+        data: The data: shipped data, or your own as package.module:callable.
+        loss: The loss; it also determines K-FAC's likelihood.
+        optimizer: The first-order optimizer that takes the step; none if a solver of K-FAC computes the whole step.
+        kfac: K-FAC: measurement, inversion, distribution and update.
+        engine: Distribution of the model's parameters over the ranks.
         train: Length, batches and evaluation.
-        checkpoint: When to save, how many to keep, and what to start from.
+        checkpoint: Saving, keeping and resuming checkpoints.
         metrics: Measurements beside losses, and the address that serves them while the run trains.
         game: Two players instead of one model.
         compare: Optimizers that `--compare` trains beside K-FAC, by name, from the same weights on the same data.
         extensions: Modules of your own, as package.module, that are imported before this file is checked: each
-            registers layer types, solvers or whatever else it adds.
+            registers layer types, solvers or other parts.
     """
 
     run: RunConfig
@@ -162,7 +162,7 @@ class Config(Section):
     def _engine_takes_growing_batches(self) -> Self:
         if self.train.batch_growth is not None and self.engine.name.zero_stage is not None:
             raise ValueError(
-                f"train.batch_growth and engine.name {self.engine.name} exclude each other: DeepSpeed is told the size "
+                f"train.batch_growth and engine.name {self.engine.name} exclude each other: DeepSpeed gets the size "
                 "of a batch once; use engine ddp or fsdp2, or leave batch_growth out"
             )
         return self
@@ -254,7 +254,7 @@ class Config(Section):
 
     @property
     def first_order(self) -> OptimizerConfig:
-        """The optimizer that moves the parameters: `optimizer`, or plain descent by what a solver has found."""
+        """The optimizer that moves the parameters: `optimizer`, or plain descent along the step of a solver."""
         return self.optimizer or OptimizerConfig(lr=Schedule(value=1.0), momentum=0.0)
 
     @property

@@ -15,7 +15,7 @@ from kfac_dist.errors import ExtensionError
 # No run has so many of anything. Float32 has numbers from 1e-38 to 3e38: beyond these little is left for products.
 MOST_COUNT = 10**9
 LEAST, MOST = 1e-30, 1e30
-# Of the longest name that a file may have (255 bytes) some is left for what is put behind it.
+# A file name may have 255 bytes; some are left for suffixes.
 MOST_NAME = 100
 MOST_PATH = 1000
 
@@ -38,7 +38,7 @@ def _not_lost(value: float) -> float:
     return value
 
 
-# Strict: neither "5" nor true is a number, whatever Python thinks; a whole number is still a fine float.
+# Strict: neither "5" nor true is a number; a whole number is accepted as a float.
 Fraction = Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=MOST, strict=True, allow_inf_nan=False), AfterValidator(_not_lost)]
@@ -58,7 +58,7 @@ def check_new_name(function: str, name: str, known: Iterable[str]) -> None:
     """Refuse a name under which nothing can be registered.
 
     Args:
-        function: What registers it, for the message.
+        function: The registering function, for the message.
         name: The name.
         known: Names that are taken.
 
@@ -110,9 +110,9 @@ class Gone:
     """A key that a section had once.
 
     Attributes:
-        default: Its default then. That value is taken and dropped: what runs wrote when they began spells defaults out,
-            and says nothing else than what is done without the key.
-        instead: What to write in place of any other value.
+        default: Its default then. That value is accepted and dropped: saved configurations contain all defaults, and
+            this one has the same meaning as no key.
+        instead: Replacement for any other value, for the message.
     """
 
     default: Any

@@ -12,12 +12,12 @@ from kfac_dist.config.section import MOST, BelowOne, Count, CountOrZero, Positiv
 class BatchGrowth(Section):
     """A batch that grows exponentially, from `train.batch_size` in the first step on (Martens & Grosse 2015, §13).
 
-    What an epoch has left joins its last batch when it is less than half a batch, so that no batch is much smaller than
-    the one before.
+    A remainder of an epoch of less than half a batch joins the last batch, so that no batch is much smaller than the
+    one before.
 
     Attributes:
-        final: Samples that it grows to; never more than the data has.
-        steps: Steps that it takes.
+        final: Final batch size, at most the number of samples in the data.
+        steps: Number of steps until then.
     """
 
     final: Count
@@ -48,16 +48,17 @@ class TrainConfig(Section):
 
     Attributes:
         batch_size: Samples of one optimizer step over all ranks and micro-batches, so that W does not change the run.
-        batch_growth: Samples that `batch_size` grows to, and in how many steps; null keeps it.
+        batch_growth: Exponential growth of `batch_size`; null keeps it constant.
         accumulate: Micro-batches of one step.
         steps: Optimizer steps; give this or `epochs`.
         epochs: Passes over the data.
         evaluate_every: Steps between evaluations; 0 evaluates at the end only.
         log_every: Steps between lines of metrics.
         iterate_averaging: ξ of a running average of the weights, `θ̄ ← ξθ̄ + (1−ξ)θ`, ξ at most 1 − 1/k in step k. It is
-            what is evaluated, at the end as well, and is saved beside the weights, which go on without it; null is off.
-        clip_grad_norm: Norm to which the gradient that the optimizer sees is clipped.
-        loader_workers: Processes a rank that load data which is not held in memory; 0 loads between steps.
+            used in evaluations, including the last one, and saved beside the weights, whose training it doesn't change;
+            null: none.
+        clip_grad_norm: Norm to which the optimizer's gradient is clipped, after preconditioning.
+        loader_workers: Processes per rank that load data which is not held in memory; 0 loads between steps.
         divergence: Handling of steps whose loss or gradients are not finite.
     """
 

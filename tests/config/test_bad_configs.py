@@ -153,7 +153,7 @@ LINES = {
         "{file}:2: the YAML tag !!python/name:os.system",
     ),
     "tagged collection": ("data: digits", "data: !!set {digits}", "the YAML tag !!set is not supported"),
-    "tag that lies": ("steps: 4", "steps: !!int four", "'four' is not what its tag"),
+    "tag that lies": ("steps: 4", "steps: !!int four", "'four' is no value of its tag"),
     "unknown alias": ("steps: 4", "steps: *steps", "{file}:14: not valid YAML: found undefined alias"),
     "alias of itself": ("args: {dims: [64, 8]}", "args: &a {dims: *a}", "refers to the value that it is part of"),
     "merge of a scalar": ("steps: 4", "<<: 4", "{file}:14: << merges mappings, found 4"),

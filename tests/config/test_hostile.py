@@ -64,7 +64,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "an open end of deep lists": (GOOD + "zzz: " + "[" * 100_000, f":20: {DEEP}"),
     "a huge key": (GOOD + "? " + "k" * 200_000 + "\n: 1\n", f":20: {'k' * 57}...: unknown key"),
     "a huge value": (named("n" * 200_000), f":2: run.name: found '{'n' * 57}...', expected"),
-    "a huge number": (GOOD.replace("steps: 4", "steps: " + "9" * 5000), f"14: '{'9' * 57}...' is not what its tag"),
+    "a huge number": (GOOD.replace("steps: 4", "steps: " + "9" * 5000), f"14: '{'9' * 57}...' is no value of its tag"),
     "a huge tag": (named("!" + "t" * 5000 + " x"), "the YAML tag !ttt"),
     "a huge alias": (named("*" + "t" * 5000), "not valid YAML: found undefined alias 'ttt"),
     "a key of two lines": (GOOD + '"a\\nerror: b\\e[31m": 1\n', r":20: a\nerror: b\x1b[31m: unknown key"),

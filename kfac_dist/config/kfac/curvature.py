@@ -1,4 +1,4 @@
-"""`kfac.curvature`: what is measured."""
+"""`kfac.curvature`: measurement of the statistics."""
 
 from __future__ import annotations
 
@@ -106,18 +106,18 @@ class CurvatureConfig(Section):
     """Measurement: the layers, the gradients that make G, intervals, precision.
 
     Attributes:
-        fisher: Gradients that make G. `mc` and `type2` are the true Fisher and need `likelihood`.
+        fisher: Gradients that G is computed from. `mc` and `type2` give the true Fisher and need `likelihood`.
         likelihood: Predictive distribution of the model; the training loop sets it from the loss.
         loss_terms: Terms of the mean in the loss.
         sharing: Weight-sharing setting of every block that `sharing_overrides` does not match.
         sharing_overrides: Pattern (`fnmatch`, on module names) to setting; the first match wins.
         include: Patterns of module names that get K-FAC blocks.
         exclude: Patterns of module names that get none; wins over `include`.
-        uncovered: A parameter without a block keeps its `plain` gradient, or is divided by a `diagonal` Fisher: the
-            data's labels, for nothing more than the averaged gradient; `diagonal_mc` draws labels from the model, for a
-            backward pass and a sum over the ranks at steps that measure.
+        uncovered: A parameter without a block keeps its `plain` gradient, or is divided by a `diagonal` Fisher: of the
+            data's labels, from the averaged gradient alone; `diagonal_mc` samples labels from the model, at the cost of
+            a backward pass and a sum over the ranks in steps that measure.
         decay: β of the running average, applied once every `factor_every` steps.
-        decay_ramp: Let β be min(1 − 1/k, decay) in the k-th regular measurement: the plain mean of all at first, then
+        decay_ramp: Use β = min(1 − 1/k, decay) in the k-th regular measurement: at first the plain mean of all, then
             the running average (Martens & Grosse 2015, §5).
         factor_every: Steps between measurements of one layer.
         stagger: Parts in which layers take turns inside one `factor_every` window, so that steps take equally long; 1
@@ -125,17 +125,17 @@ class CurvatureConfig(Section):
         sample_fraction: Share of rows (samples, or tokens) that enter the factors: 1/k, every k-th row.
         factor_dtype: Precision in which the running averages are kept. `auto` is float64 if a covered layer has
             parameters in it, else float32. With float64 everything else is measured and solved in it, too.
-        class_conditional: Keep statistics apart by class, and combine them at a refresh.
-        on_mismatch: A layer whose captured inputs and output gradients don't make its gradient (its class transforms
-            the weight, its weight is also used by hand, ...) keeps its `plain` gradient, or is an `error`. Each layer
-            is judged once, at the first step that measures it.
-        seed: Seed of the labels that `mc` draws.
+        class_conditional: Keep separate statistics for each class, and combine them at a refresh.
+        on_mismatch: A layer whose captured inputs and output gradients don't reproduce its gradient (its class
+            transforms the weight, its weight is also used directly, ...) keeps its `plain` gradient, or is an `error`.
+            Each layer is checked once, in the first step that measures it.
+        seed: Seed of the labels that `mc` samples.
     """
 
     questions: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Which layers?": ("include", "exclude", "uncovered", "on_mismatch"),
         "Whose gradients?": ("fisher", "likelihood", "loss_terms", "class_conditional", "seed"),
-        "What of positions that share a weight?": ("sharing", "sharing_overrides"),
+        "How are positions combined that share a weight?": ("sharing", "sharing_overrides"),
         "How often, and of how much?": ("factor_every", "stagger", "sample_fraction"),
         "For how long, and how precisely?": ("decay", "decay_ramp", "factor_dtype"),
     }

@@ -1,4 +1,4 @@
-"""`kfac.distribution`: which rank does which work, and what crosses the network."""
+"""`kfac.distribution`: work of each rank, and communication."""
 
 from __future__ import annotations
 
@@ -57,28 +57,29 @@ class DistributionConfig(Section):
     """Distribution of K-FAC's work over the ranks, and of its traffic.
 
     Attributes:
-        backend: Library that carries factors and inverses: `torch` (gloo, NCCL), or `mpi` for CPU clusters with
-            a network that only MPI drives; the ranks are then started by mpirun. Or one that a module under
+        backend: Library that communicates factors and inverses: `torch` (gloo, NCCL), or `mpi` for CPU clusters with
+            a network that only MPI uses well; the ranks are then started by mpirun. Or one that a module under
             `extensions` registers.
-        assignment: Rule that gives each unit its owner: in turns, or so that the ranks' sums of n³ are `balanced`.
+        assignment: Rule that gives each unit its owner: round-robin, or so that the ranks' sums of n³ are `balanced`.
         placement: Ranks that hold inverses and precondition; `auto` is `replicated` under DDP, `owner` when sharded.
         grad_worker_fraction: `hybrid` only: share of the ranks that precondition one block; times W it is a whole
             number that divides W.
-        reduction: `all_reduce` gives every rank every factor, `reduce_scatter` only those that it inverts.
+        reduction: `all_reduce` gives every rank every factor, `reduce_scatter` only the factors that it inverts.
         reduce_every: `refresh` reduces when an inverse needs it, `step` at every measurement.
-        communication_dtype: Precision of factors on the wire; `auto` is float64 if they are kept in it, else float32.
-        pack_triangles: Send only one triangle of symmetric matrices: half the bytes for two copies; pays on slow links.
-        buckets: Number of collectives that one reduction is cut into, so that it overlaps with backward.
-        overlap: Start reducing during the backward that the loop has announced as the step's last, by
-            `kfac.micro_batch(last=True)`; off, or without that word, reduces in `step()`.
-        timeout_seconds: How long a collective of K-FAC may wait before it fails on every rank.
+        communication_dtype: Precision of factors when sent; `auto` is float64 if they are kept in it, else float32.
+        pack_triangles: Send only one triangle of symmetric matrices: half the bytes at the cost of two copies; for slow
+            links.
+        buckets: Number of collectives that one reduction is divided into, so that it overlaps with backward.
+        overlap: Start reducing during the step's last backward, announced by `kfac.micro_batch(last=True)`; otherwise
+            reduce in `step()`.
+        timeout_seconds: Seconds that a collective of K-FAC may wait before it fails on every rank.
     """
 
     questions: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Who inverts?": ("assignment",),
-        "Who holds inverses and preconditions?": ("placement", "grad_worker_fraction"),
+        "Which rank inverts?": ("assignment",),
+        "Which ranks hold inverses and precondition?": ("placement", "grad_worker_fraction"),
         "How do statistics become global, and when?": ("reduction", "reduce_every", "buckets", "overlap"),
-        "What crosses the network?": ("backend", "communication_dtype", "pack_triangles", "timeout_seconds"),
+        "How is data sent?": ("backend", "communication_dtype", "pack_triangles", "timeout_seconds"),
     }
 
     gone: ClassVar[Mapping[str, Gone]] = {

@@ -1,4 +1,4 @@
-"""`kfac.inversion`: the systems that are solved, and the cuts of large factors (Block K-FAC)."""
+"""`kfac.inversion`: damping and inversion of the factors, and cuts of large ones (Block K-FAC)."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Structure(StrEnum):
 
 
 class AdaptConfig(Section):
-    """A damping that follows the trust region of `update.kl_clip`: more where steps are cut, less where they fit.
+    """A damping that follows the trust region of `update.kl_clip`: more if steps are cut, less if they fit.
 
     Attributes:
-        every: Steps that are judged together; judged they are at the next refresh of inverses.
-        rate: What the damping is multiplied by while steps are cut to a tenth and less, and divided by while half of
-            them and more is left.
+        every: Steps between adaptations; each takes place at the next refresh of inverses.
+        rate: Factor that multiplies the damping while steps are cut to a tenth or less, and divides it while half of
+            their length or more is left.
         lowest: Least factor of the configured damping.
         highest: Largest factor of the configured damping.
     """

@@ -14,7 +14,7 @@ from kfac_dist.config.kfac.update import UpdateConfig
 from kfac_dist.config.schedules import ScheduleKind
 from kfac_dist.config.section import Flag, Section
 
-# What newton measures and when, where a run doesn't say it: the paper's figures.
+# Defaults of newton: the paper's intervals.
 _NEWTON: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "curvature": (CurvatureConfig, {"factor_every": 1, "decay_ramp": True}),
     "inversion": (InversionConfig, {"inverse_every": 20}),
@@ -24,8 +24,8 @@ _NEWTON: dict[str, tuple[type[Section], dict[str, Any]]] = {
 class KFACConfig(Section):
     """Everything that `KFAC` needs besides the model.
 
-    `solver` is what finds the step. Where it isn't a first-order optimizer, the trust region of the direct step has
-    no say: `update.kl_clip` is then null. Under `newton` statistics are measured every step and inverted every 20, and
+    `solver` computes the step. With any other solver than `direct`, the direct step's trust region is not used:
+    `update.kl_clip` is then null. Under `newton` statistics are measured every step and inverted every 20, and
     `curvature.decay_ramp` is on, unless the sections say otherwise.
 
     Attributes:
@@ -190,7 +190,7 @@ class KFACConfig(Section):
             )
         if graft is not None and self.curvature.uncovered is not Uncovered.PLAIN:
             raise ValueError(
-                "update.graft lets what no block covers take the first-order step, so that curvature.uncovered: "
+                "update.graft lets parameters without a block take the first-order step, so that curvature.uncovered: "
                 f"{self.curvature.uncovered} would have no effect: leave one of them out"
             )
         return self

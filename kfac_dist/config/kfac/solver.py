@@ -1,4 +1,4 @@
-"""`kfac.solver`: methods that find the step, and the options of those that use the quadratic model of the loss.
+"""`kfac.solver`: methods that compute the step, and options of those that use the quadratic model of the loss.
 
 direct    K-FAC preconditions the gradient, the first-order optimizer of the section `optimizer` takes the step
 newton    rescaling and momentum from the model M(δ) = ½ δᵀ(F + λI)δ + ∇hᵀδ, by exact products with F

@@ -1,4 +1,4 @@
-"""`kfac.update`: what is done with the result."""
+"""`kfac.update`: length of the step, and further transforms of it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class UpdateConfig(Section):
 
     Attributes:
         kl_clip: κ of the trust region: Δ is scaled by min(1, sqrt(κ / (lr² Σ⟨Δ, ∇⟩))); null switches it off.
-        kl_clip_lr: The lr of that formula. `current` is the optimizer's lr of this step: while the clip is active the
-            step's length is then set by κ alone. A number fixes it, so that an lr schedule keeps its effect.
-        graft: Each layer's Δ takes the length of a first-order step: that of the gradient (`gradient`, as long as
-            SGD's) or of its sign (`sign`, about as long as Adam's, so that its learning rates fit); what no block
-            covers takes that step itself. null leaves Δ as long as the curvature says.
+        kl_clip_lr: The lr of that formula. `current` is the optimizer's lr of this step: while the clip is active, κ
+            alone then sets the step's length. A number fixes it, so that an lr schedule keeps its effect.
+        graft: Scale each layer's Δ to the length of a first-order step: of the gradient (`gradient`, as long as SGD's)
+            or of its sign (`sign`, about as long as Adam's, so that learning rates for Adam fit). Parameters without a
+            block take that step itself. null keeps the length of Δ.
         l2: Coefficient of a weight decay that is part of the loss: l2·θ joins the gradient before preconditioning and
             l2 joins the damping. (An optimizer's own weight_decay stays outside of K-FAC, as in AdamW.)
-        transforms: Name of a registered transform to its arguments: further stages of what is done with a layer's
-            gradient matrix at its owner, in this order within a stage.
+        transforms: Registered transforms of a layer's gradient matrix at its owner, by name with their arguments, in
+            this order within a stage.
     """
 
     gone: ClassVar[Mapping[str, Gone]] = {

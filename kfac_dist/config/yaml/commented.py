@@ -1,4 +1,4 @@
-"""A shipped run as one file to begin with: its includes merged in, and above each key what it means.
+"""A shipped run as one file to begin with: its includes merged in, and each key's meaning above it.
 
 The comments are those of the schema's docstrings, so that they can't disagree with the reference.
 """
@@ -49,7 +49,7 @@ def commented_yaml(shipped: Path, target: Path) -> str:
 
 
 def meaning(path: KeyPath) -> str:
-    """Return what the schema says of a key, in a sentence or a few; empty if it says nothing."""
+    """Return the schema's description of a key, one or several sentences; empty if it has none."""
     parent = allowed_at(path[:-1])
     if parent is None or parent.section is None:
         return ""
@@ -61,7 +61,7 @@ def meaning(path: KeyPath) -> str:
 
 
 def _attributes(section: type[Section]) -> dict[str, str]:
-    """Return what a section's docstring says of its keys."""
+    """Return the descriptions of keys in a section's docstring."""
     found: dict[str, str] = {}
     _, _, listed = (inspect.getdoc(section) or "").partition("Attributes:\n")
     name = ""
@@ -104,7 +104,7 @@ def _ordered(path: KeyPath, value: Mapping[str, Any]) -> list[str]:
 
 
 def _opens(path: KeyPath) -> bool:
-    """Whether a mapping gets a line for each key: sections do, and what names several."""
+    """Whether a mapping gets a line for each key: sections do, and mappings of several names."""
     allowed = allowed_at(path)
     if allowed is None:
         return False

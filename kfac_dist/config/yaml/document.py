@@ -4,7 +4,7 @@
 
 Scalars follow YAML 1.2, whose rules have no surprises: `1e-3` is a number, `no` and `012` are text, booleans are
 `true` and `false`. A key given twice, which YAML readers resolve silently, is refused; and so is, before any of it is
-made, what has more values than a person writes.
+expanded, a text of too many values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kfac_dist.errors import ConfigError
 # The largest of the shipped runs has 60 values, nested 6 deep; a resolved one has 200.
 MOST_VALUES = 20_000
 MOST_DEPTH = 50
-# Mistakes that are told of one file.
+# Mistakes that are reported of one file.
 MOST_PROBLEMS = 10
 _TOO_MANY = f"more than {MOST_VALUES:,} values, with aliases written out: no configuration has so many"
 _TOO_DEEP = f"nested too deeply to be a configuration: more than {MOST_DEPTH} levels, with aliases written out"
@@ -52,7 +52,7 @@ class _TooLargeError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader's grammar with YAML 1.2's scalars, and bounds on what the text stands for.
+    """SafeLoader's grammar with YAML 1.2's scalars, and bounds on the expanded text.
 
     An alias counts as all that it stands for, before anything is made of it: a few lines of aliases of aliases can
     stand for more values than there is memory.
@@ -86,7 +86,7 @@ class _Loader(yaml.SafeLoader):
             parts = [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             parts = node.value
-        # What isn't known yet is an alias of what it is part of, which is refused later.
+        # An unknown alias refers to a node that contains it, and is refused later.
         extents = [self._extents.get(part, (0, 0)) for part in parts]
         values = 1 + sum(values for values, _ in extents)
         depth = 1 + max((depth for _, depth in extents), default=0)
@@ -225,7 +225,7 @@ def show(value: Any) -> str:
 
 
 class _Reader:
-    """Turns nodes into values, noting places and gathering what is wrong on the way."""
+    """Turns nodes into values, and records their places and all mistakes."""
 
     def __init__(self, source: str, *, numbered: bool = True) -> None:
         self.source = source
@@ -315,7 +315,7 @@ class _Reader:
                 case "float":
                     return float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text.lower().replace("_", "")))
         except (KeyError, ValueError):
-            self.problems.append(f"{self._place(node)}: {show(text)} is not what its tag {_short(node.tag)} says")
+            self.problems.append(f"{self._place(node)}: {show(text)} is no value of its tag {_short(node.tag)}")
             return None
         return self._unsupported(node)
 
@@ -340,7 +340,7 @@ def dotted(path: Sequence[str | int]) -> str:
 
 
 def reported(problems: Sequence[str], total: int | None = None) -> str:
-    """Return what is wrong, a line each, as far as a person reads it; of `total` mistakes these may be the first."""
+    """Return the mistakes, one line each, up to a readable number; of `total` mistakes these may be the first."""
     shown = problems[:MOST_PROBLEMS]
     hidden = (total or len(problems)) - len(shown)
     return "\n".join([*shown, *([f"… and {hidden} more"] if hidden else [])])

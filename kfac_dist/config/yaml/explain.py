@@ -1,4 +1,4 @@
-"""A refused value in one line: where it was written, what was found, what is allowed, what was probably meant."""
+"""A refused value in one line: its place, the value found, the values allowed, and the probable correction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kfac_dist.errors import ConfigError, did_you_mean
 
 
 def config_error(error: ValidationError, document: Document) -> ConfigError:
-    """Gather what pydantic found into one error with a line for each mistake, in the order of the file."""
+    """Turn pydantic's findings into one error with a line for each mistake, in the order of the file."""
     found: dict[Path, tuple[Origin, ErrorDetails]] = {}
     for detail in error.errors():
         path = _path(detail, document)
@@ -29,7 +29,7 @@ def config_error(error: ValidationError, document: Document) -> ConfigError:
 
 
 def _path(detail: ErrorDetails, document: Document) -> Path:
-    """The key that a mistake is told of."""
+    """The key that a mistake is reported for."""
     path = _schema_path(detail["loc"])
     return _blamed(_message(detail), path, document) if detail["type"] == "value_error" else path
 
@@ -69,7 +69,7 @@ def _beyond(detail: ErrorDetails) -> str:
 
 
 def _schema_path(loc: tuple[int | str, ...]) -> Path:
-    """Drop what pydantic adds to a path for the members of a union; keep an unknown key at its end."""
+    """Drop pydantic's additions to a path for the members of a union; keep an unknown key at its end."""
     for length in range(len(loc) + 1):
         if allowed_at(loc[:length]) is None:
             parent = allowed_at(loc[: length - 1])
@@ -88,7 +88,7 @@ def _blamed(message: str, path: Path, document: Document) -> Path:
 
 
 def meant_key(path: Path) -> str:
-    """Return what was probably meant by an unknown key at a path, to end a message, or which keys there are."""
+    """Return the end of a message about an unknown key: the key probably meant, or the keys that exist."""
     key = str(path[-1])
     parent = allowed_at(path[:-1])
     own = list(parent.section.model_fields) if parent is not None and parent.section is not None else []

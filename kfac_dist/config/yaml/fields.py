@@ -89,7 +89,7 @@ def allowed_at(path: Path) -> Allowed | None:
 
 
 def may_be_list(path: Path) -> bool:
-    """Whether a list may stand at a path: where the schema says so, or says nothing of what stands there."""
+    """Whether a list may stand at a path: if the schema says so, or doesn't restrict the value."""
     allowed = allowed_at(path)
     if allowed is None or allowed.annotation is Any:
         return True
@@ -164,7 +164,7 @@ def _number(allowed: Allowed) -> str:
     for constraint in allowed.constraints:
         match constraint:
             case annotated_types.Ge(ge=bound) | annotated_types.Le(le=bound) if bound in _BEYOND_USE:
-                continue  # told to those who reach them
+                continue  # reported where they are reached
             case annotated_types.Gt(gt=bound):
                 bounds.append(f"> {bound:g}")
             case annotated_types.Ge(ge=bound):

@@ -65,7 +65,7 @@ def merged(document: Document, overrides: Sequence[str] = (), *, top: Iterable[D
 
 
 def _import_extensions(document: Document) -> None:
-    """Import the modules under `extensions`: what they register is then known; nothing else of theirs is called.
+    """Import the modules under `extensions`, which register their parts; nothing else of them is called.
 
     Raises:
         ConfigError: One can't be imported.
@@ -83,7 +83,7 @@ def _import_extensions(document: Document) -> None:
 
 
 def resolve(config: Config) -> Config:
-    """Fill in what follows from other values: the curvature's likelihood and loss terms, from the loss."""
+    """Fill in values that follow from others: the curvature's likelihood and loss terms, from the loss."""
     loss = config.loss.name
     curvature = config.kfac.curvature.model_copy(
         update={"likelihood": loss.likelihood, "loss_terms": loss.loss_terms},
@@ -97,7 +97,7 @@ def dump_yaml(config: Config) -> str:
 
 
 def read_document(path: Path) -> Document:
-    """Read a file on top of what it includes, unchecked.
+    """Read a file on top of its includes, unchecked.
 
     Raises:
         ConfigError: A file can't be read, or is no YAML that a configuration can be.
@@ -120,7 +120,7 @@ class _Reading:
     values: int = 0
 
     def read(self, path: Path, including: tuple[Path, ...], included_at: str = "") -> Document:
-        """Read one file on top of what it includes; `including` are the files that led here."""
+        """Read one file on top of its includes; `including` are the files that include it."""
         if os.path.realpath(path) in map(os.path.realpath, including):
             chain = " → ".join(str(file) for file in (*including, path))
             raise ConfigError(f"{included_at}include: files include each other: {chain}")

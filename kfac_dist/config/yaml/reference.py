@@ -1,7 +1,7 @@
 """Every key of a run's file: all of them as one commented file, or one of them explained.
 
-Meanings are those of the schema's docstrings, types and defaults the schema's own, and what a key can't do without a
-value for is taken from a shipped run: what is printed is a file that trains.
+Meanings come from the schema's docstrings, types and defaults from the schema, and values of required keys from a
+shipped run: the printed file trains.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kfac_dist.errors import ConfigError
 
 EXAMPLE = "digits_autoencoder"
 _HEAD = f"""\
-# All keys of a run's file. Values are the defaults; what has none is as in the shipped run {EXAMPLE}.
-# Sections that a run leaves out unless it needs them are commented out. Schedules (lr, damping) take a number, or
-# {{value, kind, final, steps, warmup_steps, warmup_from}}.
+# All keys of a run's file. Values are the defaults; keys without a default have the values of the shipped run
+# {EXAMPLE}. Sections that a run leaves out unless it needs them are commented out. Schedules (lr, damping) take a
+# number, or {{value, kind, final, steps, warmup_steps, warmup_from}}.
 #
 #   kfac-dist config KEY    explains one key, such as kfac.inversion.damping
 #   kfac-dist init [NAME]   writes a shipped run to begin with
@@ -31,12 +31,12 @@ _HEAD = f"""\
 
 
 def reference_yaml() -> str:
-    """Return a file that says every key of the schema, with its meaning and what it takes above it."""
+    """Return a file with every key of the schema, and its meaning and type above it."""
     return "\n".join([_HEAD.rstrip(), *_section((), Config, load_config(EXAMPLE))]) + "\n"
 
 
 def explain_key(key: str) -> str:
-    """Return what a key is: what it takes, its default and meaning; of a section, all of its keys.
+    """Return the explanation of a key: its type, default and meaning; of a section, all of its keys.
 
     Args:
         key: Dotted, as on the command line.
@@ -146,7 +146,7 @@ def _indent(path: Path) -> str:
 
 
 def _kind(allowed: Allowed) -> str:
-    """Return what a key takes; schedules are explained at the head."""
+    """Return the type of a key's value; schedules are explained at the head."""
     text = str(allowed)
     if allowed.section is Schedule:
         return "a number or a schedule" + (" or null" if text.endswith("null") else "")
@@ -168,7 +168,7 @@ def _plain(value: Any) -> Any:
 
 
 def _description(section: type[Section]) -> str:
-    """Return a section's docstring without what it says of its keys."""
+    """Return a section's docstring without the descriptions of its keys."""
     return (inspect.getdoc(section) or "").partition("Attributes:\n")[0].strip()
 
 

@@ -1,6 +1,6 @@
 """The configurations that ship with the package, by name: `digits_autoencoder` is configs/digits_autoencoder.yaml.
 
-Packed into an installed package, beside the package in a checkout. `base.yaml` holds what the others share; it is no
+Packed into an installed package, beside the package in a checkout. `base.yaml` holds the values common to all; it is no
 run by itself, and no name.
 """
 
@@ -43,7 +43,7 @@ def shipped_file(name: str) -> Path:
     """Return the file of a shipped run.
 
     Raises:
-        ConfigError: There is no such run: lists those that there are.
+        ConfigError: There is no such run: lists the existing ones.
     """
     names = shipped_names()
     if name not in names:
@@ -62,7 +62,7 @@ def find_config(path: Path) -> Path:
 
 
 def meant(path: Path) -> str:
-    """Return what a file that isn't there may have been, to end a message: a neighbour, or a shipped run."""
+    """Return the end of a message about a missing file: a similar file in its folder, or a shipped run."""
     siblings = [str(file) for file in sorted(path.parent.glob("*.y*ml")) if file.is_file()]
     close = difflib.get_close_matches(str(path), siblings, n=1)
     if close:

@@ -2,7 +2,8 @@
 
 A name is a shipped one, or `package.module:callable` of the user's own code, looked up from the working directory as
 `python -m` does; so a user's model needs no registration and no fork. That makes a configuration a program: looking a
-name up imports its module, and building it calls it. What can't make a model or data, such as os:system, is not called.
+name up imports its module, and building it calls it. Callables that can't make a model or data, such as os:system, are
+not called.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def load_target(
     Args:
         target: The target; its module is imported.
         shipped: The callables that a name stands for.
-        kind: Of what the target is part.
-        makes: What the callable should return.
+        kind: Section that the target belongs to.
+        makes: Type that the callable should return.
 
     Raises:
         ConfigError: An unknown name, a module or attribute that is missing or fails to import, something that can't
-            be called or can't return what it should, or arguments that its signature refuses.
+            be called or can't return `makes`, or arguments that its signature refuses.
     """
     if target.is_code:
         found = _imported(target.name, kind)
@@ -80,7 +81,7 @@ def import_module(name: str, where: str) -> types.ModuleType:
 
     Args:
         name: Its full name.
-        where: The key that names it and what was found there, for messages.
+        where: The key that names it and the value found there, for messages.
 
     Raises:
         ConfigError: There is none, or importing it fails.
@@ -91,12 +92,12 @@ def import_module(name: str, where: str) -> types.ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-            raise ConfigError(f"{where}, but importing {name} fails: {error}; install what it needs") from error
+            raise ConfigError(f"{where}, but importing {name} fails: {error}; install its requirements") from error
         raise ConfigError(
             f"{where}, but there is no module {error.name!r}: modules are looked up in {folder} and among the "
             "installed packages"
         ) from None
-    # The user's own code: whatever it raises, the run can't start, and this says where. A script may end itself.
+    # The user's own code: after any exception the run can't start, and this says where. A script may end itself.
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{where}, but importing {name} raises {type(error).__name__}: {error}") from error
 
@@ -121,7 +122,7 @@ def _imported(name: str, kind: Kind) -> Callable[..., Any]:
 
 
 def _check_product(found: Callable[..., Any], target: Target, kind: Kind, makes: type) -> None:
-    """Refuse what can be told not to return what it should before it is called."""
+    """Refuse a callable whose module or annotation shows that it returns something else."""
     if makes is object or _needs_positions(found):
         return
     where = f"{kind}.name: found {target.name!r}"
@@ -135,7 +136,7 @@ def _check_product(found: Callable[..., Any], target: Target, kind: Kind, makes:
     if made is source and isinstance(made.__new__, types.FunctionType):
         return  # it may make anything
     verb = "makes" if made is source else "says that it returns"
-    raise ConfigError(f"{where}, which {verb} {made.__module__}.{made.__qualname__}, expected what makes {expected}")
+    raise ConfigError(f"{where}, which {verb} {made.__module__}.{made.__qualname__}, expected a maker of {expected}")
 
 
 def _needs_positions(found: Callable[..., Any]) -> bool:
