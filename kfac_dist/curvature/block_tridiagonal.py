@@ -5,8 +5,8 @@ gradients of the layers are taken for a chain of Gaussian variables in which eac
 
     F̂⁻¹ = Ξᵀ Λ Ξ        Ξ: I on the diagonal, −Ψ_{i,i+1} above it;  Λ: the inverses of the conditional covariances
 
-    Ψ_{i,i+1} = Ψᴬ ⊗ Ψᴳ,  Ψᴬ = A_{i,i+1} A_{i+1}⁻¹,  Ψᴳ alike             what layer i+1 tells of layer i
-    Σ_{i|i+1} = A_i ⊗ G_i − C ⊗ D,  C = Ψᴬ A_{i+1} Ψᴬᵀ,  D alike           what it doesn't tell; Σ of the last: A ⊗ G
+    Ψ_{i,i+1} = Ψᴬ ⊗ Ψᴳ,  Ψᴬ = A_{i,i+1} A_{i+1}⁻¹,  Ψᴳ alike             the part of layer i known from layer i+1
+    Σ_{i|i+1} = A_i ⊗ G_i − C ⊗ D,  C = Ψᴬ A_{i+1} Ψᴬᵀ,  D alike           the rest; Σ of the last layer: A ⊗ G
 
 The inverse of A ⊗ G − C ⊗ D takes one eigendecomposition a side: with A = LLᵀ and L⁻¹CL⁻ᵀ = E diag(s) Eᵀ, and the same
 of G and D, it is (K_A ⊗ K_G) diag(1 − s_A s_Gᵀ)⁻¹ (K_A ⊗ K_G)ᵀ for K = L⁻ᵀE. The sides don't need each other for it.

@@ -1,4 +1,4 @@
-"""Chains of linear layers: how they are recognised, what is measured between neighbours, and how they precondition.
+"""Chains of linear layers: their detection, the moments between neighbours, and preconditioning.
 
     linear1 ── tanh ── linear2 ── linear3 ── tanh ── linear4          each layer feeds the next one alone
 
@@ -28,7 +28,7 @@ from kfac_dist.precision import widened
 
 NEXT = {Side.A: Side.A_NEXT, Side.G: Side.G_NEXT}
 
-# What may stand between two layers of a chain: each output depends on the input of the same place.
+# Modules allowed between two layers of a chain: each output depends on the input at the same index.
 ELEMENTWISE = (
     nn.Dropout,
     nn.ELU,
@@ -91,7 +91,7 @@ def _chain_of(model: nn.Module, coverage: Coverage) -> list[LinearBlock]:
 
 
 def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what an `nn.Sequential` runs, one after the other, through nested ones."""
+    """Yield the modules of an `nn.Sequential` in order, through nested ones."""
     if not isinstance(module, nn.Sequential):
         yield prefix, module
         return
@@ -127,7 +127,7 @@ class NeighbourMoments:
         self._done: dict[Side, set[tuple[str, str]]] = {Side.A: set(), Side.G: set()}
 
     def reset(self) -> None:
-        """Forget what a pass has left."""
+        """Forget the state of a pass."""
         self._rows.clear()
         for done in self._done.values():
             done.clear()
@@ -135,7 +135,7 @@ class NeighbourMoments:
     def measure(
         self, block: Block, calls: Sequence[LayerCall], batch: MicroBatch, sink: StatisticsSink, sides: frozenset[Side]
     ) -> None:
-        """Add what a block has in common with its neighbours, as far as those were measured in this pass.
+        """Add a block's joint moments with its neighbours, as far as those were measured in this pass.
 
         Raises:
             ModelError: The layer was called more than once.

@@ -32,7 +32,7 @@ class Members:
 
     Attributes:
         number: C, with the class of what has no label where there is one.
-        labels: `[M]`, in [0, C); what lies outside is in no class. None if all rows have a share in one class.
+        labels: `[M]`, in [0, C); other values are in no class. None if all rows have a share in one class.
         index: That class.
         shares: `[M]`, the rows' shares in it.
         weigh: Whether products are to be multiplied by the shares; gradients that are sent back have theirs in them.
@@ -87,7 +87,7 @@ class Members:
             self.accumulate_masked(out, rows, alpha=alpha, ones=ones)
 
     def accumulate_masked(self, out: Tensor, rows: Tensor, *, alpha: float, ones: bool) -> None:
-        """Do what `accumulate` does for labels whose values the host doesn't know."""
+        """Accumulate for labels whose values the host doesn't know; see `accumulate`."""
         assert self.labels is not None
         for label in range(self.number):
             mask = (self.labels == label).to(out.dtype)
@@ -111,8 +111,8 @@ class Classes:
 
     Attributes:
         number: C, with the class of what has no label where there is one.
-        labels: `[B]`, or `[B, T]` for a label a token: in [0, C), or C for what is in no class. None if `shares` are
-            given.
+        labels: `[B]`, or `[B, T]` for a label per token: in [0, C), or C for terms without a label. None if `shares`
+            are given.
         index: The class of a `type2` column.
         shares: `[B]` or `[B, T]`: each term's probability of it.
     """
@@ -127,9 +127,9 @@ class Classes:
         """Return the classes of labels.
 
         Args:
-            labels: `[B]` or `[B, T]`, whole numbers; what lies outside of [0, C) has no label.
+            labels: `[B]` or `[B, T]`, whole numbers; terms outside of [0, C) have no label.
             number: C.
-            slots: C, or C + 1 if what has no label is a class of its own.
+            slots: C, or C + 1 if terms without a label are a separate class.
         """
         labels = labels.detach().long()
         return cls(slots, torch.where((labels >= 0) & (labels < number), labels, number))
@@ -155,7 +155,7 @@ class Classes:
             inputs: Whether they are inputs, not gradients.
 
         Raises:
-            ModelError: The rows can't be told apart by the labels.
+            ModelError: The labels don't fit the rows.
         """
         values = self.labels if self.labels is not None else self.shares
         assert values is not None

@@ -52,7 +52,7 @@ class Summary:
 
     @classmethod
     def of_flat(cls, values: Tensor, batch: int, classes: int) -> Summary:
-        """Return what `flat` was made of."""
+        """Return the inverse of `flat`."""
         products = values[: batch * classes**2].view(batch, classes, classes)
         return cls(products, values[batch * classes**2 :].view(batch, classes))
 
@@ -107,7 +107,7 @@ def nearest(
 
 
 def _half(products: Tensor, coefficients: Tensor, frequencies: Tensor, otherwise: Tensor) -> Tensor:
-    """Return one half of the iteration; where a factor is 0 or not finite, what there was."""
+    """Return one half of the iteration; the previous values where a factor is 0 or not finite."""
     inner = (products @ coefficients[:, :, None]).squeeze(-1)
     length = (inner * coefficients).sum(-1, keepdim=True)
     new = frequencies * inner.clamp(min=0) / length

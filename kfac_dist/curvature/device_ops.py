@@ -1,4 +1,4 @@
-"""Small operations that ask a device for nothing: no wait, where the device is a GPU."""
+"""Small operations without host synchronisation on a GPU."""
 
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 
     S = E[(Q_Gᵀ ∇ Q_A)²]        ∇ = Σ_t ĝ_t a_tᵀ, the gradient of one sample's term of the loss
 
-which is exactly diag(Qᵀ F Q) for Q = Q_G ⊗ Q_A, and of all diagonals in this basis the one that is nearest to F. With
+which is exactly diag(Qᵀ F Q) for Q = Q_G ⊗ Q_A, and of all diagonals in this basis the nearest to F. With
 one position, S is a single product of squares, ((Q_Gᵀĝ)²)ᵀ(Q_Aᵀa)². With several, positions of a sample add up before
 anything is squared, a few samples' gradients at a time.
 
-A token loss in the expand setting has no gradient of a term to offer: ĝ_t is what *all* later terms send back to
-position t. Each position counts as a term of its own, as it does in G: S has the scale of A ⊗ G, and differs from its
-diagonal only in what correlates a position's input with its output gradient. In the reduce setting a sequence is one
-draw: ∇ sums over its positions, and with labels drawn from the model (`mc`), independent of each other, the cross terms
+Under a token loss in the expand setting, a term's own gradient is unknown: ĝ_t is the sum over *all* later terms. Each
+position counts as a separate term, as in G: S has the scale of A ⊗ G, and differs from its diagonal only by the
+correlation of a position's input with its output gradient. In the reduce setting a sequence is one sample: ∇ sums over
+its positions, and with labels drawn from the model (`mc`), independent of each other, the cross terms
 vanish on average, so that this is the exact diagonal again.
 
 A factor of fewer samples than its size has a null space, in which any basis is an eigenbasis: whichever LAPACK returns,
@@ -150,7 +150,7 @@ def _squares(inputs: Tensor, grads: Tensor, a: Pieces, g: Pieces, *, ones: bool)
     if positions == 1:
         a_rows, g_rows = _project(inputs.squeeze(2), a), _project(grads.squeeze(2), g)
         return torch.bmm(g_rows.square_().mT, a_rows.square_())
-    # Rows are many and gradients small, or the other way round: what is smaller is turned.
+    # Rows are many and gradients small, or the other way round: rotate the smaller ones.
     rows_first = positions * (width**2 + height**2) < width * height * (width + height)
     if rows_first:
         inputs = _project(inputs.flatten(1, 2), a).unflatten(1, (samples, positions))

@@ -4,7 +4,7 @@ A block has one or two *factors* (A and G of a Kronecker product, or one unit-wi
 blocks, by named splits (heads, groups, sizes) and where it is larger than `max_factor_dim`, and each of those is a
 *unit*: the smallest piece of work that is measured, reduced, inverted and shared on its own.
 
-Where statistics are kept apart by class, a unit has as many sums as there are classes; what is inverted and shared is
+With statistics by class, a unit has as many sums as there are classes; inverted and shared is
 still one factor.
 """
 
@@ -169,7 +169,7 @@ def equal_parts(dim: int, parts: int) -> tuple[int, ...]:
 
 
 def cut(dim: int, max_dim: int | None, sizes: tuple[int, ...] | None = None) -> tuple[tuple[int, int], ...]:
-    """Return the ranges of the diagonal blocks: of the given sizes, and near-equal parts of what exceeds `max_dim`."""
+    """Return the ranges of the diagonal blocks: of the given sizes, larger ones in near-equal parts of ≤ `max_dim`."""
     parts = [
         part
         for size in (sizes or (dim,))

@@ -105,7 +105,7 @@ def uniform(like: Tensor, *, seed: int, step: int, first_sample: int) -> Tensor:
     if like.ndim > 1:
         rest = torch.arange(math.prod(like.shape[1:]), device=like.device)
         key = _mix(key[:, None] + rest)
-    bits = _shift(key, 40)  # 24 bits: what an fp32 mantissa holds
+    bits = _shift(key, 40)  # 24 bits: the size of an fp32 mantissa
     return ((bits.float() + 0.5) / 2**24).view(like.shape)
 
 

@@ -1,6 +1,6 @@
 """Gram matrices, accumulated in place and only where a symmetric matrix needs them.
 
-Convention for every stored factor: the *upper block-triangle* is valid, what lies below the diagonal blocks is zero or
+Convention for every stored factor: the *upper block-triangle* is valid, entries below the diagonal blocks are zero or
 stale. Every operation on factors between measuring and inverting is linear and elementwise, so that none reads it;
 `complete` mirrors the upper half once, when a factor is about to be inverted.
 
@@ -38,7 +38,7 @@ def accumulate_gram(
         out: `[batch, n, n]`, fp32 or fp64; a strided view is fine as long as its last dimension is contiguous.
         rows: `[batch, M, d]` with d = n, or n − 1 when `ones` is set.
         alpha: Scale of the new term.
-        beta: Scale of what is there; 0 ignores it, even when it is not finite.
+        beta: Scale of the previous values; 0 ignores them, even if they are not finite.
         ones: Whether rows carry an implicit last column of ones (the homogeneous coordinate of a bias). It is never
             materialised: its row of the Gram matrix is a column sum.
         weights: `[M]`, the diagonal of D; one for every row by default.
@@ -75,7 +75,7 @@ def accumulate_gram(
 def _add_product_of_halves(panel: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float) -> None:
     """Set `panel ← beta·panel + alpha·left @ right` in place, for factors in bf16.
 
-    By a product of its own: before torch 2.10, those that also add take no fp32 to add to.
+    By a separate product: before torch 2.10, products that also add don't accept an fp32 sum.
     """
     if len(panel) == 1:
         product = torch.mm(left[0], right[0], out_dtype=torch.float32)[None]
@@ -120,7 +120,7 @@ def complete(matrix: Tensor) -> Tensor:
 
 
 def asymmetry(matrix: Tensor, width: int | None = None) -> Tensor:
-    """Return `max|M − Mᵀ| / max|M|` of `[batch, n, n]`, a 0-dim tensor, over what has both of its halves.
+    """Return `max|M − Mᵀ| / max|M|` of `[batch, n, n]`, a 0-dim tensor, over entries with both halves.
 
     The largest entry of a positive semi-definite matrix is on its diagonal.
 

@@ -3,8 +3,8 @@
     window   what the current optimizer step has measured so far       (sum, weight) of this step
     average  S ← βS + (1−β)·window,  w ← βw + (1−β)·count                     (sum, weight) since the start
 
-A factor is S/w: zero-initialised and bias-corrected by its own weight, and linear in everything measured. That is what
-lets ranks keep (S, w) to themselves and add them up whenever a refresh asks for the factor.
+A factor is S/w: zero-initialised and bias-corrected by its own weight, and linear in everything measured. So ranks can
+keep their own (S, w), and sum them when a refresh needs the factor.
 
 The window is kept apart from the average so that a step is a transaction: a batch that isn't finite, or a step that the
 optimizer skips, never touches the average.
@@ -168,11 +168,11 @@ class RunningAverages:
     # ---- measuring: the sink of the blocks
 
     def enter(self, micro_batch: object, terms: float | Tensor, by_class: Tensor | None = None) -> None:
-        """Take what is measured from now on for a micro-batch's, whose terms count for every layer.
+        """Begin the measurements of a micro-batch, whose terms count for every layer.
 
         Args:
             micro_batch: Identifies it.
-            terms: n, of those that sampling keeps.
+            terms: n, of the terms kept by sampling.
             by_class: The same by class, `[C]`.
         """
         self._terms.setdefault(micro_batch, (terms, by_class))
@@ -182,7 +182,7 @@ class RunningAverages:
     def window(self) -> Tensor:
         """Flat sums of the current step."""
         if self._window is None:
-            # Zeros, not empty: what lies below the diagonal blocks is never written, but is summed and sent.
+            # Zeros, not empty: entries below the diagonal blocks are never written, but are summed and sent.
             self._window = torch.zeros(self.layout.numel, device=self.device, dtype=self.working)
         return self._window
 
@@ -234,7 +234,7 @@ class RunningAverages:
     # ---- closing: the window becomes one rank's transaction
 
     def close(self, span: Span) -> None:
-        """Finish the window of a span: what wasn't measured is zero, and what isn't finite is dropped whole.
+        """Finish the window of a span: unmeasured units are zero, and units that aren't finite are dropped whole.
 
         A dropped span leaves both its sums and its weights at zero, so that the average over the other ranks stays
         right without a collective.
@@ -291,7 +291,7 @@ class RunningAverages:
         self._seen.clear()
 
     def count_dropped(self, taken: Tensor) -> None:
-        """Count what the closed spans of a step have dropped, unless the whole step is skipped; no host sync.
+        """Count the units dropped in the closed spans of a step, unless the whole step is skipped; no host sync.
 
         Args:
             taken: 0-dim bool.
@@ -302,7 +302,7 @@ class RunningAverages:
         self._bad.zero_()
 
     def take_over(self, previous: RunningAverages) -> None:
-        """Go on with the counters of the averages that these replace, unit by unit."""
+        """Take over the counters of the averages that these replace, unit by unit."""
         self.dropped += previous.dropped
         for index, unit in enumerate(self.layout.units):
             if unit in previous.layout:
@@ -363,7 +363,7 @@ class RunningAverages:
             self._window = None
 
     def discard(self) -> None:
-        """Forget what the current window measured."""
+        """Forget the measurements of the current window."""
         self._written = [False] * len(self._written)
         self._counts = [0.0] * len(self._counts)
         self._by_class.clear()

@@ -22,8 +22,8 @@ from kfac_dist.errors import ConfigError
 EXAMPLE = "digits_autoencoder"
 _HEAD = f"""\
 # All keys of a run's file. Values are the defaults; keys without a default have the values of the shipped run
-# {EXAMPLE}. Sections that a run leaves out unless it needs them are commented out. Schedules (lr, damping) take a
-# number, or {{value, kind, final, steps, warmup_steps, warmup_from}}.
+# {EXAMPLE}. Sections that a run leaves out unless it needs them are commented out. Schedules (lr, damping)
+# take a number, or {{value, kind, final, steps, warmup_steps, warmup_from}}.
 #
 #   kfac-dist config KEY    explains one key, such as kfac.inversion.damping
 #   kfac-dist init [NAME]   writes a shipped run to begin with

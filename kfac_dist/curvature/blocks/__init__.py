@@ -1,9 +1,9 @@
 """Blocks: a file for each kind of layer, the table of layer types, and which layers of a model get one.
 
-base          what a block is
-uses, rows    what is kept of a layer's calls, and how it becomes rows
+base          the interface of blocks
+uses, rows    records of a layer's calls, and their rows
 linear, convolution, transposed, attention, embedding, tied, norm
-heads         what a layer has to do with attention's heads
+heads         a layer's relation to attention's heads
 table         layer type → block
 coverage      model, configuration → blocks, and reasons for the rest
 """

@@ -52,7 +52,7 @@ class Block(ABC):
         sharing: How positions that share the weight enter.
         partial_traces: Whether A and G are the partial traces of F, so that F ≈ A ⊗ G / tr F and not A ⊗ G.
         by_class: Whether its statistics can be kept apart by class.
-        heads: What the layer has to do with attention's heads, if `find_blocks` has found that out.
+        heads: The layer's relation to attention's heads, as found by `find_blocks`; None if it has none.
         per_sample: Whether rows of A and G make the gradients of single samples, as EKFAC needs them.
         parameter_names: How the layer calls its parameters, in the order of `parameters`; without the first, the
             weight, it has no block.
@@ -128,7 +128,7 @@ class Block(ABC):
         """
 
     def project_gradient(self, name: str, grad: Tensor, signs: Signs) -> Tensor:
-        """Project what a parameter's whole gradient puts into the gradient matrix; returns `[k]`, fp64."""
+        """Project a parameter's part of the gradient matrix; returns `[k]`, fp64."""
         matrix = torch.zeros(self.matrix_shape, device=grad.device, dtype=wide(grad).dtype)
         tensors = [grad if key == name else grad.new_zeros(()).expand(p.shape) for key, p in self.parameters.items()]
         for view, place in self.matrix_views(tensors, matrix):
@@ -155,7 +155,7 @@ class Block(ABC):
         return None
 
     def own_shapes(self) -> list[tuple[int, ...]]:
-        """Return the shape of what this block has of each parameter: all of it, or its `rows`."""
+        """Return the shape of this block's part of each parameter: all of it, or its `rows`."""
         rows = [self.rows(name) for name in self.parameters]
         return [
             shape if own is None else (own[1] - own[0], *shape[1:])
@@ -228,7 +228,7 @@ class KroneckerBlock(Block):
             self._measure_outputs([call.grad for call in calls if call.grad is not None], batch, sink)
 
     def kept(self, inputs: Tensor) -> Tensor:
-        """See `Block.kept`: matrix products are what autocast casts."""
+        """See `Block.kept`: autocast casts the operands of matrix products."""
         return as_autocast(inputs)
 
     def use_rows(self, call: LayerCall, batch_size: int | None) -> Tensor:
@@ -267,7 +267,7 @@ class KroneckerBlock(Block):
 def trained_parameters(
     name: str, modules: Sequence[nn.Module], keys: Sequence[str] = ("weight", "bias")
 ) -> dict[str, nn.Parameter]:
-    """Return the first module's own trained parameters among `keys` by full name, those that all the modules share."""
+    """Return the trained parameters among `keys` that all the modules share, by the first one's full names."""
     own = dict(modules[0].named_parameters(recurse=False))
     return {
         f"{name}.{key}" if name else key: parameter

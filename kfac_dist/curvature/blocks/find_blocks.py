@@ -41,7 +41,7 @@ class Coverage:
     Attributes:
         blocks: The blocks, in the order in which the model lists its modules.
         uncovered: Parameter name to reason, by the names of `model.named_parameters()`.
-        mismatched: Blocks that there were until what was captured of them didn't make their gradient, and why.
+        mismatched: Former blocks whose captured rows didn't reproduce their gradient, with the reason.
         idle: Blocks that no backward pass had come through when their first refresh was due.
     """
 
@@ -58,7 +58,7 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
     covered: set[str] = set()
     reasons: dict[str, str] = {}
     blocks: list[Block] = []
-    spoken_for: dict[int, str] = {}  # modules that another one's block has taken in, and what to say of the rest
+    spoken_for: dict[int, str] = {}  # modules in another one's block, and the reason for the rest
     for name, module in model.named_modules():
         kind = block_class(module)
         inside = kind is not None and issubclass(kind, AttentionBlock)  # its out_proj is never called as a module
@@ -84,7 +84,7 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
 
 
 def _reason(key: str, parameter: nn.Parameter, module: nn.Module, reason: str) -> str:
-    """Return why one parameter of a module has no block, from what is to be said of its weight."""
+    """Return why one parameter of a module has no block, given the reason for its weight."""
     if not parameter.requires_grad:
         return FROZEN
     if reason == _FROZEN_WEIGHT and not key.endswith(_OWN_NAMES):
@@ -99,7 +99,7 @@ def _blocks_of(
     owners: dict[int, list[Named]],
     config: CurvatureConfig,
 ) -> tuple[str, list[Block]]:
-    """Return a module's blocks, and what to say of its parameters that are not part of them."""
+    """Return a module's blocks, and the reason for its parameters that are not part of them."""
     kind = block_class(module)
     if kind is None:
         return f"{type(module).__name__} has no block", []
@@ -117,12 +117,12 @@ def _blocks_of(
         ]
     )
     if not sharers:
-        return _believed(f"not part of what {kind.__name__} covers", [kind(name, module, _sharing(name, config))])
+        return _believed(f"not covered by {kind.__name__}", [kind(name, module, _sharing(name, config))])
     return _believed(*_tied(name, module, sharers, config))
 
 
 def _believed(reason: str, blocks: list[Block]) -> tuple[str, list[Block]]:
-    """Keep blocks whose modules compute what the block assumes; give a reason for the others."""
+    """Keep blocks whose modules compute the block's assumed function; give a reason for the others."""
     for block in blocks:
         for base in dict.fromkeys(covered_type(module) for module in block.modules):
             refused = None if base is None else refusal(block, base)
@@ -155,7 +155,7 @@ def _attention(
     for left in [against[block.name] for block in blocks if block.projection.name != "out_proj"]:
         against |= {} if left is None else dict.fromkeys((n for n in against if not n.endswith("out_proj")), left)
     reasons = [reason for reason in against.values() if reason is not None]
-    reason = reasons[0] if reasons else "not part of what AttentionBlock covers"
+    reason = reasons[0] if reasons else "not covered by AttentionBlock"
     return reason, [block for block in blocks if against[block.name] is None]
 
 
@@ -178,7 +178,7 @@ def _tied(name: str, module: nn.Module, sharers: Sequence[Named], config: Curvat
         return refused, []
     if make is TiedBlock and config.fisher is Fisher.INPUT_ONLY:
         return "input_only measures no output gradients, and a tied weight's Fisher is made of them", []
-    return f"not part of what {make.__name__} covers", [make(name, module, _sharing(name, config), also=modules[1:])]
+    return f"not covered by {make.__name__}", [make(name, module, _sharing(name, config), also=modules[1:])]
 
 
 def _kind_of_tied(modules: Sequence[nn.Module]) -> type[LinearBlock | EmbeddingBlock | TiedBlock] | None:

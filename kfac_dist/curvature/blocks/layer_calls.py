@@ -1,4 +1,4 @@
-"""Calls of a layer: what its hooks report, and what is kept of one until its gradient has come."""
+"""Calls of a layer: the tensors reported by its hooks, kept until the gradient arrives."""
 
 from __future__ import annotations
 
@@ -183,10 +183,10 @@ class Batch:
     passes whose losses are added up (pairs, a critic's real and fake samples) are uses of the same terms.
 
     Attributes:
-        description: The loop's word on it, None if it gave none.
-        shapes: The forward pass that backward came to first, the last one before that.
+        description: The loop's description of it, or None.
+        shapes: Shapes of the forward pass that backward reached first; before that, of the last one.
         positions: Positions that the layer nearest to the loss has seen, 0 before any gradient.
-        went_back: Whether a backward pass has come to one of its calls.
+        went_back: Whether a backward pass has reached one of its calls.
         pending: Uses that wait for gradients, by block.
     """
 
@@ -237,9 +237,9 @@ class Recorder(Protocol):
         """Take note of one call.
 
         Args:
-            inputs: What the layer was given.
-            output: What it returned; None if an exception ended the call (activation checkpointing stops the repeated
-                forward pass of a region so, once it has what it needs).
+            inputs: The layer's input tensors.
+            output: Its output; None if an exception ended the call (so activation checkpointing stops the repeated
+                forward pass of a region early).
             source: The module that was called.
             arrange: Turns the output's gradient into the layer's own, as a view: columns, order of dimensions.
 

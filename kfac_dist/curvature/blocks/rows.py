@@ -1,4 +1,4 @@
-"""From what a layer saw and sent back to rows: the samples' dimension, weight sharing, sampling, the loss's scale.
+"""Rows of a layer from its inputs and output gradients: samples' dimension, weight sharing, sampling, the loss's scale.
 
 Rows are `[batch, B, T, d]`, T positions of B samples, until sharing has made `[batch, M, d]` of them.
 """
@@ -21,7 +21,7 @@ class MicroBatch:
     """A block's view of the micro-batch, beyond its own tensors.
 
     Attributes:
-        terms: n, the loss's terms in this micro-batch on this rank, whatever number of rows a layer sees.
+        terms: n, the loss's terms in this micro-batch on this rank, independent of a layer's number of rows.
         loss_terms: Terms of the mean in the loss.
         batch_size: B, samples that the model was called with; None if the model itself was not called.
         first_sample: Index of the first of them in the optimizer step's global batch.

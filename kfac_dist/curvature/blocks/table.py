@@ -39,7 +39,7 @@ BLOCK_TYPES: dict[type[nn.Module] | str, type[Block]] = {
     nn.SyncBatchNorm: SyncBatchNormBlock,
 }
 
-# Those that code outside of the package has added.
+# Block types registered from outside of the package.
 REGISTERED: dict[type[nn.Module] | str, type[Block]] = {}
 _TABLES = (BLOCK_TYPES, REGISTERED)
 
@@ -48,7 +48,7 @@ def add_block_type(layer_type: type[nn.Module] | str, block_type: type[Block]) -
     """Add a row to the table; see `kfac_dist.extensions.register_block`.
 
     Raises:
-        ExtensionError: The type has a block already, or what is given can't be a layer type or its block.
+        ExtensionError: The type has a block already, or an argument isn't a layer type or a block type.
     """
     if isinstance(layer_type, str):
         fits = len(layer_type.split(".")) > 1 and all(part.isidentifier() for part in layer_type.split("."))
@@ -89,7 +89,7 @@ def add_block_type(layer_type: type[nn.Module] | str, block_type: type[Block]) -
 def block_class(module: nn.Module) -> type[Block] | None:
     """Return the block of a module's type, or of the nearest type that it derives from; None if there is none.
 
-    RMS norms of no known type, and what scales its outputs otherwise, are recognised by what they compute.
+    RMS norms of unknown classes, and other modules that scale their outputs, are recognised by their function.
     """
     base = covered_type(module)
     if base is not None:

@@ -29,7 +29,7 @@ _METHODS = ("forward", "_conv_forward")
 
 
 def refusal(block: Block, base: type[nn.Module]) -> str | None:
-    """Say why a block is wrong for one of its modules; None if it is right, or can't be told before training.
+    """Return why a block is wrong for one of its modules; None if it is right, or unknown before training.
 
     Args:
         block: The block.
@@ -127,7 +127,7 @@ def _unlike(size: int) -> int:
 
 
 def _call(block: Block, trial: nn.Module, inputs: Tensor) -> tuple[LayerCall | None, dict[str, Tensor | None]]:
-    """Run a module forward and back; returns what the block is to see of it and its parameters' gradients."""
+    """Run a module forward and back; returns the block's record of the call and its parameters' gradients."""
     output = type(trial).forward(trial, inputs)
     if not isinstance(output, Tensor):
         return None, {}

@@ -1,4 +1,4 @@
-"""The arbiter: what the hooks of a block saw must make the gradient that autograd finds for its parameters.
+"""The arbiter: rows captured by a block's hooks must reproduce autograd's gradient of its parameters.
 
 A block believes that its weight gradient is `Σ ĝᵀa` of the inputs and output gradients that were captured. The
 statistics are made of the same rows, so where that is wrong, they are wrong, silently: a subclass that transforms its
@@ -44,7 +44,7 @@ class Mismatch:
         block: Its name.
         off: Distance of the two, in multiples of the gradient's norm; infinite if that is zero.
         scale: The number by which the captured gradient comes nearest to the true one.
-        cause: The probable cause, and what to write instead.
+        cause: The probable cause, and a correction.
     """
 
     block: str
@@ -79,7 +79,7 @@ class Arbiter:
 
     Args:
         blocks: The blocks to judge.
-        judged: Names of those that were found right before.
+        judged: Names of the blocks that were found right before.
 
     Attributes:
         open: Names of the blocks that no step has shown yet.
@@ -128,7 +128,7 @@ class Arbiter:
         return block.name in self.open
 
     def postpone(self, name: str) -> None:
-        """Judge a block at another step: what this one has captured of it is thrown away."""
+        """Judge a block at another step, and discard its captured rows of this one."""
         self._postponed.add(name)
 
     def captured(self, block: Block, calls: Sequence[LayerCall], asked: Purpose) -> bool:
@@ -171,7 +171,7 @@ class Arbiter:
             sides.note_dtype(call.inputs.dtype)
 
     def reset(self) -> None:
-        """Forget what was shown."""
+        """Forget the projections of this step."""
         self._sides.clear()
         self._refused.clear()
         self._postponed.clear()
@@ -190,7 +190,7 @@ class Arbiter:
         self._expected.clear()
 
     def judge(self) -> tuple[set[str], list[Mismatch]]:
-        """Compare what the steps since the last call have shown; waits for the device.
+        """Compare the projections since the last call; waits for the device.
 
         Returns:
             The blocks that were judged, and those of them that are wrong.
@@ -254,7 +254,7 @@ class Arbiter:
 
 
 def _beside(rest: Tensor, penalties: Sequence[Tensor]) -> Tensor:
-    """Return what is left of projections once the best multiples of some others are taken away."""
+    """Return the residual of projections after least-squares multiples of some others are subtracted."""
     columns = torch.stack([term.cpu() for term in penalties], dim=1)
     fitted: Tensor = torch.linalg.pinv(columns) @ rest
     return rest - columns @ fitted

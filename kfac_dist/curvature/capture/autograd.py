@@ -80,7 +80,7 @@ def differentiated() -> bool:
     return torch.is_grad_enabled()
 
 
-# Nodes between a layer's output and its parameters: views, casts, transposes, and those that engines put in between.
+# Nodes between a layer's output and its parameters: views, casts, transposes, and the nodes of engines.
 _REACH = 8
 _NODES = 128
 

@@ -50,7 +50,7 @@ class CallMode(TorchFunctionMode):
         return self._over
 
     def undo(self) -> None:
-        """Undo what `begin` has changed besides the stack; may be called twice."""
+        """Undo the changes of `begin` besides the stack; may be called twice."""
 
 
 def leave_ended_calls() -> None:

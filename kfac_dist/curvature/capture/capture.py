@@ -9,8 +9,8 @@ gradient is asked of the output *tensor*, so that an in-place activation behind 
     checkpoint, re-entrant    forward: nothing (no gradients)     backward: input, output, gradient → measure
 
 Several backward passes through one graph (`retain_graph=True`) add up: a call is measured once its graph is freed, or
-at the end of the step. Only gradients of the loss count, those that reach the layer's parameters: what
-`torch.autograd.grad` was asked for with respect to something else, or what is itself differentiated, enters nothing.
+at the end of the step. Only gradients of the loss count, which reach the layer's parameters: passes of
+`torch.autograd.grad` to other tensors, and passes that are themselves differentiated, are not measured.
 
 An input is held only as long as autograd holds it, too: under activation checkpointing not at all, under autocast in
 the precision that autograd keeps, and no longer than the graph, so that a forward pass whose outputs are dropped leaves
@@ -144,7 +144,7 @@ class Capture:
         passes: Forward passes of the model since `reset`.
         passes_back: Those of them that the user's backward has come back to, by number.
         samples: Blocks whose outputs all samples share; None until a forward pass has shown which.
-        readings: Where the samples lie in what blocks see, by block, as that pass has shown.
+        readings: Position of the samples in the tensors of each block's layer, as found in that pass.
         arbiter: Compares uses with the gradients that autograd makes of them, while it is set.
     """
 
@@ -179,7 +179,7 @@ class Capture:
         # Blocks seen in a forward pass proper since `reset`: their calls during backward are activation checkpointing
         # computing them again. Those of others are their first with gradients (re-entrant kind).
         self._ran_forward: set[str] = set()
-        # Blocks to which `backward` has come since `reset`: what was queried of them is no part of the loss.
+        # Blocks reached by `backward` since `reset`: gradients queried of them are no part of the loss.
         self._of_the_loss: set[str] = set()
         self._backward_passes: dict[int, _BackwardPass] = {}
         self._handles: list[Handle] = [
@@ -255,7 +255,7 @@ class Capture:
 
     def describe(self, description: object) -> None:
         """Begin a micro-batch of which the loop says something."""
-        self._flush_settled()  # what the last one has left open is its own
+        self._flush_settled()  # open calls belong to the last micro-batch
         self._description = description
         self._batches.append(Batch(description, self._count_samples))
 
@@ -342,7 +342,7 @@ class Capture:
         if not self.watching or (self.passes and in_backward()):
             return
         if self.batch.went_back:
-            self._flush_settled()  # what an earlier micro-batch has left open is its own, not this one's
+            self._flush_settled()  # open calls belong to an earlier micro-batch, not to this one
             self._batches.append(Batch(self._description, self._count_samples))
         self.batch.shapes = shapes = PassShapes(shapes_of((args, kwargs)))
         # Known before the outputs are: by the place at which the inputs of an earlier pass had it.
@@ -380,7 +380,7 @@ class Capture:
                 samples = Samples.SHARED  # no input tells how often to expand
             if samples is not Samples.OWN and self.samples.get(name) is not Samples.SHARED:
                 self.samples[name] = samples
-                self.batch.of(name).clear()  # what was seen in this pass is of no use
+                self.batch.of(name).clear()  # the calls of this pass are of no use
                 if self.arbiter is not None:
                     self.arbiter.postpone(name)
         if left := [name for name, samples in self.samples.items() if samples is Samples.SHARED]:
@@ -423,7 +423,7 @@ class Capture:
         if not in_backward():
             self._ran_forward.add(block.name)
         elif block.name in self._ran_forward:
-            # Computed again for backward: nothing new, except for what was not held the first time.
+            # Computed again for backward: nothing new, except for inputs that were not held the first time.
             if region is not None:
                 self._provide(region, inputs, block)
             return
@@ -459,7 +459,7 @@ class Capture:
         if self._own_backward:
             call.edge = get_gradient_edge(written)
         else:
-            # The graph may outlive backward; what was measured must not.
+            # The graph may outlive backward; the measured tensors must not.
             graph, reference = _Graph(self.passes, batch.shapes), weakref.ref(call)
             weakref.finalize(graph, _graph_went, pending, reference).atexit = False
             written.register_hook(functools.partial(self._gradient_came, block, pending, reference, graph))
@@ -535,7 +535,7 @@ class Capture:
             call.batch.positions = call.grad.numel() / (block.matrix_shape[0] * block.matrix_shape[1])
 
     def _note(self, block: Block, call: LayerCall) -> None:
-        """Measure what is complete, or wait until it is known whether another backward pass may follow."""
+        """Measure complete calls, or wait until it is known whether another backward pass may follow."""
         number = backward_pass_id()
         running = self._backward_passes.get(number)
         if running is None:

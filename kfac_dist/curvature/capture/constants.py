@@ -1,14 +1,14 @@
 """Tensors of a forward pass that are the same for all samples: tables of positions, and all that is computed from them.
 
-Such a tensor is the same for every sample of the batch, whatever its shape looks like, and so are the outputs of the
-layers that it passes through. One forward pass is looked at, function by function:
+Such a tensor is the same for every sample of the batch, whatever its shape, and so are the outputs of the layers that
+it passes through. One forward pass is traced, function by function:
 
     parameter, buffer, arange(T)  ──┐
                                     ├─ constant
     f(constant, constant)         ──┘
     f(constant, tokens), unknown  ──── not
 
-What isn't known (a kernel's output, a compiled function's) counts as the samples' own.
+Outputs of unknown origin (of a kernel, of a compiled function) count as different for each sample.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from kfac_dist.curvature.capture.call_mode import CallMode
 from kfac_dist.curvature.capture.provenance import Provenance
 
-# Their tensors lend a shape, a type or a device, no values.
+# Functions that use only a tensor's shape, type or device, not its values.
 _SHAPE_ALONE = ("expand_as", "view_as", "reshape_as", "type_as")
 _NO_VALUE = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor")
-# What is in them comes from elsewhere, perhaps from a kernel that no function shows.
+# Their contents come from elsewhere, perhaps from a kernel that no function shows.
 _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _WRITERS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
 
 class Constants(CallMode):
-    """Sees a forward pass, and knows afterwards what no sample has entered.
+    """Traces a forward pass, and then knows the tensors that depend on no sample.
 
     Args:
         model: The model; its parameters and buffers are constant.
-        inputs: What it is called with.
+        inputs: The model's inputs.
 
     Attributes:
-        provenance: Told of every function, too.
+        provenance: Receives every function call, too.
     """
 
     def __init__(self, model: nn.Module, inputs: object = ()) -> None:
@@ -57,7 +57,7 @@ class Constants(CallMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function of torch, and take note of what it made."""
+        """Run a function of torch, and record its results."""
         result = func(*args, **(kwargs or {}))
         if not torch.compiler.is_dynamo_compiling() and not self.over:
             name = getattr(func, "__name__", "")

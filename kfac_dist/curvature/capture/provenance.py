@@ -9,9 +9,9 @@ the model's inputs that it is made of, from the outermost to the innermost:
     turned           [T, B, d]          samples second
     then flattened   [(T, B), d]        samples innermost
 
-Views are followed by their strides, whatever their arguments; of the rest, functions that work row by row or that sum
+Views are followed by their strides, for any arguments; of the rest, functions that work row by row or that sum
 over a dimension are known by name. Dimensions that some function has mixed (attention over T) are not the samples'.
-What isn't known is left open, and the shape has to do.
+Otherwise the layout is unknown, and the shape decides.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PRODUCTS = _names("matmul __matmul__ mm bmm")
 _JOINED = _names("cat concat concatenate")
 _REPEATED = _names("repeat tile repeat_interleave")
 _REDUCTIONS = _names("mean sum amax amin max min logsumexp prod std var any all median nansum nanmean")
-# These keep the shape, and mix what lies along `dim`.
+# These keep the shape, and mix the entries along `dim`.
 _ALONG = _names("softmax log_softmax gumbel_softmax cumsum cumprod logcumsumexp sort argsort")
 _CONVOLUTIONS = _names(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d "
@@ -62,7 +62,7 @@ _DIGIT_BITS, _CALLS = 4, 12
 
 @dataclass(frozen=True)
 class Reading:
-    """The samples' place in what a layer is given: a dimension, and whether they are innermost in it."""
+    """The samples' place in a layer's input: a dimension, and whether they are innermost in it."""
 
     dim: int
     last: bool
@@ -122,7 +122,7 @@ class Provenance:
     """The layouts of a forward pass's tensors.
 
     Args:
-        inputs: What the model was called with.
+        inputs: The model's inputs.
     """
 
     def __init__(self, inputs: object) -> None:
@@ -137,7 +137,7 @@ class Provenance:
                 self._set(tensor, tuple(((index * _BITS + dim, size),) for dim, size in sizes))
 
     def layout(self, tensor: Tensor) -> Layout | None:
-        """Return what is known of a tensor's dimensions."""
+        """Return the known layout of a tensor's dimensions."""
         found = self._layouts.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
@@ -189,7 +189,7 @@ class Provenance:
             self._view(function, args, given, made)
             return
         if name.endswith("_") and not name.endswith("__"):
-            return  # in place: the tensor stays what it is
+            return  # in place: the tensor keeps its layout
         results = list(_near([made]))
         if not results:
             return
@@ -244,7 +244,7 @@ class Provenance:
         self._mixed |= {label for dim in dims for label, _ in dim if label is not None}
 
     def _meet(self, one: Dim, other: Dim) -> Dim:
-        """Return what two dimensions are that meet element by element: the same labels, if both have some."""
+        """Return the labels of two dimensions combined element by element: the same ones, if both have some."""
         labelled = [dim for dim in (one, other) if any(label is not None for label, _ in dim)]
         if len(labelled) == 2 and [size for _, size in one] == [size for _, size in other]:
             for (a, _), (b, _) in zip(one, other, strict=True):
@@ -274,7 +274,7 @@ class Provenance:
                 self._set(result, _viewed(layout, view.shape, view.stride()))
 
     def _computed(self, name: str, args: Sequence[Any], given: Mapping[str, Any], made: Tensor) -> Layout | None:
-        """Return the layout of what a function known by name has made."""
+        """Return the layout of the result of a function known by name."""
         first = args[0] if args else given.get("input")
         own = self.layout(first) if isinstance(first, Tensor) else None
         tensors = list(_near([*args, *given.values()]))
@@ -396,7 +396,7 @@ class Provenance:
         return tuple(kept) if made.ndim == len(own) else tuple(kept[dim] for dim in range(len(own)) if dim not in dims)
 
     def _alike(self, args: Sequence[Any], given: Mapping[str, Any], made: Tensor) -> Layout | None:
-        """Return the layout of what an unknown function has made: arguments broadcast, or dimensions kept in front."""
+        """Return the layout of an unknown function's result: arguments broadcast, or dimensions kept in front."""
         shape = tuple(made.shape)
         known = [own for tensor in _near([*args, *given.values()]) if (own := self.layout(tensor)) is not None]
         fitting = [own for own in known if _broadcasts(_shape(own), shape)]
@@ -409,7 +409,7 @@ class Provenance:
         return None
 
     def _aligned(self, layouts: Sequence[Layout], shape: tuple[int, ...]) -> Layout:
-        """Return the layout of what dimensions make that are aligned from the last, as in broadcasting."""
+        """Return the layout of dimensions aligned from the last one, as in broadcasting."""
         found = []
         for back in range(len(shape), 0, -1):
             size = shape[-back]
@@ -465,7 +465,7 @@ def _viewed(layout: Layout, shape: Sequence[int], strides: Sequence[int]) -> Lay
 
 
 def _viewed_dim(factors: Sequence[tuple[int | None, int, int]], size: int, stride: int) -> Dim:
-    """Return the factors that a view's dimension runs over; those that are cut lose their labels."""
+    """Return the factors that a view's dimension runs over; factors that are cut lose their labels."""
     rest, found = size, list[Factor]()
     for label, own, step in factors:
         if rest < 2 or not step <= stride < step * own:
@@ -483,7 +483,7 @@ def _viewed_dim(factors: Sequence[tuple[int | None, int, int]], size: int, strid
 
 
 def _dims(args: Sequence[Any], given: Mapping[str, Any], ndim: int) -> list[int]:
-    """Return the dimensions that a function was told to work along; none if they aren't told."""
+    """Return the dimensions in a function's arguments; none if there are none."""
     told = given.get("dim", given.get("axis", args[1] if len(args) > 1 else None))
     dims = told if isinstance(told, list | tuple) else [told]
     return [dim for dim in dims if isinstance(dim, int) and not isinstance(dim, bool) and -ndim <= dim < ndim]

@@ -1,4 +1,4 @@
-"""The number of samples in a forward pass, by the shapes of what goes into the model and of what comes out of it.
+"""The number of samples in a forward pass, from the shapes of the model's inputs and outputs.
 
 The loss has its terms in the model's outputs, so their first dimension goes before that of any input: a graph network
 has nodes and edges for its inputs and graphs in its outputs; position ids `[1, T]` stand before tokens `[B, T]`.
@@ -6,11 +6,11 @@ has nodes and edges for its inputs and graphs in its outputs; position ids `[1, 
     outputs                    samples
     all begin with one number  that number
     several numbers            the one with which an input begins, too
-    time first                 the second dimension, told by recurrent and attention layers that are given it so
-    positions for rows         not told: `[B·T, C]` of `[B, T]` may have B terms or B·T
+    time first                 the second dimension, known from recurrent and attention layers with time first
+    positions for rows         unknown: `[B·T, C]` of `[B, T]` may have B terms or B·T
     none (a loss alone)        the number with which the inputs begin
     the model wasn't called    the number with which the inputs of its layers begin
-    one sample, no batch       1, told by the layer nearest to the loss, whose output is the model's
+    one sample, no batch       1, known from the layer nearest to the loss, whose output is the model's
 
 Where that leaves no single number, nothing is measured and the loop is asked. A loss that shows by its gradient over
 how many terms it is a mean (`curvature.scale`) decides before all shapes.
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 
-# The shape that stands for what a layer saw of one sample without a batch's dimension.
+# The shape that stands for a layer's input of one sample without a batch dimension.
 UNBATCHED: Shape = (1,)
-# How deep tensors may lie in what a model is called with (in PyTorch Geometric's batch objects four deep), and how many
+# Nesting depth of tensors in a model's arguments (in PyTorch Geometric's batch objects four), and how many
 # parts are looked at.
 _DEPTH = 6
 _PARTS = 5000
@@ -54,13 +54,13 @@ _ONE = TensorDim("one", 0)
 
 @dataclass
 class PassShapes:
-    """Shapes of the tensors of one forward pass, without those that have no dimension.
+    """Shapes of the tensors of one forward pass, without 0-dim tensors.
 
     Attributes:
-        inputs: Of what the model was called with.
-        outputs: Of what it returned that depends on trained parameters.
-        layers: Of what its layers saw.
-        time_first: Of what its layers saw that take time for the first dimension (`batch_first=False`).
+        inputs: Of the model's inputs.
+        outputs: Of its outputs that depend on trained parameters.
+        layers: Of its layers' inputs.
+        time_first: Of the inputs of layers whose first dimension is time (`batch_first=False`).
         nearest: Values that the last of them returned.
     """
 
@@ -156,7 +156,7 @@ def _looks_batched(shapes: PassShapes) -> bool:
 
 
 def _time_first(shapes: PassShapes) -> TensorDim | None:
-    """Return the second dimension of an output that begins as what a layer was given, time first."""
+    """Return the second dimension of an output that begins like a layer's time-first input."""
     seen = {shape[:2] for shape in shapes.time_first if shape[0] != shape[1]}
     kind, own = ("outputs", shapes.outputs) if shapes.outputs else ("inputs", shapes.inputs)
     return next((TensorDim(kind, index, 1) for index, shape in enumerate(own) if shape[:2] in seen), None)

@@ -11,7 +11,7 @@ for an output that no sample has entered (see `constants`), any operation that i
     bias [q, k, h] ── permute ── add [B, h, q, k]         not directly: the layer keeps its plain gradient
     relative positions [2k, d] ── bmm [B·h, q, 2k]        nor here, or where it is gathered or repeated
 
-Inside of what torch.compile has compiled nothing can be seen: there, expand such inputs over the batch by hand.
+Code compiled by torch.compile can't be inspected: there, expand such inputs over the batch yourself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kfac_dist.compat.torch import gradient_shapes
 
 _VIEWS = ("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Clone", "ToCopy")
 _ELEMENTWISE = ("Add", "Sub", "RSub", "Mul", "Div", "Expand", "Where", "MaskedFill")
-# What puts rows into their places among others': of one row these make B without spreading it.
+# Operations that put rows into places among others: they make B rows of one without expanding it.
 _PLACING = ("Cat", "IndexAdd", "IndexCopy", "IndexPut", "MaskedScatter", "Scatter", "ScatterAdd", "SliceScatter")
 
 Node = Any  # torch.autograd.graph.Node; its metadata has no public name
@@ -40,7 +40,7 @@ class Samples(IntEnum):
 
     Attributes:
         OWN: Samples have rows of their own.
-        SHARED: They share the output, and it can't be told apart.
+        SHARED: They share the output, and their gradients can't be separated.
         EXPAND: They share it, and its first dimension, of size 1, may stand for them.
         PREPEND: They share it, and a first dimension may be put in front for them.
     """
@@ -77,7 +77,7 @@ def samples_of(
     """Say whether samples have rows of their own in a node's result.
 
     Args:
-        node: What made a layer's output.
+        node: The autograd node of a layer's output.
         consumers: The graph, from `consumers_of`.
         batch_size: B.
         constants: The nodes whose results no sample has entered.
@@ -179,7 +179,7 @@ def _is(node: Node, kinds: tuple[str, ...]) -> bool:
 
 
 def _is_opaque(node: Node) -> bool:
-    """Whether a node is many operations in one, as what torch.compile makes: its shapes say nothing."""
+    """Whether a node is many operations in one, as made by torch.compile: its shapes say nothing."""
     return len(gradient_shapes(node)) != 1 or _is_compiled(node)
 
 

@@ -1,9 +1,9 @@
-"""Inverses on the host: a group's payloads come to the device when it preconditions, and leave again.
+"""Inverses on the host: a group's payloads are copied to the device when it preconditions.
 
     copy stream      group 0 ──▶ slot 0   group 1 ──▶ slot 1        group 2 ──▶ slot 0  …
     compute stream                 G₀⁻¹ ∇ A₀⁻¹ (slot 0)   G₁⁻¹ ∇ A₁⁻¹ (slot 1)         …
 
-The device holds two slots, as large as the largest group, whatever the number of layers. While one group preconditions
+The device holds two slots, as large as the largest group, for any number of layers. While one group preconditions
 the next one's payloads travel; a slot is overwritten only after the compute stream has passed the event that its last
 user left. New payloads leave the device on the copy stream, too, so that what is fetched afterwards is what they
 brought; the host never waits, except to read payloads itself (a refresh, a checkpoint).
@@ -94,7 +94,7 @@ class Offload:
 
     def put(self, place: Tensor, values: Tensor) -> None:
         """Write values of the device to a place on the host."""
-        self._arrived.clear()  # what has been fetched may be older
+        self._arrived.clear()  # fetched payloads may be older
         if self._stream is None:
             place.copy_(values)
             return
@@ -104,7 +104,7 @@ class Offload:
         values.record_stream(self._stream)
 
     def settle(self) -> None:
-        """Wait until what was `put` is there."""
+        """Wait until the payloads of `put` have arrived."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -135,7 +135,7 @@ def _tensors(pieces: Sequence[Piece]) -> list[Tensor]:
 
 
 def _rebase(pieces: Sequence[Piece], buffer: Tensor, *, copy: bool) -> None:
-    """Let the pieces' tensors lie in a buffer, one after the other; with what they hold, or with what it holds."""
+    """Make the pieces' tensors views of one buffer, one after the other; with their values, or with the buffer's."""
     starts = iter(aligned([tensor.nbytes for tensor in _tensors(pieces)]))
 
     def moved(tensor: Tensor | None) -> Tensor | None:

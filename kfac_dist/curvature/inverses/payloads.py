@@ -5,7 +5,7 @@
                           vector  [k·batch, n], of eigenvalues or a diagonal
 
 Before its first refresh a payload is the identity; where it is an eigendecomposition, its eigenvalues are `UNKNOWN`, so
-that no damping is added to what was never measured.
+that no damping is added to factors that were never measured.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class PayloadHome(Protocol):
         """Write values of the device to a place in that memory."""
 
     def settle(self) -> None:
-        """Wait until what was `put` is there."""
+        """Wait until the payloads of `put` have arrived."""
 
 
 class Payloads:
@@ -178,7 +178,7 @@ class Payloads:
     Attributes:
         blocks: The blocks.
         units: All their units.
-        sides: What is held, by side.
+        sides: The payloads, by side.
         working: Precision of gradients and of payloads on their way.
         home: The host memory in which the payloads stay between uses, or None.
     """
@@ -242,7 +242,7 @@ class Payloads:
 
     def _put(self, place: Tensor, values: Tensor) -> None:
         if self.home is None:
-            if values.data_ptr() != place.data_ptr():  # a unit that keeps what it has is handed its own memory
+            if values.data_ptr() != place.data_ptr():  # a unit that keeps its payload gets its own memory
                 place.copy_(values)
         else:
             self.home.put(place, values.to(place.dtype))

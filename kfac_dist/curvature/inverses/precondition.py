@@ -1,7 +1,7 @@
 """Preconditioning: blocks of equal shape are one batch, and the caller doesn't know which solver made the inverses.
 
 A `Group` stacks the payloads of k like blocks, so that each side of `G⁻¹ ∇ A⁻¹` is one batched product. Before its
-first refresh a block's payload is the identity: it keeps the plain gradient, exactly, whatever the solver and λ. So
+first refresh a block's payload is the identity: it keeps the plain gradient, exactly, for any solver and λ. So
 does a block of which one factor was never measured, such as a layer that is called but has no part in the loss.
 """
 
@@ -143,7 +143,7 @@ def build_groups(
     Args:
         blocks: The blocks.
         units: The units of each.
-        solver: What makes the payloads.
+        solver: The solver of the payloads.
         device: Where the groups live.
         dtype: Precision of matrices.
         largest: Bytes of payloads above which a group is cut in several; by default none is.

@@ -1,6 +1,6 @@
-"""Solvers: from damped factors to what preconditioning needs, equal sizes in one batch, and never a crash.
+"""Solvers: payloads of damped factors, equal sizes in one batch, without exceptions.
 
-A *payload* is what the owner of a unit computes and the others receive, one flat tensor a unit:
+A *payload* is the result that a unit's owner computes and the others receive, one flat tensor per unit:
 
     dense unit,    cholesky / newton_schulz   (M + δI)⁻¹                  batch·n²     also of a registered solver
     dense unit,    eigen / ekfac              Q, then eigenvalues d       batch·(n² + n)
@@ -8,9 +8,9 @@ A *payload* is what the owner of a unit computes and the others receive, one fla
     diagonal unit, eigen / ekfac              m itself                    batch·n
     unit-wise F,   any solver                 (F + λI)⁻¹                  batch·n²
 
-A factorisation that fails is retried in float64, then with ten times the damping, up to a limit; what still fails keeps
-the unit's last good payload, and is counted. A factor that isn't positive definite with its own damping is told of:
-Gram matrices are, up to rounding, so that something is wrong with it.
+A factorisation that fails is retried in float64, then with ten times the damping, up to a limit; if it still fails, the
+unit keeps its last good payload, and is counted. A factor that isn't positive definite with its own damping is
+reported: Gram matrices are, up to rounding, so that something is wrong with it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.gram import asymmetry, complete
 from kfac_dist.errors import ExtensionError
 
-# EKFAC's bases are those of the factors; what it measures in them is `moments`' affair.
+# EKFAC's bases are those of the factors; `moments` measures in them.
 _EIGEN = (Solver.EIGEN, Solver.EKFAC)
 _RAISES = (1.0, 10.0, 100.0, 1000.0)
 # On a CPU, larger matrices gain nothing from a batch, and stacking them costs a copy.
@@ -40,7 +40,7 @@ _NEWTON_SCHULZ_TRIAL = 3
 _NEWTON_SCHULZ_RESIDUAL = 1e-4
 
 Invert = Callable[[Tensor, Tensor], Tensor]
-# Those that code outside of the package has added.
+# Solvers registered from outside of the package.
 REGISTERED: dict[Solver, Invert] = {}
 
 
@@ -48,7 +48,7 @@ def add_solver(name: str, invert: Invert) -> None:
     """Add a solver by name; see `kfac_dist.extensions.register_solver`.
 
     Raises:
-        ExtensionError: The name is taken or no name, or what is given can't be called.
+        ExtensionError: The name is taken or no name, or the solver isn't callable.
     """
     where = "register_solver"
     if isinstance(invert, type) or not callable(invert):
@@ -71,9 +71,9 @@ class Task:
         sums: `[batch, n, n]` (upper triangle is enough) or `[batch, n]`: the factor times its weight; only read.
         damping: δ, added to the factor's diagonal; unused by `eigen` on Kronecker factors.
         previous: Last good payload of the unit, or None.
-        weight: What the sums are divided by.
+        weight: Divisor of the sums.
         dtype: Precision in which it is solved.
-        coefficients: `[C, batch]` if the sums are of C classes, `[C·batch, n, n]`: what each is multiplied by first.
+        coefficients: `[C, batch]` if the sums are of C classes, `[C·batch, n, n]`: the factor of each.
     """
 
     unit: Unit
@@ -132,10 +132,10 @@ def solve(
     """Solve every task, equal sizes in one batch.
 
     Args:
-        tasks: What is to be solved.
-        solver: How.
-        asymmetries: Told how far each dense unit's inverse was from symmetric, before it was made so; 0-dim tensors.
-        raised: Told, by unit name, what was done about a factor that wasn't positive definite with its damping.
+        tasks: The units to solve.
+        solver: The method.
+        asymmetries: Filled with each dense unit's `max|M − Mᵀ| / max|M|` before it is made symmetric; 0-dim tensors.
+        raised: Filled, by unit name, with the reaction to a factor that wasn't positive definite with its damping.
 
     Returns:
         The flat payloads in the order of the tasks, None where nothing good could be computed and nothing good was
@@ -240,7 +240,7 @@ def _solve_diagonal(task: Task, raised: dict[str, str], *, eigen: bool) -> Tenso
 
 
 def _clamp_spectra(values: Tensor, tasks: Sequence[Task], raised: dict[str, str]) -> None:
-    """Make eigenvalues `[k, n]` of some units' matrices ≥ 0, in place; tell of what rounding doesn't explain."""
+    """Make eigenvalues `[k, n]` of some units' matrices ≥ 0, in place; report those not explained by rounding."""
     rounding = torch.finfo(values.dtype).eps * values.shape[-1] + torch.finfo(tasks[0].sums.dtype).eps
     lowest, largest = values.amin(-1), values.abs().amax(-1)
     wrong = lowest < -rounding * largest
@@ -255,9 +255,9 @@ def _clamp_spectra(values: Tensor, tasks: Sequence[Task], raised: dict[str, str]
 def _inverse(
     matrices: Tensor, damping: Tensor, tasks: list[Task], solver: Solver, raised: dict[str, str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `(M + δI)⁻¹` for `[k, n, n]`, which of them are good, and by what their δ was multiplied, on the host.
+    """Return `(M + δI)⁻¹` for `[k, n, n]`, which of them are good, and the factor of their δ, on the host.
 
-    It escalates for those that aren't good.
+    It escalates for the matrices that aren't good.
 
     The matrices are overwritten; those that fail are made again from their tasks, in float64.
     """
@@ -294,7 +294,7 @@ def _inverse(
 
 
 def _registered_inverse(matrices: Tensor, previous: Tensor, solver: Solver) -> tuple[Tensor, Tensor, str]:
-    """Return what a registered solver makes of `[k, n, n]`, which of it can be an inverse, and what is wrong else."""
+    """Return a registered solver's result for `[k, n, n]`, which of it can be an inverse, and the problem otherwise."""
     failed = torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
     try:
         inverse = REGISTERED[solver](matrices.clone(), previous)
@@ -326,9 +326,9 @@ def newton_schulz(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Invert `[k, n, n]` symmetric positive definite matrices by matrix products only (Schulz 1933).
 
     `X ← X(2I − MX)` squares R = I − MX, and converges if the spectral radius of R is below one: from the last inverse
-    where that holds, else from `I/‖M‖_∞`, about 2·log₂κ iterations away. The radius itself is dear, and ‖R‖_F is √n
-    times as large where eigenvalues are alike. But ‖R⁸‖_F^⅛ bounds it for any R, then within n^(1/16), and R⁸ is what
-    the residual is after three iterations. So those are taken; what isn't near by then, or later, starts from nothing.
+    where that holds, else from `I/‖M‖_∞`, about 2·log₂κ iterations away. The spectral radius is costly to compute, and
+    ‖R‖_F is √n times as large if eigenvalues are equal. But ‖R⁸‖_F^⅛ bounds it for any R, then within n^(1/16), and R⁸
+    is the residual after three iterations. So three are done; matrices that don't converge start again from `I/‖M‖_∞`.
 
     Returns:
         The inverses, symmetric up to rounding, and which of them reached the residual.

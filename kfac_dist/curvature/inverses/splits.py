@@ -5,7 +5,7 @@
     per_group    grouped convolutions: the groups' factors, already apart, become units of their own
     numbers      near-equal parts, or parts of given sizes, of A (`inputs`) and G (`outputs`)
 
-`max_factor_dim` then cuts what is still too large.
+`max_factor_dim` then cuts factors that are still too large.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _matches(pattern: str, block: Block) -> bool:
 
 
 class _Split:
-    """One split applied to one block; its methods refuse what doesn't fit."""
+    """One split applied to one block; its methods refuse a split that doesn't fit."""
 
     def __init__(self, pattern: str, block: Block) -> None:
         self._pattern = pattern

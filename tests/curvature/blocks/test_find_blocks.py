@@ -136,8 +136,8 @@ def tie(*layers: nn.Module, key: str = "weight") -> nn.Module:
     ("model", "kind", "uncovered"),
     [
         (tie(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)), TiedBlock, {}),
-        (tie(nn.Embedding(5, 3), nn.Linear(3, 5)), TiedBlock, {"1.bias": "not part of what TiedBlock covers"}),
-        (tie(nn.Linear(3, 5), nn.Embedding(5, 3)), TiedBlock, {"0.bias": "not part of what TiedBlock covers"}),
+        (tie(nn.Embedding(5, 3), nn.Linear(3, 5)), TiedBlock, {"1.bias": "not covered by TiedBlock"}),
+        (tie(nn.Linear(3, 5), nn.Embedding(5, 3)), TiedBlock, {"0.bias": "not covered by TiedBlock"}),
         (tie(nn.Embedding(5, 3), nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)), TiedBlock, {}),
         (tie(nn.Embedding(5, 3), nn.Embedding(5, 3)), EmbeddingBlock, {}),
         (tie(tie(nn.Linear(3, 3), nn.Linear(3, 3))[0], nn.Linear(3, 3)), LinearBlock, None),
@@ -227,7 +227,7 @@ def test_attention_with_frozen_parts() -> None:
     coverage = find(model)
     assert names(coverage) == ["attention.out_proj"]
     assert coverage.uncovered["attention.in_proj_weight"] == "frozen"
-    assert coverage.uncovered["attention.in_proj_bias"] == "not part of what AttentionBlock covers"
+    assert coverage.uncovered["attention.in_proj_bias"] == "not covered by AttentionBlock"
 
 
 def test_a_module_at_two_places_is_one_block() -> None:
@@ -252,7 +252,7 @@ def test_parameters_that_a_subclass_adds_are_uncovered() -> None:
     coverage = find(model)
     assert list(coverage.blocks[0].parameters) == ["0.weight"]
     assert coverage.blocks[0].matrix_shape == (1, 3, 3)
-    assert coverage.uncovered == {"0.scale": "not part of what LinearBlock covers"}
+    assert coverage.uncovered == {"0.scale": "not covered by LinearBlock"}
     assert_partition(model, coverage)
 
 

@@ -3,8 +3,9 @@
     in_proj.q, .k, .v   rows of `in_proj_weight` [3E, E]; or `q_proj_weight`, `k_proj_weight`, `v_proj_weight`
     out_proj            `out_proj.weight`, which the module hands to a function
 
-What hooks on modules can't see, a `TorchFunctionMode` does: it is entered before a forward pass that is measured, sees
-every `F.linear` in it, and knows a projection by its weight, which is one of the module's parameters or rows of one.
+A `TorchFunctionMode` sees the calls that hooks on modules can't: it is entered before a forward pass that is measured,
+sees every `F.linear` in it, and knows a projection by its weight, which is one of the module's parameters or rows of
+one.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class _Calls:
 
 
 class _Watcher:
-    """Takes one block off the list of those that watch."""
+    """Removes one block from the list of watching blocks."""
 
     def __init__(self, watchers: list[tuple[AttentionBlock, Recorder]], own: tuple[AttentionBlock, Recorder]) -> None:
         self._watchers, self._own = watchers, own
@@ -222,7 +223,7 @@ class _SeesProjections(CallMode):
             return self._compute(input, weight, bias)
         found = [(block, recorder, block.columns_in(weight)) for block, recorder in self._watchers]
         output: Tensor | None = None
-        # Inside, tensors are [T, B, E] whatever `batch_first` says, and rows [T·B, E] before out_proj.
+        # Inside, tensors are [T, B, E] for either `batch_first`, and rows [T·B, E] before out_proj.
         self._batch = input.shape[1] if input.ndim == 3 else self._batch
         inputs = _samples_first(input, self._batch)
         try:

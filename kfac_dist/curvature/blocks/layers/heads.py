@@ -24,7 +24,7 @@ _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 
 def heads_of(block: Block, modules: Mapping[str, nn.Module]) -> Heads | None:
-    """Return what a block's layer has to do with heads; None if nothing shows that it has.
+    """Return the relation of a block's layer to attention's heads; None if none is found.
 
     Args:
         block: The block.

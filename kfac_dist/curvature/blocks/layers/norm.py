@@ -231,8 +231,8 @@ class SyncBatchNormBlock(BatchNormBlock):
         def runs(module: nn.SyncBatchNorm, args: tuple[object, ...]) -> None:
             if recorder.watching and (ranks := ranks_normalized_over(module)) > 1:
                 recorder.refuse(
-                    f"SyncBatchNorm normalises over all {ranks} ranks, so that no rank's input tells what its scale "
-                    "multiplies"
+                    f"SyncBatchNorm normalises over all {ranks} ranks, so that no rank's input alone gives the "
+                    "factor of its scale"
                 )
 
         return [*(before_forward(module, runs) for module in self.modules), *super().watch(recorder)]

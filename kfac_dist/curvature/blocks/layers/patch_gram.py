@@ -55,7 +55,7 @@ def patch_gram(images: Tensor, kernel: Pair, padding: tuple[Pair, Pair]) -> Tens
 
 
 def correlation_is_cheaper(image: Sequence[int], kernel: Sequence[int]) -> bool:
-    """Whether `patch_gram` multiplies less than half of what the unfolded patches' Gram matrix would.
+    """Whether `patch_gram` takes less than half the multiplications of the unfolded patches' Gram matrix.
 
     Half, because the triangle of the latter is enough, and its patches still have to be written and read.
 
@@ -73,7 +73,7 @@ def correlation_is_cheaper(image: Sequence[int], kernel: Sequence[int]) -> bool:
 def _correlations(images: Tensor, kernel: Pair) -> Tensor:
     """Return `R[δ]` for every displacement: `[groups, 2kh−1, 2kw−1, C, C]`.
 
-    R is what a convolution's weight would have for a gradient, if the images were its input and its output's gradient:
+    R is the weight gradient of a convolution with the images as its input and as its output's gradient:
     a kernel that libraries have tuned. Displacements downwards are enough, R[−δ] = R[δ]ᵀ.
     """
     height, width = kernel

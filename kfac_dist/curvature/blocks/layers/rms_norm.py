@@ -1,4 +1,4 @@
-"""RMS norms that people write themselves, T5's, LLaMA's and their many copies: known by what they compute.
+"""RMS norms of any class, such as T5's, LLaMA's and their many copies: recognised by the function that they compute.
 
     x̂ = x / sqrt(mean(x²) + ε)        y = γ·x̂, or (1 + γ)·x̂ as Gemma's
 
@@ -69,7 +69,7 @@ def _answers(module: nn.Module, weight: Tensor) -> bool:
     try:
         found = type(module).forward(trial, rows)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-        return False  # it takes other inputs, or needs what is missing here: not the layer that it looks like
+        return False  # it takes other inputs, or needs more than it is given here: no RMS norm
     if not isinstance(found, Tensor) or found.shape != rows.shape:
         return False
     unit = _normalized(rows, epsilon_of(module) or 0.0)

@@ -1,4 +1,4 @@
-"""Modules that scale what they compute, element by element: known by what they answer, whatever they are called.
+"""Modules of any class that scale their result element by element: recognised by their outputs.
 
     y = γ·f(x)   or   γ·f(x, gate),   with or without + β
 
@@ -28,7 +28,7 @@ from kfac_dist.hooks import after_forward
 
 _ROWS = 3
 _TOLERANCE = 1e-4
-# What a module that isn't one may raise for rows that it doesn't expect.
+# Exceptions of other modules for rows that they don't expect.
 _REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
 
 
@@ -40,7 +40,7 @@ class ScaledBlock(NormBlock):
         self._shape = next(iter(self.parameters.values())).shape
 
     def watch(self, recorder: Recorder) -> list[Handle]:
-        """See `Block.watch`: what is kept of a call is f, not the input."""
+        """See `Block.watch`: a call's record holds f, not the input."""
 
         def ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not recorder.watching:
@@ -77,7 +77,7 @@ class ScaledBlock(NormBlock):
 
 
 def is_scaled(module: nn.Module) -> bool:
-    """Whether a module has a γ of several values, perhaps a β, and nothing else, and answers γ·f + β, whatever f is."""
+    """Whether a module has a γ of several values, perhaps a β, and nothing else, and returns γ·f + β for some f."""
     scale = _scale(module)
     if scale is None or any(True for _ in module.buffers()) or len(list(module.parameters())) != len(_own(module)):
         return False

@@ -59,7 +59,7 @@ class TransposedConvolutionBlock(ConvolutionBlock):
         return [turned if self.groups > 1 else turned[0], bias][: len(shapes)]
 
     def _correlates(self, images: Tensor) -> bool:
-        """Never: what is shifted here is mostly zeros."""
+        """Never: the shifted images are mostly zeros."""
         return False
 
 
