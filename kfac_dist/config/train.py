@@ -25,7 +25,7 @@ class BatchGrowth(Section):
 
 
 class DivergenceConfig(Section):
-    """Reactions to steps whose loss or gradients are not finite: all ranks skip them, and more if they go on.
+    """Reactions to steps whose loss or gradients are not finite: all ranks skip them; more follows if they continue.
 
     A skipped step's gradients count as zeros, and its statistics as never measured. At the next logged step the damping
     of K-FAC is raised; later logged steps without a skip lower it again. Of a step that is taken, a rank may have to

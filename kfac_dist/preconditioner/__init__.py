@@ -1,10 +1,10 @@
-"""K-FAC as a preconditioner: what is planned, when it runs, and the step that ties curvature to ranks.
+"""K-FAC as a preconditioner: the plan, the schedule, and the step that distributes curvature over ranks.
 
-plan        who measures, reduces, inverts and preconditions what: a pure function, the same on every rank
+plan        the rank that inverts and preconditions each block: a pure function, the same on every rank
 schedule    at which steps
 reduction   local statistics become global
 refresh     owners invert, inverses are shared
-transport   gradients reach who preconditions them, and come back
-state       what a checkpoint holds
+transport   gradients travel to the ranks that precondition them, and back
+state       contents of a checkpoint
 kfac        the step
 """

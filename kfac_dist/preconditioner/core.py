@@ -1,10 +1,10 @@
-"""The parts of one K-FAC, and what becomes of them from step to step.
+"""The parts of one K-FAC, and their course from step to step.
 
     begin             which layers the coming step measures, and which inverses it refreshes
-    update_curvature  close the statistics that backward measured ── refresh what is due ── use what has arrived
+    update_curvature  close the statistics that backward measured ── refresh due units ── use received inverses
     advance           the next step begins
 
-Where the model has changed, or a block was judged wrong, blocks, plan and parts are made anew; `state_dict` goes on.
+If the model has changed, or a block was judged wrong, blocks, plan and parts are made again, and take over the state.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Core:
     Args:
         engine: The model.
         asked: The configuration, in which precisions may be `auto`.
-        loop: What the training loop has beside the model.
+        loop: Objects of the training loop besides the model.
 
     Attributes:
         engine: The model.
         config: The configuration, with every precision settled.
         coverage: The blocks, and why other parameters have none.
-        parts: What works for them.
+        parts: The parts made for them.
         communicator: The ranks.
         steps: Steps taken.
         discarded: Steps forgotten by `discard`.
@@ -84,7 +84,7 @@ class Core:
 
         self._mismatched: dict[str, Mismatch] = {}
         self._named_idle: set[str] = set()
-        self._newly_covered: set[str] = set()  # no pass may have come to them since
+        self._newly_covered: set[str] = set()  # perhaps no pass has reached them since
         self.names_dropped = True
         self.coverage = self._find()
         self._settle()
@@ -119,7 +119,7 @@ class Core:
             parts.reduction.begin(queue.slots, queue.measured)
 
     def update_curvature(self) -> None:
-        """Close the statistics that backward measured, and refresh what is due."""
+        """Close the statistics that backward measured, and refresh due units."""
         if self.parts.measurement.active:
             self._measure_and_refresh()
         with self.phases(Phase.SHARING):
@@ -132,7 +132,7 @@ class Core:
         self.begin()
 
     def discard(self) -> None:
-        """Forget what this step has measured."""
+        """Forget the measurements of this step."""
         self.discarded += 1
         if self.parts.measurement.active:
             self.parts.measurement.discard()
@@ -177,7 +177,7 @@ class Core:
         self.begin()
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
-        """Go on without some blocks, as if they had been judged wrong; collective."""
+        """Leave some blocks out, as if they had been judged wrong; collective."""
         found = self._as_mismatches(reasons)
         if found:
             self._mismatched |= {mismatch.block: mismatch for mismatch in found}
@@ -266,7 +266,7 @@ class Core:
             self._renew(without(self.coverage, mismatches), judged=self.parts.measurement.judged)
 
     def _renew(self, coverage: Coverage, *, judged: set[str]) -> None:
-        """Plan and build for other blocks; the state of units that remain goes on by name; collective."""
+        """Plan and build for other blocks; units that remain keep their state by name; collective."""
         before, parts, averages = self.state(), self.parts, self.averages()
         self._loop = replace(self._loop, check_scale=parts.measurement.checks_scale)
         parts.measurement.remove()
@@ -289,13 +289,13 @@ class Core:
         self.names_dropped = False
         warnings.warn(
             f"statistics of {listed(self.not_finite())} were not finite on this rank, and were dropped together with "
-            "those that travel with them: squares exceed float32. Scale what these layers are given, or leave them out "
+            "those that travel with them: squares exceed float32. Scale their inputs or the loss, or leave them out "
             "by kfac.curvature.exclude",
             stacklevel=6,
         )
 
     def _name_idle(self) -> None:
-        """Name, once, the blocks whose refresh is due and that no backward pass has come to, on any rank."""
+        """Name, once, the blocks whose refresh is due and that no backward pass has reached, on any rank."""
         parts, slots = self.parts, self.parts.queue.slots
         # Named already, or measured from the next step on.
         shared = {name for name, how in parts.measurement.samples().items() if how not in (0, Samples.OWN)}
@@ -314,7 +314,7 @@ class Core:
         return [Mismatch(name, math.inf, math.nan, why) for name, why in reasons.items() if name in known]
 
     def _lost_with(self, reasons: Mapping[str, str]) -> set[str]:
-        """Return the blocks that go with those that are left out."""
+        """Return the blocks that must be left out with others."""
         kept = without(self.coverage, self._as_mismatches(reasons)).blocks
         return {block.name for block in self.coverage.blocks} - {block.name for block in kept}
 

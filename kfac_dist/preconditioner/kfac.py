@@ -1,4 +1,4 @@
-"""`KFAC`: three lines in anyone's training loop.
+"""`KFAC`: three lines in any training loop.
 
     kfac = KFAC(model, config, optimizer=optimizer)
     ...
@@ -10,8 +10,8 @@ An engine that drives its optimizer itself (DeepSpeed) calls `step` on its own, 
     ...
     engine.backward(loss); engine.step()
 
-`step` reads in the order in which data flows: close the statistics that backward measured, refresh what is due, then
-collect, transform, scale and deliver the gradients.
+`step` follows the data: close the statistics that backward measured, refresh due inverses, then collect, transform,
+scale and deliver the gradients.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class KFAC:
 
     Args:
         model: The model as the loop calls it: bare, in DDP, sharded by `fully_shard`, or a DeepSpeed engine.
-        config: What to do; defaults are K-FAC with Cholesky, empirical Fisher, statistics every 10 and inverses every
+        config: The options; defaults are K-FAC with Cholesky, empirical Fisher, statistics every 10 and inverses every
             100 steps. A mapping is validated.
         optimizer: The optimizer that takes the step; its current lr enters the KL clip. Needed unless the engine has
             it, `update.kl_clip` is null or `update.kl_clip_lr` is a number.
@@ -93,7 +93,7 @@ class KFAC:
 
     @property
     def communicator(self) -> Communicator:
-        """The ranks; its `traffic` counts what was sent."""
+        """The ranks; its `traffic` counts bytes and collectives."""
         return self._core.communicator
 
     @property
@@ -141,8 +141,8 @@ class KFAC:
     def unobserved(self) -> AbstractContextManager[None]:
         """Return a context in which passes through the model are not measured, forward or back.
 
-        For those that aren't of its own loss: a generator's goes back through the discriminator, whose statistics it
-        must not enter.
+        For passes of other losses: a generator's loss goes back through the discriminator, whose statistics it must not
+        enter.
         """
         return self._core.parts.measurement.paused()
 
@@ -176,10 +176,9 @@ class KFAC:
         self._core.parts.measurement.describe(Description(first_sample, divisor, terms, last, classes))
 
     def discard(self) -> None:
-        """Forget what this step has measured, such as a batch that will not be trained on after all.
+        """Forget the measurements of this step, for a batch that is not trained on after all.
 
-        Call it instead of `step`, on every rank; then go on with another batch. What a solver has been told of the
-        batch is forgotten, too.
+        Call it instead of `step`, on every rank; then continue with another batch. A solver forgets the batch, too.
         """
         self._core.discard()
 
@@ -238,7 +237,7 @@ class KFAC:
         self._core.load(values)
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """Return what this rank holds, for `torch.distributed.checkpoint`; collective like `state_dict`."""
+        """Return this rank's state, for `torch.distributed.checkpoint`; collective like `state_dict`."""
         state.meet(self.communicator, "sharded_state_dict")
         return state.held(self._core.parts, self.steps)
 
@@ -281,7 +280,7 @@ class KFAC:
         self._core.ended = False
 
     def _out_of_turn(self) -> bool:
-        """Whether another micro-batch comes first, so that nothing is done; see `turns` for what is refused."""
+        """Whether another micro-batch comes first, so that nothing is done; see `turns` for refused calls."""
         if self._attached is not None:
             if self._core.ended:
                 raise ModelError(

@@ -2,9 +2,9 @@
 
     factors     running averages, for each class where they are kept apart; also the window of a step, where it isn't
                 given back after it
-    inverses    what the blocks of the rank's column are preconditioned with, under EKFAC every block's eigenbases; with
-                `offload` two groups of them, and all of them on the host
-    gradients   workspaces of these blocks, and what travels
+    inverses    of the blocks of the rank's column, under EKFAC every block's eigenbases; with `offload` two groups of
+                them, and all of them on the host
+    gradients   workspaces of these blocks, and communication buffers
 
 With placement `owner`, `reduction: reduce_scatter` and `reduce_every: step` all three are of the rank's own blocks, and
 fall as 1/W until there are no more blocks to give away. While a step measures, a rank has a window of every factor as
@@ -38,8 +38,8 @@ class RankBytes:
 
     Attributes:
         factors: Statistics.
-        inverses: What the device holds of inverses.
-        gradients: Workspaces, and what travels.
+        inverses: Inverses on the device.
+        gradients: Workspaces and communication buffers.
         host: Inverses in host memory.
     """
 
@@ -62,10 +62,10 @@ def keeps_own_factors_only(config: KFACConfig, world_size: int) -> bool:
 
 
 def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankBytes]:
-    """Return what each rank keeps.
+    """Return the bytes that each rank keeps.
 
     Args:
-        plan: Who does what.
+        plan: The plan.
         config: Precisions, solver and reduction.
         sharded: Whether the engine's gradients are slices, which an exchange brings to the blocks' owners.
     """
@@ -85,7 +85,7 @@ def rank_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankByt
 
 
 def _column_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[RankBytes]:
-    """Return what the ranks of each column keep, but for factors."""
+    """Return the bytes that the ranks of each column keep, without factors."""
     columns, value = plan.grid.columns, working(config).itemsize
     matrices = {name: math.prod(block.matrix_shape) for name, block in plan.blocks.items()}
     payloads = {name: _payload_bytes(block, config) for name, block in plan.blocks.items()}
@@ -99,7 +99,7 @@ def _column_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[Rank
     found = []
     for column, names in enumerate(blocks):
         gradients = value * elements[column]
-        if sharded:  # the workspace, what comes from the row's other ranks and what goes to them
+        if sharded:  # the workspace, and the buffers from and to the row's other ranks
             others = (columns - 1) / columns
             gradients += math.ceil(others * gradients + (value * sum(elements) - gradients) / columns)
         elif columns > 1:  # the results of all columns
@@ -158,7 +158,7 @@ def _stored(units: Sequence[Unit], config: KFACConfig) -> list[int]:
     )
 
 
-# ---- statistics by class, told before any of it is allocated
+# ---- statistics by class, checked before any of it is allocated
 
 
 def class_bytes(plan: Plan, config: KFACConfig) -> int:
@@ -175,7 +175,7 @@ def check_class_memory(plan: Plan, config: KFACConfig) -> None:
     """Refuse statistics by class that don't fit the configured limit; the same on every rank.
 
     Raises:
-        ConfigError: Says the bytes, the number of classes, the largest layers, and what to write instead. Also where
+        ConfigError: Names the bytes, the number of classes, the largest layers, and alternatives. Also where
             the number of classes isn't known.
     """
     by_class = config.curvature.class_conditional

@@ -42,7 +42,7 @@ class Monitor:
     def dropped(self) -> Tensor:
         """Times that this rank dropped statistics of a taken step, because they weren't finite; on the device.
 
-        The step's other ranks keep theirs, and averages stay right; they grow old if it goes on.
+        The other ranks keep theirs, and averages stay right; they age if it continues.
         """
         return self._core.dropped()
 
@@ -88,15 +88,15 @@ class Monitor:
         self._core.parts.refresh.inspector.ask(self._core.parts.plan.owned(self._core.communicator.rank), outside)
 
     def inspection(self) -> list[RefreshReading]:
-        """Return what all ranks have read since the last call, by step and rank; collective."""
+        """Return all ranks' readings since the last call, by step and rank; collective."""
         ranks = self._core.communicator.gather_objects(self._core.parts.refresh.inspector.take(), label="inspection")
         return sorted((reading for own in ranks for reading in own), key=lambda reading: (reading.step, reading.rank))
 
     def asymmetries(self) -> dict[tuple[str, str], float]:
-        """Return `max|M − Mᵀ| / max|M|` of what this rank last inverted; waits for the device.
+        """Return `max|M − Mᵀ| / max|M|` of this rank's last inverted units; waits for the device.
 
         Measured on running averages before half of each is mirrored or left unread, and on inverses before they are
-        made symmetric. Keys are a unit's name and `factor` or `inverse`. What can't be asymmetric isn't listed:
+        made symmetric. Keys are a unit's name and `factor` or `inverse`. Units that can't be asymmetric aren't listed:
         eigenbases, diagonals, and factors that came as packed triangles, which are mirrored before anyone measures.
         """
         return {

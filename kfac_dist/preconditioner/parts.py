@@ -1,4 +1,4 @@
-"""From a configuration and an engine to the parts that `KFAC.step` drives: the plan, then what it asks of this rank."""
+"""Construction of the parts that `KFAC.step` drives, from a configuration and an engine: the plan, then this rank's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Parts:
         averages: This rank's statistics.
         reduction: Adds the ranks' statistics up.
         measurement: From hooks to statistics.
-        queue: What the step measures and refreshes.
+        queue: The layers that the step measures and refreshes.
         groups: The blocks that this rank preconditions.
         offload: Keeps the groups' inverses on the host, if it is asked for.
         diagonal: The diagonal Fisher of parameters that have no block.
@@ -151,23 +151,23 @@ def assemble(
     counter: TermCounter,
     arbiter: Arbiter,
 ) -> Parts:
-    """Build what the plan asks of this rank; collective, because ranks are split into rows and columns.
+    """Build this rank's parts of the plan; collective, because ranks are split into rows and columns.
 
     Args:
         engine: The model.
         coverage: Its blocks.
         config: The configuration, with every precision settled.
-        loop: What the training loop has.
+        loop: Objects of the training loop.
         comm: All ranks.
         plan: The work of every rank.
         device: Where the blocks lie.
-        queue: What steps measure and refresh.
-        phases: Told how long measuring takes.
+        queue: The layers that steps measure and refresh.
+        phases: Records the time of measuring.
         counter: Counts the loss's terms, through changes of the model.
-        arbiter: Compares what is captured with the blocks' gradients.
+        arbiter: Compares captured rows with the blocks' gradients.
 
     Raises:
-        ConfigError: The engine doesn't give what `uncovered` needs.
+        ConfigError: The engine lacks the gradients that `uncovered` needs.
     """
     distribution, curvature, precision = config.distribution, config.curvature, working(config)
     uncovered = _uncovered(engine, coverage, config)
@@ -271,7 +271,7 @@ def assemble(
 
 
 def _uncovered(engine: Engine, coverage: Coverage, config: KFACConfig) -> list[str]:
-    """Return the trained parameters that get a diagonal Fisher, the same on every rank whatever it holds of them."""
+    """Return the trained parameters that get a diagonal Fisher, the same on every rank for any shards."""
     if config.curvature.uncovered is Uncovered.PLAIN:
         return []
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}

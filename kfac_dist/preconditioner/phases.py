@@ -1,4 +1,4 @@
-"""Seconds of the phases of K-FAC's steps, measured without anyone waiting.
+"""Seconds of the phases of K-FAC's steps, measured without synchronisation.
 
     mark ── statistics ── mark ── reduction ── mark ── … ── mark        a phase lasts from its mark to the next one
 
@@ -54,7 +54,7 @@ class PhaseTimer:
         return self._measure(phase) if self.enabled else nullcontext()
 
     def seconds(self) -> dict[Phase, float]:
-        """Return the seconds of each phase so far; on a GPU, of what it has finished."""
+        """Return the seconds of each phase so far; on a GPU, of finished kernels."""
         self._read_passed()
         return dict(self._seconds)
 
@@ -82,7 +82,7 @@ class PhaseTimer:
         self._since = now
 
     def _read_passed(self) -> None:
-        """Add up what lies between events that the device has passed; the newest of them begins what comes next."""
+        """Sum the times between events that the device has passed; the newest of them begins the next interval."""
         read = 0
         while read + 1 < len(self._marks) and self._marks[read + 1][0].query():
             (event, phase), (following, _) = self._marks[read : read + 2]

@@ -1,4 +1,4 @@
-"""The plan: which blocks and units there are, who owns them, and in which slot they refresh.
+"""The plan: blocks and units, their owners, and the slots in which they refresh.
 
 A pure function of names, shapes, the number of ranks and the configuration. Every rank computes it for itself, and a
 hash of its rows is compared before anything else travels.
@@ -88,7 +88,7 @@ class Plan:
         blocks: The rows.
         units: All units in the order of the flat buffers: by slot, and inside a slot in the order in which backward
             completes the blocks, so that buckets fill one after the other.
-        assignment: Who owns each unit.
+        assignment: The owner of each unit.
         grid: The ranks.
     """
 
@@ -98,7 +98,7 @@ class Plan:
     grid: Grid
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return what ranks compare at start-up, a row a block."""
+        """Return the rows that ranks compare at start-up, one per block."""
         return [block.row for block in self.blocks.values()]
 
     def slot_units(self, slots: Sequence[int]) -> tuple[int, int]:
@@ -147,11 +147,11 @@ def build_plan(
 
     Args:
         blocks: The model's blocks; only names and shapes are read.
-        config: What is asked.
+        config: The options.
         world_size: Ranks that share the work.
         local_world_size: Ranks of one node, for placement `node`.
-        shard_size: How many consecutive ranks together hold each gradient once: they are the rows of the grid, and what
-            placement `auto` means is theirs to say. 1 if every rank holds all.
+        shard_size: Number of consecutive ranks that together hold each gradient once: they are the rows of the grid,
+            and determine the meaning of placement `auto`. 1 if every rank holds all.
 
     Raises:
         ConfigError: The placement doesn't fit the number of ranks or the engine's shards, or a split its layers.
@@ -204,7 +204,7 @@ def _grid(config: KFACConfig, world_size: int, local_world_size: int, shard_size
 
 
 def exchange_buckets(plan: Plan, count: int) -> list[list[list[str]]]:
-    """Cut what sharded engines exchange into buckets of near-equal elements: names by column and bucket.
+    """Divide the exchange of sharded engines into buckets of near-equal elements: names by column and bucket.
 
     Blocks of one shape stay together where they can, so that they are preconditioned by one batched product. Every
     column has the same number of buckets, of which the last may be empty.
@@ -240,7 +240,7 @@ def moments_unit(block: Block, units: Sequence[Unit], config: KFACConfig) -> Uni
 
 
 def _slots(units: Mapping[str, tuple[Unit, ...]], parts: int, slots: int) -> dict[str, int]:
-    """Spread blocks over slots so that each costs about the same: parts by what is measured, slots by what is solved.
+    """Spread blocks over slots of about equal cost: parts by the cost of measuring, slots by that of solving.
 
     Nothing of it depends on the number of ranks: when a layer refreshes is part of the mathematics.
     """

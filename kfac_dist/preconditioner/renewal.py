@@ -1,7 +1,6 @@
-"""Changes of a model after K-FAC was made for it, and blocks that turned out not to be what they looked like.
+"""Changes of a model after K-FAC was made for it, and blocks that turned out to be wrong.
 
-Either way the blocks are found anew, planned and built on every rank, and the state of the units that remain goes on
-under their names.
+Either way the blocks are found, planned and built again on every rank, and units that remain keep their state by name.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from kfac_dist.engines import Engine
 LABEL = "model changes"
 # How warnings begin.
 MISMATCHED = "the inputs and output gradients captured of these layers don't make the gradients of their weights"
-# What follows a change of the model, by whether the engine can follow it.
+# Consequence of a change of the model, by whether the engine can follow it.
 FOLLOWS = {
     True: "its layers are covered anew, and what is known of those that remain goes on",
     False: "DeepSpeed goes on with the parameters that it has laid out, and K-FAC with their layers: change a model "
@@ -77,12 +76,12 @@ class ParameterWatch:
         return bool(votes.item())
 
     def message(self) -> str:
-        """Say what has changed."""
+        """Describe the changes."""
         said = "; ".join(self.differences()) or "on another rank"
         return f"the model's trained parameters have changed since KFAC was made ({said})"
 
     def differences(self) -> list[str]:
-        """Return what has changed, a phrase for each kind, with the parameters' names."""
+        """Return the changes, a phrase for each kind, with the parameters' names."""
         now = self._engine.named_parameters()
         trained = {name for name, parameter in now.items() if parameter.requires_grad}
         kinds = {
@@ -105,7 +104,7 @@ class ParameterWatch:
 
 
 def without(coverage: Coverage, mismatches: Iterable[Mismatch]) -> Coverage:
-    """Return a coverage without the blocks that don't make their gradients, and without those that share their weights.
+    """Return a coverage without the blocks that don't reproduce their gradients, and blocks that share their weights.
 
     The rows of one parameter are covered together or not at all.
     """

@@ -21,7 +21,7 @@ from kfac_dist.preconditioner.phases import Phase
 
 
 class SolverAccess:
-    """Curvature, inverses and damping of one K-FAC, for who finds the step from them.
+    """Curvature, inverses and damping of one K-FAC, for solvers that compute the step from them.
 
     Args:
         core: The K-FAC's core.
@@ -49,7 +49,7 @@ class SolverAccess:
 
     @torch.no_grad()
     def update_curvature(self) -> None:
-        """Close the statistics that backward measured and refresh what is due: the first part of `KFAC.step`.
+        """Close the statistics that backward measured and refresh due inverses: the first part of `KFAC.step`.
 
         Then come any number of calls of `precondition`, and `advance`.
         """
@@ -88,13 +88,13 @@ class SolverAccess:
         return self._core.parts.damping.factor
 
     def set_damping(self, value: float | None) -> None:
-        """Damp by this from now on, in place of what is configured; `multiply_damping` still multiplies it.
+        """Set the damping from now on, in place of the configured one; `multiply_damping` still multiplies it.
 
-        Inverses take it up when they are refreshed next. It is part of `state_dict`: a resumed run goes on with it.
+        Inverses use it from their next refresh on. It is part of `state_dict`: a resumed run continues with it.
 
         Args:
-            value: λ, without the weight decay that is part of the loss. The same on every rank. None goes back to what
-                is configured.
+            value: λ, without the weight decay that is part of the loss. The same on every rank. None returns to the
+                configured damping.
 
         Raises:
             ConfigError: It is no positive number.
@@ -104,7 +104,7 @@ class SolverAccess:
     def multiply_damping(self, factor: float, *, refresh: bool = False) -> None:
         """Multiply the configured damping from now on, such as after steps that had to be skipped.
 
-        It is part of `state_dict`, and so are refreshes that are still owed: a resumed run goes on with them.
+        It is part of `state_dict`, and so are pending refreshes: a resumed run continues with them.
 
         Args:
             factor: Of the configured damping; 1 at first. The same on every rank.
@@ -145,11 +145,11 @@ class SolverAccess:
         self._core.refresh_again()
 
     def inverses(self) -> dict[str, Tensor]:
-        """Return copies of what this rank preconditions with, by unit."""
+        """Return copies of this rank's inverses, by unit."""
         return {unit.name: group.payload(unit).clone() for group in self._core.parts.groups for unit in group.units}
 
     def use_inverses(self, values: Mapping[str, Tensor]) -> None:
-        """Precondition with what `inverses` returned on this rank."""
+        """Use the inverses that `inverses` returned on this rank."""
         for group in self._core.parts.groups:
             for unit in group.units:
                 group.load(unit, values[unit.name])
@@ -167,9 +167,9 @@ class SolverAccess:
         self._core.parts.reduction.restore_local(values)
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
-        """Go on without some blocks, as if they had been found not to make their gradients; collective.
+        """Leave some blocks out, as if they didn't reproduce their gradients; collective.
 
         Args:
-            reasons: What to say of each in `coverage.uncovered`, by the block's name. Other names are passed over.
+            reasons: Reason for each in `coverage.uncovered`, by the block's name. Unknown names are ignored.
         """
         self._core.leave_out(reasons)

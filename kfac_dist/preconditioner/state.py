@@ -4,21 +4,21 @@
     refreshes                       how many there have been
     units/<name>/scalars            weight and trace, then weights by class, `[2 + C]`
     units/<name>/sum                the running sum S, or one for each class
-    units/<name>/payload            what preconditioning uses now
+    units/<name>/payload            the inverse in use
     units/<name>/overdue            whether its refresh was due and has not happened
     units/<name>/refreshed          whether it has ever been refreshed
     units/<name>/samples            how samples share its layer's output and lie in it (`Measurement.places`)
-    units/<name>/pending, due       with an inverse lag: what it uses from step `due` on
-    damping                         what the run has set the damping to, and multiplied it by
+    units/<name>/pending, due       with an inverse lag: the inverse used from step `due` on
+    damping                         the run's own damping and factor
     adaptation                      how the damping has followed the trust region, if it does
     diagonal                        the diagonal Fisher of parameters without a block, if there is one
     moments/<name>                  EKFAC's second moments, under scalars, sum and payload; whether they are `ready`
-    transforms/<block>              what transforms of its gradient keep, by transform and key, if they keep any
+    transforms/<block>              states of transforms of its gradient, by transform and key, if there are any
     mismatched/<block>              why a block was left out during the run, in UTF-8, if there are such blocks
 
 Between refreshes every rank has its own sums. Saving adds them up first (the average is linear, so this changes them by
-rounding at most) and every rank goes on with the result, as the resumed run will. Inverses that are still being solved
-or sent are waited for: they are what is pending.
+rounding at most) and every rank continues with the result, as the resumed run does. Saving waits for inverses that are
+being solved or sent: they are `pending`.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def meet(communicator: Communicator, call: str, said: Any = None) -> list[Any]:
     Args:
         communicator: The ranks.
         call: The method's name.
-        said: What the other ranks are told.
+        said: Message to the other ranks.
 
     Returns:
-        What each rank said.
+        Each rank's message.
 
     Raises:
         CollectiveError: Another rank hasn't come in time, or has called another method.
@@ -122,12 +122,12 @@ def agree_to_load(parts: Parts, values: Mapping[str, Any], leaving: Set[str] = f
 
 
 def refuse_to_load(communicator: Communicator, problem: CheckpointError) -> None:
-    """Tell the ranks that are in `agree_to_load`, or come there, what keeps this one from loading; collective."""
+    """Send the reason why this rank can't load to the ranks in `agree_to_load`; collective."""
     meet(communicator, _LOAD, (str(problem), -1))
 
 
 def held(parts: Parts, step: int) -> dict[str, Any]:
-    """Return what this rank holds: sums that are global here, and payloads of its column; collective."""
+    """Return this rank's state: sums that are global here, and payloads of its column; collective."""
     parts.reduction.consolidate()
     pending = _pending(parts)
     holders, places = parts.refresh.holders, parts.measurement.places()
@@ -199,7 +199,7 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
         if unit.name in holders:
             holders[unit.name].load(unit, entry["payload"].to(parts.averages.device))
             if "due" in entry and int(entry["due"]) != _NEVER:
-                # Without a lag, what was on its way is used at once.
+                # Without a lag, pending payloads are used at once.
                 due = int(entry["due"]) if parts.lagged else int(values["step"])
                 coming.setdefault(due, []).append((unit, entry["pending"].to(parts.averages.device)))
     parts.refresh.pending.extend(
@@ -233,7 +233,7 @@ def _as_bytes(text: str) -> Tensor:
 def check_units(plan: Plan, saved: Iterable[str]) -> None:
     """Refuse a state whose units, by name, are not all that the plan makes of the same blocks.
 
-    What a unit's values mean follows from its block's other units: a chain's eigenbases are none by themselves.
+    A unit's values depend on its block's other units: a chain's eigenbases alone have no meaning.
 
     Raises:
         CheckpointError: For the first unit of a known block that the plan hasn't.

@@ -41,7 +41,7 @@ def save_kfac(kfac: KFAC, path: str | Path) -> None:
 
 
 def load_kfac(kfac: KFAC, path: str | Path) -> None:
-    """Read what `save_kfac` wrote, on any number of ranks and under any engine.
+    """Load a file of `save_kfac`, on any number of ranks and under any engine.
 
     Raises:
         CheckpointError: The file can't be read by some rank, or belongs to another model; every rank raises.

@@ -1,7 +1,7 @@
-"""Is it the step's turn? One step for one backward, and none between micro-batches.
+"""The order of calls: one step for one backward, and none between micro-batches.
 
-Told from what torch counts anyway: writing into a tensor raises its version, and a gradient that was forgotten comes
-back as another tensor. Nothing is hooked, and the device is not asked.
+Determined from torch's own counters: writing into a tensor raises its version, and a new gradient is another tensor.
+Without hooks, and without asking the device.
 
     backward   step   step                       refused: K-FAC's gradients are still as it left them
     backward   step   optimizer   step           allowed: a replayed graph, say, leaves no trace in its gradients
@@ -82,7 +82,7 @@ class Turns:
         """Look at the gradients that a step is about to precondition.
 
         Raises:
-            ModelError: They are those that the last step made.
+            ModelError: They are the gradients that the last step made.
         """
         left = self._left
         if left is None or not left.number or left.stepped(self._engine):
@@ -94,7 +94,7 @@ class Turns:
             )
 
     def taken(self) -> None:
-        """Take note of what a step has made."""
+        """Record the gradients that a step has made."""
         self._left = _Left.of(self._engine)
         self._waited = None
 

@@ -86,7 +86,7 @@ class ClassConditionalConfig(Section):
 
     Attributes:
         classes: C, the number of classes. The training loop takes it from the model's outputs; a `KFAC` that is built
-            by hand, and `kfac-dist plan`, have to be told.
+            by hand, and `kfac-dist plan`, need it.
         limit_gib: GiB that a rank may give to these statistics, C times the ordinary ones; more is refused before
             anything is allocated.
     """

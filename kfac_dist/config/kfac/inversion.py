@@ -59,10 +59,10 @@ class SplitConfig(Section):
     In YAML `per_head` and `per_group` may stand alone, and so may a number: that many parts of both factors.
 
     Attributes:
-        by: `per_head` cuts G of projections that make attention's heads (q, k, v, also fused) and A of the one that
-            reads them; `per_group` makes each group of a grouped convolution a unit of its own.
-        heads: `per_head` only: number of heads, where the model doesn't say.
-        inputs: Parts of A: how many near-equal ones, or their sizes; a bias's coordinate belongs to the last.
+        by: `per_head` cuts G of the projections that produce attention's heads (q, k, v, also fused) and A of the
+            output projection; `per_group` makes each group of a grouped convolution a separate unit.
+        heads: `per_head` only: number of heads, if the model has no attribute for it.
+        inputs: Parts of A: the number of nearly equal ones, or their sizes; a bias's coordinate belongs to the last.
         outputs: Parts of G, likewise.
     """
 
@@ -122,21 +122,21 @@ class InversionConfig(Section):
         damping: λ; a number or a schedule over steps. A warm-up needs its start, `warmup_from`.
         adapt: Adaptation of λ to the trust region; null leaves it to the schedule alone.
         inverse_every: Steps between refreshes of one block's inverses (T_inv); a multiple of `factor_every`.
-        stagger: Slots over which the blocks' refreshes spread inside one T_inv window; 1 refreshes all at once. At most
-            one for each step that measures, and as many times more as `curvature.stagger` says.
-        inverse_lag: Steps between the refresh of an inverse and its first use: meanwhile it is solved beside training
-            (by a thread of its own, on a GPU on a stream of its own) and shared. 0 solves and shares in one step.
+        stagger: Slots over which the blocks' refreshes are spread inside one T_inv window; 1 refreshes all at once. At
+            most one for each step that measures, times `curvature.stagger`.
+        inverse_lag: Steps between the refresh of an inverse and its first use: meanwhile it is solved in the background
+            (by a separate thread, on a GPU on a separate stream) and sent. 0 solves and sends in one step.
         early_refresh: At the start, inverses also refresh at this step and at 2, 4, 8, … times it, until the regular
-            refreshes begin; those steps measure, too. 0 keeps the first batch's inverses until then.
+            refreshes begin; those steps also measure. 0 keeps the first batch's inverses until then.
         rescale_every: `ekfac` only: steps between measurements of the second moments in the eigenbasis; a divisor of
             `factor_every`. null measures them with the factors; 1 at every step, at the cost of a measurement.
         max_factor_dim: Factors larger than this are cut into near-equal diagonal blocks (Block K-FAC).
-        splits: Pattern (`fnmatch`, on module names) to where the factors of these layers are cut, before
-            `max_factor_dim`; the first match wins, so that `name: 1` exempts layers from a pattern after it.
+        splits: Pattern (`fnmatch`, on module names) to the cuts of the factors of these layers, before
+            `max_factor_dim`; the first match wins, so that `name: 1` exempts layers from a later pattern.
         inverse_dtype: Precision in which inverses (eigenbases) are kept and multiplied with gradients; `auto` is that
             in which they are solved: float64 if factors are kept in it, else float32.
-        offload: Keep inverses in host memory, and bring each group of them to the device when it preconditions: two
-            groups are there at a time. Costs their way over the bus in every step; on a CPU it costs and saves nothing.
+        offload: Keep inverses in host memory, and copy each group of them to the device when it preconditions, two
+            groups at a time. Costs this transfer in every step; of no use on a CPU.
     """
 
     questions: ClassVar[Mapping[str, tuple[str, ...]]] = {

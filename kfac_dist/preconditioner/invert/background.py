@@ -1,6 +1,6 @@
 """Work beside training: one thread, on a GPU with a stream of its own.
 
-    training thread   start(work, reads) ──────── steps … ──────── job.result() ── goes on with the values
+    training thread   start(work, reads) ──────── steps … ──────── job.result() ── uses the values
     side thread            └─ waits for `reads` ─ work ─ done ─┘
 
 LAPACK, and reading a value from a GPU, let other Python threads run, so that training goes on meanwhile: on a CPU as
@@ -60,11 +60,11 @@ class BackgroundSolver:
         self._pool: ThreadPoolExecutor | None = None
 
     def start(self, work: Callable[[], T], reads: Sequence[Tensor]) -> BackgroundTask[T]:
-        """Run `work` once what the current stream has been given so far is done.
+        """Run `work` once the kernels queued on the current stream so far are done.
 
         Args:
             work: The work; it must not communicate.
-            reads: The tensors that it reads. Nobody may write to them meanwhile.
+            reads: The tensors that it reads. They must not be written meanwhile.
         """
         ready = None
         if self._stream is not None:
@@ -77,7 +77,7 @@ class BackgroundSolver:
         return BackgroundTask(self._pool.submit(self._run, work, ready), self._device)
 
     def close(self) -> None:
-        """End the thread; what has not begun is dropped."""
+        """End the thread; work that has not begun is dropped."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None

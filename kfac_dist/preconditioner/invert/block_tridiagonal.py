@@ -1,4 +1,4 @@
-"""Refreshing the block-tridiagonal inverse of a chain: what a unit's owner solves takes its neighbour's factors, too.
+"""Refreshing the block-tridiagonal inverse of a chain: a unit's owner also needs its neighbour's factors.
 
     unit of block i    A, G             A_next, G_next
     takes              M_i, M_{i+1}, M_{i,i+1}    M_{i+1}, M_{i,i+1}
@@ -61,7 +61,7 @@ class ChainRefresh(Refresh):
     def _tasks(
         self, units: Sequence[Unit], weights: list[float], traces: list[float], damping: float
     ) -> Iterator[Task]:
-        """Yield the factors among the units, for who reads their spectra: moments of two layers have none."""
+        """Yield the factors among the units, whose spectra can be read: moments of two layers have none."""
         for unit in units:
             weight = self._weight(unit, weights)
             if unit.kind is not FactorKind.CROSS and weight > 0:
@@ -96,7 +96,7 @@ class ChainRefresh(Refresh):
         return matrix
 
     def _share(self, block: str, side: Side, weights: list[float], traces: list[float], damping: float) -> float:
-        """Return what the damping adds to the diagonal of one of a block's two factors."""
+        """Return the damping's addition to the diagonal of one of a block's two factors."""
         mean: list[float] = []
         for other in (self._required(block, Side.A), self._required(block, Side.G)):
             weight = self._weight(other, weights)

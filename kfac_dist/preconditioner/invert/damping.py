@@ -1,4 +1,4 @@
-"""λ: what is configured, how it has been adapted, and what the run has made of it.
+"""λ: the configured value, its adaptation, and changes by the run.
 
     configured(step) × adapted ─┐
     set by hand, if it is ──────┴─▶ × the factor that the run sets ─▶ λ
@@ -33,8 +33,8 @@ class Damping:
 
     Attributes:
         adaptation: How the configured value follows the trust region.
-        factor: What λ is multiplied by; 1 at first.
-        own: λ in place of what is configured; None if there is none.
+        factor: Factor of λ; 1 at first.
+        own: λ in place of the configured one; None if there is none.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Damping:
         """Multiply λ from now on.
 
         Raises:
-            ConfigError: By what is no positive number.
+            ConfigError: The factor is not a positive number.
         """
         if not (math.isfinite(factor) and factor > 0):
             raise ConfigError(f"multiply_damping({factor}): it takes a positive number, 1 for no change")
         self.factor = factor
 
     def set(self, value: float | None) -> None:
-        """Take λ in place of what is configured; None goes back to that.
+        """Take λ in place of the configured one; None returns to that.
 
         Raises:
             ConfigError: It is not positive, with the weight decay that is part of the loss.
@@ -66,7 +66,7 @@ class Damping:
         if value is not None and not (math.isfinite(value) and value + self._l2 > 0):
             raise ConfigError(
                 f"set_damping({value}): together with kfac.update.l2 ({self._l2:g}) it has to be a positive number; "
-                "None goes back to what is configured"
+                "None returns to the configured damping"
             )
         self.own = value
 
@@ -77,14 +77,14 @@ class Damping:
         return self.factor * value_at(self._configured, step, self._total_steps) * self.adaptation.factor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what the run has made of it; what the adaptation knows is apart."""
+        """Return the run's changes of λ; the adaptation has its own state."""
         own = _NONE if self.own is None else self.own
         return {
             name: torch.tensor(value, dtype=torch.float64) for name, value in (("factor", self.factor), ("own", own))
         }
 
     def load_state_dict(self, values: Mapping[str, Tensor] | None) -> None:
-        """Take what `state_dict` returned; None, of a state from before there was any, leaves everything as it is."""
+        """Load the result of `state_dict`; None, from a state of an older version, changes nothing."""
         if values is None:
             return
         self.factor, own = float(values["factor"]), float(values["own"])

@@ -33,7 +33,7 @@ class DampingAdaptation:
         dtype: Its precision.
 
     Attributes:
-        factor: What the configured damping is multiplied by.
+        factor: Factor of the configured damping.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DampingAdaptation:
         self._scales.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the factor, and what will be judged next; the same on every rank."""
+        """Return the factor and the open window; the same on every rank."""
         return {
             "factor": torch.tensor(self.factor, dtype=torch.float64),
             "steps": torch.tensor(self._steps),
@@ -83,7 +83,7 @@ class DampingAdaptation:
         }
 
     def load_state_dict(self, values: Mapping[str, Tensor] | None) -> None:
-        """Take what `state_dict` returned.
+        """Load the result of `state_dict`.
 
         Raises:
             CheckpointError: There is nothing to take, though the configuration wants a damping that adapts.

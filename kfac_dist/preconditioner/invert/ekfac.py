@@ -1,15 +1,15 @@
 """EKFAC over ranks: every rank squares its own samples' gradients in the owners' eigenbases, and the ranks add up.
 
-    refresh      owners send eigenbases to *every* rank: whoever has samples of a layer measures them in its basis
+    refresh      owners send eigenbases to *every* rank: each measures its own samples in them
     backward     window += Σ_b (Q_Gᵀ ∇_b Q_A)²                                    curvature/ekfac.py
     step         window over the ranks, all_reduce or to the blocks' owners ── S ← βS + (1−β)·window
     precondition Q_G [(Q_Gᵀ ∇ Q_A) / (S/w + λ)] Q_Aᵀ, where the block is preconditioned
 
-S is a running average like a factor's, a pair (weighted sum, weight) under the same transaction, but its factors' times
-don't fit it: what is measured is used at once, so it is reduced at every measurement whatever `reduce_every` says.
+S is a running average like a factor's, a pair (weighted sum, weight) under the same transaction. But it is used at
+once, and so is reduced at every measurement for any `reduce_every`.
 
-When a new basis comes into use, S is turned into it (`moments.turn`): what was measured is kept, as the diagonal that
-it implies in the new basis. Nothing is measured before there is a basis; until then a block has `d_G d_Aᵀ`, as `eigen`.
+When a new basis comes into use, S is rotated into it (`moments.turn`), as the diagonal that it implies in the new
+basis. Nothing is measured before there is a basis; until then a block has `d_G d_Aᵀ`, as `eigen`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SecondMoments:
 
     Args:
         plan: The whole plan.
-        holders: Who holds the bases of each block's units here: its group, or a `Payloads` of other columns' blocks.
+        holders: Holder of the bases of each block's units here: its group, or a `Payloads` of other columns' blocks.
         column: The ranks that precondition the same blocks.
         comm: All ranks.
         config: Decay, precision and reduction.
@@ -103,7 +103,7 @@ class SecondMoments:
             self.averages.add_count(block.name, Side.S, count)
 
     def finish(self, taken: Tensor) -> Tensor:
-        """Reduce what this step measured and use it, if every rank takes the step; returns whether they do."""
+        """Reduce and use this step's measurements, if every rank takes the step; returns whether they do."""
         if not self._open:
             return taken
         self._open = False
@@ -142,7 +142,7 @@ class SecondMoments:
     # ---- checkpoints
 
     def held(self) -> dict[str, dict[str, Tensor]]:
-        """Return what this rank holds, by unit name: see `state`."""
+        """Return this rank's state, by unit name: see `state`."""
         values = {}
         for unit in self.plan.units:
             entry = {
@@ -157,7 +157,7 @@ class SecondMoments:
         return values
 
     def restore(self, values: Mapping[str, Mapping[str, Tensor]] | None) -> None:
-        """Take what `held` returned, after the bases.
+        """Load the result of `held`, after the bases.
 
         Raises:
             CheckpointError: It has no moments of a block, or some of another shape.

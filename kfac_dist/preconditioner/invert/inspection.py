@@ -1,4 +1,4 @@
-"""Readings of the factors that refreshes invert: spectra, condition and damping of each factor, and who inverted it.
+"""Readings of the factors that refreshes invert: spectrum, condition, damping and owner of each factor.
 
 Reading costs an eigenvalue decomposition beside the inversion, so it happens only at refreshes for which it was asked,
 and changes nothing that the run computes.
@@ -37,8 +37,8 @@ class FactorReading:
         side: `A`, `G` or `F`.
         dim: Size of the matrix.
         batch: How many of them, such as the groups of a convolution.
-        rank: Who inverted it.
-        damping: What was added to its diagonal.
+        rank: The rank that inverted it.
+        damping: The value added to its diagonal.
         trace: Mean of its eigenvalues.
         spectrum: Eigenvalues at `QUANTILES`; the largest alone, the others None, where the matrix is large.
         condition: `(largest + damping) / (smallest + damping)`; of a large matrix its upper bound, with 0 as smallest.
@@ -66,8 +66,8 @@ class RefreshReading:
     Attributes:
         step: Optimizer step, counted from 0.
         rank: The rank.
-        seconds: Its host's time for solving what it owns.
-        factors: What it inverted.
+        seconds: Its host's time for solving its units.
+        factors: The inverted factors.
     """
 
     step: int
@@ -96,17 +96,17 @@ class Inspector:
         self._outside = outside
 
     def take(self) -> list[RefreshReading]:
-        """Return what has been read, once."""
+        """Return the readings, once."""
         taken, self._readings = self._readings, []
         return taken
 
     def note(self, seconds: float, tasks: Sequence[Task]) -> None:
-        """Take note of what has just been solved, and of how long that took."""
+        """Record the units just solved, and the time of solving."""
         if self._wanted:
             self._solved = (seconds, [task for task in tasks if task.unit.name in self._wanted])
 
     def read(self, step: int) -> None:
-        """Read what has just been solved, before its statistics change; `step` is the one that asked for it."""
+        """Read the units just solved, before their statistics change; `step` is the one of the request."""
         if self._solved is None:
             return
         (seconds, tasks), self._solved = self._solved, None

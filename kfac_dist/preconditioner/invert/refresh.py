@@ -4,13 +4,13 @@
     one flat buffer, a segment an owner  ◀─────────────────────────────────────────────────┘
     shared down the column ── load into the groups
 
-With an inverse lag, training goes on with the last inverses meanwhile. The steps are fixed, the same on every rank:
+With an inverse lag, training continues with the last inverses meanwhile. The steps are fixed, the same on every rank:
 
     step          t                                    t + lag/2                  t + lag
     side thread   solve from copies of the factors ─────┐
     collectives                                         └─ shared, in flight ── load
 
-A unit that can't be solved is sent as it was: the last good inverse stays, and no rank has to be told.
+A unit that can't be solved is sent unchanged: the last good inverse stays in use, without further communication.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PendingSolve:
 
     Attributes:
         wire: How the payloads will travel.
-        given: What they are solved from.
+        given: The inputs of their solves.
         job: The work.
         begun: Step at which it began.
         send: Step at which the payloads are sent.
@@ -67,10 +67,10 @@ class PendingRefresh:
 
     Attributes:
         due: The step.
-        units: What they are of.
-        payloads: What has arrived; None before.
-        solving: What is not solved yet.
-        travelling: Layout, buffer and collectives of what has not arrived.
+        units: The units.
+        payloads: The received payloads; None before.
+        solving: The solves under way.
+        travelling: Layout, buffer and collectives of payloads under way.
         new: Whether no step has passed since it was sent.
     """
 
@@ -83,12 +83,12 @@ class PendingRefresh:
 
 
 class Refresh:
-    """Solves what this rank owns and keeps the groups' payloads up to date.
+    """Solves this rank's units and keeps the groups' payloads up to date.
 
     Args:
         averages: The statistics.
-        plan: Who owns what.
-        holders: Who holds each unit's payload here, by unit name: the groups that this rank preconditions with, and
+        plan: The owner of each unit.
+        holders: Holder of each unit's payload here, by unit name: the groups that this rank preconditions with, and
             for EKFAC bases of other columns' blocks.
         sharing: The ranks that share inverses with this one: its column, or for EKFAC all.
         rank: This rank.
@@ -101,11 +101,11 @@ class Refresh:
         failures: Units that this rank could not solve, and left as they were.
         raised: Units that weren't positive definite with their damping, so that more was added.
         pending: Payloads on their way.
-        inspector: Reads spectra of what is solved here, if they were asked for.
+        inspector: Reads spectra of the units solved here, on request.
         asymmetries: `[2, units]`: how far this rank's factors, and their inverses, were from symmetric when they were
             last solved and before anything made them so; −1 where nothing was measured. Eigenbases have no such number,
             and no more have factors that a packed wire has mirrored.
-        holders: Who holds each unit's payload here.
+        holders: Holder of each unit's payload here.
         beside: Whether units are solved beside training while there is a lag.
     """
 
@@ -146,14 +146,14 @@ class Refresh:
         """Solve this rank's units of some slots and send them on their way.
 
         Args:
-            slots: What is due.
+            slots: The slots that are due.
             totals: `[2 + C, units]` weights and traces over all ranks, and weights by class.
             damping: λ.
             step: This step.
             lag: Steps from this one to the first that uses the new inverses.
         """
         if slots not in self._wires:
-            # Who shares them holds them: the units of the own column's blocks, or all.
+            # The sharing ranks hold them: the units of the own column's blocks, or all.
             column = None if self._sharing.size == self._plan.grid.world_size else self._plan.grid.column_of(self._rank)
             self._wires[slots] = payload_wire(self._plan, slots, column, self._solver, pack=self._pack)
         wire = self._wires[slots]
@@ -183,7 +183,7 @@ class Refresh:
         return [name for name, block in self._plan.blocks.items() if name in empty and block.slot in slots]
 
     def activate(self, step: int) -> None:
-        """Send what has had its time to be solved, load the payloads that are due, and help those on that aren't."""
+        """Send finished solves, load due payloads, and advance pending transfers."""
         for refreshed in self.pending:
             if refreshed.solving is not None and refreshed.solving.send <= step:
                 self._conclude(refreshed, refreshed.solving)
@@ -212,19 +212,19 @@ class Refresh:
         return payload_numel(unit, self._solver)
 
     def take_over(self, previous: Refresh) -> None:
-        """Go on with the counters, and with the readings asked for, of the one that this replaces."""
+        """Take over the counters and requested readings of the one that this replaces."""
         self.refreshes, self.failures, self.raised = previous.refreshes, previous.failures, previous.raised
         self.inspector = previous.inspector
 
     def close(self) -> None:
-        """End what works beside training."""
+        """End the background thread."""
         self._side.close()
 
     def _bring_forward(self, names: set[str]) -> None:
-        """Use at once what is on its way for units that are solved anew now; collective if there is any.
+        """Load pending payloads of units that are solved again now; collective if there are any.
 
-        So nothing that was solved is lost, each unit has one payload on its way at most, and the new one starts from
-        the last. What came with them for other units stays due when it was.
+        So no solve is lost, each unit has at most one pending payload, and the new solve starts from the last.
+        Payloads of other units in the same transfer stay due in their step.
         """
         for other in self.pending:
             if names.isdisjoint(unit.name for unit in other.units):
@@ -246,7 +246,7 @@ class Refresh:
             self._moments.publish()
 
     def _conclude(self, refreshed: PendingRefresh, solving: PendingSolve) -> None:
-        """Take what the side thread has solved, and send it."""
+        """Send the results of the background thread."""
         outcome = solving.job.result(lambda done: done.tensors)
         refreshed.solving = None
         self._take_note(outcome)
@@ -280,7 +280,7 @@ class Refresh:
         *,
         copied: bool,
     ) -> SolveInput:
-        """Gather what units are solved from; copies of the statistics if training goes on meanwhile."""
+        """Gather the inputs of the solves; copies of the statistics if training continues meanwhile."""
         sums = [self._averages.sums(unit) for unit in units]
         previous = [self.holders[unit.name].payload(unit) for unit in units]
         return SolveInput(units, [s.clone() for s in sums] if copied else sums, previous, totals, combined, damping)
@@ -316,10 +316,10 @@ def payload_wire(plan: Plan, slots: Sequence[int], column: int | None, solver: S
     """Return the layout in which payloads travel among the ranks that share them.
 
     Args:
-        plan: Who owns what.
-        slots: What is refreshed.
+        plan: The owner of each unit.
+        slots: The slots to refresh.
         column: The column whose ranks share; None for all ranks.
-        solver: What makes the payloads.
+        solver: The solver of the payloads.
         pack: Whether symmetric inverses travel as triangles.
     """
     grid, owners = plan.grid, plan.assignment.owners

@@ -14,7 +14,7 @@ from kfac_dist.preconditioner.plan import Plan
 
 
 class RefreshQueue:
-    """Keeps the slots of one run; the same on every rank, as it follows from the plan and from what ranks agree on.
+    """Keeps the slots of one run; the same on every rank, because it follows from the plan and the ranks' agreements.
 
     Args:
         schedule: The intervals.
@@ -42,7 +42,7 @@ class RefreshQueue:
         return tuple(sorted(self._all))
 
     def begin(self, step: int) -> None:
-        """Look up what a step does. What is overdue is measured at the first step that measures anything."""
+        """Return the work of a step. Overdue slots are measured in the first step that measures anything."""
         measured, due = set(self.schedule.measured(step)), set(self.schedule.due(step))
         if measured:
             measured |= self.overdue
@@ -68,7 +68,7 @@ class RefreshQueue:
 
         Args:
             step: This step.
-            unmeasured: Those that have a layer without any statistics yet: they are asked once more after their first.
+            unmeasured: Slots with a layer without any statistics yet: they refresh again after its first ones.
 
         Returns:
             After how many steps the new inverses are used: the first ones at once.

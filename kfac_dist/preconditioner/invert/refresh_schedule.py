@@ -77,7 +77,7 @@ class RefreshSchedule:
         return bool(self.measured(step))
 
     def begins_round(self, step: int) -> bool:
-        """Whether this step measures all layers, or the first part of those that take turns."""
+        """Whether this step measures all layers, or the first part of layers that take turns."""
         return step % self.factor_every == 0 or self.starting(step)
 
     def decay(self, step: int, decay: float) -> float:

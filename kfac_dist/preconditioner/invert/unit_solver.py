@@ -1,4 +1,4 @@
-"""Solving units at a refresh, from what they are given to their payloads: on the training thread, or beside it."""
+"""Solving units at a refresh, from inputs to payloads: in the training thread, or in the background."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class SolveResult:
 
     Attributes:
         payloads: Of each unit.
-        failures: Units that keep what they had.
+        failures: Number of units that keep their last payload.
         raised: By unit name, how a factor was changed that wasn't positive definite with its damping.
         asymmetries: By unit name, of the factor and of the inverse.
-        tasks: What was solved, for who reads spectra.
+        tasks: The solved tasks, for readings of spectra.
         seconds: The host's time for it.
     """
 
@@ -68,7 +68,7 @@ class UnitSolver:
     """Divides sums by their weights, splits the damping and solves.
 
     Args:
-        averages: Where units lie in per-unit tensors, and what is known of how their sums were made.
+        averages: Indices of units in per-unit tensors, and how their sums were made.
         plan: The blocks.
         solver: How factors are inverted.
         mirrored: Whether sums came as triangles, so that nothing tells whether they were symmetric.
@@ -82,7 +82,7 @@ class UnitSolver:
         self._mirrored = mirrored
 
     def solve(self, given: SolveInput) -> SolveResult:
-        """Solve units; reads nothing that training changes, besides what it is given."""
+        """Solve units from the given inputs; reads nothing else that training changes."""
         weights, traces = self._quotients(given.totals, given.combined)
         unmeasured = self._unmeasured(weights)
         tasks: list[Task] = []
@@ -113,7 +113,7 @@ class UnitSolver:
     def _unmeasured(self, weights: Sequence[float]) -> set[str]:
         """Return the blocks of which a factor has no statistics on any rank.
 
-        They keep what they have: at first their plain gradients, whatever the solver, as half a curvature is none.
+        They keep their payload, at first the plain gradient, under any solver: one factor alone is no curvature.
         """
         return {unit.block for unit in self._plan.units if weights[self._layout.index(unit)] <= 0}
 
@@ -132,7 +132,7 @@ class UnitSolver:
         return {task.unit.name: (self.asymmetry(task.unit, task.sums), inverses.get(task.unit.name)) for task in tasks}
 
     def _quotients(self, totals: Tensor, combined: Mapping[str, Combined]) -> tuple[list[float], list[float]]:
-        """Return what each unit's sum is divided by, and its trace: the weight, or tr F for `L ⊗ R / tr F`.
+        """Return each unit's divisor of its sum, and its trace: the weight, or tr F for `L ⊗ R / tr F`.
 
         The coefficients of combined classes have their weights in them.
         """

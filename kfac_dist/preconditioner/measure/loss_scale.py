@@ -1,6 +1,6 @@
 """Is the loss the mean that K-FAC takes it for? Asked once, of the first measured step, from the model's outputs.
 
-`curvature.scale` tells by what the terms' gradients were multiplied; here that number is compared with what the loop
+`curvature.scale` finds the factor of the terms' gradients; here that number is compared with what the loop
 said, or with a mean over the micro-batch if it said nothing. A mismatch by n or T stops every rank; another one is a
 warning, since a loss may be weighted on purpose, also by a number that happens to be W.
 """
@@ -28,7 +28,7 @@ from kfac_dist.errors import ModelError
 from kfac_dist.hooks import HookHandle, after_forward
 from kfac_dist.preconditioner.measure.scale import gradient_scale
 
-# How far from 1 a scale may be: more than half-precision outputs round, less than what any wrong count makes.
+# Largest deviation of a scale from 1: above the rounding of half-precision outputs, below any wrong count's.
 TOLERANCE = 0.04
 
 
@@ -40,7 +40,7 @@ class Terms:
         samples: B of the micro-batch.
         positions: Terms that a sample has if every position is one, T.
         ranks: W.
-        loss_terms: What the mean is taken to run over.
+        loss_terms: Terms of the mean, as configured.
         scaled: Whether an AMP scaler is known of.
     """
 
@@ -52,7 +52,7 @@ class Terms:
 
 
 def explain_scale(scale: float, terms: Terms) -> tuple[bool, str] | None:
-    """Say what a scale means that should be 1.
+    """Explain a scale that should be 1.
 
     Args:
         scale: Output gradients that K-FAC would use, in multiples of those of the loss's terms.
@@ -170,7 +170,7 @@ class LossScaleWatch:
         uncounted: ModelError | None,
         unclear: str | None = None,
     ) -> TensorDim | None:
-        """Compare the scale with the loss that K-FAC was told of; collective, once, and waits for the device.
+        """Compare the scale with the described loss; collective, once, and waits for the device.
 
         Args:
             likelihood: The predictive distribution, if the configuration names it.
@@ -284,7 +284,7 @@ _COPIED = 2**22
 
 
 def _scale(outputs: Tensor, gradient: Tensor, micro: MicroBatch, likelihood: Likelihood | None) -> float | None:
-    """Return by what K-FAC's output gradients differ from the terms' own.
+    """Return the factor between K-FAC's output gradients and the terms' own.
 
     A Gaussian's gradient c·(s − y) tells nothing of c while y may be any number: there the doctor's comparison of a
     batch with its samples has to do.
@@ -345,13 +345,13 @@ def time_dim(gradient: Tensor) -> int | None:
 
 
 def _divisor(micro: MicroBatch) -> float:
-    """Return what K-FAC multiplies output gradients by."""
+    """Return K-FAC's factor of output gradients."""
     divisor = micro.terms if micro.divisor is None else micro.divisor
     return float(divisor) * unscaling(micro)
 
 
 def unscaling(micro: MicroBatch) -> float:
-    """Return what undoes the loss scale that a micro-batch's gradients carry; waits for the device."""
+    """Return the inverse of the loss scale in a micro-batch's gradients; waits for the device."""
     return 1.0 if micro.inverse_scale is None else float(micro.inverse_scale)
 
 

@@ -1,7 +1,7 @@
-"""n of a micro-batch: the terms of its loss on this rank, from what the loop says, the loss shows and the shapes are.
+"""n of a micro-batch: the terms of its loss on this rank, from the loop, the loss's gradient or the shapes.
 
-    micro_batch(terms=…)          the loop's word goes first
-    the loss's gradient           c = 1/n at the model's outputs, looked at once (`loss_scale`)
+    micro_batch(terms=…)          takes precedence
+    the loss's gradient           c = 1/n at the model's outputs, read once (`loss_scale`)
     the model's outputs, inputs   see `curvature.samples`
 
 The place in the shapes in which n was found in the first measured step is kept for all that follow.
@@ -46,7 +46,7 @@ class Counted:
     """Sizes of one micro-batch.
 
     Attributes:
-        samples: B, by which layers' rows are told apart; None if nothing tells it.
+        samples: B, the number of samples in layers' rows; None if it is unknown.
         terms: n.
     """
 
@@ -58,7 +58,7 @@ class TermCounter:
     """Counts the loss's terms of forward passes.
 
     Args:
-        loss_terms: What the loss's mean runs over.
+        loss_terms: Terms of the loss's mean.
 
     Attributes:
         place: Where the shapes show the number of samples, once that is settled.
@@ -85,7 +85,7 @@ class TermCounter:
 
         Args:
             shapes: Its forward pass.
-            said: What the loop says of it.
+            said: The loop's description of it.
             nearest: Rows of the layer nearest to the loss.
 
         Raises:

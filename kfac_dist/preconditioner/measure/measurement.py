@@ -45,22 +45,22 @@ PLACES = 8
 
 
 class Measurement:
-    """Hands what hooks capture to the blocks, and tells the reduction when a block is complete.
+    """Passes captured tensors to the blocks, and starts the reduction of complete blocks.
 
     Args:
-        engine: The model, and what is done to its losses.
+        engine: The model, and the treatment of its losses.
         blocks: Its blocks.
         averages: Where statistics go.
         reduction: Sends them.
         moments: EKFAC's, if there are any.
-        config: What is measured.
+        config: Options of the measurement.
         communicator: The ranks; this one's number places its samples in the global batch.
         scaler: The AMP scaler whose scale output gradients carry, if any.
-        phases: Told how long this takes.
+        phases: Records the time of measuring.
         sampled: Takes gradients at drawn labels, for parameters without a block.
         check_scale: Whether to compare the loss's gradient at the model's outputs with that of a plain mean.
         counter: Counts the loss's terms; by default a new one.
-        arbiter: Compares what is captured with the blocks' gradients; by default a new one, of all blocks.
+        arbiter: Compares captured rows with the blocks' gradients; by default a new one, of all blocks.
 
     Attributes:
         mismatches: Blocks that the last step has shown to be wrong, the same on every rank.
@@ -164,7 +164,7 @@ class Measurement:
         return {name: known and known + PLACES * (found.get(name) or 0) for name, known in self.samples().items()}
 
     def load_places(self, values: Mapping[str, int]) -> None:
-        """Take what `places` returned, so that a resumed run needn't find it out again."""
+        """Load the result of `places`, so that a resumed run needn't determine it again."""
         known = all(values.get(block.name, 0) for block in self._blocks)
         self._capture.samples = {name: Samples(number % PLACES) for name, number in values.items()} if known else None
         self._capture.readings = {name: readings_of(number // PLACES) for name, number in values.items()}
@@ -188,11 +188,11 @@ class Measurement:
             return self._description.divisor * accumulated
         try:
             return self._count(self._capture.batch).terms * accumulated
-        except ModelError:  # told in `finish`, if anything was measured
+        except ModelError:  # raised in `finish`, if anything was measured
             return 0.0
 
     def describe(self, description: Description) -> None:
-        """Take the loop's word on its next micro-batch."""
+        """Take the loop's description of its next micro-batch."""
         self._capture.describe(description)
         self._description = description
 
@@ -288,7 +288,7 @@ class Measurement:
         if late:
             warnings.warn(
                 f"{', '.join(sorted(late))} ran backward again after the micro-batch that kfac.micro_batch(last=True) "
-                "had announced as the step's last; what came late was not measured",
+                "had announced as the step's last; it was not measured",
                 stacklevel=3,
             )
         if self._arbiter.open and (refreshes or not self._judged_before):
@@ -321,7 +321,7 @@ class Measurement:
         self.mismatches = tuple(worst[block.name] for block in self._blocks if block.name in worst)
 
     def discard(self) -> None:
-        """Forget what the step has measured; collective where this step reduces."""
+        """Forget the step's measurements; collective if this step reduces."""
         self._capture.reset()
         self._arbiter.reset()
         self._close(torch.zeros((), dtype=torch.bool, device=self._averages.device))
@@ -367,7 +367,7 @@ class Measurement:
                 self._choose_dimension(outputs, self._terms.place, said)
         elif self._terms.place is None and said.terms is not None:
             self._choose_dimension(outputs, self._terms.find_samples(batch.shapes), said)
-        with suppress(ModelError):  # told in `finish`
+        with suppress(ModelError):  # raised in `finish`
             return self._micro_batch(batch, self._count(batch), own=False)
         return None
 
@@ -399,14 +399,14 @@ class Measurement:
         batch = calls[0].batch
         try:
             micro = self._micro_batch(batch, self._count(batch), own=False)
-        except ModelError as error:  # told in `finish`, on every rank
+        except ModelError as error:  # raised in `finish`, on every rank
             self._uncounted = error
             return
         self._enter(batch, micro)
         if self._factors and not self._reduction.accepts(block.name):
             return
         if block.by_class and self._config.class_slots:
-            if micro.classes is None:  # told in `finish`, where no rank waits for another
+            if micro.classes is None:  # raised in `finish`, where no rank waits for another
                 self._unlabelled = True
                 return
         elif micro.classes is not None:
@@ -488,7 +488,7 @@ class Measurement:
         )
 
     def _inverse_scale(self, scale: float) -> float | Tensor | None:
-        """Return what undoes an AMP loss scale, or the engine's own; None where there is none."""
+        """Return the inverse of an AMP loss scale, or of the engine's own; None if there is none."""
         if self._scaler is not None:
             return self._scaler.scale(torch.ones((), device=self._averages.device, dtype=torch.float32)).reciprocal()
         return None if scale == 1.0 else 1.0 / scale

@@ -52,7 +52,7 @@ class MissedTerms:
         """Take note of a step that moves the averages of some spans on this rank alone.
 
         Args:
-            spans: Each span with what it missed.
+            spans: Each span with the terms that its layers missed.
             decay: β.
             taken: 0-dim: whether the averages moved.
         """
@@ -77,7 +77,7 @@ class MissedTerms:
         return any(not all(step.used[span.units]) for step in self._steps for span in spans)
 
     def message(self, spans: list[Span]) -> Tensor:
-        """Return what ranks add up: `[2 + C, steps, units]`, ranks that used a layer, and terms that the others missed.
+        """Return numbers to sum over ranks, `[2 + C, steps, units]`: uses of a layer, and the others' missed terms.
 
         Terms have the weights by which the averages have them now.
         """
@@ -95,7 +95,7 @@ class MissedTerms:
         return torch.stack(parts, dim=1)
 
     def reduced(self, spans: list[Span]) -> None:
-        """Forget what is known of spans whose averages are global now."""
+        """Forget the spans whose averages are global now."""
         for step in self._steps:
             for span in spans:
                 step.open[span.units] = [False] * (span.last - span.first)
@@ -123,7 +123,7 @@ class MissedTerms:
         return torch.stack(rows)
 
     def load_state(self, values: Tensor) -> None:
-        """Take what `state` returned."""
+        """Load the result of `state`."""
         self._steps = []
         for row in values.to(self._device)[1:]:
             inside, used = row[1:3].bool().tolist()

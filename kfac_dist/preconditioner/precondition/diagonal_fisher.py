@@ -4,13 +4,13 @@
     Δ = ḡ / (S/w + λ)
 
 A batch's gradient is a mean of n terms' gradients of (nearly) zero mean, so that E[n ḡ²] is the diagonal of the Fisher,
-in the unit of every block's: λ means the same. It is estimated from what the ranks have averaged already, so nothing
+in the unit of every block's: λ means the same. It is estimated from the gradient averaged over ranks, so nothing
 but n is sent; where gradients are sharded, each rank has the diagonal of its own slices. That is the empirical Fisher,
 with the data's labels, and assumes a mean of zero, which is true of the Fisher and of gradients near a minimum.
 
 With labels drawn from the model (`uncovered: diagonal_mc`), ḡ is the mean of the drawn labels' gradients, whose mean is
 exactly zero: E[n ḡ²] is the Fisher's diagonal I, Î1 of Soen & Sun (2024) with one square a batch. By a batch's square
-alone its relative standard deviation is near √2 whatever n is, as a sum of many terms is near normal; the running
+alone its relative standard deviation is near √2 for any n, as a sum of many terms is near normal; the running
 average of β divides it by √((1 + β)/(1 − β)).
 """
 
@@ -83,7 +83,7 @@ class DiagonalFisher:
         """Move the average by this step's gradients; one small sum over the ranks.
 
         Args:
-            terms: What the mean of this rank's loss runs over; 0 if it had no data.
+            terms: Loss terms this rank averages over; 0 if it had no data.
             taken: 0-dim bool: whether the optimizer takes this step. If not, the average stays.
         """
         if not self.names:
@@ -153,7 +153,7 @@ class DiagonalFisher:
         return {"weight": self._weight.clone(), "sums": sums}
 
     def load_state_dict(self, values: dict[str, Any] | None) -> None:
-        """Take what `state_dict` returned.
+        """Load the result of `state_dict`.
 
         Raises:
             CheckpointError: It has no average for one of the parameters, or one of another shape.

@@ -1,6 +1,6 @@
 """Gradients to updates: collected, transformed stack by stack as they arrive, and delivered at one length.
 
-gradients = collect(...)                        set out for who preconditions them
+gradients = collect(...)                        sent to the ranks that precondition them
 updates   = transform(gradients, damping)       one stage after the other for blocks, ∇/(F + λ) for the rest; sent back
 scale     = scale(updates)                      one reduction for all stages that set a length together
 deliver(updates, scale)                         into the gradients' own memory
@@ -23,7 +23,7 @@ from kfac_dist.preconditioner.precondition.states import TransformStates
 from kfac_dist.preconditioner.precondition.transforms.base import Stack, Stage, Transform, keeps_state
 from kfac_dist.preconditioner.precondition.transport import Transport
 
-# What the traffic counts the reduction of the stages' numbers as.
+# Label in the traffic for the reduction of the stages' numbers.
 LABEL = "kl_clip"
 
 
@@ -34,7 +34,7 @@ class Updates:
     Attributes:
         gradients: The gradients that they were made of, by parameter name: where they go.
         diagonal: Those of parameters with a diagonal Fisher, flat.
-        sums: Of each stage that sets a length, by name: what it measured, a stack each.
+        sums: Measured numbers of each stage that sets a length, by name, one per stack.
     """
 
     gradients: dict[str, Tensor]
@@ -58,7 +58,7 @@ class Preconditioner:
 
     Attributes:
         transforms: By name, in the order in which they are applied.
-        states: What they keep from step to step.
+        states: Their states.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Preconditioner:
         self._plain = plain
         self._linear = {name: stage for name, stage in transforms.items() if stage.linear}
         self._scaling = {name: stage for name, stage in transforms.items() if stage.scales}
-        # On every rank alike, whatever blocks it has.
+        # On every rank alike, for any blocks.
         self._stateful = any(keeps_state(stage) for stage in transforms.values())
         self._replacing = [t for t in transforms.values() if type(t).replace_plain is not Transform.replace_plain]
         self._names = {id(group): tuple(block.name for block in group.blocks) for group in groups}
 
     def collect(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Start to bring gradients, by parameter name, to who preconditions them; returns them."""
+        """Start to send gradients, by parameter name, to the ranks that precondition them; returns them."""
         if self._offload is not None:
             self._offload.begin()
         self._transport.collect(gradients)
@@ -102,7 +102,7 @@ class Preconditioner:
         """Return the updates of gradients that were collected; collective where they travel.
 
         Args:
-            gradients: What `collect` returned.
+            gradients: The result of `collect`.
             damping: λ, with the weight decay that is part of the loss.
         """
         taken = self._engine.finite_everywhere(self._communicator) if self._stateful else None
@@ -149,7 +149,7 @@ class Preconditioner:
         taken: Tensor | None,
         sums: Mapping[str, list[Tensor]],
     ) -> None:
-        """Take every stack through some stages as it arrives, and send what comes out."""
+        """Transform every stack by some stages as it arrives, and send the result."""
         gradient_scale = self._engine.gradient_scale
         for groups in self._transport.arriving():
             updates: list[Tensor] = []
@@ -162,7 +162,7 @@ class Preconditioner:
         self, stages: Mapping[str, Transform], stack: Stack, taken: Tensor | None, sums: Mapping[str, list[Tensor]]
     ) -> Tensor:
         update, states = stack.gradient, dict[str, dict[str, Tensor]]()
-        collected = True  # whether the stack's gradient is still the one that was collected
+        collected = True  # whether the stack still holds the collected gradient
         for name, stage in stages.items():
             if collected and stage.stage is not Stage.GRADIENT:
                 stack, collected = (stack if update is stack.gradient else replace(stack, gradient=update)), False
@@ -175,7 +175,7 @@ class Preconditioner:
         return update if taken is None else self.states.commit(stack.group, states, taken, update)
 
     def _total(self, name: str, updates: Updates) -> Tensor:
-        """Return the sum over this rank of what a stage measured, 0-dim."""
+        """Return the sum over this rank of a stage's measured numbers, 0-dim."""
         sums, stage = updates.sums[name], self._scaling[name]
         total = torch.stack(list(sums)).sum() if sums else updates.diagonal.new_zeros(())
         return total + stage.measure(updates.diagonal, self._diagonal.gradient) if self._diagonal.counted else total

@@ -43,17 +43,17 @@ class TransformStates:
         self._index = {id(group): index for index, group in enumerate(groups)}
 
     def of(self, name: str, group: Group) -> dict[str, Tensor]:
-        """Return the tensors of a transform for a stack by key; the dict is a copy, the tensors are what is kept."""
+        """Return the tensors of a transform for a stack by key; the dict is a copy, the tensors are the state's own."""
         return dict(self._kept.get((name, self._index[id(group)]), {}))
 
     def commit(self, group: Group, states: Mapping[str, State], taken: Tensor, update: Tensor) -> Tensor:
-        """Keep what transforms have assigned for a stack, if the optimizer takes the step.
+        """Keep the tensors that transforms have assigned for a stack, if the optimizer takes the step.
 
         Args:
             group: The stack's layers.
-            states: What `of` returned for each transform, by name, after its `apply`.
+            states: The result of `of` for each transform, by name, after its `apply`.
             taken: 0-dim bool.
-            update: What became of the stack; a transform may have returned what it keeps.
+            update: The transformed stack; a transform may have returned a tensor of its state.
 
         Returns:
             The update, in memory of its own.
@@ -85,7 +85,7 @@ class TransformStates:
         return found
 
     def load(self, values: Mapping[str, BlockState]) -> None:
-        """Take the state of this rank's blocks from what holds it for at least these."""
+        """Load the state of this rank's blocks from a mapping that has at least these."""
         for name, index, key, value in self._values():
             for place, block in enumerate(self._groups[index].blocks):
                 self._groups[index].matrix(value, place).copy_(values[block.name][f"{name}.{key}"])
@@ -95,7 +95,7 @@ class TransformStates:
 
 
 def _changes(name: str, kept: Mapping[str, Tensor], state: State) -> list[tuple[Tensor, Tensor]]:
-    """Return what is kept with what comes in its place."""
+    """Return the kept tensors with their replacements."""
     for key, new in state.items():
         if key not in kept or new.shape != kept[key].shape:
             known = {known: list(value.shape) for known, value in kept.items()}

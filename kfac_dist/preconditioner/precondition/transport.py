@@ -1,9 +1,9 @@
-"""Gradients reach who preconditions them, and the results come back into the gradients' own memory.
+"""Transport of gradients to the ranks that precondition them, and of the results into the gradients' own memory.
 
-    collect    gradients set out
-    arriving   ... and come, a few groups at a time: they are preconditioned while others are on their way
-    send       results set out
-    deliver    ... and are scaled and written where the gradients were
+    collect    start sending gradients
+    arriving   receive a few groups at a time: they are preconditioned while others are under way
+    send       start sending results
+    deliver    receive, scale and write them in place of the gradients
 
 Under a replicated engine every rank has every gradient, so only results travel, and only along the rows of the grid:
 
@@ -43,7 +43,7 @@ class Transport(ABC):
 
     @abstractmethod
     def collect(self, gradients: dict[str, Tensor]) -> None:
-        """Start to bring gradients to those who precondition them.
+        """Start to send gradients to the ranks that precondition them.
 
         Args:
             gradients: By parameter name, each as the engine holds its gradient.
@@ -55,7 +55,7 @@ class Transport(ABC):
 
     @abstractmethod
     def send(self, groups: Sequence[Group], updates: Sequence[Tensor]) -> None:
-        """Take what became of the groups that `arriving` yielded last; collective.
+        """Send the results of the groups that `arriving` yielded last; collective.
 
         Args:
             groups: The groups.
@@ -64,10 +64,10 @@ class Transport(ABC):
 
     @abstractmethod
     def deliver(self, gradients: dict[str, Tensor], scale: Tensor | None) -> None:
-        """Write the preconditioned gradients over those that were collected, on every rank.
+        """Write the preconditioned gradients over the collected ones, on every rank.
 
         Args:
-            gradients: What was collected.
+            gradients: The collected gradients.
             scale: 0-dim factor for all of them.
         """
 
@@ -107,7 +107,7 @@ class ParameterViews:
             torch._foreach_copy_(views, parts)
 
     def empty_into(self, gradients: Mapping[str, Tensor]) -> None:
-        """Copy what the matrices hold over the gradients that there are."""
+        """Copy the matrices over the existing gradients."""
         parts, views = self._pairs(gradients)
         if parts:
             torch._foreach_copy_(parts, views)
@@ -178,7 +178,7 @@ class ReplicatedTransport(Transport):
     def deliver(self, gradients: dict[str, Tensor], scale: Tensor | None) -> None:
         """See `Transport.deliver`."""
         updates, self._updates = self._updates, []
-        # Into the workspaces, whose views are kept: by now nobody needs the plain gradients there.
+        # Into the workspaces, whose views are kept: the plain gradients there are no longer needed.
         for group, update in zip(self._groups, updates, strict=True):
             if scale is None:
                 group.gradient.copy_(update)
@@ -193,7 +193,7 @@ class ReplicatedTransport(Transport):
 
 @dataclass
 class _Bucket:
-    """One exchange, and the groups of this rank that need what it carries.
+    """One exchange, and the groups of this rank that need its gradients.
 
     Attributes:
         exchange: Carries it, into and out of the groups' workspaces.
@@ -209,7 +209,8 @@ class _Bucket:
 class ShardedTransport(Transport):
     """Transport for engines whose ranks hold slices.
 
-    On CUDA the exchanges run on the stream of their process group, beside the preconditioning of what has come already.
+    On CUDA the exchanges run on the stream of their process group, in parallel with the preconditioning of received
+    groups.
 
     Args:
         engine: Where the gradients are.
@@ -285,13 +286,13 @@ def update_layout(plan: Plan) -> SegmentLayout:
 
 
 def exchange_parts(block: Block, layout: GradientLayout, plan: Plan) -> list[Part]:
-    """Return what travels of a block's parameters to who preconditions it, where an engine leaves ranks slices."""
+    """Return the parts of a block's parameters to send to its preconditioning rank under an engine with slices."""
     owner = plan.blocks[block.name].column
     return [_part(block, parameter, layout[parameter].shape, owner) for parameter in block.parameters]
 
 
 def _part(block: Block, parameter: str, shape: Sequence[int], owner: int) -> Part:
-    """Return what travels of a parameter to its block's owner: all of it, or the block's own rows."""
+    """Return the part of a parameter to send to its block's owner: all of it, or the block's own rows."""
     rows = block.rows(parameter)
     first, last = (0, shape[0]) if rows is None else rows
     row = torch.Size(shape[1:]).numel()

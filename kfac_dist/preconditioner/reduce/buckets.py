@@ -27,8 +27,8 @@ class StepBuckets:
     """One step's buckets of the window.
 
     Attributes:
-        buckets: What is reduced, in this order, and its staging; None where the window itself is summed in place.
-        local: What stays local.
+        buckets: The parts to reduce, in this order, with their staging; None if the window is summed in place.
+        local: The parts that stay local.
         blocks: Everything that is measured.
     """
 
@@ -46,8 +46,8 @@ class BucketPlan:
     """The reductions of one plan.
 
     Args:
-        plan: Who owns which unit.
-        config: What is sent, when and how.
+        plan: The owner of each unit.
+        config: Options of the distribution.
         window: Where the units' statistics lie.
         size: Ranks that measure.
         working: Precision of the window.
@@ -55,7 +55,7 @@ class BucketPlan:
     Attributes:
         blending: Whether averages are local between refreshes.
         scattering: Whether a sum goes to its owner alone.
-        dtype: What travels.
+        dtype: The dtype sent.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class BucketPlan:
         self._known: dict[tuple[tuple[int, ...], tuple[int, ...] | None], StepBuckets] = {}
 
     def at(self, slots: tuple[int, ...], measured: tuple[int, ...] | None = None) -> StepBuckets:
-        """Return what is reduced when these slots refresh, and what stays local: everything, on one rank alone.
+        """Return the parts to reduce when these slots refresh, and the local ones: everything, on a single rank.
 
         Args:
-            slots: Those that refresh.
+            slots: The slots that refresh.
             measured: Those whose blocks are measured, `slots` among them; by default all.
         """
         if (slots, measured) not in self._known:
@@ -106,7 +106,7 @@ class BucketPlan:
 
         Args:
             comm: The ranks that measure.
-            buffer: The window's own values, or what the staging was filled with.
+            buffer: The window's own values, or the filled staging buffer.
             wire: The staging, if there is one.
             label: Name of the traffic.
         """

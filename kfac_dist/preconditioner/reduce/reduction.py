@@ -1,18 +1,18 @@
-"""Local statistics become global: when, in how many collectives, and what each rank keeps.
+"""Reduction of local statistics over ranks: its times, its collectives, and the sums that each rank keeps.
 
-    reduce_every   what is sent                                            what an average is then
-    refresh        β·average + (1−β)·window of the slots that refresh now  local, until a refresh adds the ranks up
+    reduce_every   sent                                                    the averages
+    refresh        β·average + (1−β)·window of the slots that refresh now  local, until a refresh sums over the ranks
     step           the window of every unit, at every measurement          global
 
-    reduction        sent with                                             who keeps the sum
-    all_reduce       one sum of every bucket                               everyone
+    reduction        sent with                                             keeps the sum
+    all_reduce       one sum of every bucket                               every rank
     reduce_scatter   an uneven all_to_all and a local sum in fp32          the unit's owner; the others start from zero
 
 Both columns of both tables give the same factors: the average is linear in what was measured. After an all_reduce at a
 refresh every rank keeps 1/W of the total, so that the ranks' averages still add up to it.
 
 The flat window is cut into a few buckets of whole blocks. With `overlap`, a bucket leaves as soon as backward has
-completed its blocks, always in the same order on every rank; what is left leaves in `finish`. Weights, traces and each
+completed its blocks, always in the same order on every rank; the rest is sent in `finish`. Weights, traces and each
 rank's vote on the step travel together in one small sum; a rank that has left a layer unused says so there, and only
 then a second one follows (`missed`).
 """
@@ -67,10 +67,10 @@ class FactorReduction:
 
     Args:
         averages: This rank's statistics.
-        plan: Who owns which unit.
+        plan: The owner of each unit.
         comm: The ranks that measure.
-        config: What is sent, when and how.
-        label: What the traffic counts it as.
+        config: Options of the distribution.
+        label: Its label in the traffic.
 
     Attributes:
         totals: `[2 + C, units]` weights and traces over all ranks, and weights by class, as of the last reduction of
@@ -112,7 +112,7 @@ class FactorReduction:
         """Begin a step that measures.
 
         Args:
-            slots: Those that refresh.
+            slots: The slots that refresh.
             measured: Those whose blocks are measured, `slots` among them; by default all.
         """
         reduced = self._layout.at(slots, measured)
@@ -137,7 +137,7 @@ class FactorReduction:
         return set() if self._current is None else self._current.late
 
     def completed(self, block: str) -> None:
-        """Take note that a block's statistics of this step are complete; send what can leave, in order."""
+        """Mark a block's statistics of this step as complete; send complete buckets, in order."""
         current = self._current
         assert current is not None
         if not current.overlap:
@@ -151,13 +151,13 @@ class FactorReduction:
     # ---- after backward
 
     def finish(self, taken: Tensor) -> Tensor:
-        """Send what is left, wait, and move the averages if every rank takes the step.
+        """Send the remaining buckets, wait, and update the averages if every rank takes the step.
 
         Args:
             taken: 0-dim bool: whether this rank takes the optimizer step (its gradients are finite).
 
         Returns:
-            The ranks' common answer, 0-dim bool. Where it is false, the averages are what they were.
+            The ranks' common answer, 0-dim bool. If it is false, the averages are unchanged.
         """
         current, self._current = self._current, None
         assert current is not None
@@ -198,7 +198,7 @@ class FactorReduction:
         bucket.work = self._layout.send(self._comm, bucket.sent, bucket.wire, label=self._label)
 
     def _exchange_scalars(self, spans: list[Span], taken: Tensor) -> Tensor:
-        """Add up the weights and traces of what was sent (what stays local must not be touched), and the votes."""
+        """Sum the weights and traces of sent units (local ones must not be touched), and the votes."""
         scalars = [self._averages.window_scalars[:, span.units] for span in spans]
         extra = self._prepare_missed(spans)
         vote = (~taken).to(scalars[0].dtype).view(1)
@@ -223,7 +223,7 @@ class FactorReduction:
             self._missed.note(found, self._averages.decay, taken)
 
     def _prepare_missed(self, spans: list[Span]) -> Tensor:
-        """Return what travels with the scalars: whether a layer was unused, or at every step which, and its terms.
+        """Return the numbers sent with the scalars: whether a layer was unused, or at every step which, and its terms.
 
         A refresh looks at the votes anyway; averages that are global at every step must move without asking.
         """
@@ -373,11 +373,11 @@ class FactorReduction:
         self._missed.clear()
 
     def local(self) -> dict[str, Tensor]:
-        """Return copies of what this rank alone holds, not consolidated."""
+        """Return copies of this rank's own statistics, not consolidated."""
         return {name: values.clone() for name, values in self._local().items()} | {"missed": self._missed.state()}
 
     def restore_local(self, values: Mapping[str, Tensor]) -> None:
-        """Take what `local` returned on this rank."""
+        """Load the result of `local` on this rank."""
         for name, own in self._local().items():
             own.copy_(values[name])
         self._missed.clear()

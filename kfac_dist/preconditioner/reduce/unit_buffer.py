@@ -1,6 +1,6 @@
 """Units on the wire: one flat buffer in which everything that has the same owner is contiguous.
 
-Matrices travel whole or as packed triangles, in fp64, fp32 or bf16; whoever packs and unpacks doesn't know what for.
+Matrices are sent whole or as packed triangles, in fp64, fp32 or bf16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class UnitBuffer:
     """The place of every unit's values in a flat buffer ordered by owner.
 
     Args:
-        units: What travels.
+        units: The units sent.
         owners: Rank within the communicator that each unit comes from or goes to.
         size: Ranks of the communicator.
         numel: Values of a unit when it isn't packed.

@@ -1,1 +1,1 @@
-"""Stages of what becomes of a gradient matrix at its owner, one file each; `table` has a row for each."""
+"""Transforms of a gradient matrix at its owner, one file each; `table` has a row for each."""

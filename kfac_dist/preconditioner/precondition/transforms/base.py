@@ -1,12 +1,12 @@
-"""One interface for every stage of what becomes of a gradient matrix at its owner.
+"""The interface of transforms of a gradient matrix at its owner.
 
     ∇ ── GRADIENT ── DIRECTION ── UPDATE ── LENGTH ──▶ Δ        one list, made once with the plan
          momentum    inverse                graft, trust region
 
-Like layers come as one stack of matrices, and each stage maps a stack to a new one. Numbers that a stage wants of all
-updates together (the trust region: ⟨Δ, ∇⟩) are summed over stacks and ranks in one reduction behind the last stage, and
-what it makes of them scales every update. State is kept by the pipeline (`states`): saved, resumed and taken to other
-ranks by the block's name, and left alone by a step that the optimizer skips.
+Layers of one shape form one stack of matrices, and each stage maps a stack to a new one. Numbers that a stage needs of
+all updates together (the trust region: ⟨Δ, ∇⟩) are summed over stacks and ranks in one reduction after the last stage;
+its factor of them scales every update. The pipeline keeps the state (`states`): saved, resumed and moved to other ranks
+by the block's name, and unchanged in a step that the optimizer skips.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Stack:
     """Gradient matrices of like layers at their owner.
 
     Attributes:
-        gradient: What the direction is made of, `[k·batch, d_out, d_in]`: the collected gradients of k layers after the
+        gradient: The direction's input, `[k·batch, d_out, d_in]`: the collected gradients of k layers after the
             stage `GRADIENT`. Its last column is the bias's, where the layers have one.
         names: The k layers' blocks.
         damping: λ, with the weight decay that is part of the loss.
@@ -87,7 +87,7 @@ class Transform(ABC):
         """Map a stack of updates to new ones.
 
         Args:
-            update: What the stages before have made, `[k·batch, d_out, d_in]`; it must stay as it is.
+            update: The previous stage's result, `[k·batch, d_out, d_in]`; it must not be written.
             stack: The layers.
             state: The stack's state; new values are assigned to its keys.
 
@@ -99,13 +99,13 @@ class Transform(ABC):
         """Return a number about a stack that adds up over all layers and parameters, 0-dim.
 
         Args:
-            update: What `apply` has made of the stack. For parameters without a block, flat: their update.
-            gradient: What the update was made of.
+            update: The stack's result of `apply`. For parameters without a block, flat: their update.
+            gradient: The update's input.
         """
         raise NotImplementedError(f"{type(self).__name__} says that it scales, and lacks measure")
 
     def scale(self, total: Tensor, gradient_scale: float) -> Tensor:
-        """Return the factor of all updates, 0-dim, from the sum of what `measure` returned on all ranks; no host sync.
+        """Return the factor of all updates, 0-dim, from the sum of `measure` over all ranks; no host sync.
 
         Args:
             total: 0-dim, the same on every rank.
@@ -118,5 +118,5 @@ class Transform(ABC):
 
 
 def keeps_state(transform: Transform) -> bool:
-    """Whether a transform's class has a state; the same on every rank, whatever layers it has."""
+    """Whether a transform's class has a state; the same on every rank, for any layers."""
     return type(transform).initial is not Transform.initial

@@ -34,7 +34,7 @@ class Grafting(Transform):
         return (rows * factors[:, None]).view(update.shape)
 
     def replace_plain(self, gradient: Tensor, gradient_scale: float) -> None:
-        """Turn a gradient into M, in place; what isn't finite stays so, for whoever looks for it."""
+        """Turn a gradient into M, in place; non-finite values stay non-finite, so that they are detected later."""
         if self._graft is Graft.SIGN:
             gradient.copy_(torch.where(gradient == 0, 0.0, gradient / gradient.abs()) * gradient_scale)
 

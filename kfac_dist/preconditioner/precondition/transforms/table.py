@@ -1,4 +1,4 @@
-"""The stages of a run: a row for each that the package has, and those that code outside of it has added.
+"""The stages of a run: a row for each of the package's, and registered ones.
 
 A row makes a stage of the configuration, or none where that doesn't ask for it. A new stage is a file beside this one
 and a row; where it comes in the list its own `stage` says.
@@ -25,7 +25,7 @@ class Ingredients:
 
     Attributes:
         update: The configuration.
-        trust_region: Made before, as what it reads is logged even while it is off.
+        trust_region: Made before, because its readings are logged even while it is off.
     """
 
     update: UpdateConfig
@@ -50,7 +50,7 @@ ROWS: Mapping[str, Callable[[Ingredients], Transform | None]] = {
     "grafting": _grafting,
     "trust_region": _trust_region,
 }
-# Those that code outside of the package has added.
+# Transforms registered from outside of the package.
 REGISTERED: dict[str, Callable[..., Transform]] = {}
 
 
@@ -58,7 +58,7 @@ def add_transform(name: str, make: Callable[..., Transform]) -> None:
     """Add a transform by name; see `kfac_dist.extensions.register_transform`.
 
     Raises:
-        ExtensionError: The name is taken or no name, or what is given can't make a transform.
+        ExtensionError: The name is taken or no name, or `make` can't make a transform.
     """
     where = "register_transform"
     check_new_name(where, name, [*ROWS, *REGISTERED])
@@ -78,7 +78,7 @@ def add_transform(name: str, make: Callable[..., Transform]) -> None:
 
 
 def check_transforms(chosen: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare the arguments of `update.transforms` with what the transforms take; calls nothing.
+    """Compare the arguments of `update.transforms` with the transforms' signatures; calls nothing.
 
     Raises:
         ConfigError: A transform takes no such argument, or needs another.
@@ -109,7 +109,7 @@ def _made(name: str, arguments: Mapping[str, Any], config: KFACConfig) -> Transf
         transform: object = REGISTERED[name](**arguments)
     except KFACError:
         raise
-    except Exception as error:  # the user's own code: whatever it raises, the run can't start
+    except Exception as error:  # the user's own code: after any exception the run can't start
         raise ConfigError(f"{key}: making it raises {type(error).__name__}: {error}") from error
     if not isinstance(transform, Transform):
         found = type(transform).__name__

@@ -42,7 +42,7 @@ class TrustRegion(Transform):
         predicted_kl: KL divergence that the last step, so shortened, is predicted to make, 0-dim.
 
     Raises:
-        ModelError: The trust region needs a learning rate that nobody has.
+        ModelError: The trust region needs a learning rate, and there is none.
     """
 
     stage = Stage.LENGTH
