@@ -1,4 +1,4 @@
-"""Errors that a user can act on: each says which key, layer or rank is wrong and what to do instead.
+"""Errors that a user can correct: each names the key, layer or rank, and a correction.
 
 The command line prints them without a traceback and exits with code 2; in a library they are ordinary exceptions.
 """
@@ -22,11 +22,11 @@ class ModelError(KFACError):
 
 
 class ExtensionError(KFACError):
-    """A registration that can't be taken: names the function, what it was given and what to write instead."""
+    """A registration that is refused: names the function, its argument and a correction."""
 
 
 class DataError(KFACError):
-    """Data that can't be trained on: names the data set and what is wrong with it."""
+    """Data that can't be trained on: names the data set and its problem."""
 
 
 class CheckpointError(KFACError):
@@ -34,7 +34,7 @@ class CheckpointError(KFACError):
 
 
 class CollectiveError(KFACError):
-    """A collective that failed or timed out: names the operation, what it carried and the rank that waited."""
+    """A collective that failed or timed out: names the operation, its contents and the rank that waited."""
 
 
 class PlanMismatchError(KFACError):

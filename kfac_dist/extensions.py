@@ -2,7 +2,7 @@
 
 A module of yours registers what it adds when it is imported; a run imports it by `extensions: [package.module]` in its
 YAML file, a program by an import before it makes `KFAC`. Each registration names the version of this interface that it
-was written for, `api_version=1`. What `__all__` lists here keeps its meaning as long as `API_VERSION` stays.
+was written for, `api_version=1`. The names in `__all__` keep their meaning as long as `API_VERSION` stays.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def register_block(layer_type: type[nn.Module] | str, block_type: type[Block], *
         api_version: The `API_VERSION` that the block was written for.
 
     Raises:
-        ExtensionError: Another version, a type that has a block, or no block type; says what to write.
+        ExtensionError: Another version, a type that has a block, or no block type; with a correction.
     """
     _check_version("register_block", api_version)
     add_block_type(layer_type, block_type)
@@ -126,7 +126,7 @@ def register_solver(name: str, invert: Callable[[Tensor, Tensor], Tensor], *, ap
 
 
 def register_transform(name: str, make: Callable[..., Transform], *, api_version: int) -> None:
-    """Add a stage of what is done with gradient matrices, which a run chooses by `kfac.update.transforms: {name: {}}`.
+    """Add a transform of gradient matrices, which a run selects by `kfac.update.transforms: {name: {}}`.
 
     It gets the matrices of like layers together, on the ranks that precondition them, before the inverse, behind it, or
     behind what sets the step's length, as its `stage` says. What it keeps from step to step is saved and resumed by
@@ -134,12 +134,12 @@ def register_transform(name: str, make: Callable[..., Transform], *, api_version
 
     Args:
         name: Lower-case letters, digits and '_'.
-        make: A class that derives from `Transform`, or what returns one; called with the YAML file's arguments by
+        make: A class derived from `Transform`, or a function that returns one; called with the YAML file's arguments by
             keyword.
         api_version: The `API_VERSION` that the transform was written for.
 
     Raises:
-        ExtensionError: Another version, a name that is taken, or no transform; says what to write.
+        ExtensionError: Another version, a name that is taken, or no transform; with a correction.
     """
     _check_version("register_transform", api_version)
     add_transform(name, make)
@@ -171,12 +171,12 @@ def register_engine(name: str, make: Callable[[nn.Module, EngineConfig, World], 
 
     Args:
         name: Lower-case letters, digits and '_'.
-        make: A class that derives from `Engine`, or what returns one; called on every rank with the model, on its
+        make: A class derived from `Engine`, or a function that returns one; called on every rank with the model, on its
             device, the `engine` section and the ranks. The optimizer is built of the parameters of its `module`.
         api_version: The `API_VERSION` that the engine was written for.
 
     Raises:
-        ExtensionError: Another version, a name that is taken, or no engine; says what to write.
+        ExtensionError: Another version, a name that is taken, or no engine; with a correction.
     """
     _check_version("register_engine", api_version)
     add_engine(name, make)
@@ -187,12 +187,12 @@ def register_sink(name: str, make: Callable[..., Sink], *, api_version: int) -> 
 
     Args:
         name: Lower-case letters, digits and '_'.
-        make: A class that derives from `Sink`, or what returns one; called on rank 0 with the run's directory, the
-            number of steps that a resumed run has done, and the YAML file's arguments by keyword.
+        make: A class derived from `Sink`, or a function that returns one; called on rank 0 with the run's directory,
+            the number of steps that a resumed run has done, and the YAML file's arguments by keyword.
         api_version: The `API_VERSION` that the sink was written for.
 
     Raises:
-        ExtensionError: Another version, a name that is taken, or no sink; says what to write.
+        ExtensionError: Another version, a name that is taken, or no sink; with a correction.
     """
     _check_version("register_sink", api_version)
     add_sink(name, make)
@@ -201,6 +201,6 @@ def register_sink(name: str, make: Callable[..., Sink], *, api_version: int) -> 
 def _check_version(function: str, version: int) -> None:
     if version != API_VERSION:
         raise ExtensionError(
-            f"{function}: found api_version={version!r}, this kfac_dist has {API_VERSION}: see what has changed in "
+            f"{function}: found api_version={version!r}, this kfac_dist has {API_VERSION}: see the changes in "
             f"docs/extending.md, then write api_version={API_VERSION}"
         )

@@ -4,7 +4,7 @@
 are its own, and its pickle is read where this package isn't installed.
 
     module ── _forward_hooks ── _Hook            called as ever
-       └───── __reduce_ex__  ── _WithoutHooks    what pickle and copy ask: the module's state without any _Hook
+       └───── __reduce_ex__  ── _WithoutHooks    for pickle and copy: the module's state without any _Hook
 
 A class that copies its `__dict__` by itself (a parametrised module) gets a function in the hook's place that does
 nothing.
@@ -24,7 +24,7 @@ from kfac_dist.errors import ModelError
 
 _REDUCE = "__reduce_ex__"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-# What torch keeps beside them, by the same keys.
+# Torch's attributes beside them, with the same keys.
 _FLAGS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_with_kwargs",
@@ -100,7 +100,7 @@ def after_forward(
 
 
 class _Hook:
-    """Calls a function; a copy of it, or what its pickle makes, does nothing."""
+    """Calls a function; a copied or unpickled one does nothing."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -143,7 +143,7 @@ class _WithoutHooks:
 
 
 def _prepare(module: nn.Module) -> None:
-    """Have copies leave hooks out, and drop those that a copy has got nevertheless."""
+    """Make copies leave hooks out, and drop hooks that a copy has nevertheless."""
     for name in _HOOKS:
         hooks = getattr(module, name)
         for key in [key for key, hook in hooks.items() if _is_inert(hook)]:
@@ -153,7 +153,7 @@ def _prepare(module: nn.Module) -> None:
 
 
 def _plain(part: object) -> object:
-    """Return a part of what a module reduces to without hooks, wherever its `__dict__` is in there."""
+    """Return a part of a module's reduced value without hooks, wherever its `__dict__` is in it."""
     if type(part) is tuple:
         return tuple(_plain(inner) for inner in part)
     if not isinstance(part, dict) or not all(name in part for name in _HOOKS):

@@ -41,7 +41,7 @@ def call(model: nn.Module, inputs: Inputs) -> object:
 
 
 def each(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """Return the inputs with each of their tensors replaced by what a function makes of it."""
+    """Return the inputs with a function applied to each of their tensors."""
     match inputs:
         case tuple():
             return tuple(function(tensor) for tensor in inputs)

@@ -17,7 +17,7 @@ from pathlib import Path
 from kfac_dist.errors import ConfigError
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
-# Of the options of launch/*.sh, `train` and `submit` those that no value follows.
+# Options of launch/*.sh, `train` and `submit` without a value.
 _FLAGS = frozenset(
     {"--build", "--check", "--compare", "--dry-run", "--help", "-h", "--live", "--no-ssh", "--overwrite", "--quiet"}
 )
@@ -39,7 +39,7 @@ class Command:
 
     Attributes:
         words: The program and its arguments.
-        environment: Variables to set beside those that there are.
+        environment: Variables to set in addition to the existing ones.
     """
 
     words: tuple[str, ...]
@@ -54,9 +54,9 @@ def launch_command(launcher: LauncherName, config: Path, arguments: Sequence[str
     """The command that trains `config` on ranks that `launcher` starts.
 
     Args:
-        launcher: What starts the ranks.
+        launcher: Launcher of the ranks.
         config: The run's YAML file.
-        arguments: The script's options and what goes on to `kfac-dist train`, in any order.
+        arguments: Options of the script and of `kfac-dist train`, in any order.
 
     Raises:
         ConfigError: The script can't be found.

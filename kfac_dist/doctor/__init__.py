@@ -1,4 +1,4 @@
-"""`kfac-dist doctor`: what K-FAC would do with a run's model and data, and whether that is right.
+"""`kfac-dist doctor`: K-FAC's treatment of a run's model and data, and checks of it.
 
 examine      the order of the checks, and the report
 parameters   one row a parameter: its block or why it has none, its costs, its owner
@@ -7,7 +7,7 @@ plans        the same plan on every rank, the same blocks for any number of rank
 scale        statistics of a batch against those of its samples, one by one
 curvature    the factors against the exact Gauss–Newton matrix
 fisher       on request: both estimators of the diagonal Fisher, at first and over some steps
-findings     what is wrong, and what to write instead
+findings     problems, and corrections
 view         the report on a terminal
 """
 

@@ -260,7 +260,7 @@ def _in_double(
     blocks = [block for block in find_all(double, config).blocks if block.name in names]
     try:
         compared = list(compare(double, blocks, matrices, taken, [vector.double() for vector in vectors], terms))
-    except RuntimeError:  # it computes in floats, whatever it is made of
+    except RuntimeError:  # it computes in float32, also as a model of doubles
         return {}
     return {block.name: result.exact for block, result in compared if result is not None}
 

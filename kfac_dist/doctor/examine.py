@@ -1,4 +1,4 @@
-"""The checks in their order: each needs what the one before it has shown to work.
+"""The checks in their order: each relies on the ones before it.
 
     environment ─ model, data ─ a trial pass ─ samples ─ blocks and plan ─ a mode to measure in ─ exact curvature
     ─ scale of the statistics
@@ -64,8 +64,8 @@ def examine(config: Config, world_size: int | None = None, fisher: FisherRequest
 
     Args:
         config: The run, resolved (`kfac_dist.config.yaml.load.resolve`).
-        world_size: Ranks to plan for; by default those that there are.
-        fisher: What to find out about the diagonal Fisher's estimators; nothing by default.
+        world_size: Ranks to plan for; by default the present ones.
+        fisher: Requests about the diagonal Fisher's estimators; none by default.
 
     Raises:
         ConfigError: The model or the data can't be built as named, or `world_size` contradicts the launcher.
@@ -134,7 +134,7 @@ def _environment(case: _Case, planned: int) -> dict[str, str]:
 
 
 def _build(case: _Case) -> tuple[nn.Module, Loss, Source, Source] | None:
-    """Build model and data as training does; what is wrong with their names or arguments is the configuration's."""
+    """Build model and data as training does; wrong names or arguments are errors of the configuration."""
     config = case.config
     try:
         with agreed(case.ranks):
@@ -260,7 +260,7 @@ def _measure(
         findings, rows = examine_curvature(config.kfac, config.loss, model, loss, train, ranks, still)
         case.findings += findings
         check_sections(config.engine, config.train, on_cpu=case.world.device.type == "cpu")
-        # Inputs and output gradients are whole under every engine, so that what they measure is seen under DDP, too.
+        # Inputs and output gradients are whole under every engine, so that they can be measured under DDP, too.
         replicated = config.engine.model_copy(update={"name": EngineName.DDP, "precision": Precision.FLOAT32})
         engine, optimizer = build_engine(
             model, replicated, config.train, case.world, partial(build_optimizer, config=config.first_order)

@@ -24,9 +24,9 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        check: What was looked at, in a word or two.
+        check: Name of the check.
         severity: Whether the run can start.
-        text: What was found, and for a problem what to write instead.
+        text: The finding, and for a problem a correction.
     """
 
     check: str
@@ -80,7 +80,7 @@ class CurvatureRow:
         error: `‖A⊗G − GGN‖ / ‖GGN‖` in Frobenius norms; None if it was not computed.
         cosine: `⟨A⊗G, GGN⟩ / (‖A⊗G‖ ‖GGN‖)`.
         exact: Whether the two have to be equal.
-        expected: What is to be expected, in words, or why nothing was computed.
+        expected: The expectation, in words, or why nothing was computed.
     """
 
     block: str
@@ -98,7 +98,7 @@ class Report:
 
     Attributes:
         name: Name of the run.
-        environment: What it runs on: ranks, device, versions.
+        environment: Ranks, device, versions.
         parameters: A row a parameter.
         findings: The checks in their order.
         curvature: Factors against the exact curvature.

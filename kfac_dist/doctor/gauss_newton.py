@@ -3,7 +3,7 @@
     GGN = (1/n) Σ_i J_iᵀ H_i J_i = (1/n) RᵀR
 
 with J_i the Jacobian of a sample's outputs, H_i the Hessian of its loss there (by automatic differentiation of the
-loss itself, independent of what K-FAC believes its likelihood to be), and R its rows `(H_i^½ J_i)`: one backward pass
+loss itself, independent of K-FAC's likelihood), and R its rows `(H_i^½ J_i)`: one backward pass
 each. No block of P×P is ever made: norms and inner products follow from the rows,
 
     ‖GGN‖² = ‖RRᵀ‖²/n²,    ⟨A⊗G, GGN⟩ = (1/n) Σ_k ⟨R_k, G R_k A⟩,    ‖A⊗G‖² = ‖A‖²‖G‖².
@@ -94,8 +94,8 @@ def compare(
         module: The bare model.
         blocks: Its blocks.
         factors: By block `(A, G)`, dense `[batch, n, n]` or diagonal `[batch, n]`; `(F,)` for unit-wise blocks.
-        inputs: What the model takes, `[B, ...]`.
-        rows: What `hessian_rows` returned for the outputs.
+        inputs: The model's inputs, `[B, ...]`.
+        rows: The result of `hessian_rows` for the outputs.
         terms: n.
     """
     outputs = forward(module, inputs)

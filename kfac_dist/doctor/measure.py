@@ -1,4 +1,4 @@
-"""A `KFAC` that measures once, remembers nothing else and touches no parameter: what the doctor's checks share."""
+"""A `KFAC` that measures once and changes no parameter, common to the doctor's checks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measuring(
 
     Args:
         model: The model or its engine.
-        config: What the run says; kept as far as it says what a factor is.
+        config: The run's options; only those that define a factor are kept.
         fisher: Whose gradients make G.
         sharing: Replaces the run's weight-sharing setting.
     """
@@ -76,7 +76,7 @@ def _attached(model: nn.Module | Engine, config: KFACConfig, parts: dict[str, An
 def factors(kfac: KFAC) -> dict[str, Mapping[str, Tensor]]:
     """Return every unit's `sum` and `scalars` (weight, trace), those of all ranks together; collective."""
     state = kfac.state_dict()
-    shares = float(state["shares"])  # a state holds one rank's equal share of what was averaged over ranks
+    shares = float(state["shares"])  # a state holds one rank's equal share of the average over ranks
     return {
         name: {"sum": entry["sum"] * shares, "scalars": entry["scalars"] * shares}
         for name, entry in state["units"].items()

@@ -26,7 +26,7 @@ def parameter_rows(
         model: The bare model.
         coverage: Its blocks.
         plan: Owners of the blocks; None if there are no blocks.
-        uncovered: What parameters without a block get.
+        uncovered: Treatment of parameters without a block.
     """
     owners = {name: block for block in coverage.blocks for name in block.parameters}
     shown: set[str] = set()
@@ -46,7 +46,7 @@ def parameter_rows(
 
 
 def coverage_finding(rows: tuple[ParameterRow, ...], uncovered: Uncovered) -> Finding:
-    """Say how much of the model is preconditioned, and what the rest gets."""
+    """Describe the share of the model that is preconditioned, and the treatment of the rest."""
     sizes = {row.name: _numel(row) for row in rows}
     covered = sum(sizes[row.name] for row in rows if row.block is not None)
     trained = sum(sizes[row.name] for row in rows if row.reason != FROZEN)

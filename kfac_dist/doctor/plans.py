@@ -24,7 +24,7 @@ def examine_plan(
     """Check that the plan is a pure function, that its work doesn't depend on the ranks, and how it is spread.
 
     Args:
-        blocks: What is planned.
+        blocks: The blocks of the plan.
         config: How.
         plan: The plan for the ranks of the run.
         local_world_size: Ranks of a node.

@@ -2,7 +2,7 @@
 
 The batch goes the way that it goes in training: engine, micro-batches, the loss divided over all ranks. The samples go
 through the bare model alone, each with the sum of its own terms, which no division can have spoiled. Both give each
-factor a trace; G's is quadratic in ĝ. Equal traces mean the right scale; a ratio says by what it is wrong.
+factor a trace; G's is quadratic in ĝ. Equal traces mean the right scale; another ratio is the error.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ def _measure_batch(parts: RunParts, communicator: Communicator, kfac: KFAC, batc
 
 
 def _of_rounding_alone(config: KFACConfig, parts: RunParts, single: Units, batch: StepBatch) -> list[str]:
-    """Return the units whose gradients are others in a model of doubles, so that nothing can be told from them."""
+    """Return the units whose gradients differ in a model of doubles, so that they can't be judged."""
     double = copy.deepcopy(parts.engine.module).double()
     try:
         with measuring(double, config, Fisher.EMPIRICAL) as kfac:
             exact = _measure_samples(parts, double, kfac, batch)
-    except RuntimeError:  # it computes in floats, whatever it is made of
+    except RuntimeError:  # it computes in float32, also as a model of doubles
         return []
     return [name for name in single if name in exact and _differs(single[name]["scalars"], exact[name]["scalars"])]
 

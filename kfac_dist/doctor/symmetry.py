@@ -29,7 +29,7 @@ def examine_symmetry(kfac: KFAC, ranks: Communicator) -> list[Finding]:
             said.append(f"{plural} by at most {values[worst]:.1e} of their largest entry ({worst})")
             largest = max(largest, *values.values())
         elif kind == "factor":
-            said.append("factors by construction not: what measured them keeps one half")
+            said.append("factors symmetric by construction: their measurement keeps one half")
         elif kfac.solver_access.config.inversion.solver is Solver.EIGEN:
             said.append("of eigenbases there is nothing to compare")
     if not found:

@@ -19,7 +19,7 @@ _NARROW = 100
 
 
 def report_view(report: Report, *, narrow: bool = False) -> RenderableType:
-    """Return the report, ready for rich to print: what there is first, the verdict last."""
+    """Return the report for rich to print, with the verdict at its end."""
     parts: list[RenderableType] = [_environment(report)]
     if report.parameters:
         parts.append(parameter_table(report.parameters, narrow=narrow))

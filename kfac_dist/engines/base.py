@@ -23,7 +23,7 @@ from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.distributed.movement.gradient_layout import GradientLayout
 from kfac_dist.hooks import Handle as Handle
 
-# What the traffic counts the ranks' vote on their gradients as.
+# Label in the traffic for the ranks' vote on their gradients.
 FINITE = "finite"
 
 
@@ -32,7 +32,7 @@ class BackwardPass:
     """The engine's treatment of the loss of the micro-batch at hand, beyond what the loop does.
 
     Attributes:
-        scale: What it multiplies the loss by before its backward: a loss scale, 1 / accumulated micro-batches.
+        scale: Factor of the loss before its backward: a loss scale, 1 / accumulated micro-batches.
         index: Micro-batches of this optimizer step before it.
         last: Whether it is the step's last; None where only the loop knows.
     """
@@ -46,7 +46,7 @@ class Engine(ABC):
     """A model whose gradients are averaged over ranks and held somewhere, as K-FAC sees it.
 
     Attributes:
-        model: What the training loop calls.
+        model: The module that the training loop calls.
         module: The bare module; its names identify parameters and blocks.
         sharded: Whether `gradients` are flat slices rather than whole tensors.
         optimizer: The optimizer that the engine drives, if it drives one: its `param_groups` have the learning rates.
@@ -67,7 +67,7 @@ class Engine(ABC):
 
     @abstractmethod
     def layout(self, names: Iterable[str]) -> GradientLayout:
-        """Return who holds which slices of these parameters' gradients; the same on every rank.
+        """Return each rank's slices of these parameters' gradients; the same on every rank.
 
         Ranks are counted within the `shard_size` consecutive ones.
         """
@@ -123,7 +123,7 @@ class Engine(ABC):
         return True
 
     def backward_pass(self) -> BackwardPass:
-        """Return what the engine does to the micro-batch whose forward or backward runs now."""
+        """Return the engine's treatment of the micro-batch whose forward or backward runs now."""
         return BackwardPass()
 
     def before_step(self, callback: Callable[[], None]) -> Handle | None:
@@ -138,13 +138,13 @@ class Engine(ABC):
         return iter(vectors)
 
     def whole_shapes(self) -> AbstractContextManager[None]:
-        """Return a context in which every parameter shows its whole shape, whatever its memory holds."""
+        """Return a context in which every parameter shows its whole shape, also when its memory is released."""
         return nullcontext()
 
     def finite_everywhere(self, communicator: Communicator) -> Tensor:
         """Return `finite` of all ranks together, 0-dim bool, the same on each; collective if ranks hold slices.
 
-        Whole gradients are averaged: what isn't finite on one rank isn't on any.
+        Whole gradients are averaged: a value that isn't finite on one rank isn't on any.
         """
         finite = self.finite()
         if not self.sharded:

@@ -21,7 +21,7 @@ from kfac_dist.errors import ConfigError, ExtensionError, ModelError
 
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Make = Callable[[nn.Module, EngineConfig, World], TrainingEngine]
-# Those that code outside of the package has added.
+# Engines registered from outside of the package.
 REGISTERED: dict[EngineName, Make] = {}
 
 
@@ -29,7 +29,7 @@ def add_engine(name: str, make: Make) -> None:
     """Add an engine by name; see `kfac_dist.extensions.register_engine`.
 
     Raises:
-        ExtensionError: The name is taken or no name, or what is given can't make an engine.
+        ExtensionError: The name is taken or no name, or `make` can't make an engine.
     """
     where = "register_engine"
     if isinstance(make, type) and not issubclass(make, TrainingEngine):
@@ -72,13 +72,13 @@ def as_engine(model: nn.Module | Engine) -> Engine:
 
 
 def _fully_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied; who did that has imported its package, which takes a second."""
+    """Whether `fully_shard` was applied; its package, whose import takes a second, is imported already then."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def check_engine(config: EngineConfig, train: TrainConfig, world: World) -> None:
-    """Refuse what can be refused before there is a model.
+    """Refuse settings that can be refused without a model.
 
     Raises:
         ConfigError: A sharded engine without a launcher; DeepSpeed is missing, or refuses its section.
@@ -92,7 +92,7 @@ def check_engine(config: EngineConfig, train: TrainConfig, world: World) -> None
 
 
 def check_sections(config: EngineConfig, train: TrainConfig, *, on_cpu: bool) -> None:
-    """Refuse what needs neither ranks nor a model to be refused.
+    """Refuse settings that can be refused without ranks or a model.
 
     Raises:
         ConfigError: DeepSpeed is missing, or refuses its section.
@@ -136,7 +136,7 @@ def _built(
         engine = REGISTERED[config.name](model, config, world)
         if not isinstance(engine, TrainingEngine):
             raise ConfigError(
-                f"engine.name: {config.name} made {type(engine).__name__}, expected what derives from "
+                f"engine.name: {config.name} made {type(engine).__name__}, expected a class derived from "
                 "kfac_dist.extensions.Engine"
             )
         return engine, build_optimizer(engine.module.parameters())

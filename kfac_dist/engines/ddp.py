@@ -55,7 +55,7 @@ class DDPEngine(TrainingEngine):
         return True
 
     def unused(self) -> list[str]:
-        """See `TrainingEngine.unused`: DDP waits, unless it was told to look for them."""
+        """See `TrainingEngine.unused`: DDP waits, unless it has `find_unused_parameters`."""
         if self._ddp is None or self._ddp.find_unused_parameters:
             return []
         return [name for name, parameter in self._trained.items() if parameter.grad is None]

@@ -36,7 +36,7 @@ class FSDP2Engine(TrainingEngine):
     """A model whose trained parameters `fully_shard` has cut along their first dimension, over one mesh.
 
     Args:
-        model: What the training loop calls: the sharded module, or what `torch.compile` made of it.
+        model: The module that the training loop calls: the sharded one, or the one compiled from it.
 
     Raises:
         ModelError: A trained parameter is not sharded, or not by rows, or over another mesh than the others; or it is
@@ -107,13 +107,13 @@ class FSDP2Engine(TrainingEngine):
 
     @torch.no_grad()
     def times_written(self, tensors: Iterable[Tensor]) -> int:
-        """See `Engine.times_written`: what is written into a DTensor and what into its shard is counted apart."""
+        """See `Engine.times_written`: writes into a DTensor and into its shard are counted separately."""
         known = list(tensors)
         return times_written(known) + times_written(cast(DTensor, tensor).to_local() for tensor in known)
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """See `Engine.gradient_dtype`: that of the parameters, whatever the mixed precision policy computes in."""
+        """See `Engine.gradient_dtype`: that of the parameters, for any mixed precision policy."""
         kinds = {parameter.dtype for parameter in self._trained.values()}
         return kinds.pop() if len(kinds) == 1 else torch.float32
 

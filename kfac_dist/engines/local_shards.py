@@ -29,7 +29,7 @@ class LocalShard:
         start: Element of the flattened parameter at which the run begins.
         values: The elements, writable: of the full shape if the run is all of them, else flat. In the precision that
             the optimizer steps.
-        key: What the optimizer keeps state under; None if it isn't trained.
+        key: Key of the optimizer's state; None if it isn't trained.
         offset: Element of the flattened `key` at which the run begins.
     """
 
@@ -70,7 +70,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def holdings_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[LocalShard]:
-    """Yield what this rank holds of parameters that are whole, or sharded by rows over a mesh's last dimension."""
+    """Yield this rank's parts of parameters that are whole, or sharded by rows over a mesh's last dimension."""
     for name, parameter in parameters:
         key = parameter if parameter.requires_grad else None
         local = local_part(parameter.detach())

@@ -25,7 +25,7 @@ class TrainingEngine(Engine):
         return 0
 
     def prepared(self, inputs: Tensor) -> Tensor:
-        """Return a model's inputs in the precision that it computes in, where it doesn't see to that by itself."""
+        """Return a model's inputs in the precision that it computes in, if it doesn't cast them itself."""
         return inputs
 
     def backward(self, loss: Tensor) -> None:
@@ -50,14 +50,14 @@ class TrainingEngine(Engine):
         return []
 
     def holdings(self) -> list[LocalShard]:
-        """Return what this rank holds of all parameters, between steps, for a checkpoint."""
+        """Return this rank's parts of all parameters, between steps, for a checkpoint."""
         return list(holdings_of(self.module.named_parameters()))
 
     def restored(self) -> None:
         """Take up weights that were written into `holdings`; collective."""
 
     def counters(self) -> dict[str, Tensor]:
-        """Return what the engine itself counts, such as a loss scale; the same on every rank."""
+        """Return the engine's own counters, such as a loss scale; the same on every rank."""
         return {}
 
     def load_counters(self, values: dict[str, Tensor]) -> None:

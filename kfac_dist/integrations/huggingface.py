@@ -70,7 +70,7 @@ class KFACCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach K-FAC to the wrapped model; load its state if training goes on from a checkpoint."""
+        """Attach K-FAC to the wrapped model; load its state if training resumes from a checkpoint."""
         trainer = self._trainer
         wrapped = trainer.model_wrapped
         optimizer = None if self._deepspeed else getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -99,7 +99,7 @@ class KFACCallback(TrainerCallback):
         self.kfac.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put K-FAC's state beside what the trainer has just saved; collective."""
+        """Save K-FAC's state beside the trainer's new checkpoint; collective."""
         if self.kfac is not None:
             save_kfac(self.kfac, _folder(args, state) / FILE)
 

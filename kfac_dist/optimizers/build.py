@@ -1,4 +1,4 @@
-"""From `kfac.solver` to what finds the step."""
+"""Construction of the stepper of `kfac.solver`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kfac_dist.preconditioner.kfac import KFAC
 
 
 def build_stepper(kfac: KFAC, total: Total, *, total_steps: int | None = None) -> Stepper:
-    """Return what finds the steps that `kfac.solver` names; see `stepper` for how a loop uses it.
+    """Return the stepper that `kfac.solver` names; `stepper` describes its use in a loop.
 
     Args:
         kfac: K-FAC on the model.

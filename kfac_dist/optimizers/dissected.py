@@ -147,7 +147,7 @@ class DissectedAdam(Optimizer, ABC):
         """Move the averages by the gradients, and the parameters by the method's step.
 
         Args:
-            parameters: What this rank holds of them.
+            parameters: This rank's parts of them.
             gradients: Theirs.
             averages: In the order of `averages`.
             group: Their options.

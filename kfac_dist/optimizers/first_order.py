@@ -17,7 +17,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     The learning rate starts at the schedule's plain value; the training loop sets it before every step.
 
     Args:
-        parameters: Parameters of the model; those that need no gradient are left out.
+        parameters: Parameters of the model; frozen ones are left out.
         config: Which optimizer and its constants.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Steps that are found from the quadratic model of the loss on the current batch: what Newton and CG have in common.
+"""Steps computed from the quadratic model of the loss on the current batch: the common part of Newton and CG.
 
     micro_batch(inputs, targets)        before each forward pass of the step: it will be repeated for products
     backward                            the loop's; gradients are averaged
@@ -80,14 +80,14 @@ class Stepper(ABC):
         self._passes: list[RecordedPass] = []
         self._discarded = kfac.solver_access.discarded
 
-    # ---- what loops call
+    # ---- called by loops
 
     def micro_batch(self, inputs: Inputs, targets: Tensor, first_sample: int | None = None) -> None:
         """Record the micro-batch whose forward pass comes next.
 
         Args:
-            inputs: What the model will be called with.
-            targets: What the loss compares its outputs with.
+            inputs: The model's inputs.
+            targets: The loss's targets.
             first_sample: Global index of its first sample within the step; by default ranks hold equal consecutive
                 parts.
         """
@@ -143,7 +143,7 @@ class Stepper(ABC):
         torch._foreach_sub_([parameters[name] for name in gradients], list(gradients.values()))
         return True
 
-    # ---- what solvers fill in
+    # ---- implemented by solvers
 
     @abstractmethod
     def find(self, problem: Problem) -> Tensor:
@@ -166,9 +166,9 @@ class Stepper(ABC):
 
     @abstractmethod
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Take what `state_dict` returned."""
+        """Load the result of `state_dict`."""
 
-    # ---- what solvers use
+    # ---- used by solvers
 
     def precondition(self, vector: Tensor) -> Tensor:
         """Return K-FAC's damped inverse times a vector, a new one; collective."""
@@ -181,7 +181,7 @@ class Stepper(ABC):
         return {name: view.clone() for name, view in self.space.views(vector).items()}
 
     def unnamed(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return a vector from what `named` returned.
+        """Return a vector from the result of `named`.
 
         Raises:
             CheckpointError: It belongs to another model.

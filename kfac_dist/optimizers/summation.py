@@ -1,6 +1,6 @@
-"""Sums over ranks of what passes over the batch compute: a pass that fails on one rank fails the sum on all.
+"""Sums over ranks of numbers computed by passes over the batch: a pass that fails on one rank fails on all.
 
-    numbers   [ what the block fills in … | mark ]   ── all-reduce ──▶   sums, and on how many ranks the block failed
+    numbers   [ filled in by the block …  | mark ]   ── all-reduce ──▶   sums, and on how many ranks the block failed
 
 The mark costs no collective of its own. Only where it isn't zero do the ranks tell each other what happened, before
 any rank waits for one that has left.
@@ -27,7 +27,7 @@ def summed(numbers: Tensor, communicator: Communicator, *, label: str) -> Iterat
     Args:
         numbers: 1-dim, of the same length on every rank; the last one is the mark.
         communicator: The ranks.
-        label: What travels.
+        label: Label of the contents.
 
     Raises:
         KFACError: The block failed on a rank: on that rank its own error, on the others one that names the rank.

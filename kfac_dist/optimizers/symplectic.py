@@ -1,6 +1,6 @@
 """The field of a two-player game, and its symplectic adjustment (Balduzzi et al. 2018, "The Mechanics of n-Player …").
 
-Player i descends its own loss in its own parameters. What both follow, ξ = (∇₁L₁, ∇₂L₂), is no gradient: its Jacobian
+Player i descends its own loss in its own parameters. Their joint field ξ = (∇₁L₁, ∇₂L₂) is no gradient: its Jacobian
 J = S + N has an antisymmetric part N, along which plain descent circles or leaves. The adjusted field ξ + λNᵀξ is still
 zero where ξ is, and turns inwards.
 
@@ -10,7 +10,7 @@ remain, two vector products in all, both by going back twice:
     (Nᵀξ)₁ = ½ ∇₁⟨∇₂(L₂ − L₁), ξ₂⟩        (Nᵀξ)₂ = ½ ∇₂⟨∇₁(L₁ − L₂), ξ₁⟩
 
 On several ranks ξ is averaged first, because both products need that of all samples; then the adjustment is. That is
-one collective each, whatever the number of parameters.
+one collective each, for any number of parameters.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def game_field(
     again = adjustment != 0
     gradients = []
     for player, loss in enumerate(losses):
-        # What the other player's parameters do to this loss is wanted only for the products.
+        # This loss's gradient with respect to the other player is needed only for the products.
         wanted = both if again else (first, second)[player]
         with _unobserved(kfacs[1 - player]):
             gradients.append(_gradient(loss, wanted, create_graph=again, keep=player == 0))

@@ -93,5 +93,5 @@ def build_sinks(chosen: Mapping[str, Mapping[str, Any]], directory: Path, first_
             raise ConfigError(f"metrics.sinks.{name}: making it raises {type(error).__name__}: {error}") from error
         if not isinstance(sinks[name], Sink):
             found = type(sinks[name]).__name__
-            raise ConfigError(f"metrics.sinks.{name}: found {found}, expected what derives from kfac_dist's Sink")
+            raise ConfigError(f"metrics.sinks.{name}: found {found}, expected a class derived from kfac_dist's Sink")
     return sinks

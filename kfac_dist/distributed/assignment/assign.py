@@ -24,7 +24,7 @@ class WorkItem:
     Attributes:
         name: Unique name of the unit.
         block: Name of the block whose gradient needs it.
-        cost: What the inversion costs, in any unit that is the same for all items; 0 for one that costs nothing.
+        cost: Cost of the inversion, in any unit that is the same for all items; 0 for free items.
         nbytes: Bytes of the result, as held by the ranks of its column.
     """
 
@@ -42,7 +42,7 @@ class Assignment:
         grid: The ranks.
         owners: Unit name to the rank that inverts it.
         columns: Block name to the column whose ranks hold its inverses and precondition it.
-        items: What was assigned, in the caller's order.
+        items: The assigned items, in the caller's order.
     """
 
     grid: Grid

@@ -37,7 +37,7 @@ def agree_on_plan(comm: Communicator, rows: Sequence[tuple[str, str]]) -> str:
         The hash of the plan.
 
     Raises:
-        PlanMismatchError: On every rank, with the same message: the first block that differs and what the ranks have.
+        PlanMismatchError: On every rank, with the same message: the first block that differs and the ranks' values.
     """
     own = plan_digest(rows)
     digests = comm.gather_objects(own, label="plan")
@@ -76,7 +76,7 @@ def caught(describe: Callable[[Exception], KFACError]) -> Iterator[list[KFACErro
         raise
     except KFACError as error:
         found.append(error)
-    except Exception as error:  # whatever it is, the other ranks must hear of it before this one leaves
+    except Exception as error:  # the other ranks must know of any exception before this one leaves
         found.append(describe(error))
         found[0].__cause__ = error
 

@@ -1,6 +1,6 @@
 """The one interface through which ranks talk: asynchronous collectives on flat tensors, counted and with a deadline.
 
-    Communicator                 what callers may rely on
+    Communicator                 the interface
     ├── SoloCommunicator         one rank: everything completes at once
     ├── TorchCommunicator        a process group of torch.distributed         process_group.py
     └── MPICommunicator          an MPI communicator, for CPU clusters        mpi_communicator.py
@@ -41,7 +41,7 @@ class Communicator(ABC):
         rank: This process's rank within the communicator.
         size: Number of ranks.
         device: Where small tensors that carry decisions must live to be sent.
-        traffic: What this rank has sent; shared with the communicators split from this one.
+        traffic: Counters of this rank's messages; shared with the communicators split from this one.
         in_order: Whether collectives on a GPU's memory run one after the other, as they were started: then one may be
             started whose input is the output of another that is still in flight.
     """
@@ -116,7 +116,7 @@ class _Done:
 
 
 class SoloCommunicator(Communicator):
-    """One rank: what it would receive is what it has."""
+    """One rank: it receives its own data."""
 
     def __init__(self, traffic: Traffic | None = None, device: torch.device | None = None) -> None:
         self.rank = 0

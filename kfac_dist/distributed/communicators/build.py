@@ -13,7 +13,7 @@ from kfac_dist.distributed.communicators.torch_communicator import TorchCommunic
 from kfac_dist.errors import ConfigError, ExtensionError
 
 Make = Callable[[dist.ProcessGroup | None, float], Communicator]
-# Those that code outside of the package has added.
+# Communicators registered from outside of the package.
 REGISTERED: dict[Backend, Make] = {}
 
 
@@ -21,7 +21,7 @@ def add_communicator(name: str, make: Make) -> None:
     """Add a communicator by name; see `kfac_dist.extensions.register_communicator`.
 
     Raises:
-        ExtensionError: The name is taken or no name, or what is given can't make a communicator.
+        ExtensionError: The name is taken or no name, or `make` can't make a communicator.
     """
     where = "register_communicator"
     if isinstance(make, type) or not callable(make):
@@ -33,7 +33,7 @@ def add_communicator(name: str, make: Make) -> None:
         inspect.signature(make).bind(None, 1.0)
     except TypeError as error:
         raise ExtensionError(
-            f"{where}: what makes {name!r} can't be called with (group, timeout_seconds): {error}"
+            f"{where}: the maker of {name!r} can't be called with (group, timeout_seconds): {error}"
         ) from None
     REGISTERED[Backend.add(name, where)] = make
 
@@ -59,7 +59,7 @@ def build_communicator(
         made = REGISTERED[backend](group, timeout_seconds)
         if not isinstance(made, Communicator):
             raise ConfigError(
-                f"kfac.distribution.backend: {backend} made {type(made).__name__}, expected what derives from "
+                f"kfac.distribution.backend: {backend} made {type(made).__name__}, expected a class derived from "
                 "kfac_dist.extensions.Communicator"
             )
         return made

@@ -6,7 +6,7 @@
 For clusters of CPUs whose network only MPI drives. bfloat16 and float16 have no numpy or MPI type: they travel as
 16-bit words, two bytes a value, and an operation of our own adds them in their own precision, as gloo does.
 
-MPI moves data only during its calls. A collective that was started during backward goes on when the next one
+MPI makes progress only during its calls. A collective that was started during backward continues when the next one
 starts, and in `wait`; MPICH moves it in between too with MPICH_ASYNC_PROGRESS=1, at the price of a busy thread a rank.
 """
 
@@ -218,7 +218,7 @@ class _PendingRequest:
         self._started = time.monotonic()
 
     def start(self, launch: Callable[[], Any], errors: type[Exception]) -> None:
-        """Starts the collective; `errors` is what MPI raises."""
+        """Starts the collective; `errors` is MPI's exception type."""
         self._errors = errors
         try:
             self._request = launch()

@@ -1,4 +1,4 @@
-"""A communicator that sends nothing: it writes down what a rank of any number of ranks would take part in.
+"""A communicator that sends nothing: it records the collectives of one rank of any number of ranks.
 
 Code that runs on it with tensors of the device `meta` shows its collectives without memory, network or other ranks.
 Bytes are counted by the formulas of `cost`, as by every communicator.
@@ -33,8 +33,8 @@ class Call:
     """One collective, as one rank sees it.
 
     Attributes:
-        kind: What it does.
-        label: What travels.
+        kind: The collective.
+        label: Label of its contents.
         nbytes: Bytes of the whole message: of the tensor, or of all that this rank has in the end.
         sent: Bytes that this rank sends, by the formulas of `cost`.
         received: Bytes that reach this rank, where it isn't the same for all.

@@ -32,7 +32,7 @@ class Watch:
     """Knows this rank's activity, and answers other ranks' questions; a context, in which its thread runs.
 
     Args:
-        store: What all ranks read and write; None where a rank is alone, or didn't meet the others by a store.
+        store: The store of all ranks; None if a rank is alone, or didn't use a store at start-up.
         rank: This rank.
         size: Number of ranks.
         tick_seconds: How long a rank stands still before it looks for a question.
@@ -134,7 +134,7 @@ class Watch:
         return (f"; no answer from {name_ranks(silent)}" if silent else "") + f"; waiting: {', '.join(said)}"
 
     def _ask(self, store: Store, answers: list[str | None]) -> None:
-        """Ask, tell where this rank is, and collect what the others tell, once they had the time to."""
+        """Ask all ranks, report this rank's position, and collect the others' reports after some time."""
         try:
             store.set(_QUESTION, str(self._rank))
             store.set(str(self._rank), self._where)

@@ -70,7 +70,7 @@ class TorchCommunicator(Communicator):
     ) -> TorchCommunicator:
         """A communicator over the ranks of `parent` (default: the world) with a new process group of its own.
 
-        Collective over `parent`. With `on_host` the group is gloo's, whatever `parent` sends over.
+        Collective over `parent`. With `on_host` the group is gloo's, for any backend of `parent`.
         """
         ranks = dist.get_process_group_ranks(parent or dist.group.WORLD)
         timeout = timedelta(seconds=timeout_seconds)

@@ -4,9 +4,9 @@ Bytes are those that ONE rank sends by the bandwidth-optimal algorithm, for a me
 
     all-reduce        2(N-1)/N · b     every rank, rounded up
     reduce-scatter     (N-1)/N · b     every rank, rounded up: half of an all-reduce
-    broadcast          (N-1)   · b     the root, whatever tree carries it; the others send nothing
+    broadcast          (N-1)   · b     the root, for any tree; the others send nothing
     all-gather         (N-1)   · b     every rank, of its own b bytes
-    all-to-all         what the rank sends to others; its own part stays where it is
+    all-to-all         the rank's parts for others; its own part stays in place
 
 so that summed over the ranks each byte is counted once for every link end that it has to reach.
 """
@@ -19,7 +19,7 @@ from collections import defaultdict
 class Traffic:
     """Traffic of this rank by label: numbers of collectives, and bytes by the formulas below.
 
-    A label names what travels ("factors", "inverses", "gradients"). One counter serves a communicator and all that are
+    A label names the contents ("factors", "inverses", "gradients"). One counter serves a communicator and all that are
     split from it. Collectives among one rank are not counted: nothing travels.
     """
 

@@ -1,4 +1,4 @@
-"""Many small tensors in one message a dtype: what one rank has, on all of them."""
+"""Broadcast of many small tensors in one message per dtype."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
     (precondition)
     to_shards         the same bytes back the same way, into the gradients' own memory
 
-What travels to one owner is a `Part`: a parameter, or a run of its rows where several owners share it. `plan_exchange`
+A `Part` is sent to one owner: a parameter, or a run of its rows if several owners share it. `plan_exchange`
 is pure: it says which elements lie where in the two buffers. `Exchange` owns the buffers and moves the bytes, from and
 to the memory in which owners precondition; what a rank both holds and owns is copied there without a detour. A rank
 never holds more full gradients than it owns. Both ways start at once and are waited for later, so that several
@@ -32,7 +32,7 @@ class Part:
     Attributes:
         name: Unique among the parts.
         parameter: The parameter's name.
-        shape: What the owner assembles.
+        shape: Shape of the part, assembled at the owner.
         owner: The rank.
         start: The first of its elements in the flattened parameter; the others follow.
     """
@@ -106,7 +106,7 @@ def plan_exchange(layout: GradientLayout, parts: Sequence[Part], rank: int) -> E
 
     Args:
         layout: Slices of each gradient, by the rank that holds them.
-        parts: What travels, in the same order on every rank; elements in no part keep their gradients.
+        parts: The parts to send, in the same order on every rank; elements in no part keep their gradients.
         rank: The rank whose plan is wanted.
 
     Raises:
@@ -204,7 +204,7 @@ class Exchange:
         places: The memory of each part that this rank owns, as `[R, C]` with the part's elements row by row: there it
             is assembled, in fp32 or what owners compute on, and from there it goes back.
         device: Where the gradients live.
-        wire_dtype: What travels.
+        wire_dtype: The dtype sent.
         label: Name of the traffic.
 
     Raises:
@@ -257,7 +257,7 @@ class Exchange:
             torch._foreach_copy_(self._assembled, self._in_pieces)
 
     def to_shards(self) -> None:
-        """Starts to take back what is in the places now; collective. They must stay as they are until `delivered`."""
+        """Starts to send the places' values back; collective. They must not be written until `delivered`."""
         if self._assembled:
             torch._foreach_copy_(self._in_pieces, self._assembled)
         self._work = self._comm.all_to_all(
@@ -265,11 +265,11 @@ class Exchange:
         )
 
     def delivered(self, local: Mapping[str, Tensor], scale: Tensor | None = None) -> None:
-        """Waits, and writes what came back into the slices, in place.
+        """Waits, and writes the received values into the slices, in place.
 
         Args:
-            local: What `to_owners` was given.
-            scale: 0-dim factor for all of it; it also scales what this rank has in the places of its own slices.
+            local: The argument of `to_owners`.
+            scale: 0-dim factor of all values; it also scales this rank's own slices in their places.
         """
         self._wait()
         for views in (self._sent, self._kept):

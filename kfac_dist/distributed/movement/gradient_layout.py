@@ -129,7 +129,7 @@ class GradientLayout:
         return all(parameter.is_replicated for parameter in self.parameters)
 
     def held_by(self, rank: int) -> dict[str, Slice]:
-        """Parameter name to what a rank holds of it; parameters of which it holds nothing are left out."""
+        """Parameter name to a rank's slice of it; parameters without a slice on the rank are left out."""
         held = ((parameter.name, parameter.held_by(rank)) for parameter in self.parameters)
         return {name: piece for name, piece in held if piece is not None}
 

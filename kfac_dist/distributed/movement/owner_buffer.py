@@ -63,7 +63,7 @@ class SegmentLayout:
         owner_numels: Elements by owner.
         scatters: Whether `share_segments` scatters and gathers, or broadcasts.
         piece_numel: Elements of a rank's piece in between.
-        sharing_numel: Elements of the buffer that `share_segments` takes: `numel`, and what it works with behind them.
+        sharing_numel: Elements of the buffer of `share_segments`: `numel`, and its workspace behind them.
 
     Raises:
         ValueError: Two segments share a name, an owner is no rank, or a size is negative.
@@ -141,7 +141,7 @@ def piece_numel(owner_numels: Sequence[int]) -> int:
 def sharing_numel(owner_numels: Sequence[int]) -> int:
     """Elements of the buffer that `share_segments` takes for parts of these sizes.
 
-    Behind a piece a rank there is room for the own one: an all-to-all can't receive into what it sends.
+    Behind a piece a rank there is room for the own one: an all-to-all can't receive into its send buffer.
     """
     if not scatters(owner_numels):
         return sum(owner_numels)
@@ -175,7 +175,7 @@ class PendingBroadcast:
         self._follow = follow
 
     def start_second_phase(self) -> None:
-        """Starts what had to wait for something else; collective: all ranks call it, or `wait`, at the same point.
+        """Starts the second phase; collective: all ranks call it, or `wait`, at the same point.
 
         It may block, for as long as the first half takes. Calling it between start and `wait` leaves less to wait for.
         """
@@ -202,7 +202,7 @@ def share_segments(comm: Communicator, buffer: Tensor, layout: SegmentLayout, *,
         comm: The ranks.
         buffer: 1-D, `layout.sharing_numel` elements, in which this rank's own part is set. It may be read once the
             result has been waited for; the elements behind `layout.numel` mean nothing.
-        layout: What lies where.
+        layout: The segments of the buffer.
         label: Name of the traffic.
 
     Returns:
@@ -260,7 +260,7 @@ class PendingReduce:
         self._follow = follow
 
     def wait(self) -> Tensor:
-        """This rank's part, 1-D, summed over the ranks in fp32 at least, whatever travelled; empty if it owns nothing.
+        """This rank's part, 1-D, summed over the ranks in fp32 at least, for any dtype sent; empty if it owns nothing.
 
         Collective where the sums were made elsewhere: all ranks wait for their reductions in the same order.
         """

@@ -52,7 +52,7 @@ def pack_symmetric(matrix: Tensor, out: Tensor) -> None:
 
 
 def unpack_symmetric(packed: Tensor, n: int, out: Tensor | None = None) -> Tensor:
-    """The full symmetric matrices [..., n, n] of what `pack_symmetric` wrote.
+    """The full symmetric matrices [..., n, n] of the result of `pack_symmetric`.
 
     Args:
         packed: Contiguous [..., n(n+1)/2].

@@ -1,4 +1,4 @@
-"""Runs of a tensor's elements, in row-major order, as views: what a flat slice of a parameter is inside of a matrix.
+"""Runs of a tensor's elements, in row-major order, as views: a flat slice of a parameter as parts of a matrix.
 
 A weight's rows lie apart where a bias is the matrix's last column, so that a flat run of elements is at most three
 views: the rest of a row, whole rows, the beginning of a row.

@@ -3,7 +3,7 @@
     agent ── wrapper ── rank        a launcher that is killed leaves its ranks behind, which would train on, and fight
       ✗                  ✗          the same run once it is started again
 
-What an agent starts has the variables of a rank, the agent has not: from the rank up to the agent, no process may end.
+Processes started by an agent have the variables of a rank, the agent hasn't: from rank to agent, no process may end.
 A rank without a launcher has no agent to end it: `nohup`, `setsid` and the end of a shell leave it alone.
 """
 
@@ -21,7 +21,7 @@ from kfac_dist.processes import Process, parent_of, process, variables_of
 
 TICK_SECONDS = 0.5
 ORPHANED = 2
-# What a launcher sets for its ranks, and has not itself.
+# Variables that a launcher sets for its ranks, and hasn't itself.
 _MARKS: Mapping[Launcher, tuple[str, ...]] = {
     Launcher.TORCHRUN: ("TORCHELASTIC_RUN_ID",),
     Launcher.DEEPSPEED: ("LOCAL_RANK",),
@@ -49,7 +49,7 @@ class AgentWatch:
 
     Args:
         info: Where this process stands.
-        end: Called with what happened, instead of ending the process.
+        end: Called with a message, instead of ending the process.
         tick_seconds: Time between two looks.
     """
 

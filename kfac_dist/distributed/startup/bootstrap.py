@@ -46,11 +46,11 @@ class World:
 
     Attributes:
         info: Where this process stands.
-        device: What it computes on.
+        device: Its device.
         backend: Backend of torch.distributed; None when alone, without a process group.
         owns_group: Whether `bootstrap` made the process group, and `close` destroys it.
         exported: Variables that `bootstrap` has set, and `close` takes away.
-        store: What the ranks met in; None when alone, or when the process group was there already.
+        store: The store of the rendezvous; None when alone, or when the process group existed already.
         first: Which process was rank 0 when this job's ranks first met; known to rank 0 alone, and only where the
             launcher's store outlives the ranks.
     """
@@ -89,7 +89,7 @@ class World:
         return self.info.local_world_size
 
     def describe(self) -> str:
-        """One line: how many ranks, where, over what."""
+        """One line: number of ranks, nodes, launcher and backend."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         if self.backend is None:
             return f"1 process on {name}"
@@ -128,7 +128,7 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
     closed.
 
     Args:
-        device: What to compute on.
+        device: The device of this rank.
         timeout_seconds: How long a collective, and the meeting of the ranks, may take.
 
     Raises:
@@ -148,7 +148,7 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
     chosen, problem = torch.device("cpu"), ""
     try:
         chosen = _take_device(device, info)
-    except ConfigError as error:  # the other ranks, who would wait for this one, have to hear of it
+    except ConfigError as error:  # the other ranks would wait for this one, and must know of it
         problem = str(error)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if backend == "nccl":
@@ -161,7 +161,7 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
 def _record_flights() -> None:
     """Have NCCL's watchdog write down the last collectives of every rank when one of them times out.
 
-    What the user has set stays. The dumps go to TORCH_NCCL_DEBUG_INFO_TEMP_FILE, a path that gets the rank appended.
+    Variables set by the user stay. The dumps go to TORCH_NCCL_DEBUG_INFO_TEMP_FILE, a path that gets the rank appended.
     """
     for name, value in FLIGHT_RECORDER.items():
         os.environ.setdefault(name, value)
@@ -177,7 +177,7 @@ def _joined_already(info: RankInfo, device: Literal["auto", "cpu", "cuda"]) -> W
 
 
 def _export(info: RankInfo) -> tuple[str, ...]:
-    """Sets what torchrun would have set; returns the names of what wasn't there."""
+    """Sets torchrun's variables; returns the names of those that were missing."""
     missing = {name: text for name, text in info.exports().items() if name not in os.environ}
     os.environ.update(missing)
     return tuple(missing)
@@ -257,7 +257,7 @@ def _store(info: RankInfo, host: str, port: int, timeout: timedelta) -> tuple[St
         agents = TCPStore(host, port, world_size=info.world_size, is_master=False, timeout=timeout)
         first = agents.compare_set(FIRST, "", _this_process()).decode() if info.rank == 0 else None
         return fresh_store(agents, info.rank, info.world_size, timeout), first
-    # multi_tenant: what uses the same variables in this process (DeepSpeed, say) shares rank 0's server.
+    # multi_tenant: other users of the same variables in this process (DeepSpeed, say) share rank 0's server.
     store = TCPStore(
         host, port, world_size=info.world_size, is_master=info.rank == 0, timeout=timeout, multi_tenant=True
     )

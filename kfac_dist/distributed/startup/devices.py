@@ -1,7 +1,7 @@
 """Check that the ranks' devices fit together: through the store where they meet, before any waits in a backend.
 
-    every rank   what it found: backend, host, GPUs, problem ──▶ store
-    rank 0       reads all ──▶ store: "", or what is wrong ──▶ every rank goes on, or raises it
+    every rank   its findings: backend, host, GPUs, problem ──▶ store
+    rank 0       reads all ──▶ store: "", or the problem ──▶ every rank continues, or raises it
 
 A node that has lost a GPU would choose gloo where the others choose NCCL, and all would wait for their timeout.
 """
@@ -34,7 +34,7 @@ class Found:
         backend: Backend that it would join by.
         host: Name of its host.
         gpus: GPUs that it sees.
-        problem: Why it can't compute as it was told to; empty if it can.
+        problem: Why it can't compute as configured; empty if it can.
     """
 
     backend: str
@@ -44,7 +44,7 @@ class Found:
 
 
 def compare(store: Store, rank: int, size: int, own: Found) -> None:
-    """Go on only if all ranks can, by the same backend; collective.
+    """Check that all ranks can compute, over the same backend; collective.
 
     Raises:
         ConfigError: On every rank: one of them has a problem, or their backends differ.
@@ -66,7 +66,7 @@ def compare(store: Store, rank: int, size: int, own: Found) -> None:
 
 
 def judge(found: Sequence[Found]) -> str:
-    """Return what is wrong with what the ranks have found, in their order; nothing if they fit together."""
+    """Return the problem with the ranks' findings, in their order; empty if they fit together."""
     for rank, one in enumerate(found):
         if one.problem:
             return f"rank {rank} on {one.host}: {one.problem}"

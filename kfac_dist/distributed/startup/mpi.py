@@ -26,7 +26,7 @@ def import_mpi(wanted_by: str) -> Any:
     """Import mpi4py's MPI, which starts MPI.
 
     Args:
-        wanted_by: What needs it, for the message: "distribution.backend: mpi", "mpirun".
+        wanted_by: The option that needs it, for the message: "distribution.backend: mpi", "mpirun".
 
     Raises:
         ConfigError: mpi4py is not installed, or finds no MPI library.

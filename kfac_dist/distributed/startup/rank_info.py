@@ -23,7 +23,7 @@ Environment = Mapping[str, str]
 
 
 class Launcher(StrEnum):
-    """The launcher that started a process and told it its rank."""
+    """The launcher that started a process and set its rank."""
 
     TORCHRUN = "torchrun"
     DEEPSPEED = "deepspeed"

@@ -17,10 +17,10 @@ SHOWN = 3
 
 
 def advise(report: FisherReport, curvature: CurvatureConfig, batch_size: int) -> Iterator[str]:
-    """Yield sentences: the estimators, the last two layers, labels, the setting, and what `empirical` would be.
+    """Yield sentences: the estimators, the last two layers, labels, the setting, and the `empirical` Fisher.
 
     Args:
-        report: What was measured.
+        report: The measurements.
         curvature: What the run measures, and how it averages that.
         batch_size: Samples of a step.
     """
@@ -35,7 +35,7 @@ def _estimators(report: FisherReport) -> Iterator[str]:
             yield (
                 f"{row.role} layer ({row.layer}): Î2. It has no variance, by structure: the outputs are affine in "
                 f"these weights (off by {row.curvedness:.0e} of a step as long as they are; largest ∂²h: {row.bend:.0e}"
-                "), so that −∂²ℓ is ∂hᵀC∂h whatever the labels are; no label has to be drawn"
+                "), so that −∂²ℓ is ∂hᵀC∂h for any labels; no label has to be sampled"
             )
         elif row.role and row.second is not None and row.first:
             yield (

@@ -5,7 +5,7 @@
 both in one forward pass over the whole batch (forward mode inside forward mode), for many directions at once. That is
 what the second derivative ∂²_iih of every output takes: along a coordinate, its bend.
 
-Torch's forward mode, nested, returns wrong second derivatives of a few operations without a word, of layer and batch
+Torch's nested forward mode silently returns wrong second derivatives of a few operations, of layer and batch
 normalisation among them (pytorch#198017). Here those are written out, and `mismatch` compares what came out with an
 integral, independently of which operations a model is made of.
 """
@@ -45,7 +45,7 @@ FLAT = 1e-4
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Outputs, and what they do along n directions.
+    """Outputs, and their derivatives along n directions.
 
     Attributes:
         outputs: `[B, ...]`.
@@ -63,7 +63,7 @@ class OutputFunction:
 
     Args:
         module: The bare model, in the mode in which it is to be looked at.
-        inputs: What the model takes, `[B, ...]`.
+        inputs: The model's inputs, `[B, ...]`.
     """
 
     def __init__(self, module: nn.Module, inputs: Inputs) -> None:
@@ -128,7 +128,7 @@ class OutputFunction:
 
 
 def _jvp(function: Callable[[Tensor], Any], s: Tensor) -> tuple[Any, Any]:
-    """Return what a function of a number returns, and its derivative."""
+    """Return the value of a function of a number, and its derivative."""
     value, derivative = jvp(function, (s,), (torch.ones_like(s),))  # type: ignore[misc]  # typed as if it had more
     return value, derivative
 
@@ -145,7 +145,7 @@ def random_direction(parameters: Mapping[str, Tensor], size: float, seed: int = 
 
 
 def mismatch(outputs: OutputFunction, names: Sequence[str]) -> float:
-    """Return how far the second derivative is from saying what the first one does, along a random segment; 0 to 1.
+    """Return the mismatch of the second derivative and the change of the first, along a random segment; 0 to 1.
 
     Of outputs that are twice differentiable, `h'(1) − h'(0) = ∫₀¹ h''(s) ds`. At a kink h' jumps and h'' says nothing
     of it: the share of the change that the integral misses doesn't depend on knowing the operation that kinks. A wrong
@@ -175,7 +175,7 @@ def mismatch(outputs: OutputFunction, names: Sequence[str]) -> float:
 def curvedness(outputs: OutputFunction, names: Sequence[str]) -> float:
     """Return how far outputs are from affine in these parameters: ‖h(θ+v) − h(θ) − h'v‖ / ‖h'v‖ for a long random v.
 
-    Zero up to rounding means affine: the second derivative is zero wherever the parameters are, whatever the data.
+    Zero up to rounding means affine: the second derivative is zero for any parameters and data.
     """
     direction = random_direction({name: outputs.parameters[name] for name in names}, 1.0)
     slope = outputs.slope(direction).double()

@@ -1,4 +1,4 @@
-"""`kfac-dist doctor --fisher`: which estimator of the diagonal Fisher is better in which layer, and what labels cost.
+"""`kfac-dist doctor --fisher`: the better estimator of the diagonal Fisher in each layer, and the cost of labels.
 
 What Soen & Sun (2024) ask for before a long run: both estimators' variances at the initial weights and how they move
 over the first steps, which are really taken: with the run's optimizer, K-FAC and data. Every rank takes them, in DDP
@@ -230,7 +230,7 @@ def _data_gradient(loss: Loss, outputs: OutputFunction, targets: Tensor) -> Tens
 
 
 def _seconds_of_backward(likelihood: Likelihood, parts: RunParts, twin: nn.Module, ranks: Communicator) -> float:
-    """Return what one more backward of a step's batch takes, with drawn labels: the slowest rank's median."""
+    """Return the seconds of one more backward of a step's batch, with sampled labels: the slowest rank's median."""
     trained = [p for p in twin.parameters() if p.requires_grad]
     micro_batches = next(parts.stream.steps(Position())).micro_batches
     found = []
@@ -252,7 +252,7 @@ def _resample(likelihood: Likelihood, outputs: Tensor, trained: list[nn.Paramete
 
 
 def _timed(action: Callable[[], object], parts: RunParts) -> float:
-    """Return the seconds of something, what it leaves to the device included."""
+    """Return the seconds of a call, including its work on the device."""
     device = next(parts.engine.module.parameters()).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -25,7 +25,7 @@ HELD = 2**25
 MOST_AT_ONCE = 256
 # A share of the first derivative's change that the second one misses: more than quadrature and rounding leave.
 KINK = 0.02
-# What rounding leaves of an affine function, relatively.
+# Relative rounding error of an affine function.
 AFFINE = 1e-4
 
 
@@ -93,7 +93,7 @@ def find_layers(module: nn.Module, course: Course) -> list[Layer]:
 
 
 def judge_smoothness(outputs: OutputFunction, layers: Sequence[Layer], course: Course) -> list[Layer]:
-    """Return the layers with what speaks against Î2 there, and where it has no variance.
+    """Return the layers with the objections to Î2, and where it has no variance.
 
     Raises:
         RuntimeError: Torch can't differentiate the model twice.
@@ -156,7 +156,7 @@ def measure_layers(
     Args:
         outputs: The model on some samples.
         layers: The layers.
-        indices: What to look at of every parameter.
+        indices: The examined coordinates of every parameter.
         likelihood: Predictive distribution.
         data_gradient: Gradient of the summed loss at the outputs, with the data's labels.
         elements: Numbers that one forward pass computes.

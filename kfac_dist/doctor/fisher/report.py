@@ -107,14 +107,14 @@ class FisherReport:
 
     Attributes:
         likelihood: Whose labels are drawn.
-        columns: Outputs of one term: what `fisher: type2` sends back.
+        columns: Outputs of one term: the columns of `fisher: type2`.
         samples: Samples that were looked at.
         draws: Labels that were drawn for each of them.
         deviation: The relative standard deviation that labels are counted for.
         layers: In the order of execution.
         trend: The layers again, after some steps each.
-        cost: What it takes.
-        advice: What follows, in sentences.
+        cost: Seconds of its parts.
+        advice: Advice, in sentences.
     """
 
     likelihood: str
@@ -129,11 +129,11 @@ class FisherReport:
 
 
 def layer_row(layer: Layer, sums: Sums, values: int, coordinates: int, deviation: float) -> FisherRow:
-    """Return what is shown of a layer at the initial weights.
+    """Return the report of a layer at the initial weights.
 
     Args:
         layer: The layer.
-        sums: What was measured.
+        sums: The measurements.
         values: Trained values.
         coordinates: Those that were looked at.
         deviation: Relative standard deviation to count labels for.
@@ -162,7 +162,7 @@ def layer_row(layer: Layer, sums: Sums, values: int, coordinates: int, deviation
 
 
 def trend_rows(step: int, layers: Sequence[Layer], sums: dict[str, Sums]) -> Iterator[TrendRow]:
-    """Yield what is shown of every layer after some steps."""
+    """Yield the report of every layer after some steps."""
     for layer in layers:
         its, allowed = sums[layer.name], not layer.refused
         yield TrendRow(

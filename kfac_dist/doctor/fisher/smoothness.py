@@ -61,7 +61,7 @@ class Operation:
     parameters: frozenset[str]
 
     def __str__(self) -> str:
-        """Say what and where."""
+        """Describe the operation and its place."""
         return (
             f"{self.name} in {self.module} ({self.kind})" if self.module else f"{self.name} in the model ({self.kind})"
         )
@@ -97,7 +97,7 @@ def observe(module: nn.Module, inputs: Inputs) -> Course:
 
     Args:
         module: The bare model, in the mode in which it is to be looked at.
-        inputs: What the model takes, `[B, ...]`.
+        inputs: The model's inputs, `[B, ...]`.
     """
     watch = _Watch(module)
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -139,7 +139,7 @@ class _Origins:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes what matters of each operation."""
+    """Records each operation's kinks and dependencies."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

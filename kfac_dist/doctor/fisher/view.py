@@ -14,7 +14,7 @@ FOLLOWED = 10
 
 
 def fisher_view(report: FisherReport, *, narrow: bool) -> RenderableType:
-    """Return tables of the layers, of their course, what it costs, and the advice."""
+    """Return tables of the layers, of their course, of costs, and the advice."""
     return Group(_layers(report, narrow), _trend(report, narrow), _cost(report), "", _advice(report))
 
 

@@ -1,4 +1,4 @@
-"""A run's DeepSpeed configuration: its section, completed by what the run says elsewhere, and checked by DeepSpeed."""
+"""A run's DeepSpeed configuration: its section, completed by other sections, and checked by DeepSpeed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kfac_dist.config.schema import EngineConfig, Precision, TrainConfig
 from kfac_dist.errors import ConfigError
 
 PREFIX = "engine.deepspeed"
-# Sections to which the run adds what it says elsewhere.
+# Sections that are completed by other sections of the run.
 _COMPLETED = ("zero_optimization", "bf16", "fp16")
 
 
@@ -45,7 +45,7 @@ def import_deepspeed(config: EngineConfig, *, on_cpu: bool) -> ModuleType:
 
 
 def deepspeed_settings(config: EngineConfig, train: TrainConfig, world_size: int) -> dict[str, Any]:
-    """Return what `deepspeed.initialize` gets as its configuration.
+    """Return the configuration for `deepspeed.initialize`.
 
     Args:
         config: The engine section; a ZeRO engine.

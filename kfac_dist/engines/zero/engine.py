@@ -67,7 +67,7 @@ class ZeroEngine(TrainingEngine):
         self._partitions: Partitions = partitions_of(deepspeed)
         if self._partitions.sharded and any(p.dtype is torch.float64 for p in self._names):
             warnings.warn(
-                "the model is float64, but DeepSpeed keeps what ZeRO averages and steps in float32: steps are as exact "
+                "the model is float64, but under ZeRO DeepSpeed averages and steps in float32: steps are as exact "
                 "as a float32 model's. Train it under DDP or FSDP2 for float64 steps",
                 stacklevel=4,
             )
@@ -167,7 +167,7 @@ class ZeroEngine(TrainingEngine):
         """Compare, in the first backward, which parameters it will reach: DeepSpeed mixes up gradients if ranks differ.
 
         Raises:
-            ModelError: On every rank: some rank leaves out what another uses.
+            ModelError: On every rank: some rank leaves out a layer that another uses.
         """
         comm, self._communicator = self._communicator, None
         if comm is None or comm.size == 1:

@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed that K-FAC can't serve, and what to write instead."""
+"""Settings of DeepSpeed that K-FAC doesn't support, with alternatives."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from kfac_dist.errors import ConfigError, ModelError
 
 
 def check_supported(engine: Any) -> None:
-    """Refuse what would give wrong numbers or hang.
+    """Refuse settings that would give wrong numbers or hang.
 
     Raises:
         ModelError: The engine has no optimizer, or its model is no ordinary one.
-        ConfigError: The configuration has a key with which K-FAC would go wrong, or the release lacks what K-FAC needs.
+        ConfigError: The configuration has an unsupported key, or the release lacks names that K-FAC needs.
     """
     if engine.optimizer is None or type(engine.optimizer).__name__ in ("DummyOptim", "DeepSpeedZeRoOffload"):
         raise ModelError(
@@ -30,7 +30,7 @@ def check_supported(engine: Any) -> None:
 
 
 def _refused(engine: Any) -> list[tuple[str, bool, str]]:
-    """Return keys, whether they are set, and what to write instead."""
+    """Return keys, whether they are set, and alternatives."""
     zero = settings_of(engine).zero_config
     stage = int(engine.zero_optimization_stage())
     offloads = [getattr(zero, "offload_optimizer", None), getattr(zero, "offload_param", None)]

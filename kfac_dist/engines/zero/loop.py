@@ -31,7 +31,7 @@ class ZeroLoopEngine(ZeroEngine):
 
     Args:
         model: The `DeepSpeedEngine`.
-        dtype: In what its model computes, if not in float32.
+        dtype: Precision of its model, if not float32.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -60,7 +60,7 @@ class ZeroLoopEngine(ZeroEngine):
         self._index += 1
 
     def take_step(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
-        """See `TrainingEngine.take_step`: DeepSpeed was told at its start to what it clips."""
+        """See `TrainingEngine.take_step`: DeepSpeed got the norm of clipping at its start."""
         self._deepspeed.step()
         self._index = 0
 

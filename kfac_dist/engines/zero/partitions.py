@@ -65,7 +65,7 @@ class Partitions(ABC):
         """Yield parameters with this rank's part of their values, as the optimizer steps them."""
 
     def await_copies(self) -> None:
-        """Wait for what DeepSpeed still copies to the host: it lets those copies run beside what comes next.
+        """Wait for DeepSpeed's copies to the host, which run in parallel with the following work.
 
         It waits for them itself in its step, which is after K-FAC has read the gradients.
         """
@@ -79,8 +79,8 @@ class Partitions(ABC):
         """Whether gradients lie on the host while the model computes elsewhere."""
         return False
 
-    def rewritten(self) -> None:  # noqa: B027  most optimizers compute what they need anew
-        """Bring up to date what DeepSpeed has derived from gradients before they were written."""
+    def rewritten(self) -> None:  # noqa: B027  most optimizers compute it again
+        """Update DeepSpeed's values derived from gradients before they were written."""
 
 
 class WholeGradients(Partitions):

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from kfac_dist.compat.deepspeed import use_masters
 from kfac_dist.engines.local_shards import LocalShard, holdings_of
 
-# What decides the next loss scale, in DeepSpeed's words.
+# State of the loss scale, by DeepSpeed's names.
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _ENGINE = ("global_steps", "micro_steps", "global_samples", "skipped_steps")
 
 
 def zero_holdings(engine: Any) -> list[LocalShard]:
-    """Return what this rank holds under a DeepSpeed engine of stage 1, 2 or 3."""
+    """Return this rank's parts under a DeepSpeed engine of stage 1, 2 or 3."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     whole = engine.zero_optimization_stage() < 3
     held = list((_ranges if whole else _parts)(engine.optimizer, names))
@@ -42,7 +42,7 @@ def use_restored_weights(engine: Any) -> None:
         optimizer.update_lp_params()
         return
     for parameter in engine.module.parameters():
-        parameter.partition()  # what a forward pass may have left gathered is old
+        parameter.partition()  # a copy gathered by a forward pass is outdated
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         use_masters(optimizer, group)
     if optimizer.persistent_parameters:
@@ -58,7 +58,7 @@ def zero_counters(engine: Any) -> dict[str, Tensor]:
 
 
 def load_zero_counters(engine: Any, values: dict[str, Tensor]) -> None:
-    """Take what `zero_counters` returned."""
+    """Load the result of `zero_counters`."""
     scaler = _scaler(engine)
     for name, value in values.items():
         number = float(value) if name == "cur_scale" else int(value)
@@ -69,7 +69,7 @@ def load_zero_counters(engine: Any, values: dict[str, Tensor]) -> None:
 
 
 def _scaler(engine: Any) -> Any:
-    """Return what scales the loss; in other precisions than fp16 it is a constant 1, and has to stay that."""
+    """Return the loss scaler; in other precisions than fp16 it is a constant 1, and has to stay that."""
     return engine.optimizer.loss_scaler if engine.fp16_enabled() else None
 
 

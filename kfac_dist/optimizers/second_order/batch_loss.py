@@ -5,13 +5,13 @@
     vᵀ GGN w     J v, J w forward (JVP), H by differentiating the loss at the outputs           one number a pair
     GGN v        J v forward, H (J v), then back by Jᵀ (VJP)                                    one all-reduce
 
-with J the Jacobian of the outputs and H the Hessian of the loss there, so that nothing depends on what K-FAC believes
-the likelihood to be: any loss that is convex in the outputs will do, and positions that it ignores count for nothing.
+with J the Jacobian of the outputs and H the Hessian of the loss there, independent of K-FAC's likelihood: any loss that
+is convex in the outputs will do, and ignored positions contribute nothing.
 Sums run over this rank's micro-batches and then over the ranks; n are the terms of the whole step. That is the mean
 over the global batch however unevenly the ranks share it.
 
 Every pass sees the function that the gradient saw: the same inputs, the same random numbers (dropout), and BatchNorm
-in the same mode. What a pass writes into buffers, such as running statistics, goes into copies that are thrown away.
+in the same mode. Writes of a pass into buffers, such as running statistics, go into copies that are discarded.
 A pass that fails on one rank fails on all (`summation`).
 """
 
@@ -45,8 +45,8 @@ class RecordedPass:
     """One micro-batch's forward pass, as far as it takes to repeat it.
 
     Attributes:
-        inputs: What the model was given.
-        targets: What the loss was given.
+        inputs: The model's inputs.
+        targets: The loss's targets.
         random: State of the random generators before it: the CPU's, and the device's if it has one of its own.
         first_sample: Index of the first sample in the step's global batch.
     """
@@ -144,7 +144,7 @@ class BatchLoss:
         Args:
             vector: v, the same on every rank.
             shared: 0-dim tensors that every rank has computed for itself from equal vectors, such as inner products.
-                They travel with the product, so that what is decided by them is decided alike on every rank.
+                They are summed with the product, so that every rank decides alike.
 
         Raises:
             KFACError: A pass failed on a rank; a `ModelError` if an operation has no forward-mode derivative.

@@ -3,7 +3,7 @@
     solve (GGN + λI) d = −∇h,    δ = lr · d · (½)^k
 
 Solving starts from the last step's solution and ends when the model's progress does (`conjugate_gradients`). With
-`backtracking` the solution is halved, k times, until the batch's loss falls by a hundredth of what the slope promises;
+`backtracking` the solution is halved, k times, until the batch's loss falls by a hundredth of the slope's prediction;
 if it never does, δ = 0. With `adapt_every` λ follows how well the model foretells the loss (`levenberg_marquardt`); the
 preconditioner keeps the damping of its own section, since it decides how fast the system is solved, not which one.
 """
@@ -126,7 +126,7 @@ class CGStepper(Stepper):
         return solution
 
     def _judge(self, problem: Problem, solution: Solution, scale: float, *, adapts: bool) -> float:
-        """Return what the solution is multiplied by, after a look at the batch's loss there; adapt λ by it."""
+        """Return the factor of the solution, from the batch's loss there; adapt λ by that loss."""
         l2, value = self.kfac.solver_access.config.update.l2, solution.values[-1]
         ray = Ray.along(solution.point, problem.gradient, value, problem.batch, l2, self.kfac.communicator)
         before = ray.loss(0)

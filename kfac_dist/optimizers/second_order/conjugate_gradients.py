@@ -77,7 +77,7 @@ def conjugate_gradients(
 ) -> Solution:
     """Minimise φ until the rule says stop.
 
-    A start is first scaled by what minimises φ along it, at most 1 and never backwards: φ is never above 0 there.
+    A start is first scaled by the factor in [0, 1] that minimises φ along it: φ is never above 0 there.
     Where curvature isn't positive (rounding, a loss that isn't convex in the outputs) the last iterate is returned;
     if that is still zero, the preconditioned gradient itself with its φ, so that a step is made and can be judged.
 

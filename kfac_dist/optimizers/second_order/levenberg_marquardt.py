@@ -36,7 +36,7 @@ class LevenbergMarquardt:
     Args:
         damping: λ at first.
         every: T₁, steps between two changes; 0 keeps λ.
-        bounds: What λ stays within.
+        bounds: Bounds of λ.
 
     Attributes:
         damping: λ now.
@@ -55,7 +55,7 @@ class LevenbergMarquardt:
         """Adapt λ to one step, and return ρ.
 
         A loss that isn't finite speaks against the model as one that rose does. A model that predicts nothing (a zero
-        step) says nothing either: ρ is NaN, and λ stays. One without a minimum needs more λ, whatever it foretold.
+        step) says nothing either: ρ is NaN, and λ stays. One without a minimum needs more λ, for any prediction.
 
         Args:
             change: h(θ+δ) − h(θ), on one batch.
@@ -91,7 +91,7 @@ class GammaSearch:
         damping: λ at first.
         l2: η, weight decay that is part of the loss.
         every: T₂, steps between two searches; 0 keeps γ.
-        bounds: What γ² − η stays within.
+        bounds: Bounds of γ² − η.
 
     Attributes:
         gamma: γ now.

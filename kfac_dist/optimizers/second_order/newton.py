@@ -108,17 +108,17 @@ class NewtonStepper(Stepper):
         self.search.load_state_dict(values)
         self._use(self.search.gamma)
 
-    # ---- what find is made of
+    # ---- parts of find
 
     def _propose(self, gradient: Tensor) -> tuple[Sequence[float], list[Tensor], list[dict[str, Tensor]]]:
-        """Return the γ to choose from, what each proposes, and its inverses where there is a choice."""
+        """Return the candidates for γ, their proposals, and their inverses if there are several."""
         if not (self.search.due(self.kfac.steps) and self.kfac.solver_access.can_refresh_again):
             return (self.search.gamma,), [-self.precondition(gradient)], []
         gammas = self.search.candidates()
         proposals: list[Tensor] = []
         inverses: list[dict[str, Tensor]] = []
         for place, gamma in enumerate(gammas):
-            if place:  # the present γ is what this step's own refresh has used
+            if place:  # this step's own refresh has used the present γ
                 self._use(gamma)
                 self.kfac.solver_access.refresh_again()
             proposals.append(-self.precondition(gradient))
@@ -131,7 +131,7 @@ class NewtonStepper(Stepper):
         batch = problem.batch if stride == 1 else problem.batch.thinned(stride, self.kfac.steps)
         forms = batch.forms(directions).double().cpu()
         vectors = torch.stack([*directions, problem.gradient])
-        # Every rank has the same vectors; what one computes from them is agreed on all the same.
+        # Every rank has the same vectors; the numbers computed from them are agreed on nevertheless.
         products = vectors @ vectors[:-1].T / self.kfac.communicator.size
         self.kfac.communicator.all_reduce(products, label=LABEL).wait()
         products = products.double().cpu()
@@ -150,7 +150,7 @@ class NewtonStepper(Stepper):
         return (alpha, mu), float(value)
 
     def _judged(self, problem: Problem, step: Tensor, predicted: float) -> Tensor:
-        """Return the step; every T₁ steps λ follows from what it does to the batch's loss."""
+        """Return the step; every T₁ steps adapt λ by the step's change of the batch's loss."""
         if not self.trust.due(self.kfac.steps):
             return step
         change = float(problem.batch.value(step) - problem.batch.value()) + self._decay_change(step)
@@ -158,7 +158,7 @@ class NewtonStepper(Stepper):
         return step if math.isfinite(change) else torch.full_like(step, torch.nan)
 
     def _decay_change(self, step: Tensor) -> float:
-        """Return what a step adds to the weight decay that is part of the loss: `η (θᵀδ + ½ δᵀδ)`."""
+        """Return a step's change of the weight decay in the loss: `η (θᵀδ + ½ δᵀδ)`."""
         product = torch.dot(self.space.point() + step / 2, step) / self.kfac.communicator.size
         self.kfac.communicator.all_reduce(product, label=LABEL).wait()
         return self._l2 * float(product)

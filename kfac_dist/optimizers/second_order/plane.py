@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Products are sums in fp32: what is left of a direction beside the other one, below this share, is their rounding.
+# Products are sums in fp32: a direction's component orthogonal to the other one is rounding below this share.
 _COLLINEAR = 1e-5
 
 

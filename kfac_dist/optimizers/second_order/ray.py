@@ -18,7 +18,7 @@ LABEL = "trial losses"
 
 @dataclass(frozen=True)
 class Ray:
-    """A direction with what was agreed on about it.
+    """A direction with its agreed numbers.
 
     Attributes:
         direction: d.

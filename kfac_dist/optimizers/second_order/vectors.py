@@ -25,7 +25,7 @@ class VectorSpace:
         self.size = sum(self._sizes)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return a new vector with the given tensors by name, and zeros for those that are missing."""
+        """Return a new vector with the given tensors by name, and zeros for missing ones."""
         vector = self.zeros()
         views = self.views(vector)
         found = [name for name in views if name in tensors]

@@ -113,7 +113,7 @@ def _made(name: str, arguments: Mapping[str, Any], config: KFACConfig) -> Transf
         raise ConfigError(f"{key}: making it raises {type(error).__name__}: {error}") from error
     if not isinstance(transform, Transform):
         found = type(transform).__name__
-        raise ConfigError(f"{key}: found {found}, expected what derives from kfac_dist.extensions.Transform")
+        raise ConfigError(f"{key}: found {found}, expected a class derived from kfac_dist.extensions.Transform")
     if transform.linear and keeps_state(transform):
         raise ConfigError(f"{key}: it says that it is linear, and has a state; a fixed linear map has none")
     if config.solver is not StepSolver.DIRECT and not transform.linear:
