@@ -29,9 +29,9 @@ def examine_symmetry(kfac: KFAC, ranks: Communicator) -> list[Finding]:
             said.append(f"{plural} by at most {values[worst]:.1e} of their largest entry ({worst})")
             largest = max(largest, *values.values())
         elif kind == "factor":
-            said.append("factors symmetric by construction: their measurement keeps one half")
+            said.append("factors not, because only one half of them is measured")
         elif kfac.solver_access.config.inversion.solver is Solver.EIGEN:
-            said.append("of eigenbases there is nothing to compare")
+            said.append("eigenbases can't be compared")
     if not found:
         return []
     severity = Severity.FINE if largest <= TOLERANCE else Severity.WARNING
