@@ -84,7 +84,7 @@ def test_questions_group_every_key_once() -> None:
         (
             "kfac.curvature.fisher",
             "kfac.curvature.fisher: one of empirical, mc, type2, input_only\ndefault: empirical\n\n"
-            "Gradients that make G. `mc` and `type2` are the true Fisher and need `likelihood`.",
+            "Gradients that G is computed from. `mc` and `type2` give the true Fisher and need `likelihood`.",
         ),
         ("run.name", "run.name: text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$\ndefault: none, it must be given\n"),
         ("kfac.cg.damping.value", "kfac.cg.damping.value: a number > 0\ndefault: none, it must be given\n"),
