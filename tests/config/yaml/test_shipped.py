@@ -122,7 +122,7 @@ def test_every_key_of_the_schema_has_a_meaning() -> None:
     silent = [path for path in all_paths() if not meaning(path)]
 
     assert silent == []
-    assert meaning(("optimizer", "lr", "warmup_steps")) == "Steps that it takes to come to `value`."
+    assert meaning(("optimizer", "lr", "warmup_steps")) == "Steps until `value` is reached."
     assert meaning(("model", "args", "dims")) == ""
     section = allowed_at(("train",))
     assert section is not None
