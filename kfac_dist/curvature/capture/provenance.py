@@ -215,7 +215,7 @@ class Provenance:
 
     def _only(self, dim: Dim) -> int | None:
         """Return the label of a dimension that is one input's whole dimension."""
-        factors = [(label, size) for label, size in dim if size > 1]
+        factors = [factor for factor in dim if factor[1] > 1] or [factor for factor in dim if factor[0] is not None]
         return self._root(factors[0][0]) if len(factors) == 1 and factors[0][0] is not None else None
 
     def _label(self, place: TensorDim | None) -> int | None:

@@ -340,7 +340,7 @@ def time_dim(gradient: Tensor) -> int | None:
     for dim in (0, 1):
         same = (rest - rest.mean(dim, keepdim=True)).abs().amax() <= _SAME * largest
         single = rest.ne(0).any(2).any(1 - dim).sum() == 1
-        found.append(bool(same | single))
+        found.append(gradient.shape[dim] > 1 and bool(same | single))
     return found.index(True) if sum(found) == 1 else None
 
 

@@ -365,7 +365,7 @@ class Measurement:
             self._terms.place = self._terms.settle(batch.shapes, told, outputs.read)
             if told is None:
                 self._choose_dimension(outputs, self._terms.place, said)
-        elif self._terms.place is None and said.terms is not None:
+        elif self._terms.place is None and isinstance(said.terms, int | float):
             self._choose_dimension(outputs, self._terms.find_samples(batch.shapes), said)
         with suppress(ModelError):  # raised in `finish`
             return self._micro_batch(batch, self._count(batch), own=False)

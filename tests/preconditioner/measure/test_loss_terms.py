@@ -512,6 +512,7 @@ def test_time_first_through_layers_that_mix_nothing_is_told_or_warned_of() -> No
         assert_terms(Two(plain), lambda m: m(x), lambda o: squares(o[-1]), B)
         assert_terms(Two(plain), lambda m: m(x.transpose(0, 1)), lambda o: squares(o.mean(1)), B)
         assert_terms(Two(plain), lambda m: m(x.transpose(0, 1)), lambda o: squares(o[:, 0]), B)
+        assert_terms(Two(plain), lambda m: m(x[:, :1]), lambda o: squares(o.mean(0)), 1)
         # Something mixes time, or takes a mean over the samples for them.
         mixed = Two(lambda m, given: m.last(m.first(given).tanh().cumsum(1)))
         assert_terms(mixed, lambda m: m(x.transpose(0, 1)), squares, B)
