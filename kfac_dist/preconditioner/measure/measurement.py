@@ -212,7 +212,14 @@ class Measurement:
         if not self.active or not self._own_backward:
             return
         batch = self._capture.batch
-        micro = self._micro_batch(batch, self._count_outputs(outputs), own=True)
+        self._went_back = True
+        try:
+            dim, counted = self._count_outputs(outputs, batch)
+        except ModelError as error:  # told in `finish`, on every rank
+            self._uncounted = error
+            return
+        outputs = outputs.movedim(dim, 0)
+        micro = self._micro_batch(batch, counted, own=True)
         by_column = list(self._own_passes.classes(outputs, self._step, micro.first_sample))
         # Consumed as columns are: each vector is measured before the next is made.
         classes = iter(by_column or itertools.repeat(None))
@@ -247,7 +254,6 @@ class Measurement:
                 drawn = self._own_passes.drawn_labels(outputs, self._step, micro.first_sample)
                 self._sampled.add(outputs, drawn, float(micro.terms))
             self._capture.backpropagate(outputs, self._engine.own_passes(columns()), measure)
-        self._went_back = True
         if self._last and self._factors:
             for block in self._blocks:
                 self._reduction.completed(block.name)
@@ -462,11 +468,23 @@ class Measurement:
         """
         return self._terms.count(batch.shapes, _said(batch), round(batch.positions))
 
-    def _count_outputs(self, outputs: Tensor) -> Counted:
-        """Return the sizes of a pass from the outputs that labels are drawn for; no position of them is ignored."""
-        samples = outputs.shape[0]
-        positions = outputs.numel() / max(outputs.shape[-1], 1)
-        return Counted(samples, positions if self._config.loss_terms is LossTerms.TOKEN else float(samples))
+    def _count_outputs(self, outputs: Tensor, batch: Batch) -> tuple[int, Counted]:
+        """Return the samples' dimension of the outputs that labels are drawn for, and the sizes of their pass.
+
+        No position of them is ignored. What isn't the model's own outputs has its samples first.
+
+        Raises:
+            ModelError: Nothing tells the samples.
+        """
+        place, said = self._terms.find_samples(batch.shapes), _said(batch).terms
+        own = [number for number, shape in enumerate(batch.shapes.outputs) if shape == tuple(outputs.shape)]
+        dim = place.dim if place is not None and place.kind == "outputs" and place.tensor in own else 0
+        samples = outputs.shape[dim]
+        if self._config.loss_terms is LossTerms.TOKEN:
+            return dim, Counted(samples, outputs.numel() / max(outputs.shape[-1], 1))
+        if own and place is None:
+            samples = round(float(said)) if said is not None else self._count(batch).samples or samples
+        return dim, Counted(samples, float(samples))
 
     def _micro_batch(self, batch: Batch, counted: Counted, *, own: bool) -> MicroBatch:
         """Return the sizes and scales of a micro-batch; K-FAC's `own` gradients carry no divisor and no loss scale."""

@@ -567,3 +567,69 @@ def test_what_the_loss_tells_is_the_same_on_two_ranks() -> None:
                 assert_close(two[name], factor)
     for name, factor in alone[0].items():
         assert_close(alone[1][name], factor)
+
+
+OWN_PASSES: list[dict[str, Any]] = [
+    {"fisher": fisher, "likelihood": likelihood, "sharing": sharing}
+    for fisher in ("mc", "type2")
+    for likelihood, sharing in (("gaussian", "expand"), ("categorical", "reduce"), ("bernoulli", "expand"))
+]
+
+
+def by_own_passes() -> list[list[dict[str, Tensor]]]:
+    """Factors of this rank's part of eight samples by K-FAC's own passes, samples first and time first."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    x, found = draw(8, T, D)[rank * 8 // size : (rank + 1) * 8 // size], []
+    for curvature in OWN_PASSES:
+        runs = []
+        for turned in (True, False):
+            model = TimeMajor("recurrent")
+            between = model.between
+            if turned:
+                model.between = lambda m, given, inner=between: inner(m, given.transpose(0, 1)).transpose(0, 1)
+            wrapped = nn.parallel.DistributedDataParallel(model) if size > 1 else model
+            kfac = KFAC(
+                wrapped,
+                {
+                    "curvature": {"factor_every": 1, "decay": 0.0, **curvature},
+                    "inversion": {"inverse_every": 1},
+                    "update": {"kl_clip": None},
+                },
+            )
+            outputs = wrapped(x if turned else x.transpose(0, 1))
+            kfac.fisher_backward(outputs)
+            squares(outputs.mean(1 if turned else 0)).backward()
+            kfac.step()
+            runs.append(factors(kfac))
+            kfac.remove()
+        found.append(runs)
+    return found
+
+
+def test_time_first_is_the_same_for_passes_of_kfacs_own() -> None:
+    """On one rank and on two: drawn labels belong to samples, and a Gaussian's columns to positions."""
+    alone = by_own_passes()
+    for found in run_ranks(2, by_own_passes):
+        for (first, turned), (one, other) in zip(alone, found, strict=True):
+            for name, factor in first.items():
+                assert_close(turned[name], factor)
+                assert_close(one[name], factor, tolerance=1e-4)
+                assert_close(other[name], factor, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "type2"])
+def test_passes_of_kfacs_own_are_refused_where_nothing_tells(fisher: str) -> None:
+    for told in (None, B):
+        kfac = build_kfac(model := Two(flattened), fisher=fisher, likelihood="gaussian")
+        if told is not None:
+            kfac.micro_batch(terms=told)
+        outputs = model(draw(B, T, D))
+        kfac.fisher_backward(outputs)
+        squares(outputs).backward()
+        if told is None:
+            with pytest.raises(ModelError, match=r"can't be told .* kfac.micro_batch\(terms=...\)"):
+                kfac.step()
+        else:
+            kfac.step()
+            assert float(kfac.state_dict()["units"]["first/G/0"]["scalars"][0]) == B
+        kfac.remove()
