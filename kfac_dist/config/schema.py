@@ -54,7 +54,13 @@ from kfac_dist.config.kfac.solver import CGConfig as CGConfig
 from kfac_dist.config.kfac.solver import NewtonConfig as NewtonConfig
 from kfac_dist.config.kfac.solver import StepSolver as StepSolver
 from kfac_dist.config.kfac.update import TRANSFORM_NAMES as TRANSFORM_NAMES
+from kfac_dist.config.kfac.update import Direction as Direction
+from kfac_dist.config.kfac.update import FirstOrderConfig as FirstOrderConfig
 from kfac_dist.config.kfac.update import Graft as Graft
+from kfac_dist.config.kfac.update import Iteration as Iteration
+from kfac_dist.config.kfac.update import IterationDType as IterationDType
+from kfac_dist.config.kfac.update import Length as Length
+from kfac_dist.config.kfac.update import OrthogonalConfig as OrthogonalConfig
 from kfac_dist.config.kfac.update import UpdateConfig as UpdateConfig
 from kfac_dist.config.loss import LossConfig as LossConfig
 from kfac_dist.config.loss import LossName as LossName

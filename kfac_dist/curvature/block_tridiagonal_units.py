@@ -15,12 +15,13 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.config.schema import KFACConfig, Structure
+from kfac_dist.config.schema import Direction, KFACConfig, Structure
 from kfac_dist.curvature.block_tridiagonal import ChainLink, apply_inverse
 from kfac_dist.curvature.blocks import Block, Coverage, LayerCall, MicroBatch, find_blocks
 from kfac_dist.curvature.blocks.base import KroneckerBlock, StatisticsSink
 from kfac_dist.curvature.blocks.layers.linear import LinearBlock
 from kfac_dist.curvature.blocks.rows import sample, shared_rows, unscale
+from kfac_dist.curvature.blocks.weight_matrices import WeightMatrices
 from kfac_dist.curvature.factors import FactorKind, FactorSpec, Side, Unit
 from kfac_dist.curvature.inverses.precondition import Group
 from kfac_dist.errors import ModelError
@@ -52,7 +53,9 @@ def find_all(model: nn.Module, config: KFACConfig) -> Coverage:
     Raises:
         ModelError: The model is no chain, though the inverse is to be that of one.
     """
-    coverage = find_blocks(model, config.curvature)
+    orthogonal = config.update.orthogonal_options if config.update.direction is Direction.ORTHOGONAL else None
+    matrices = None if orthogonal is None else WeightMatrices(orthogonal.exclude, orthogonal.head)
+    coverage = find_blocks(model, config.curvature, matrices)
     if config.inversion.structure is Structure.BLOCK_TRIDIAGONAL:
         link_chain(model, coverage)
     return coverage

@@ -223,7 +223,7 @@ class Core:
             taken = self.parts.measurement.finish(finite, refreshes=bool(self.parts.queue.slots))
         self.measured += 1
         if self.parts.queue.schedule.begins_round(self.steps):
-            self.parts.diagonal.measure(self.parts.measurement.terms, taken)
+            self.parts.uncovered.measure(self.parts.measurement.terms, taken)
         self._follow_model()
         parts, queue = self.parts, self.parts.queue
         slots, totals = queue.slots, parts.reduction.totals

@@ -132,7 +132,7 @@ class KFAC:
             updates = preconditioner.transform(gradients, core.damping)
             scale = preconditioner.scale(updates)
             preconditioner.deliver(updates, scale)
-            preconditioner.replace_plain(gradients)
+            preconditioner.complete(gradients)
             parts.damping.adaptation.note(parts.trust_region.kl_scale)
         if self._attached is None:
             self._turns.taken()

@@ -4,7 +4,7 @@
                 given back after it
     inverses    of the blocks of the rank's column, under EKFAC every block's eigenbases; with `offload` two groups of
                 them, and all of them on the host
-    gradients   workspaces of these blocks, and communication buffers
+    gradients   workspaces of these blocks, communication buffers, and the momentum of orthogonal steps
 
 With placement `owner`, `reduction: reduce_scatter` and `reduce_every: step` all three are of the rank's own blocks, and
 fall as 1/W until there are no more blocks to give away. While a step measures, a rank has a window of every factor as
@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from kfac_dist.config.schema import KFACConfig, ReduceEvery, Reduction
+from kfac_dist.config.schema import Direction, KFACConfig, ReduceEvery, Reduction
 from kfac_dist.curvature.factors import Unit
 from kfac_dist.curvature.inverses.offload import GROUP_BYTES, aligned
 from kfac_dist.curvature.inverses.payloads import stored_bytes
@@ -39,7 +39,7 @@ class RankBytes:
     Attributes:
         factors: Statistics.
         inverses: Inverses on the device.
-        gradients: Workspaces and communication buffers.
+        gradients: Workspaces, communication buffers, and momentum.
         host: Inverses in host memory.
     """
 
@@ -104,6 +104,8 @@ def _column_bytes(plan: Plan, config: KFACConfig, *, sharded: bool) -> list[Rank
             gradients += math.ceil(others * gradients + (value * sum(elements) - gradients) / columns)
         elif columns > 1:  # the results of all columns
             gradients += value * shared
+        if config.update.direction is Direction.ORTHOGONAL:
+            gradients += value * elements[column]  # momentum
         inverses, host = bases + sum(payloads[name] for name in names if name not in rescaled), 0
         inverses += value * sum(matrices[name] for name in names if name in rescaled)
         if config.inversion.offload:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfac_dist.config.schema import KFACConfig, Placement, Structure, Uncovered
+from kfac_dist.config.schema import Direction, KFACConfig, Placement, Structure, Uncovered
 from kfac_dist.curvature.block_tridiagonal_units import ChainGroup
 from kfac_dist.curvature.blocks import Block, Coverage
 from kfac_dist.curvature.capture.arbiter import Arbiter
@@ -35,10 +35,12 @@ from kfac_dist.preconditioner.memory import check_class_memory, keeps_own_factor
 from kfac_dist.preconditioner.phases import PhaseTimer
 from kfac_dist.preconditioner.plan import Plan, build_plan, exchange_buckets
 from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
+from kfac_dist.preconditioner.precondition.first_order import FirstOrder, check_plain_descent
 from kfac_dist.preconditioner.precondition.preconditioner import Preconditioner
 from kfac_dist.preconditioner.precondition.transforms.table import build_transforms
 from kfac_dist.preconditioner.precondition.transforms.trust_region import HasRates, TrustRegion
 from kfac_dist.preconditioner.precondition.transport import ReplicatedTransport, ShardedTransport, Transport
+from kfac_dist.preconditioner.precondition.uncovered import UncoveredGradients
 from kfac_dist.preconditioner.reduce.reduction import FactorReduction
 
 # Parameters whose reason is shown when none has a block.
@@ -75,11 +77,11 @@ class Parts:
         queue: The layers that the step measures and refreshes.
         groups: The blocks that this rank preconditions.
         offload: Keeps the groups' inverses on the host, if it is asked for.
-        diagonal: The diagonal Fisher of parameters that have no block.
+        uncovered: The gradients of parameters that have no block, and what becomes of them.
         refresh: Keeps the groups' inverses up to date.
         moments: EKFAC's second moments, if there are any.
         transport: Moves gradients to the groups and back.
-        preconditioner: Gradients to updates, through the list of transforms and the diagonal Fisher.
+        preconditioner: Gradients to updates, through the list of transforms; of parameters without a block, too.
         trust_region: The last of the transforms, if it is on; what it says of the last step is logged.
         damping: λ.
         mismatched: Why blocks were left out during the run, by name.
@@ -93,7 +95,7 @@ class Parts:
     queue: RefreshQueue
     groups: Sequence[Group]
     offload: Offload | None
-    diagonal: DiagonalFisher
+    uncovered: UncoveredGradients
     refresh: Refresh
     moments: SecondMoments | None
     transport: Transport
@@ -212,29 +214,36 @@ def assemble(
         transport = ShardedTransport(engine, coverage.blocks, buckets, names, plan, row, device, precision)
     else:
         transport = ReplicatedTransport(coverage.blocks, groups, plan, row, precision)
-    diagonal = DiagonalFisher(
-        engine,
-        uncovered,
-        sampled=sampled,
-        decay=curvature.decay,
-        communicator=comm,
-        row=row,
-        device=device,
-        dtype=precision,
-    )
+    others: UncoveredGradients
+    if config.update.direction is Direction.ORTHOGONAL:
+        check_plain_descent(loop.optimizer)
+        options = config.update.first_order_options
+        others = FirstOrder(options, engine, uncovered, row=row, device=device, dtype=precision)
+    else:
+        others = DiagonalFisher(
+            engine,
+            uncovered,
+            sampled=sampled,
+            decay=curvature.decay,
+            communicator=comm,
+            row=row,
+            device=device,
+            dtype=precision,
+        )
     reduction = FactorReduction(averages, plan, comm, distribution)
     adaptation = DampingAdaptation(config.inversion.adapt, comm, device, precision)
     trust_region = TrustRegion(config.update, loop.optimizer, device, precision)
     preconditioner = Preconditioner(
         transport,
-        diagonal,
+        others,
         offload,
         build_transforms(config, trust_region),
         groups,
         engine=engine,
         communicator=comm,
         row=row,
-        plain=[name for name in coverage.uncovered if name not in diagonal.names],
+        plain=[name for name in coverage.uncovered if name not in others.names],
+        decays=_decays(coverage, uncovered, config),
     )
     return Parts(
         plan=plan,
@@ -251,7 +260,7 @@ def assemble(
             communicator=comm,
             scaler=loop.scaler,
             phases=phases,
-            sampled=diagonal.sampled,
+            sampled=others.sampled,
             check_scale=loop.check_scale,
             counter=counter,
             arbiter=arbiter,
@@ -259,7 +268,7 @@ def assemble(
         queue=queue,
         groups=groups,
         offload=offload,
-        diagonal=diagonal,
+        uncovered=others,
         refresh=refresh,
         moments=moments,
         transport=transport,
@@ -271,11 +280,26 @@ def assemble(
 
 
 def _uncovered(engine: Engine, coverage: Coverage, config: KFACConfig) -> list[str]:
-    """Return the trained parameters that get a diagonal Fisher, the same on every rank for any shards."""
-    if config.curvature.uncovered is Uncovered.PLAIN:
+    """Return the trained parameters without a block that get a step of their own: a diagonal Fisher's, or AdamW's.
+
+    They are the same on every rank for any shards.
+    """
+    if config.curvature.uncovered is Uncovered.PLAIN and config.update.direction is Direction.NATURAL:
         return []
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     return [name for name in coverage.uncovered if name in trained]
+
+
+def _decays(coverage: Coverage, uncovered: Sequence[str], config: KFACConfig) -> dict[str, float]:
+    """Return the decoupled weight decay of each parameter that has one, as it joins an update."""
+    if config.update.direction is Direction.NATURAL:
+        return {}
+    first_order = config.update.first_order_options
+    matrices = dict.fromkeys(
+        (name for block in coverage.blocks for name in block.parameters), config.update.orthogonal_options.weight_decay
+    )
+    others = dict.fromkeys(uncovered, first_order.lr_ratio * first_order.weight_decay)
+    return {name: decay for name, decay in (matrices | others).items() if decay}
 
 
 def _sampled(engine: Engine, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> SampledLabelGradients:

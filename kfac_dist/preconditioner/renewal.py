@@ -156,19 +156,21 @@ def carry(before: Mapping[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         merged["moments"] = _common(before.get("moments", {}), after["moments"])
     if "transforms" in after:
         merged["transforms"] = _common(before.get("transforms", {}), after["transforms"])
-    if "diagonal" in after:
-        known = before.get("diagonal", {"sums": {}})
-        merged["diagonal"] = {
-            "weight": known.get("weight", after["diagonal"]["weight"]),
-            "sums": {
-                name: known["sums"][name] if name in known["sums"] and known["sums"][name].shape == new.shape else new
-                for name, new in after["diagonal"]["sums"].items()
-            },
-        }
-    else:
-        merged.pop("diagonal", None)
+    for key in ("diagonal", "first_order"):
+        if key in after:
+            merged[key] = {part: _kept(before.get(key, {}).get(part), new) for part, new in after[key].items()}
+        else:
+            merged.pop(key, None)
     # Sums that were totals stay totals: the ranks' shares are those of the parts that take them.
     return {**merged, "shares": before["shares"]}
+
+
+def _kept(old: Any, new: Any) -> Any:
+    """Return an older value, or of values by parameter those that have kept their shape."""
+    if not isinstance(new, Mapping):
+        return new if old is None else old
+    known = old or {}
+    return {n: known[n] if n in known and known[n].shape == value.shape else value for n, value in new.items()}
 
 
 def _common(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

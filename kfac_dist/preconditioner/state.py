@@ -11,7 +11,7 @@
     units/<name>/pending, due       with an inverse lag: the inverse used from step `due` on
     damping                         the run's own damping and factor
     adaptation                      how the damping has followed the trust region, if it does
-    diagonal                        the diagonal Fisher of parameters without a block, if there is one
+    diagonal, first_order           the diagonal Fisher, or AdamW's averages, of parameters without a block
     moments/<name>                  EKFAC's second moments, under scalars, sum and payload; whether they are `ready`
     transforms/<block>              states of transforms of its gradient, by transform and key, if there are any
     mismatched/<block>              why a block was left out during the run, in UTF-8, if there are such blocks
@@ -153,7 +153,7 @@ def held(parts: Parts, step: int) -> dict[str, Any]:
         "refreshes": torch.tensor(parts.refresh.refreshes),
         "units": units,
         "damping": parts.damping.state_dict(),
-        **({"diagonal": parts.diagonal.state_dict()} if parts.diagonal.names else {}),
+        **({parts.uncovered.key: parts.uncovered.state_dict()} if parts.uncovered.names else {}),
         **({} if parts.moments is None else {"moments": parts.moments.held()}),
         **({"transforms": parts.preconditioner.states.held()} if _transform_shapes(parts) else {}),
         **({"adaptation": parts.damping.adaptation.state_dict()} if parts.damping.adaptation.active else {}),
@@ -186,7 +186,7 @@ def load(parts: Parts, values: Mapping[str, Any]) -> int:
     """
     _check(parts, values)
     parts.damping.load_state_dict(values.get("damping"))
-    parts.diagonal.load_state_dict(values.get("diagonal"))
+    parts.uncovered.load_state_dict(values.get(parts.uncovered.key))
     parts.damping.adaptation.load_state_dict(values.get("adaptation"))
     scale = float(values["shares"]) / parts.reduction.shares
     holders = parts.refresh.holders

@@ -45,7 +45,7 @@ def bookkeeping(kfac: KFAC) -> list[Tensor]:
     matrices = {"average", "window", "_window"}
     parts = kfac._parts
     kept = (
-        *(parts.averages, parts.reduction, parts.refresh, parts.trust_region, parts.diagonal),
+        *(parts.averages, parts.reduction, parts.refresh, parts.trust_region, parts.uncovered),
         parts.damping.adaptation,
     )
     moments = () if parts.moments is None else (parts.moments.averages, parts.moments.reduction)

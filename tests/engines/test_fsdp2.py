@@ -28,7 +28,15 @@ BF16_TOLERANCE = 2e-2
 TOKEN = {"loss_terms": "token"}
 LEAN = {"reduction": "reduce_scatter", "reduce_every": "step"}
 
+# Without the noise that AdamW makes of gradients that are zero but for rounding.
+ORTHOGONAL = {
+    "direction": "orthogonal",
+    "orthogonal": {"iteration": "polar_express", "iterations": 8},
+    "first_order": {"eps": 1e-3},
+}
+
 CASES = [
+    Case("mlp", {**configuration("eigen"), "update": ORTHOGONAL}, steps=8),
     Case("mlp", configuration()),
     Case("mlp", configuration("eigen", **LEAN, buckets=2)),
     Case("mlp", configuration("newton_schulz", fisher="mc", inversion={"stagger": 2, "inverse_lag": 1})),

@@ -10,7 +10,7 @@ from kfac_dist.config.kfac.curvature import CurvatureConfig, DType, Fisher, Unco
 from kfac_dist.config.kfac.distribution import DistributionConfig, Placement, Reduction
 from kfac_dist.config.kfac.inversion import InversionConfig, Solver, SplitBy, Structure
 from kfac_dist.config.kfac.solver import CGConfig, NewtonConfig, StepSolver
-from kfac_dist.config.kfac.update import UpdateConfig
+from kfac_dist.config.kfac.update import Direction, UpdateConfig
 from kfac_dist.config.schedules import ScheduleKind
 from kfac_dist.config.section import Flag, Section
 
@@ -19,6 +19,17 @@ _NEWTON: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "curvature": (CurvatureConfig, {"factor_every": 1, "decay_ramp": True}),
     "inversion": (InversionConfig, {"inverse_every": 20}),
 }
+
+
+def _filled(data: dict[str, Any], name: str, kind: type[Section], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return options in which a section has defaults of its own for the keys that it doesn't name."""
+    section = data.get(name, {})
+    if isinstance(section, dict):
+        return {**data, name: {**defaults, **section}}
+    if isinstance(section, kind):
+        missing = {key: value for key, value in defaults.items() if key not in section.model_fields_set}
+        return {**data, name: section.model_copy(update=missing)}
+    return data
 
 
 class KFACConfig(Section):
@@ -57,18 +68,49 @@ class KFACConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _orthogonal_steps_need_roots(cls, data: Any) -> Any:
+        """Have factors solved by `eigen`, and no output gradients measured where none are whitened."""
+        update = data.get("update") if isinstance(data, dict) else None
+        update = update.model_dump(exclude_unset=True) if isinstance(update, UpdateConfig) else update
+        if not isinstance(update, dict) or update.get("direction") != Direction.ORTHOGONAL:
+            return data
+        orthogonal = update.get("orthogonal")
+        one_sided = isinstance(orthogonal, dict) and orthogonal.get("power_g") == 0
+        filled = _filled(data, "inversion", InversionConfig, {"solver": Solver.EIGEN})
+        return _filled(filled, "curvature", CurvatureConfig, {"fisher": Fisher.INPUT_ONLY}) if one_sided else filled
+
+    @model_validator(mode="after")
+    def _orthogonal_steps_fit(self) -> Self:
+        if self.update.direction is not Direction.ORTHOGONAL:
+            return self
+        needed = {
+            "solver": (self.solver, StepSolver.DIRECT),
+            "inversion.solver": (self.inversion.solver, Solver.EIGEN),
+            "inversion.structure": (self.inversion.structure, Structure.BLOCK_DIAGONAL),
+            "curvature.uncovered": (self.curvature.uncovered, Uncovered.PLAIN),
+        }
+        for key, (found, value) in needed.items():
+            if found != value:
+                raise ValueError(
+                    f"{key} ({found}) must be {value} while update.direction is orthogonal, whose roots need "
+                    "eigenvalues of single layers, and whose other parameters take the step of update.first_order"
+                )
+        if self.curvature.fisher is Fisher.INPUT_ONLY and self.update.orthogonal_options.power_g:
+            raise ValueError(
+                "curvature.fisher input_only measures no output gradients, which update.orthogonal.power_g "
+                f"({self.update.orthogonal_options.power_g:g}) whitens: set it to 0, or use another fisher"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
     def _newton_measures_every_step(cls, data: Any) -> Any:
         """Give the sections that newton reads its own defaults."""
         if not isinstance(data, dict) or data.get("solver") != StepSolver.NEWTON:
             return data
-        filled = dict(data)
+        filled = data
         for name, (kind, defaults) in _NEWTON.items():
-            section = data.get(name, {})
-            if isinstance(section, dict):
-                filled[name] = {**defaults, **section}
-            elif isinstance(section, kind):
-                missing = {key: value for key, value in defaults.items() if key not in section.model_fields_set}
-                filled[name] = section.model_copy(update=missing)
+            filled = _filled(filled, name, kind, defaults)
         return filled
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from kfac_dist.curvature.blocks.layers.scaled import ScaledBlock
 from kfac_dist.curvature.blocks.layers.tied import TiedBlock
 from kfac_dist.curvature.blocks.table import block_class, covered_type
 from kfac_dist.curvature.blocks.trial import refusal
+from kfac_dist.curvature.blocks.weight_matrices import WeightMatrices, without_bias
 
 Named = tuple[str, nn.Module]
 
@@ -51,8 +52,14 @@ class Coverage:
     mismatched: dict[str, str] = field(default_factory=dict)
 
 
-def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
-    """Return a block for every layer that has one and that the configuration's patterns select."""
+def find_blocks(model: nn.Module, config: CurvatureConfig, matrices: WeightMatrices | None = None) -> Coverage:
+    """Return a block for every layer that has one and that the configuration's patterns select.
+
+    Args:
+        model: The model.
+        config: Patterns, and what is measured.
+        matrices: Which weight matrices have a block where nothing else has one; None covers all that can be.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     owners = _owners(model)
     covered: set[str] = set()
@@ -68,7 +75,7 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
         found: list[Block] = []
         reason = spoken_for.get(id(module), "")
         if id(module) not in spoken_for:
-            reason, found = _blocks_of(name, module, own, owners, config)
+            reason, found = _blocks_of(name, module, own, owners, config, bias=matrices is None)
             for block in found:  # by the names that the model lists: a bias may be kept elsewhere, too
                 block.parameters = {names[id(parameter)]: parameter for parameter in block.parameters.values()}
             within = module.modules() if inside else ()
@@ -77,6 +84,10 @@ def find_blocks(model: nn.Module, config: CurvatureConfig) -> Coverage:
         covered |= {key for block in found for key in block.parameters}
         for key, parameter in own.items():
             reasons.setdefault(names[id(parameter)], _reason(key, parameter, module, reason))
+    if matrices is not None:
+        blocks, others = matrices.split(blocks)
+        reasons |= others
+        covered = {key for block in blocks for key in block.parameters}
     modules = dict(model.named_modules())
     for block in blocks:
         block.heads = heads_of(block, modules)
@@ -98,6 +109,8 @@ def _blocks_of(
     own: dict[str, nn.Parameter],
     owners: dict[int, list[Named]],
     config: CurvatureConfig,
+    *,
+    bias: bool,
 ) -> tuple[str, list[Block]]:
     """Return a module's blocks, and the reason for its parameters that are not part of them."""
     kind = block_class(module)
@@ -107,7 +120,7 @@ def _blocks_of(
     if reason is not None:
         return reason, []
     if isinstance(module, nn.MultiheadAttention) and issubclass(kind, AttentionBlock):
-        return _attention(name, module, own, owners, config)
+        return _attention(name, module, own, owners, config, bias=bias)
     sharers = _unique(
         [
             owner
@@ -117,8 +130,9 @@ def _blocks_of(
         ]
     )
     if not sharers:
-        return _believed(f"not covered by {kind.__name__}", [kind(name, module, _sharing(name, config))])
-    return _believed(*_tied(name, module, sharers, config))
+        made = kind if bias else without_bias(kind)
+        return _believed(f"not covered by {kind.__name__}", [made(name, module, _sharing(name, config))])
+    return _believed(*_tied(name, module, sharers, config, bias=bias))
 
 
 def _believed(reason: str, blocks: list[Block]) -> tuple[str, list[Block]]:
@@ -144,12 +158,14 @@ def _attention(
     own: dict[str, nn.Parameter],
     owners: dict[int, list[Named]],
     config: CurvatureConfig,
+    *,
+    bias: bool,
 ) -> tuple[str, list[Block]]:
     inside = {id(part) for part in module.modules()}
     tied = [other for p in own.values() for other, sharer in owners[id(p)] if id(sharer) not in inside]
     if tied:
         return f"its weight is tied to that of {tied[0]}", []
-    blocks = attention_blocks(name, module, lambda own_name: _sharing(own_name, config))
+    blocks = attention_blocks(name, module, lambda own_name: _sharing(own_name, config), bias=bias)
     # Rows of one weight are in or out together.
     against = {block.name: _excluded(block.name, config) for block in blocks}
     for left in [against[block.name] for block in blocks if block.projection.name != "out_proj"]:
@@ -159,7 +175,9 @@ def _attention(
     return reason, [block for block in blocks if against[block.name] is None]
 
 
-def _tied(name: str, module: nn.Module, sharers: Sequence[Named], config: CurvatureConfig) -> tuple[str, list[Block]]:
+def _tied(
+    name: str, module: nn.Module, sharers: Sequence[Named], config: CurvatureConfig, *, bias: bool
+) -> tuple[str, list[Block]]:
     """Return the one block of modules that share a weight, if there is a kind for them."""
     refused = f"its weight is tied to that of {sharers[0][0]}"
     weight = getattr(module, "weight", None)
@@ -178,7 +196,9 @@ def _tied(name: str, module: nn.Module, sharers: Sequence[Named], config: Curvat
         return refused, []
     if make is TiedBlock and config.fisher is Fisher.INPUT_ONLY:
         return "input_only measures no output gradients, and a tied weight's Fisher is made of them", []
-    return f"not covered by {make.__name__}", [make(name, module, _sharing(name, config), also=modules[1:])]
+    return f"not covered by {make.__name__}", [
+        (make if bias else without_bias(make))(name, module, _sharing(name, config), also=modules[1:])
+    ]
 
 
 def _kind_of_tied(modules: Sequence[nn.Module]) -> type[LinearBlock | EmbeddingBlock | TiedBlock] | None:

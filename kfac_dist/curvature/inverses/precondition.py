@@ -8,7 +8,7 @@ does a block of which one factor was never measured, such as a layer that is cal
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,6 +77,25 @@ class EigenGroup(Group):
         rotated = (rotated / (self._curvature() + damping * self._known())).to(dtype)
         rotated = a.right(rotated, transposed=True)
         return (rotated if g is None else g.left(rotated)).to(self.working)
+
+    def multiply(self, gradient: Tensor, scales: Mapping[Side, Callable[[Tensor], Tensor]]) -> Tensor:
+        """Return `f(G) ∇ f(A)`, a function of eigenvalues for each side; sides that have none stay as they are.
+
+        Args:
+            gradient: `[k·batch, d_out, d_in]`.
+            scales: By side: eigenvalues `[k·batch, n]` to the function's; `UNKNOWN` ones are negative.
+        """
+        for side, function in scales.items():
+            own = self.sides.get(side)
+            if own is None:
+                continue
+            values = function(own.vectors()).to(self.working)
+            rotate = own.right if side is Side.A else own.left
+            forth, back = (False, True) if side is Side.A else (True, False)
+            rotated = rotate(gradient.to(gradient.dtype if own.diagonal else self._dtype), transposed=forth)
+            rotated = rotated * (values[:, None, :] if side is Side.A else values[:, :, None]).to(rotated.dtype)
+            gradient = rotate(rotated, transposed=back).to(self.working)
+        return gradient
 
     def _curvature(self) -> Tensor:
         """Return the diagonal of the Fisher in the eigenbasis, `[k·batch, d_out, d_in]` or a shape that broadcasts."""

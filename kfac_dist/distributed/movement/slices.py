@@ -41,7 +41,8 @@ def gather_slices(
     for parameter, piece in held:
         if piece.rank == comm.rank:
             segments.view(buffer, f"{piece.rank}/{parameter.name}").copy_(local[parameter.name])
-    share_segments(comm, buffer, segments, label=label).wait()
+    if held:  # else every rank has everything, and the layout may be of fewer ranks
+        share_segments(comm, buffer, segments, label=label).wait()
     whole = {
         parameter.name: local[parameter.name].to(dtype).clone().view(parameter.shape)
         if parameter.is_replicated

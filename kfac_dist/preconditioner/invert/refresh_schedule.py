@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kfac_dist.config.schema import KFACConfig, Solver
+from kfac_dist.config.schema import Direction, KFACConfig, Solver
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class RefreshSchedule:
         early: First of the early refreshes; 0 for none.
         rescale_every: Steps between measurements of EKFAC's second moments; 0 for none.
         parts: Number of parts in which layers are measured; it divides the number of slots.
+        idle: Whether nothing is ever measured, since no step needs curvature.
     """
 
     factor_every: int
@@ -50,6 +51,7 @@ class RefreshSchedule:
     early: int
     rescale_every: int = 0
     parts: int = 1
+    idle: bool = False
 
     @classmethod
     def of(cls, config: KFACConfig) -> RefreshSchedule:
@@ -63,10 +65,13 @@ class RefreshSchedule:
             inversion.early_refresh,
             (inversion.rescale_every or config.curvature.factor_every) if inversion.solver is Solver.EKFAC else 0,
             config.curvature.stagger,
+            config.update.direction is Direction.ORTHOGONAL and not config.update.orthogonal_options.whitens,
         )
 
     def measured(self, step: int) -> tuple[int, ...]:
         """Return the slots whose layers are measured in this step's backward pass."""
+        if self.idle:
+            return ()
         if step == 0 or self.starting(step):
             return tuple(range(self.slots))
         together, turn = self.slots // self.parts, step % self.factor_every
@@ -98,6 +103,8 @@ class RefreshSchedule:
 
     def due(self, step: int) -> tuple[int, ...]:
         """Return the slots whose inverses are refreshed after this step's measurement."""
+        if self.idle:
+            return ()
         if step == 0:
             return tuple(range(self.slots))
         early = self.starting(step)

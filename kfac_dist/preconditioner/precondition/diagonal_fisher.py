@@ -16,7 +16,7 @@ average of β divides it by √((1 + β)/(1 − β)).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +24,15 @@ from torch import Tensor
 
 from kfac_dist.curvature.device_ops import zero_unless
 from kfac_dist.distributed.communicators.base import Communicator
-from kfac_dist.distributed.movement.slices import gather_slices
 from kfac_dist.engines import Engine
-from kfac_dist.errors import CheckpointError
 from kfac_dist.preconditioner.measure.sampled_gradients import SampledLabelGradients
+from kfac_dist.preconditioner.precondition.uncovered import UncoveredGradients
 
 LABEL = "loss_terms"
 LABEL_DRAWN = "drawn gradients"
-LABEL_STATE = "checkpoint"
 
 
-class DiagonalFisher:
+class DiagonalFisher(UncoveredGradients):
     """Preconditions the gradients of some parameters, in one flat buffer.
 
     Args:
@@ -60,24 +58,12 @@ class DiagonalFisher:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.names = tuple(names)
+        super().__init__(engine, names, row=row, device=device, dtype=dtype)
         self.sampled = sampled
-        self._engine = engine
         self._decay = decay
         self._communicator = communicator
-        self._row = row
-        self._layout = engine.layout(self.names)
-        self._pieces = {
-            name: piece
-            for name in self.names
-            if (piece := self._layout[name].held_by(row.rank if engine.sharded else 0)) is not None
-        }
-        self._shapes = {
-            name: (piece.numel,) if engine.sharded else self._layout[name].shape for name, piece in self._pieces.items()
-        }
-        self._sum = torch.zeros(sum(piece.numel for piece in self._pieces.values()), device=device, dtype=dtype)
+        self._sum = torch.zeros_like(self.gradient)
         self._weight = torch.zeros((), device=device, dtype=dtype)
-        self.gradient = torch.zeros_like(self._sum)
 
     def measure(self, terms: float | Tensor, taken: Tensor) -> None:
         """Move the average by this step's gradients; one small sum over the ranks.
@@ -110,18 +96,7 @@ class DiagonalFisher:
         # A step that is taken may still have overflowed here: these gradients are sums, not means.
         return new, (terms > 0) & torch.isfinite(new).all()
 
-    def collect(self, gradients: dict[str, Tensor]) -> None:
-        """Fill `gradient` with the parameters' gradients, zero where there is none: no rank used the parameter."""
-        if not self.names:
-            return
-        found = [name for name in self._pieces if name in gradients]
-        if len(found) < len(self._pieces):
-            self.gradient.zero_()
-        if found:
-            views = self._views(self.gradient)
-            torch._foreach_copy_([views[name] for name in found], [gradients[name] for name in found])
-
-    def apply(self, damping: float) -> Tensor:
+    def apply(self, damping: float, taken: Tensor | None) -> Tensor:
         """Return the preconditioned `gradient`, a new flat tensor; the plain one before anything was measured."""
         if not self.names:
             return self.gradient
@@ -129,49 +104,15 @@ class DiagonalFisher:
         fisher = self._sum / torch.where(measured, self._weight, 1.0)
         return self.gradient / torch.where(measured, fisher + damping, 1.0)
 
-    @property
-    def counted(self) -> bool:
-        """Whether a sum over a row counts this rank's values: whole gradients count once, slices all."""
-        return bool(self.names) and (self._row.rank == 0 or self._engine.sharded)
-
-    def deliver(self, gradients: dict[str, Tensor], update: Tensor, scale: Tensor | None) -> None:
-        """Write a preconditioned gradient, times a 0-dim factor, over the gradients that were collected."""
-        if not self.names:
-            return
-        update = update if scale is None else update * scale
-        views = self._views(update)
-        found = [name for name in self._pieces if name in gradients]
-        if found:
-            torch._foreach_copy_([gradients[name] for name in found], [views[name] for name in found])
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the average by parameter name, whole and the same on every rank; collective where it is sharded."""
-        views = self._views(self._sum)
-        sums = gather_slices(
-            self._row, self._layout, views, device=self._sum.device, dtype=self._sum.dtype, label=LABEL_STATE
-        )
-        return {"weight": self._weight.clone(), "sums": sums}
+        """See `UncoveredGradients.state_dict`."""
+        return {"weight": self._weight.clone(), "sums": self._gathered(self._sum)}
 
-    def load_state_dict(self, values: dict[str, Any] | None) -> None:
-        """Load the result of `state_dict`.
-
-        Raises:
-            CheckpointError: It has no average for one of the parameters, or one of another shape.
-        """
+    def load_state_dict(self, values: Mapping[str, Any] | None) -> None:
+        """See `UncoveredGradients.load_state_dict`."""
         sums = {} if values is None else values["sums"]
-        for name in self.names:
-            shape = self._layout[name].shape
-            if name not in sums or tuple(sums[name].shape) != shape:
-                raise CheckpointError(
-                    f"the K-FAC state has no diagonal Fisher of shape {list(shape)} for {name!r}: it belongs to "
-                    "another model, or was saved with kfac.curvature.uncovered: plain"
-                )
+        reason = "it belongs to another model, or was saved with kfac.curvature.uncovered: plain"
+        self._check(sums, "diagonal Fisher", reason)
         if values is not None and self.names:
             self._weight.copy_(values["weight"])
-            for name, view in self._views(self._sum).items():
-                piece = self._pieces[name]
-                view.copy_(sums[name].flatten()[piece.start : piece.stop].view_as(view))
-
-    def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = torch.split(flat, [piece.numel for piece in self._pieces.values()]) if self._pieces else ()
-        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+            self._restore(self._sum, sums)

@@ -1,7 +1,7 @@
 """Gradients to updates: collected, transformed stack by stack as they arrive, and delivered at one length.
 
 gradients = collect(...)                        sent to the ranks that precondition them
-updates   = transform(gradients, damping)       one stage after the other for blocks, ∇/(F + λ) for the rest; sent back
+updates   = transform(gradients, damping)       one stage after the other for blocks; the others apart; sent back
 scale     = scale(updates)                      one reduction for all stages that set a length together
 deliver(updates, scale)                         into the gradients' own memory
 """
@@ -18,10 +18,10 @@ from kfac_dist.curvature.inverses.offload import Offload
 from kfac_dist.curvature.inverses.precondition import Group
 from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.engines import Engine
-from kfac_dist.preconditioner.precondition.diagonal_fisher import DiagonalFisher
 from kfac_dist.preconditioner.precondition.states import TransformStates
 from kfac_dist.preconditioner.precondition.transforms.base import Stack, Stage, Transform, keeps_state
 from kfac_dist.preconditioner.precondition.transport import Transport
+from kfac_dist.preconditioner.precondition.uncovered import UncoveredGradients
 
 # Label in the traffic for the reduction of the stages' numbers.
 LABEL = "kl_clip"
@@ -33,12 +33,12 @@ class Updates:
 
     Attributes:
         gradients: The gradients that they were made of, by parameter name: where they go.
-        diagonal: Those of parameters with a diagonal Fisher, flat.
+        uncovered: Those of parameters without a block, flat.
         sums: Measured numbers of each stage that sets a length, by name, one per stack.
     """
 
     gradients: dict[str, Tensor]
-    diagonal: Tensor
+    uncovered: Tensor
     sums: Mapping[str, Sequence[Tensor]]
 
 
@@ -47,7 +47,7 @@ class Preconditioner:
 
     Args:
         transport: Moves gradients to this rank's groups and back.
-        diagonal: The diagonal Fisher of parameters without a block.
+        uncovered: The gradients of parameters without a block.
         offload: Keeps the groups' inverses on the host, if it is asked for.
         transforms: By name, in the order in which they are applied.
         groups: This rank's groups.
@@ -55,6 +55,7 @@ class Preconditioner:
         communicator: All ranks.
         row: The ranks that together hold each update once.
         plain: Parameters that nothing preconditions.
+        decays: Decoupled weight decay by parameter, where there is one.
 
     Attributes:
         transforms: By name, in the order in which they are applied.
@@ -64,7 +65,7 @@ class Preconditioner:
     def __init__(
         self,
         transport: Transport,
-        diagonal: DiagonalFisher,
+        uncovered: UncoveredGradients,
         offload: Offload | None,
         transforms: Mapping[str, Transform],
         groups: Sequence[Group],
@@ -73,20 +74,22 @@ class Preconditioner:
         communicator: Communicator,
         row: Communicator,
         plain: Sequence[str],
+        decays: Mapping[str, float],
     ) -> None:
         self.transforms = transforms
         self.states = TransformStates(transforms, groups)
         self._transport = transport
-        self._diagonal = diagonal
+        self._uncovered = uncovered
         self._offload = offload
         self._engine = engine
         self._communicator = communicator
         self._row = row
         self._plain = plain
+        self._decays = decays
         self._linear = {name: stage for name, stage in transforms.items() if stage.linear}
         self._scaling = {name: stage for name, stage in transforms.items() if stage.scales}
         # On every rank alike, for any blocks.
-        self._stateful = any(keeps_state(stage) for stage in transforms.values())
+        self._stateful = uncovered.stateful or any(keeps_state(stage) for stage in transforms.values())
         self._replacing = [t for t in transforms.values() if type(t).replace_plain is not Transform.replace_plain]
         self._names = {id(group): tuple(block.name for block in group.blocks) for group in groups}
 
@@ -95,7 +98,7 @@ class Preconditioner:
         if self._offload is not None:
             self._offload.begin()
         self._transport.collect(gradients)
-        self._diagonal.collect(gradients)
+        self._uncovered.collect(gradients)
         return gradients
 
     def transform(self, gradients: dict[str, Tensor], damping: float) -> Updates:
@@ -108,12 +111,12 @@ class Preconditioner:
         taken = self._engine.finite_everywhere(self._communicator) if self._stateful else None
         sums: dict[str, list[Tensor]] = {name: [] for name in self._scaling}
         self._each_stack(self.transforms, damping, taken, sums)
-        return Updates(gradients, self._diagonal.apply(damping), sums)
+        return Updates(gradients, self._uncovered.apply(damping, taken), sums)
 
     def precondition(self, gradients: dict[str, Tensor], damping: float) -> Updates:
         """Return the damped inverse's product with gradients that were collected: the linear stages alone."""
         self._each_stack(self._linear, damping, None, {})
-        return Updates(gradients, self._diagonal.apply(damping), {})
+        return Updates(gradients, self._uncovered.apply(damping, None), {})
 
     def scale(self, updates: Updates) -> Tensor | None:
         """Return the factor of all updates, 0-dim, the same on every rank; None if they are as long as they should be.
@@ -133,14 +136,19 @@ class Preconditioner:
     def deliver(self, updates: Updates, scale: Tensor | None = None) -> None:
         """Write updates, times a 0-dim factor, over the gradients that they were made of."""
         self._transport.deliver(updates.gradients, scale)
-        self._diagonal.deliver(updates.gradients, updates.diagonal, scale)
+        self._uncovered.deliver(updates.gradients, updates.uncovered, scale)
 
-    def replace_plain(self, gradients: dict[str, Tensor]) -> None:
-        """Give the parameters that nothing preconditions the step that the stages have for them; in place."""
+    def complete(self, gradients: dict[str, Tensor]) -> None:
+        """Do what is done where gradients lie, in place: replace what nothing preconditions; add decoupled decay."""
         for transform in self._replacing:
             for name in self._plain:
                 if name in gradients:
                     transform.replace_plain(gradients[name], self._engine.gradient_scale)
+        if self._decays:
+            parameters, scale = self._engine.parameters(), self._engine.gradient_scale
+            for name, decay in self._decays.items():
+                if name in gradients:
+                    gradients[name].add_(parameters[name], alpha=decay * scale)
 
     def _each_stack(
         self,
@@ -177,5 +185,5 @@ class Preconditioner:
     def _total(self, name: str, updates: Updates) -> Tensor:
         """Return the sum over this rank of a stage's measured numbers, 0-dim."""
         sums, stage = updates.sums[name], self._scaling[name]
-        total = torch.stack(list(sums)).sum() if sums else updates.diagonal.new_zeros(())
-        return total + stage.measure(updates.diagonal, self._diagonal.gradient) if self._diagonal.counted else total
+        total = torch.stack(list(sums)).sum() if sums else updates.uncovered.new_zeros(())
+        return total + stage.measure(updates.uncovered, self._uncovered.gradient) if self._uncovered.counted else total

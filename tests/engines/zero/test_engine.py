@@ -32,6 +32,12 @@ BF16 = {"bf16": {"enabled": True}}
 BF16_ACCUMULATED = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
 FP16_ACCUMULATED = {**FP16, "data_types": {"grad_accum_dtype": "fp32"}}
+# Without the noise that AdamW makes of gradients that are zero but for rounding.
+ORTHOGONAL = {
+    "direction": "orthogonal",
+    "orthogonal": {"iteration": "polar_express", "iterations": 8},
+    "first_order": {"eps": 1e-3},
+}
 LEAN = {"reduction": "reduce_scatter", "reduce_every": "step"}
 
 
@@ -82,6 +88,7 @@ OPTIONS = [
     Case(2, accumulated=2, deepspeed=UNMANAGED),
     Case(2, kfac={"curvature": {"fisher": "type2"}}),
     Case(2, kfac={"update": {"graft": "sign"}}),
+    *(Case(stage, kfac={"update": ORTHOGONAL}, optimizer="plain") for stage in (1, 2, 3)),
     Case(2, "token", kfac={"curvature": {"exclude": ("embedding",), "uncovered": "diagonal"}}),
     Case(3, accumulated=2, deepspeed=UNMANAGED),
     Case(3, "token", zero={**ALL_SHARDED, "overlap_comm": True}, kfac={"curvature": {"fisher": "mc"}}),

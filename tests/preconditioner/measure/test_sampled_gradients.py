@@ -132,8 +132,8 @@ def test_what_is_not_finite_never_enters() -> None:
     kfac.step()
     before = kfac.state_dict()["diagonal"]["sums"]["scale"].clone()
     take(model, kfac, 1)
-    assert kfac._parts.diagonal.sampled is not None
-    kfac._parts.diagonal.sampled.total[0] = torch.inf  # overflowed, in a step that is taken
+    assert kfac._parts.uncovered.sampled is not None
+    kfac._parts.uncovered.sampled.total[0] = torch.inf  # overflowed, in a step that is taken
     kfac.step()
     assert torch.equal(kfac.state_dict()["diagonal"]["sums"]["scale"], before)
     kfac.remove()

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist import KFAC
 from kfac_dist.engines.base import BackwardPass
 from kfac_dist.engines.ddp import DDPEngine
 from kfac_dist.errors import CheckpointError
+from tests.harness import run_ranks
 
 BATCH, DECAY, DAMPING, LR = 6, 0.8, 0.05, 0.1
 
@@ -181,3 +183,19 @@ def test_checkpoints_hold_it() -> None:
     plain.load_state_dict(kfacs[0].state_dict())
     for kfac in (*kfacs, plain):
         kfac.remove()
+
+
+def of_two_ranks() -> dict[str, Any]:
+    model = Scaled()
+    kfac = KFAC(
+        DistributedDataParallel(model, find_unused_parameters=True),
+        {"curvature": {"uncovered": "diagonal"}, "distribution": {"placement": "owner"}, "update": {"kl_clip": None}},
+    )
+    state = kfac.state_dict()["diagonal"]
+    kfac.remove()
+    return state
+
+
+def test_owners_of_whole_gradients_save_it() -> None:
+    for state in run_ranks(2, of_two_ranks):
+        assert state["sums"]["scale"].shape == (2, 4)

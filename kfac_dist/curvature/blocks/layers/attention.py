@@ -64,13 +64,21 @@ class AttentionBlock(KroneckerBlock):
         sharing: How positions enter.
         projection: Which one this is.
         calls: Sees the module's calls, for all of its blocks.
+        bias: Whether the projection's bias is part of it.
     """
 
     def __init__(
-        self, name: str, module: nn.MultiheadAttention, sharing: Sharing, projection: Projection, calls: _Calls
+        self,
+        name: str,
+        module: nn.MultiheadAttention,
+        sharing: Sharing,
+        projection: Projection,
+        calls: _Calls,
+        *,
+        bias: bool = True,
     ) -> None:
         own = {key: p for key, p in module.named_parameters() if p.requires_grad}
-        keys = [key for key in (projection.weight, projection.bias) if key in own]
+        keys = [key for key in (projection.weight, projection.bias)[: 1 + bias] if key in own]
         prefix = f"{name}." if name else ""
         super().__init__(
             f"{prefix}{projection.name}", module, sharing, parameters={f"{prefix}{key}": own[key] for key in keys}
@@ -132,13 +140,13 @@ class AttentionBlock(KroneckerBlock):
 
 
 def attention_blocks(
-    name: str, module: nn.MultiheadAttention, sharing: Callable[[str], Sharing]
+    name: str, module: nn.MultiheadAttention, sharing: Callable[[str], Sharing], *, bias: bool = True
 ) -> list[AttentionBlock]:
     """Return the blocks of one attention module whose weights are trained, all watching through one mode."""
     calls = _Calls(module)
     prefix = f"{name}." if name else ""
     return [
-        AttentionBlock(name, module, sharing(f"{prefix}{projection.name}"), projection, calls)
+        AttentionBlock(name, module, sharing(f"{prefix}{projection.name}"), projection, calls, bias=bias)
         for projection in projections(module)
         if module.get_parameter(projection.weight).requires_grad
     ]

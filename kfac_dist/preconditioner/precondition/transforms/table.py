@@ -11,12 +11,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kfac_dist.config.schema import TRANSFORM_NAMES, KFACConfig, StepSolver, Structure, UpdateConfig, check_new_name
+from kfac_dist.config.schema import (
+    TRANSFORM_NAMES,
+    Direction,
+    KFACConfig,
+    OrthogonalConfig,
+    StepSolver,
+    Structure,
+    UpdateConfig,
+    check_new_name,
+)
 from kfac_dist.errors import ConfigError, ExtensionError, KFACError
 from kfac_dist.preconditioner.precondition.transforms.base import Transform, keeps_state
 from kfac_dist.preconditioner.precondition.transforms.grafting import Grafting
 from kfac_dist.preconditioner.precondition.transforms.inverse import DampedInverse
+from kfac_dist.preconditioner.precondition.transforms.momentum import Momentum
+from kfac_dist.preconditioner.precondition.transforms.orthogonal import Orthogonalised, StepLength
 from kfac_dist.preconditioner.precondition.transforms.trust_region import TrustRegion
+from kfac_dist.preconditioner.precondition.transforms.whitening import Whitening
 
 
 @dataclass(frozen=True)
@@ -31,9 +43,33 @@ class Ingredients:
     update: UpdateConfig
     trust_region: TrustRegion
 
+    @property
+    def orthogonal(self) -> OrthogonalConfig | None:
+        """The settings of orthogonal steps, if weight matrices take them."""
+        return self.update.orthogonal_options if self.update.direction is Direction.ORTHOGONAL else None
 
-def _inverse(given: Ingredients) -> Transform:
-    return DampedInverse()
+
+def _inverse(given: Ingredients) -> Transform | None:
+    return DampedInverse() if given.orthogonal is None else None
+
+
+def _momentum(given: Ingredients) -> Transform | None:
+    own = given.orthogonal
+    return None if own is None else Momentum(own.momentum, nesterov=own.nesterov)
+
+
+def _whitening(given: Ingredients) -> Transform | None:
+    own = given.orthogonal
+    return None if own is None or not own.whitens else Whitening(own.power_a, own.power_g, own.damping)
+
+
+def _orthogonalised(given: Ingredients) -> Transform | None:
+    own = given.orthogonal
+    return None if own is None else Orthogonalised(own.iteration, own.iterations, own.dtype)
+
+
+def _step_length(given: Ingredients) -> Transform | None:
+    return None if given.orthogonal is None else StepLength(given.orthogonal.length)
 
 
 def _grafting(given: Ingredients) -> Transform | None:
@@ -47,6 +83,10 @@ def _trust_region(given: Ingredients) -> Transform | None:
 # In the order in which they come within a stage; those of `update.transforms` come before.
 ROWS: Mapping[str, Callable[[Ingredients], Transform | None]] = {
     "inverse": _inverse,
+    "momentum": _momentum,
+    "whitening": _whitening,
+    "orthogonalised": _orthogonalised,
+    "step_length": _step_length,
     "grafting": _grafting,
     "trust_region": _trust_region,
 }
