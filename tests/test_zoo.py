@@ -19,7 +19,7 @@ from benchmarks.zoo_page import APART, MODEL, PAGE, SAME, page, verdict
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'kfac_dist[hf]'")
 
-OPEN = {"mobilevit_xxs"}
+OPEN: set[str] = set()
 """Families whose ranks differ by K-FAC's doing, as the page says, and for which the reason is still to be found."""
 
 

@@ -58,6 +58,8 @@ _RECURRENT = _names("lstm gru rnn_tanh rnn_relu")
 _BITS = 16  # dimensions that an input may have
 # Readings in a number of 64 bits.
 _DIGIT_BITS, _CALLS = 4, 12
+# The label of what an index has picked, and its reading's dimension, which no tensor has.
+_PICKED, _PICKED_DIM = -1, 6
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Reading:
     def number(self) -> int:
         """The reading as a number above 0, for checkpoints."""
         return 1 + 2 * self.dim + self.last
+
+    @property
+    def picked(self) -> bool:
+        """Whether the rows were picked by an index, so that each is by itself: an expert's, valid tokens."""
+        return self.dim == _PICKED_DIM
 
     @classmethod
     def of(cls, number: int) -> Reading | None:
@@ -216,7 +223,8 @@ class Provenance:
     def _only(self, dim: Dim) -> int | None:
         """Return the label of a dimension that is one input's whole dimension."""
         factors = [factor for factor in dim if factor[1] > 1] or [factor for factor in dim if factor[0] is not None]
-        return self._root(factors[0][0]) if len(factors) == 1 and factors[0][0] is not None else None
+        label = factors[0][0] if len(factors) == 1 else None
+        return None if label is None or label == _PICKED else self._root(label)
 
     def _label(self, place: TensorDim | None) -> int | None:
         if place is None or place.kind not in ("inputs", "outputs"):
@@ -233,6 +241,8 @@ class Provenance:
             for index, (own, _) in enumerate(factors)
             if own is not None and self._root(own) == label
         ]
+        if not found and any(own == _PICKED for dim in (layout or ())[:-1] for own, _ in dim):
+            return Reading(_PICKED_DIM, last=False)
         if len(found) != 1:
             return None
         [(dim, index, length)] = found
@@ -245,12 +255,14 @@ class Provenance:
 
     def _meet(self, one: Dim, other: Dim) -> Dim:
         """Return the labels of two dimensions combined element by element: the same ones, if both have some."""
-        labelled = [dim for dim in (one, other) if any(label is not None for label, _ in dim)]
+        labelled = [dim for dim in (one, other) if any(label is not None and label != _PICKED for label, _ in dim)]
         if len(labelled) == 2 and [size for _, size in one] == [size for _, size in other]:
             for (a, _), (b, _) in zip(one, other, strict=True):
-                if a is not None and b is not None and (a := self._root(a)) != (b := self._root(b)):
+                if a is None or b is None or _PICKED in (a, b):
+                    continue
+                if (a := self._root(a)) != (b := self._root(b)):
                     self._parents[b] = a
-        return labelled[0] if labelled else one
+        return labelled[0] if labelled else max(one, other, key=lambda dim: any(label is not None for label, _ in dim))
 
     # ---- functions
 
@@ -258,9 +270,13 @@ class Provenance:
         """Follow a view: of a stand-in without memory, whose strides name its dimensions."""
         tensor = args[0] if args else None
         layout = self.layout(tensor) if isinstance(tensor, Tensor) else None
-        if layout is None or any(isinstance(part, Tensor) for part in _flat([*args[1:], *given.values()])):
-            return  # looked up by another tensor
+        if layout is None:
+            return
         assert isinstance(tensor, Tensor)
+        if any(isinstance(part, Tensor) for part in _flat([*args[1:], *given.values()])):
+            if getattr(function, "__name__", "") == "__getitem__" and isinstance(made, Tensor):
+                self._set(made, _picked(layout, args[1], made) or ())
+            return
         stand_in = torch.empty(tensor.shape, device="meta")
         try:
             views = list(_near([function(stand_in, *args[1:], **given)]))
@@ -297,6 +313,9 @@ class Provenance:
         if name in ("linear", "bilinear"):
             self._mix(own[-1:])
             return (*own[:-1], _none(made.shape[-1]))
+        if name == "index_select" and isinstance(dim := given.get("dim", args[1] if len(args) > 1 else None), int):
+            dim %= len(own)
+            return (*own[:dim], ((_PICKED, made.shape[dim]),), *own[dim + 1 :])
         if name == "embedding":
             return (*own, _none(made.shape[-1]))
         if name in _CONVOLUTIONS:
@@ -431,7 +450,7 @@ _KNOWN = (
     | _REDUCTIONS
     | _RECURRENT
     | _REPEATED
-    | {"stack"}
+    | {"stack", "index_select"}
     | {"baddbmm", "addmm", "einsum", "linear", "bilinear", "embedding", "multi_head_attention_forward"}
 )
 
@@ -480,6 +499,19 @@ def _viewed_dim(factors: Sequence[tuple[int | None, int, int]], size: int, strid
         rest //= part
         stride = step * own
     return tuple(reversed(found)) if rest == 1 and found else _none(size)
+
+
+def _picked(layout: Layout, index: Any, made: Tensor) -> Layout | None:
+    """Return the layout of rows that a tensor picks, behind dimensions that are taken whole; None of other lookups."""
+    parts = index if isinstance(index, tuple) else (index,)
+    kept = next((n for n, part in enumerate(parts) if not (isinstance(part, slice) and part == slice(None))), 0)
+    if len(parts) != kept + 1 or not isinstance(parts[kept], Tensor):
+        return None
+    by_mask = parts[kept].dtype is torch.bool
+    taken = parts[kept].ndim if by_mask else 1
+    new = 1 if by_mask else parts[kept].ndim
+    picked = [((_PICKED, size),) for size in made.shape[kept : kept + new]]
+    return (*layout[:kept], *picked, *layout[kept + taken :])
 
 
 def _dims(args: Sequence[Any], given: Mapping[str, Any], ndim: int) -> list[int]:

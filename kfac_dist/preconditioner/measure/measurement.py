@@ -235,18 +235,19 @@ class Measurement:
             calls = [call for call in calls if not call.empty]
             if not calls:
                 return
+            sizes = _of_rows(micro, calls)
             if self._moments is not None and isinstance(block, KroneckerBlock):
-                self._moments.measure(block, calls, micro, counted=first)
+                self._moments.measure(block, calls, sizes, counted=first)
             if not self._factors or not self._reduction.accepts(block.name):
                 return
             if block.by_class and current is not None:
                 of_classes = self._averages if first else ClassesOnly(self._averages)
-                block.measure(calls, replace(micro, classes=current), of_classes, _EVERY_SIDE)
+                block.measure(calls, replace(sizes, classes=current), of_classes, _EVERY_SIDE)
                 return
             sink = self._averages if first else SumsOnly(self._averages)
             sides = _EVERY_SIDE if first else _EVERY_SIDE - {Side.A}
-            block.measure(calls, micro, sink, sides)
-            self._neighbours.measure(block, calls, micro, sink, sides)
+            block.measure(calls, sizes, sink, sides)
+            self._neighbours.measure(block, calls, sizes, sink, sides)
 
         self._enter(batch, micro, by_column)
         with self._scale.unwatched(), self._phases(Phase.STATISTICS):
@@ -409,6 +410,7 @@ class Measurement:
             self._uncounted = error
             return
         self._enter(batch, micro)
+        micro = _of_rows(micro, calls)
         if self._factors and not self._reduction.accepts(block.name):
             return
         if block.by_class and self._config.class_slots:
@@ -510,6 +512,12 @@ class Measurement:
         if self._scaler is not None:
             return self._scaler.scale(torch.ones((), device=self._averages.device, dtype=torch.float32)).reciprocal()
         return None if scale == 1.0 else 1.0 / scale
+
+
+def _of_rows(micro: MicroBatch, calls: Sequence[LayerCall]) -> MicroBatch:
+    """Return a micro-batch without its number of samples for calls whose rows were picked one by one."""
+    picked = all(call.reading is not None and call.reading.picked for call in calls)
+    return replace(micro, batch_size=None) if picked else micro
 
 
 def _said(batch: Batch) -> Description:

@@ -96,11 +96,28 @@ def test_samples_are_followed(name: str) -> None:
     "function",
     [
         lambda x: x[torch.tensor([2, 0])],  # some samples
+        lambda x: x[x[..., 0] > 0] * 2.0,  # some positions
+        lambda x: x.flatten(0, 1)[torch.arange(8)].relu(),
+        lambda x: x.flatten(0, 1).index_select(0, torch.arange(8)) + 1.0,
+        lambda x: x.transpose(0, 1)[:, torch.tensor([1, 3])],
+    ],
+)
+def test_rows_that_an_index_picks_are_by_themselves(function: Callable[[Tensor], Tensor]) -> None:
+    provenance, _ = followed(function, torch.randn(B, T, D).requires_grad_())
+    [reading] = provenance.readings(TensorDim("inputs", 0))["layer"]
+    assert reading is not None
+    assert reading.picked
+    assert readings_of(readings_number((reading, reading))) == (reading, reading)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[:, None, torch.tensor([0, 1])],
         lambda x: torch.ones(B, T, D),
         lambda x: x.permute(1, 0, 2).reshape(2, T // 2, B, D).permute(0, 2, 1, 3).reshape(2 * B * T // 2, D),  # between
         lambda x: x.view(B, T, D).view_as(torch.empty(T, B, D)),  # samples cut to pieces
         lambda x: torch.nested.nested_tensor(list(x)).to_padded_tensor(0.0),
-        lambda x: x.to_sparse().to_dense().reshape(-1, D)[torch.arange(B * T)],
     ],
 )
 def test_what_is_not_known_is_left_open(function: Callable[[Tensor], Tensor]) -> None:
@@ -240,6 +257,47 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
         .mean(1)
     ),
 }
+
+
+def some(m: Any, x: Tensor, rows: Tensor) -> Tensor:
+    """A layer for some of all positions, as experts have it."""
+    hidden = x.flatten(0, 1)
+    return m.last(hidden.index_add(0, rows, m.linear(hidden[rows]).tanh()).unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("solver", ["cholesky", "ekfac"])
+@pytest.mark.parametrize("fisher", ["empirical", "type2"])
+def test_rows_of_an_expert_are_by_themselves_also_where_samples_divide_their_number(
+    sharing: str, solver: str, fisher: str
+) -> None:
+    """Seven rows or eight of four samples: each counts for itself."""
+    x = torch.randn(4, T, D, generator=torch.Generator().manual_seed(4))
+    for number in (7, 8):
+        rows = torch.randperm(4 * T, generator=torch.Generator().manual_seed(number))[:number]
+        model = Parts(lambda m, given, rows=rows: some(m, given, rows))
+        seen: list[Tensor] = []
+        handle = model.linear.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.extend([*args, output])
+        )
+        outputs = model(x)
+        handle.remove()
+        probability = outputs.detach().softmax(-1)
+        columns = [probability - F.one_hot(torch.arange(4) % C, C)]
+        if fisher == "type2":
+            columns = [probability[:, own, None].sqrt() * (torch.eye(C)[own] - probability) for own in range(C)]
+        grads = [torch.autograd.grad(outputs, seen[1], column, retain_graph=True)[0] for column in columns]
+        inversion = {"solver": solver, "damping": 0.1}
+        kfac = build_kfac(model, sharing=sharing, fisher=fisher, likelihood="categorical", inversion=inversion)
+        outputs = model(x)
+        kfac.fisher_backward(outputs)
+        F.cross_entropy(outputs, torch.arange(4) % C).backward()
+        kfac.step()
+        found = factors(kfac)
+        kfac.remove()
+        inputs = F.pad(seen[0].detach(), (0, 1), value=1.0)
+        assert_close(found["linear/A"][0], inputs.mT @ inputs / number)
+        assert_close(found["linear/G"][0], sum(grad.mT @ grad for grad in grads) / 4)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
