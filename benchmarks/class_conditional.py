@@ -28,7 +28,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks import reporting
 from kfac_dist import KFAC
-from kfac_dist.curvature.class_product import nearest, summarize
+from kfac_dist.curvature.class_conditional import nearest, summarize
 from kfac_dist.tasks.data import digits
 from kfac_dist.tasks.models.mlp import mlp
 

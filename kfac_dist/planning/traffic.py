@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config.schema import Uncovered
-from kfac_dist.curvature.class_product import Summary
+from kfac_dist.curvature.class_conditional import Summary
 from kfac_dist.distributed.communicators.base import Communicator, SoloCommunicator
 from kfac_dist.distributed.communicators.recording import Call, RecordingCommunicator
 from kfac_dist.distributed.communicators.traffic import Traffic

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_dist.curvature.class_product import Summary, nearest, summarize
+from kfac_dist.curvature.class_conditional import Summary, nearest, summarize
 from kfac_dist.curvature.factors import Side, Unit
 from kfac_dist.curvature.statistics import RunningAverages
 from kfac_dist.distributed.communicators.base import Communicator
