@@ -29,7 +29,7 @@ def text() -> list[dict[str, torch.Tensor]]:
 
 
 def engine_arguments(engine: str, accumulate: int) -> dict[str, Any]:
-    """What TrainingArguments takes for each engine."""
+    """Arguments of TrainingArguments for each engine."""
     match engine:
         case "fsdp2":
             return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}}
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=2)
     parser.add_argument("--output", default="runs/huggingface")
     parser.add_argument("--save-steps", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the output folder")
     parser.add_argument("--no-kfac", action="store_true")
     options = parser.parse_args()
 

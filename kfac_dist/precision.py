@@ -5,7 +5,7 @@
                        │   gradients' workspaces, payloads on their way
                        └─▶ inverse_dtype auto, communication_dtype auto              the working precision
 
-Nothing follows torch's default dtype, which says what the user's new tensors are.
+Nothing depends on torch's default dtype, which is for the user's new tensors.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def itemsize(dtype: DType) -> int:
 
 
 def settled(config: KFACConfig, parameters: Iterable[Tensor]) -> KFACConfig:
-    """Return the configuration with every `auto` precision replaced by what it means.
+    """Return the configuration with every `auto` precision replaced by its value.
 
     Args:
-        config: What is asked.
+        config: The configuration.
         parameters: Those of the covered layers.
     """
     factors = config.curvature.factor_dtype

@@ -33,7 +33,7 @@ class Process:
     def alive(self) -> bool:
         """Whether it is still there; one that has ended and isn't waited for yet is not.
 
-        Its first thread may have ended before the others: as long as one goes on, files may be written.
+        Its first thread may have ended before the others: as long as one runs, files may be written.
         """
         found = _stat(self.pid)
         if found is not None:
@@ -63,7 +63,7 @@ def variables_of(pid: int) -> frozenset[str] | None:
 
 @cache
 def place() -> tuple[str, str]:
-    """Return the name of this host, and what tells its boot and its space of process numbers from others."""
+    """Return the name of this host, and identifiers of its boot and process namespace."""
     marks = []
     with suppress(OSError):
         marks.append((_PROC / "sys/kernel/random/boot_id").read_text().strip())
@@ -80,7 +80,7 @@ class _Stat(NamedTuple):
 
 
 def _stat(pid: int) -> _Stat | None:
-    """Return what /proc tells of a process; None if it is gone, or there is no /proc."""
+    """Return the status of a process from /proc; None if it is gone, or there is no /proc."""
     try:
         text = (_PROC / str(pid) / "stat").read_text()
     except (OSError, UnicodeDecodeError):

@@ -55,7 +55,7 @@ class Factor:
 
 @dataclass
 class Layer:
-    """A layer, and what is known of it; `passes` holds (a, ∂L/∂s) of the backward passes since the last step."""
+    """A layer and its statistics; `passes` holds (a, ∂L/∂s) of the backward passes since the last step."""
 
     module: nn.Linear | nn.Conv2d
     a: Factor = field(default_factory=Factor)

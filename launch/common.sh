@@ -236,7 +236,7 @@ say_how_to_go_on() {
     fi
   done
   printf -v line '%q ' "${command[@]}" --resume auto
-  printf '%s: interrupted; go on with: %s\n' "$(basename "$0")" "${line% }" >&2
+  printf '%s: interrupted; continue with: %s\n' "$(basename "$0")" "${line% }" >&2
   exit 130
 }
 

@@ -42,7 +42,7 @@ class OneAllReduce(ext.Engine):
         yield
         if not enabled or self._ranks == 1:
             return
-        for p in self._trained.values():  # every rank sends all: what one of them left out is zero there
+        for p in self._trained.values():  # every rank sends all: parameters that one of them left out are zero there
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = list(self.gradients().values())
         flat = torch.cat([grad.flatten() for grad in grads])

@@ -33,7 +33,7 @@ class SQLiteSink(Sink):
         self._database.commit()
 
     def rewind(self, step: int) -> None:
-        """Delete what comes again."""
+        """Delete records that will be written again."""
         self._database.execute("DELETE FROM numbers WHERE step > ?", (step,))
         self._database.commit()
 

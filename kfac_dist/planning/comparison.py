@@ -24,7 +24,7 @@ from kfac_dist.precision import settled
 WORTH = 0.03
 # A recommended strategy's worst step may be so much longer than the configured one's.
 LONGER = 1.05
-# So many of the quickest are crossed with further axes, besides those that would be named.
+# Number of fastest strategies that are crossed with further axes, besides the recommended ones.
 QUICKEST = 2
 # Share of a device's memory that K-FAC may take beside model, optimizer and activations.
 MEMORY_SHARE = 0.5
@@ -68,15 +68,15 @@ class Comparison:
 
     @property
     def promising(self) -> list[Strategy]:
-        """Those to look further from: what would be named, and the quickest.
+        """Strategies to vary further: the recommended ones, and the fastest.
 
-        The quickest may be too large as they are: what is cut is smaller.
+        The fastest may be too large: cutting factors makes them smaller.
         """
         named = (self.best, self.quicker, *self.predictions[:QUICKEST])
         return [found.strategy for found in self.predictions if any(found is one for one in named)]
 
     def fits(self, prediction: Prediction) -> bool:
-        """Whether what K-FAC keeps leaves room for the model."""
+        """Whether K-FAC's state leaves room for the model."""
         limit = self.hardware.memory_bytes
         return limit is None or prediction.memory.total <= MEMORY_SHARE * limit
 
@@ -135,7 +135,7 @@ class _Ranks:
     batch_size: int
 
     def predictions(self, grid: Iterable[Strategy]) -> list[Prediction]:
-        """Return what strategies cost, the quickest first."""
+        """Return the predicted costs of strategies, the fastest first."""
         predictions = []
         for strategy in grid:
             try:
@@ -171,7 +171,7 @@ def fragment(strategy: Strategy) -> str:
 
 
 def words(strategy: Strategy) -> str:
-    """Return what a strategy changes in a line."""
+    """Return a strategy's changes in one line."""
     if strategy.configured:
         return "as configured"
     return words_of(strategy.changes)

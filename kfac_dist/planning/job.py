@@ -70,7 +70,7 @@ class PlannedRun:
     """One configuration on W ranks.
 
     Attributes:
-        model: What is trained.
+        model: The model.
         config: How it is preconditioned.
         engine: Where gradients live.
         plan: Assignment of work to ranks.
@@ -181,7 +181,7 @@ class PlannedRun:
         return _gradient_layout(tuple(shapes.items()), self.engine.name, self.shard_size)
 
     def exchanges(self, row_rank: int) -> Sequence[ExchangePlan]:
-        """Return what a rank of a row sends and receives of sharded gradients, bucket by bucket."""
+        """Return the elements that a rank of a row sends and receives of sharded gradients, bucket by bucket."""
         if row_rank not in self._exchanges:
             blocks = {block.name: block for block in self.model.blocks}
             buckets = zip(*exchange_buckets(self.plan, self.config.distribution.buckets), strict=True)

@@ -37,8 +37,8 @@ class Option:
 
     Attributes:
         name: As a configuration says it.
-        on: Section by section, what switches it on.
-        off: What switches it off.
+        on: Values that switch it on, by section.
+        off: Values that switch it off.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Saving:
         active: Whether it is in effect.
         without: Bytes that the fullest rank keeps without it; None where the engine can't do without.
         having: Bytes that the fullest rank keeps with it.
-        copies: Bytes that it spares of what a measurement copies, and gives back after it; None if they aren't known.
+        copies: Bytes that it saves of a measurement's temporary copies; None if they are unknown.
     """
 
     option: str
@@ -113,15 +113,15 @@ def savings(
     shard_size: int,
     micro: MicroRows | None = None,
 ) -> list[Saving]:
-    """Return what each option does to the bytes of the fullest rank, without those that ranks or options exclude.
+    """Return each option's effect on the bytes of the fullest rank, without those that ranks or options exclude.
 
     Args:
         blocks: The model's blocks.
-        config: What is asked.
+        config: The configuration.
         world_size: Ranks that share the work.
         local_world_size: Ranks of one node.
         shard_size: Consecutive ranks that together hold each gradient once.
-        micro: What a rank measures at once; by default nothing that it would copy.
+        micro: The micro-batch of a rank; by default one without copies.
     """
 
     def planned(changes: Changes) -> RankBytes:

@@ -1,4 +1,4 @@
-"""The plan as a person reads it: a row a block, a row a rank, and what keeps its plain gradient; or ten lines of it."""
+"""Tables of the plan: a row per block, a row per rank, and parameters without a block; or a summary of ten lines."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def plan_view(
     """Return the plan's tables, ready for rich to print.
 
     Args:
-        plan: What is shown.
-        kept: What each rank keeps.
+        plan: The plan.
+        kept: Bytes that each rank keeps.
         uncovered: Parameters without a block, and why they have none.
-        treatment: What becomes of their gradients.
-        options: What options that spare memory do.
+        treatment: Treatment of their gradients.
+        options: Effects of options that save memory.
     """
     parts: list[Table | str] = [_block_table(plan), "", _rank_table(plan, kept), "", _counts(plan)]
     if options:
@@ -68,7 +68,7 @@ def plan_summary(
     treatment: Uncovered = Uncovered.PLAIN,
     options: Sequence[Saving] = (),
 ) -> list[str]:
-    """Return what counts of a plan in about ten lines; see `plan_view`."""
+    """Return a summary of a plan in about ten lines; see `plan_view`."""
     lines = [_counts(plan), *_extremes(plan, kept), *_largest(plan)]
     sparing = [option for option in options if not option.active and option.device]
     if sparing:
@@ -105,7 +105,7 @@ def _extremes(plan: Plan, kept: Sequence[RankBytes]) -> list[str]:
 
 
 def _largest(plan: Plan) -> list[str]:
-    """Return the blocks that cost most to invert; those that differ by a number in their names together."""
+    """Return the blocks that cost most to invert; blocks that differ by a number in their names together."""
     kinds: dict[tuple[str, str], list[BlockPlan]] = {}
     for block in plan.blocks.values():
         kinds.setdefault((re.sub(r"\d+", "*", block.name), _factors(block)), []).append(block)

@@ -29,9 +29,9 @@ class StepCost:
     """One kind of step.
 
     Attributes:
-        seconds: By phase, what it adds to a step of the bare optimizer.
-        recorded: What the busiest rank sends.
-        flops: What the busiest rank computes.
+        seconds: Seconds that it adds to a step of the bare optimizer, by phase.
+        recorded: Messages of the busiest rank.
+        flops: Flops of the busiest rank.
     """
 
     seconds: Mapping[str, float]
@@ -105,10 +105,10 @@ class Prediction:
 
 
 def predict(strategy: Strategy, job: PlannedRun, hardware: Hardware, batch_size: int) -> Prediction:
-    """Return what a strategy adds to the steps of a job.
+    """Return the costs that a strategy adds to the steps of a job.
 
     Args:
-        strategy: What the job's configuration is called.
+        strategy: Name of the job's configuration.
         job: The plan.
         hardware: The machine.
         batch_size: Samples of a step over all ranks.
@@ -138,7 +138,7 @@ class _Alone:
         self._preconditioning = max(by_column.values(), key=lambda done: done.seconds)
 
     def cost(self, kind: StepKind) -> StepCost:
-        """Return what a kind of step costs."""
+        """Return the costs of a kind of step."""
         job, hardware, rank = self._job, self._hardware, self._job.busiest
         sent = record_traffic(job, kind, rank)
         seconds = dict.fromkeys(PHASES, 0.0)
@@ -188,7 +188,7 @@ class _Alone:
         return own / max(sum(by_block.values()), 1e-30)
 
     def _inversion(self, kind: StepKind) -> float:
-        """Return when the last rank has solved what is due: the slowest node's."""
+        """Return the time at which the last rank has solved its due units: the slowest node's."""
         job, node = self._job, self._job.node_size
         owners = {
             job.plan.assignment.owners[u.name] for u in job.plan.units if job.plan.blocks[u.block].slot in kind.slots
@@ -200,7 +200,7 @@ class _Alone:
         return max((work.finishing(own, self._hardware) for own in nodes.values()), default=0.0)
 
     def _fixed(self, overhead: Overhead, count: float) -> float:
-        """Return what doesn't depend on sizes, of a step that has so many blocks to go through."""
+        """Return the fixed costs of a step with this number of blocks."""
         return (overhead.step + overhead.block * count) * self._slower
 
 

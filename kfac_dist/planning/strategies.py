@@ -1,4 +1,4 @@
-"""The strategies that are compared: a grid around what is configured, every one of them a valid configuration.
+"""The strategies that are compared: a grid around the configuration, each of them a valid configuration.
 
 placement × reduction      all that fit the ranks and the engine, with balanced assignment
 assignment                 the configured placement, dealt and balanced
@@ -24,7 +24,7 @@ from kfac_dist.curvature.factors import FactorKind
 Changes = dict[str, dict[str, Any]]
 
 _REDUCTIONS = (("all_reduce", "refresh"), ("reduce_scatter", "refresh"), ("reduce_scatter", "step"))
-# Sizes that factors are cut to, where there are larger ones: near multiples of what GPUs multiply well.
+# Sizes that larger factors are cut to: near multiples of sizes that GPUs multiply well.
 _DIMS = (4096, 2048, 1024, 512)
 _MOST_DIMS = 2
 _STAGGERED = 10
@@ -36,7 +36,7 @@ class Strategy:
 
     Attributes:
         config: The whole configuration.
-        changes: What of it differs from the configured one, section by section.
+        changes: Differences from the configured one, by section.
         same_mathematics: Whether a run takes the same steps as the configured one, but for rounding and for when its
             inverses are refreshed.
     """
@@ -53,10 +53,10 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Axis:
-    """Something to vary, whatever the distribution.
+    """An option to vary, for any distribution.
 
     Attributes:
-        changes: From a configuration and the side of the largest factor: what else it could be.
+        changes: Function of a configuration and the side of the largest factor; returns the alternatives.
         same_mathematics: See `Strategy`.
     """
 
@@ -65,10 +65,10 @@ class Axis:
 
 
 def distributions(config: KFACConfig, *, world_size: int, node_size: int, sharded: bool) -> list[Strategy]:
-    """Return the possible strategies, the configured one first; those that options exclude are left out.
+    """Return the possible strategies, the configured one first; excluded combinations of options are left out.
 
     Args:
-        config: What is configured.
+        config: The configuration.
         world_size: Number of ranks.
         node_size: Ranks of a node.
         sharded: Whether ranks hold slices of gradients, which leaves placement `owner` alone.
@@ -80,12 +80,12 @@ def distributions(config: KFACConfig, *, world_size: int, node_size: int, sharde
 
 
 def crossed(config: KFACConfig, bases: Iterable[Strategy], axis: Axis, blocks: Iterable[Block]) -> list[Strategy]:
-    """Return what strategies become along an axis, without themselves; what options exclude is left out.
+    """Return the variants of strategies along an axis, without themselves; excluded combinations are left out.
 
     Args:
-        config: What is configured, for which changes are told.
+        config: The configuration that changes refer to.
         bases: The strategies.
-        axis: What else to vary.
+        axis: The option to vary.
         blocks: The model's blocks.
     """
     largest = max((s.dim for block in blocks for s in block.factors if s.kind is FactorKind.DENSE), default=0)

@@ -1,4 +1,4 @@
-"""Comparisons as a person reads them: a row a strategy, the bottleneck, and what to paste."""
+"""Tables of comparisons: a row per strategy, the bottleneck, and the recommendation as YAML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kfac_dist.planning.prediction import PHASES, Prediction
 from kfac_dist.planning.strategies import Changes, Strategy
 
 _BOTTLENECKS = 5
-# Strategies of each kind, those that take the same steps and others; those that are named come on top.
+# Number of strategies with the same steps and with others; recommended ones are added.
 _ROWS = 3
 _SI = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
@@ -77,7 +77,7 @@ def _one(comparison: Comparison, *, everything: bool) -> list[Table | str]:
 
 
 def _rows(comparison: Comparison) -> list[Prediction]:
-    """Return the quickest that take the same steps, as many that take others, and those that are named."""
+    """Return the fastest strategies with the same steps, as many with others, and the recommended ones."""
     same, other = ([p for p in comparison.predictions if p.strategy.same_mathematics is kind] for kind in (True, False))
     shown = (comparison.configured, comparison.best, comparison.quicker, *same[:_ROWS], *other[:_ROWS])
     return [found for found in comparison.predictions if any(found is one for one in shown)]
@@ -103,7 +103,7 @@ def _has(changes: Changes, section: str, key: str, value: object) -> bool:
 
 
 def _name(strategy: Strategy, shared: Changes) -> str:
-    """Return what a row changes beside what all rows do."""
+    """Return a row's changes beyond those of all rows."""
     if strategy.configured:
         return words(strategy)
     own = {

@@ -58,7 +58,7 @@ class RecordedTraffic:
 
 
 def record_traffic(job: PlannedRun, kind: StepKind, rank: int) -> RecordedTraffic:
-    """Return what `rank` sends in a step of some kind."""
+    """Return the messages of `rank` in a step of some kind."""
     world = RecordingCommunicator(rank, job.world_size)
     solo = job.world_size == 1
     _Step(job, SoloCommunicator(world.traffic, META) if solo else world, rank).take(kind)
@@ -78,7 +78,7 @@ class _Step:
         self._column = comm if grid.columns == 1 else comm.split(grid.worker_groups())
 
     def take(self, kind: StepKind) -> None:
-        """Do what `KFAC.step` does, in its order."""
+        """Do the communication of `KFAC.step`, in its order."""
         inhabited = {block.slot for block in self._job.plan.blocks.values()}
         measured = tuple(slot for slot in kind.measured if slot in inhabited)
         slots = tuple(slot for slot in kind.slots if slot in inhabited)

@@ -4,7 +4,7 @@
     inversion        the rank's own units that are due, equal sizes in one batch
     preconditioning  2ag(a + g) flops a block of the rank's column, and gradients in and out
 
-Bytes that are copied count what is read and what is written: the passes that `RunningAverages`, `FactorReduction`,
+Bytes that are copied count reads and writes: the passes that `RunningAverages`, `FactorReduction`,
 `Refresh` and the transports make over their buffers. All seconds are of a rank that computes alone.
 """
 
@@ -50,7 +50,7 @@ class Work:
 
 
 def statistics(job: PlannedRun, hardware: Hardware, samples: float) -> Work:
-    """Return what a rank with so many samples does to measure factors, before anything is sent."""
+    """Return the work of a rank to measure factors of its samples, without communication."""
     work = Work()
     share = job.config.curvature.sample_fraction
     for block in job.model.blocks:
@@ -76,7 +76,7 @@ def _measured(unit: Unit, rows: float, hardware: Hardware) -> tuple[float, float
 
 
 def moving(job: PlannedRun, hardware: Hardware, kind: StepKind, rank: int) -> float:
-    """Return the seconds in which a rank's averages take up what a step measured, without what is sent."""
+    """Return the seconds in which a rank updates its averages by a step's window, without communication."""
     layout = job.reduction
     reduced = layout.at(kind.slots, kind.measured)
     local = sum(span.stop - span.start for span in reduced.local)
@@ -102,7 +102,7 @@ def moving(job: PlannedRun, hardware: Hardware, kind: StepKind, rank: int) -> fl
 
 
 def inversion(job: PlannedRun, hardware: Hardware, kind: StepKind, rank: int) -> Work:
-    """Return what a rank solves in a step."""
+    """Return a rank's solves in a step."""
     work = Work()
     solver = job.config.inversion.solver
     due = [unit for unit in job.owned.get(rank, ()) if job.plan.blocks[unit.block].slot in kind.slots]
@@ -141,7 +141,7 @@ def handing(job: PlannedRun, hardware: Hardware, kind: StepKind, rank: int) -> f
 
 
 def preconditioning(job: PlannedRun, hardware: Hardware, column: int) -> Work:
-    """Return what the ranks of a column do to their blocks' gradients, and to all ranks' results."""
+    """Return the work of a column's ranks on their blocks' gradients, and on all ranks' results."""
     work = Work()
     plan = job.plan
     alike: dict[object, list[BlockPlan]] = defaultdict(list)
@@ -181,7 +181,7 @@ def _products(blocks: Sequence[BlockPlan], job: PlannedRun, hardware: Hardware) 
 
 
 def moment_work(job: PlannedRun, hardware: Hardware, samples: float, rank: int) -> Work:
-    """Return what EKFAC's measurement of second moments takes: a gradient a sample, turned into the basis."""
+    """Return the work of EKFAC's measurement of second moments: a gradient per sample, rotated into the basis."""
     work = Work()
     if job.moments is None:
         return work
@@ -201,7 +201,7 @@ def moment_work(job: PlannedRun, hardware: Hardware, samples: float, rank: int) 
 
 
 def finishing(loads: Iterable[float], hardware: Hardware) -> float:
-    """Return when the last of a node's ranks has done its load, if those that work slow each other down.
+    """Return the time of the last of a node's ranks, if working ranks slow each other down.
 
     Args:
         loads: Seconds that each rank's load takes it alone.

@@ -41,7 +41,7 @@ class History:
     """One optimizer's run so far.
 
     Attributes:
-        title: The run and what it trains with.
+        title: The run and its optimizer.
         total_steps: Its length.
         first_step: Where this process took it up.
         restarts: How often a launcher has started it again.
@@ -49,7 +49,7 @@ class History:
         began: When this process took it up, in seconds of a monotonic clock.
         rows: Logged steps; every second is dropped when there are `MOST_ROWS`.
         recent: The newest of them, all.
-        evaluations: Steps, and what the test data gave there.
+        evaluations: Steps, and results on the test data there.
         skipped: Steps that were not taken.
         went_back: How often the run continued from an earlier step.
         updated: When the newest row came, on the same clock.
@@ -78,7 +78,7 @@ class History:
         self.updated = now
 
     def go_back(self, step: int) -> None:
-        """Forget what came after a step."""
+        """Forget the entries after a step."""
         self.rows = [row for row in self.rows if row.step <= step]
         self.recent = []
         self.evaluations = [evaluation for evaluation in self.evaluations if evaluation[0] <= step]
@@ -90,7 +90,7 @@ class Dashboard:
     """A `History` at a moment, as rich shows it.
 
     Args:
-        history: What is shown.
+        history: The values to show.
         now: Seconds of the history's clock.
         wall: The same moment in seconds since 1970, which checkpoints go by.
     """
@@ -223,7 +223,7 @@ def sparkline(values: Sequence[float | None], cells: int, levels: str = _LEVELS)
     """Return a curve as one line of characters, logarithmic where all values are positive.
 
     Args:
-        values: The curve; None and what isn't finite leave a gap.
+        values: The curve; None and non-finite values leave a gap.
         cells: Its greatest length; longer curves are averaged.
         levels: Characters from low to high.
     """
@@ -243,7 +243,7 @@ def sparkline(values: Sequence[float | None], cells: int, levels: str = _LEVELS)
     def character(value: float | None) -> str:
         if value is None:
             return " "
-        # A constant must not look like noise: what rounding alone makes differ is one level.
+        # A constant must not look like noise: values that differ by rounding are one level.
         place = (value - low) / span if span > 1e-9 * max(abs(low), abs(high)) else 0.0
         return levels[min(len(levels) - 1, int(place * len(levels)))]
 

@@ -49,7 +49,7 @@ class Reading:
         raised_dampings: Factors that rank 0 inverted with more damping than configured, for negative eigenvalues.
         dropped_statistics: How often a rank has dropped statistics of a step, because they were not finite.
         phase_seconds: Seconds that rank 0 spent in each phase of K-FAC's steps.
-        collectives: Collectives that rank 0 took part in, by what they carried.
+        collectives: Collectives that rank 0 took part in, by label.
         bytes_sent: Bytes that rank 0 sent in them.
     """
 
@@ -126,7 +126,7 @@ class Exporter:
         """Begin a run: from now on its metrics are served.
 
         Args:
-            optimizer: What it trains with, a label of its metrics.
+            optimizer: Name of its optimizer, a label of its metrics.
             total_steps: Its length.
             last_saved: When its newest checkpoint was complete, in seconds since 1970; asked at each scrape.
         """
@@ -150,7 +150,7 @@ class Exporter:
         return self._prometheus.generate_latest(self._registry), self._prometheus.CONTENT_TYPE_LATEST
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """Return a status of HTTP, and what there is to say about it."""
+        """Return an HTTP status and its explanation."""
         age = time.monotonic() - self._stepped
         reading = None if self._watched is None else self._watched.reading
         well = age <= self._stale_seconds

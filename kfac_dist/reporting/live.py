@@ -36,7 +36,7 @@ from kfac_dist.reporting.progress import (
 from kfac_dist.reporting.run_file import launcher_restarts
 
 REFRESH_SECONDS = 0.5
-# Above the view after the terminal's size has changed: what was there is drawn anew.
+# Above the view after the terminal's size has changed: the lines there are drawn again.
 KEPT_NOTES = 50
 PATIENCE_SECONDS = 3.0
 _POLL_SECONDS = 0.02
@@ -136,7 +136,7 @@ class _Drawing:
         while not self._over.wait(self._every):
             try:
                 self._draw_once()
-            except OSError:  # the terminal is gone: the run goes on without it
+            except OSError:  # the terminal is gone: the run continues without it
                 return
 
     def _draw_once(self) -> None:
@@ -287,7 +287,7 @@ class _Terminal:
         self.lock(_Lock.VIEW, PATIENCE_SECONDS)
 
     def close(self) -> None:
-        """Free what is locked."""
+        """Release the locks."""
         os.close(self._descriptor)
 
     def _free(self, what: _Lock) -> None:

@@ -1,4 +1,4 @@
-"""A grid of small pictures as one PNG: what a generator makes, to be looked at.
+"""A grid of a generator's samples as one PNG.
 
 Written by hand, because a PNG of plain pixels is a header and one deflated block, and a run needs no other package for
 it (https://www.w3.org/TR/png).

@@ -33,7 +33,7 @@ class Status:
         learning_rate: Of the last step; None where a solver finds its length.
         epoch: Passes over the data that are complete.
         skipped: Steps since the last logged one that were not taken.
-        clips: What the KL clip multiplied the last step by, by player; a run that is no game has the player "".
+        clips: Factor of the KL clip in the last step, by player; a run that is no game has the player "".
         failed_inversions: Units that rank 0 could not solve so far.
         phase_seconds: Seconds that rank 0 has spent in each phase of K-FAC's steps so far.
     """
@@ -87,7 +87,7 @@ class ProgressDisplay(Protocol):
         """Show figures of the test data, by name."""
 
     def went_back(self, step: int, why: str) -> None:
-        """Show that the run goes on from an earlier step."""
+        """Show that the run continues from an earlier step."""
 
     def note(self, line: str) -> None:
         """Show one line of text that stays."""
@@ -216,7 +216,7 @@ class TerminalProgress:
 
 
 def evaluation_line(step: int, figures: Mapping[str, float]) -> str:
-    """Return what an evaluation found as `step 20: test loss 1.5, accuracy 0.97`."""
+    """Return an evaluation's results as `step 20: test loss 1.5, accuracy 0.97`."""
     return f"step {step}: test " + ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from kfac_dist.errors import KFACError
 
 STATE_FILE = "state.json"
-INTERRUPTED_REASON = "by Ctrl-C; what was saved before is there"
+INTERRUPTED_REASON = "by Ctrl-C; earlier checkpoints are kept"
 
 
 class State(StrEnum):
@@ -98,7 +98,7 @@ class RunFile:
         self._write(State.FINISHED, step=self._record.total_steps)
 
     def preempted(self, step: int, reason: str) -> None:
-        """Write that the run stopped because it was told to, with its state saved."""
+        """Write that the run was stopped by a signal, with its state saved."""
         self._write(State.PREEMPTED, step=step, reason=reason)
 
     def interrupted(self, step: int | None, reason: str) -> None:
@@ -112,7 +112,7 @@ class RunFile:
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """Write down what ends the block before its end."""
+        """Write the error that ends the block."""
         try:
             yield
         except KeyboardInterrupt:
@@ -120,7 +120,7 @@ class RunFile:
             raise
         except BaseException as error:
             reason = str(error) if isinstance(error, KFACError) else f"{type(error).__name__}: {error}"
-            # A full disk may be what the run failed of: that error is the one to see.
+            # The run may have failed because of a full disk: show that error.
             with suppress(OSError):
                 self._write(State.FAILED, reason=reason)
             raise
@@ -142,7 +142,7 @@ class RunFile:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file of a run's directory that appears complete, whatever was there before: a pipe is not waited for.
+    """Write a file of a run's directory that appears complete, in place of anything there: a pipe is not waited for.
 
     Raises:
         OSError: It can't be written.
@@ -155,7 +155,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_record(directory: Path) -> RunRecord | None:
-    """Return what a run's `state.json` says; None if it has none.
+    """Return the contents of a run's `state.json`; None if it has none.
 
     Raises:
         KFACError: It can't be read.

@@ -125,7 +125,7 @@ class RunLock:
     Args:
         directory: The run's directory, which need not exist.
         job: The launcher's job; "" if it doesn't tell.
-        restarted: Whether the launcher has started that job before: what it held then is its own.
+        restarted: Whether the launcher has started that job before: its earlier locks are its own.
         note: Shown a line when it takes over from a holder that is dead.
         beat_seconds: Time between two signs of life.
         stale_seconds: A holder on another host that has given none for so long is dead.
@@ -194,7 +194,7 @@ class RunLock:
                 time.sleep(_PAUSE_SECONDS)
 
     def _clear_away(self) -> None:
-        """Remove what starts that were killed while they waited have left; those that wait touch theirs."""
+        """Remove the files of waiting starts that were killed; living ones touch theirs."""
         now = _server_time(self._directory)
         for path in self._path.parent.glob(f"{glob.escape(self._directory.name)}.*"):
             if _OWN_FILES.fullmatch(path.name.removeprefix(self._directory.name)):
@@ -243,7 +243,7 @@ class RunLock:
 
 
 def _mark() -> str:
-    """Return a word that no other start has; short, because it joins names that systems limit."""
+    """Return a token that no other start has; short, because it is part of limited file names."""
     return uuid.uuid4().hex[:12]
 
 
@@ -274,9 +274,9 @@ def _read(path: Path) -> tuple[Holder, float] | None:
 
 
 def _contents(path: Path) -> tuple[str, float]:
-    """Return what a lock says, and when it was touched; of what else may have its name, nothing is read."""
+    """Return a lock's contents and modification time; anything else under its name is not read."""
     try:
-        # Opening it is what makes NFS ask the server.
+        # Opening it makes NFS ask the server.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise

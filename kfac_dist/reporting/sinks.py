@@ -1,7 +1,7 @@
 """Metric sinks: where the records of `metrics.jsonl` go, too, by code outside of the package.
 
-A sink lives on rank 0 alone. What it raises is kept until all ranks look for failures together, and ends the run on
-each of them: a rank that stopped by itself would leave the others waiting.
+A sink exists on rank 0 only. Its exception is kept until all ranks check for failures together, and then ends the run
+on each of them: a rank that stopped alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Sink(ABC):
     def write(self, record: dict[str, Any]) -> None:
         """Take one record: `step`, and numbers by name, `null` in `metrics.jsonl` being None; the dict is its own."""
 
-    def rewind(self, step: int) -> None:  # noqa: B027  a sink may keep what comes twice
-        """Forget the records beyond a step: the run goes on from there."""
+    def rewind(self, step: int) -> None:  # noqa: B027  a sink may keep repeated records
+        """Forget the records beyond a step: the run continues from there."""
 
     def close(self) -> None:  # noqa: B027  most sinks leave nothing open
-        """Send what is left; called once, also after a failure."""
+        """Send the remaining records; called once, also after a failure."""
 
 
 SINKS: dict[str, Callable[..., Sink]] = {}
@@ -42,7 +42,7 @@ def add_sink(name: str, make: Callable[..., Sink]) -> None:
     """Add a sink by name; see `kfac_dist.extensions.register_sink`.
 
     Raises:
-        ExtensionError: The name is taken or no name, or what is given can't make a sink.
+        ExtensionError: The name is taken or no name, or `make` can't make a sink.
     """
     check_new_name("register_sink", name, SINKS)
     if isinstance(make, type) and not issubclass(make, Sink):
@@ -64,7 +64,7 @@ def add_sink(name: str, make: Callable[..., Sink]) -> None:
 
 
 def check_sinks(chosen: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare the arguments of `metrics.sinks` with what the sinks take; calls nothing.
+    """Compare the arguments of `metrics.sinks` with the sinks' signatures; calls nothing.
 
     Raises:
         ConfigError: A sink takes no such argument, or needs another.
@@ -89,7 +89,7 @@ def build_sinks(chosen: Mapping[str, Mapping[str, Any]], directory: Path, first_
             sinks[name] = SINKS[name](directory, first_step, **arguments)
         except KFACError:
             raise
-        except Exception as error:  # the user's own code: whatever it raises, the run can't start
+        except Exception as error:  # the user's own code: after any exception the run can't start
             raise ConfigError(f"metrics.sinks.{name}: making it raises {type(error).__name__}: {error}") from error
         if not isinstance(sinks[name], Sink):
             found = type(sinks[name]).__name__

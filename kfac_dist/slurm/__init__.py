@@ -1,1 +1,1 @@
-"""Runs as SLURM jobs: scripts rendered and submitted, states told, scaling studies planned and tabulated."""
+"""Runs as SLURM jobs: scripts rendered and submitted, states reported, scaling studies planned and tabulated."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kfac_dist.errors import ConfigError
 
-# What sbatch takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours, with minutes and seconds at will.
+# Formats of sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours, optionally with minutes and seconds.
 _TIME = re.compile(r"\d+(:[0-5]\d){0,2}|\d+-\d{1,2}(:[0-5]\d){0,2}")
 _MEMORY = re.compile(r"\d+[KMGT]?")
 
@@ -50,9 +50,9 @@ class SlurmJob:
         memory: Of each node, such as `64G`; None leaves it to SLURM.
         partition: Where; None leaves it to SLURM.
         account: Account that is charged; None leaves it to SLURM.
-        started_by: What starts the ranks.
+        started_by: Launcher of the ranks.
         max_restarts: How often torchrun starts them again.
-        stop_seconds: How long before the limit the run is told to save its state.
+        stop_seconds: Seconds before the limit at which the run is signalled to save its state.
         container: The image, if any.
         setup: A shell command to begin with.
         options: Further options of sbatch, word for word.
@@ -79,7 +79,7 @@ class SlurmJob:
         return self.ranks_per_node or self.gpus_per_node or 1
 
     def check(self) -> None:
-        """Refuse what sbatch would refuse, or would take for something else.
+        """Refuse values that sbatch would refuse or misread.
 
         Raises:
             ConfigError: One line for each mistake.
@@ -92,7 +92,7 @@ class SlurmJob:
             )
         elif (limit := seconds_of(self.time)) <= self.stop_seconds:
             problems.append(
-                f"--time {self.time} is {limit} s, but the run is told to stop {self.stop_seconds} s before that: "
+                f"--time {self.time} is {limit} s, but the run is signalled to stop {self.stop_seconds} s before that: "
                 "raise --time, or lower --stop-seconds"
             )
         if self.memory is not None and not _MEMORY.fullmatch(self.memory):
@@ -114,7 +114,7 @@ class SlurmJob:
 
         Args:
             name: Of the job.
-            output: Where what it prints goes.
+            output: File of its output.
             tasks: Tasks of an array; None for a job that is none.
         """
         options = [f"--job-name={name}", f"--nodes={self.nodes}", f"--time={self.time}"]

@@ -1,4 +1,4 @@
-"""SLURM's word on a job: from its queue, else from its accounts, where there are any."""
+"""SLURM's state of a job: from its queue, else from its accounting, if there is any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNKNOWN = "Invalid job id"
 
 
 def slurm_state(job: str) -> str | None:
-    """Return SLURM's word for a job, or for the tasks of an array: that of one that is not over, if there is one.
+    """Return SLURM's state of a job, or of an array's tasks: that of an unfinished one, if there is one.
 
     Returns:
         A state such as `RUNNING`; `FORGOTTEN` for a job that has left the queue and is in no accounts (without accounts

@@ -1,4 +1,4 @@
-"""Scaling studies: which runs `slurm/scaling.sbatch` makes, and the table of what they took.
+"""Scaling studies: the runs of `slurm/scaling.sbatch`, and the table of their times.
 
     python -m kfac_dist.slurm.scaling plan --nodes "1 2 4" CONFIG [KEY=VALUE]...      a line a run: name, nodes, batch
     python -m kfac_dist.slurm.scaling table DIRECTORY
@@ -80,7 +80,7 @@ def plan(batch: int, nodes: Sequence[int]) -> list[ScalingRun]:
 
 
 def read_timings(directory: Path) -> list[Timing]:
-    """Return what the runs of a study took.
+    """Return the times of a study's runs.
 
     Raises:
         KFACError: A run is missing or has too few logged steps.
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str]) -> None:
     planning.add_argument("--nodes", required=True, help="numbers of nodes, such as '1 2 4'")
     planning.add_argument("config", type=Path)
     planning.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    showing = commands.add_parser("table", help="print what the runs took")
+    showing = commands.add_parser("table", help="print the times of the runs")
     showing.add_argument("directory", type=Path)
     chosen = parser.parse_args(arguments)
     try:

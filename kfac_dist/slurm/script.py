@@ -45,11 +45,11 @@ def render(
 
     Args:
         text: A script of slurm/.
-        job: What it asks for.
+        job: Its request.
         config: The run's configuration, complete.
         run_directory: Where the run's files go; `<run_directory>-<task>` in an array.
         python: The interpreter, where there is no container.
-        resume: What the ranks' `--resume` says; empty for what the configuration says.
+        resume: Value of the ranks' `--resume`; empty for the configuration's.
         sweep: A file with overrides, one line a task; None for a job that is no array.
         tasks: Its lines.
     """

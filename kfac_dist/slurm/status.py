@@ -1,6 +1,6 @@
 """`kfac-dist status`: how a run stands, from the files in its directory and, where SLURM is, from its queue.
 
-What a run wrote last may be outdated: a killed process leaves "running" behind. SLURM's word on the job settles it,
+A run's last entry may be outdated: a killed process leaves "running" behind. SLURM's state of the job decides,
 also that it no longer knows the job; else whether the process still exists, which only its own host can tell.
 """
 
@@ -54,7 +54,7 @@ class RunStatus:
     Attributes:
         directory: The run's directory.
         standing: Its standing.
-        reason: Reason why it stopped, or is believed to have; empty while it goes on.
+        reason: Reason why it stopped, or probably stopped; empty while it runs.
         logged: The last logged step; None so far.
         loss: The loss logged there.
         total_steps: Length of the run, if it is known yet.
@@ -62,7 +62,7 @@ class RunStatus:
         ranks: Number of ranks; None before the first start.
         host: Host of rank 0, now or before.
         job: SLURM's number of the job.
-        job_state: SLURM's word for it, or `FORGOTTEN`; None where SLURM can't be asked.
+        job_state: SLURM's state of it, or `FORGOTTEN`; None if SLURM can't be asked.
         restarts: How often it was started again.
         earlier: Directory to which its start has moved an earlier run of its name; "" if there was none.
         unreadable: Reason why its log can't be read; empty if it can.
@@ -133,7 +133,7 @@ def run_status(directory: Path, job: str | None, job_state: Callable[[str], str 
     record = read_record(directory)
     if record is None and job is None:
         raise KFACError(f"{directory}: no run is here; expected a run's directory, such as runs/digits-autoencoder")
-    # By the job's own word if it has begun: a directory may have been copied, or a job started by hand.
+    # From the job itself if it has begun: a directory may have been copied, or a job started by hand.
     number = job if record is None or (job is not None and "_" in job) else record.job or job
     queued = None if number is None else (job_state or slurm_state)(number)
     standing, reason = _standing(record, number, queued)

@@ -1,4 +1,4 @@
-"""`kfac-dist submit`: checks a run, stores what the job needs in the run's directory, and hands it to sbatch.
+"""`kfac-dist submit`: checks a run, stores the job's files in the run's directory, and calls sbatch.
 
 runs/<name>/
   job.yaml        the configuration, complete: edits of the original don't reach a job that waits
@@ -41,7 +41,7 @@ class Submission:
 
     Attributes:
         directory: The run's directory.
-        script: What sbatch gets.
+        script: The script for sbatch.
         configuration: The run's configuration, as YAML.
         sweep: Overrides of each task of an array; empty for a job that is none.
     """
@@ -70,7 +70,7 @@ def prepare(config: Config, job: SlurmJob, sweep: Path | None = None, *, python:
 
     Args:
         config: The run.
-        job: What is asked of SLURM.
+        job: The request to SLURM.
         sweep: A file of overrides, one line for each task of an array.
         python: The interpreter that runs the ranks.
 
@@ -105,7 +105,7 @@ def prepare(config: Config, job: SlurmJob, sweep: Path | None = None, *, python:
         config=directory / CONFIG_FILE,
         run_directory=directory,
         python=python,
-        # A run that is submitted again goes on, unless it is told where to start from.
+        # A run that is submitted again resumes, unless `checkpoint.resume` says where to start from.
         resume="auto" if config.checkpoint.resume in ("auto", "never") else "",
         sweep=directory / SWEEP_FILE if lines else None,
         tasks=len(lines),
@@ -163,7 +163,7 @@ def submitted(directory: Path) -> SubmittedJob | None:
 
 
 def _busy_job(directory: Path, record: RunRecord | None) -> tuple[str, str] | None:
-    """Return the job that a run waits for or runs in, and SLURM's word for it; None if nothing is known of one."""
+    """Return the job that a run waits for or runs in, and SLURM's state of it; None if there is none."""
     job = submitted(directory)
     if job is not None:
         state = slurm_state(job.job)

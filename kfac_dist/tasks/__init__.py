@@ -1,4 +1,4 @@
-"""Models, data and losses: what the shipped runs train, and the interfaces by which users bring their own."""
+"""Models, data and losses of the shipped runs, and the interfaces for the user's own."""
 
 from kfac_dist.tasks.data import DataSplits
 from kfac_dist.tasks.game import TwoPlayers

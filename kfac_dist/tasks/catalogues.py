@@ -77,7 +77,7 @@ def _fits(source: str, target: str) -> bool:
 
 
 def _messages(package: Path, language: str) -> Iterator[tuple[str, str]]:
-    """Yield what the catalogues of a package translate; both forms of a message with a plural."""
+    """Yield the translations of a package's catalogues; both forms of a message with a plural."""
     from babel.messages.mofile import read_mo
 
     files = [
@@ -104,7 +104,7 @@ def _messages(package: Path, language: str) -> Iterator[tuple[str, str]]:
 
 
 def _names(language: str) -> Iterator[tuple[str, str]]:
-    """Yield what CLDR calls languages, countries, scripts, currencies, units and time zones."""
+    """Yield CLDR's names of languages, countries, scripts, currencies, units and time zones."""
     from babel.localedata import LocaleDataDict, load
 
     def names_of(language: str) -> LocaleDataDict:

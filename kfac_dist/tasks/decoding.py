@@ -26,7 +26,7 @@ def decode(model: nn.Module, source: Tensor, start: Tensor, *, end: int, length:
     batch = len(source)
     cache = DecodingCache()
     source, newest = source.repeat_interleave(beams, 0), start.repeat_interleave(beams).unsqueeze(1)
-    # All beams begin alike: only the first may go on, or all would stay alike.
+    # All beams begin alike: only the first may continue, or all would stay alike.
     scores = source.new_zeros(batch, beams, dtype=torch.float32)
     scores[:, 1:] = -torch.inf
     found = source.new_zeros(batch * beams, 0)
@@ -36,7 +36,7 @@ def decode(model: nn.Module, source: Tensor, start: Tensor, *, end: int, length:
         likelihood = model(source, newest, cache)[:, -1].float()
         likelihood[:, PAD] = -torch.inf
         likelihood = likelihood.log_softmax(-1)
-        # What is over goes on with padding, at no cost.
+        # Finished hypotheses continue with padding, at no cost.
         likelihood.masked_fill_(over[:, None], -torch.inf)
         likelihood[:, PAD] = likelihood[:, PAD].masked_fill(over, 0.0)
         vocabulary = likelihood.shape[1]

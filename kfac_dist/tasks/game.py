@@ -5,7 +5,7 @@ samples. With s = (s_real, s_made) the discriminator's logits of a pair:
 
     discriminator    −log σ(s_real) − log σ(−s_made)      a Bernoulli likelihood of two outputs
     generator        −log σ(s_made)                       non-saturating (Goodfellow et al. 2014)
-                     log σ(−s_made)                       minimax: what the discriminator loses of it, the other wins
+                     log σ(−s_made)                       minimax: the negative of the discriminator's loss
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kfac_dist.config.schema import Objective
 
 
 class TwoPlayers(nn.Module):
-    """A generator and a discriminator; what `model` builds in a configuration with a `game`.
+    """A generator and a discriminator: the `model` of a configuration with a `game`.
 
     Args:
         generator: From noise `[batch, latent]` to samples like the data's.

@@ -46,12 +46,12 @@ class Judge(nn.Module):
 
     @property
     def sums_size(self) -> int:
-        """Length of what `sums` returns."""
+        """Length of the result of `sums`."""
         return 2 + self.classes + FEATURES + FEATURES**2
 
     @torch.no_grad()
     def sums(self, samples: Tensor) -> Tensor:
-        """Return what both figures are made of, summed over samples: float64, 1-D, to be added up over ranks."""
+        """Return the sums over samples that both scores are computed from: float64, 1-D, to be summed over ranks."""
         features = self.body(samples)
         log_p = functional.log_softmax(self.head(features), dim=1).double()
         features = features.double()
@@ -62,7 +62,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, samples: Tensor, labels: Tensor) -> float:
-        """Return the share of samples that it takes for what they are; waits for the device."""
+        """Return the share of samples that it classifies correctly; waits for the device."""
         return float((self(samples).argmax(dim=1) == labels).double().mean())
 
 

@@ -28,8 +28,8 @@ class Loss(ABC):
 
     Attributes:
         metric: Name of the task's figure: `metric_sum` over the number of terms.
-        evaluated: Name of what an evaluation calls the loss.
-        allowed: What a target may be, in words; `{last}` is the number of classes less one.
+        evaluated: Name of the loss in evaluations.
+        allowed: Allowed targets, in words; `{last}` is the number of classes less one.
         counts_on_device: Whether only the targets' values tell the number of terms, so that ranks must add them up.
     """
 

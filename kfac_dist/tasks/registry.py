@@ -47,7 +47,7 @@ def build_model(target: Target) -> nn.Module:
 
     Raises:
         ConfigError: There is no such model, or it refuses its arguments.
-        ModelError: What was built is no `torch.nn.Module`.
+        ModelError: The result is no `torch.nn.Module`.
     """
     model = build_target(target, MODELS, "model", nn.Module)
     if not isinstance(model, nn.Module):
@@ -60,7 +60,7 @@ def build_data(target: Target) -> data.DataSplits:
 
     Raises:
         ConfigError: There is no such data, or it refuses its arguments.
-        DataError: What was built is no `DataSplits`, or a package that it needs is missing.
+        DataError: The result is no `DataSplits`, or a package that it needs is missing.
     """
     splits = build_target(target, DATA, "data", data.DataSplits)
     if not isinstance(splits, data.DataSplits):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What no loss or score looks at among a sequence's targets; `loss.ignore_index` is the same by default.
+# Targets of a sequence that losses and scores ignore; `loss.ignore_index` is the same by default.
 IGNORED = -100
 
 
@@ -24,15 +24,15 @@ class Score(ABC):
 
     @abstractmethod
     def judge(self, model: nn.Module, inputs: Any, targets: Tensor, outputs: Tensor) -> list[Any]:
-        """Return what was found of each sample of a batch, without gradients; small, and picklable.
+        """Return the findings of each sample of a batch, without gradients; small, and picklable.
 
         Under engines that shard weights a forward pass is a collective: call the model itself, none of its parts, and
         as often for every batch.
 
         Args:
             model: The model, in evaluation mode.
-            inputs: What it takes, as the data has it: a tensor, or a tuple or dict of them.
-            targets: What the loss takes.
+            inputs: The model's inputs, as in the data: a tensor, or a tuple or dict of them.
+            targets: The loss's targets.
             outputs: The model's outputs for these inputs.
         """
 

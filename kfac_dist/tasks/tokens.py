@@ -22,7 +22,7 @@ from kfac_dist.tasks.data import DataSplits, byte_text
 from kfac_dist.tasks.scores import IGNORED as IGNORED
 from kfac_dist.tasks.scores import MaskedAccuracy
 
-# The token after all bytes, and what becomes of chosen tokens: the rest is replaced by any.
+# The token after all bytes, and the treatment of selected tokens: the rest is replaced by random ones.
 BYTES = 256
 _MASKED, _KEPT = 0.8, 0.1
 

@@ -54,7 +54,7 @@ class IterateAverage:
         }
 
     def wants(self, saved: Mapping[str, list[SavedRun]]) -> list[Wanted]:
-        """Return what to read of a checkpoint: nothing of one that has no average."""
+        """Return the tensors to read from a checkpoint: none from one without an average."""
         wanted = [
             Wanted(f"average.{holding.name}", holding.start, value)
             for holding, value in zip(self._engine.holdings(), self._values, strict=True)

@@ -24,7 +24,7 @@ class Evaluation:
     """Means over the terms of the evaluated samples.
 
     Attributes:
-        loss: Mean loss, or what `Loss.evaluated` says.
+        loss: Mean loss, or the value named by `Loss.evaluated`.
         metric: Mean of the task's figure, `Loss.metric`.
         scores: Further figures, by the data's own `Score`.
         references: Figures of the data alone, that the others are to be seen beside: the same at every evaluation.
@@ -60,7 +60,7 @@ def evaluate(
         samples: How many of its samples.
         batch_size: Samples of a forward pass on one rank.
         communicator: The ranks.
-        score: Further figures; it sees each rank's part, and then what was found of all samples.
+        score: Further scores; it sees each rank's part, and then the findings of all samples.
     """
     module = engine.module
     found: list[Any] = []
@@ -89,10 +89,10 @@ def evaluate(
 
 
 def _gathered(found: Sequence[Any], communicator: Communicator) -> list[Any]:
-    """Return what all ranks found, in the samples' order: a rank's part follows that of the rank before it."""
+    """Return all ranks' findings, in the samples' order: a rank's part follows that of the rank before it."""
     return [finding for part in communicator.gather_objects(list(found), label="scores") for finding in part]
 
 
 def share_buffers(module: nn.Module, communicator: Communicator) -> None:
-    """Give every rank rank 0's buffers, which is what DDP does before a forward pass; collective."""
+    """Broadcast rank 0's buffers, as DDP does before a forward pass; collective."""
     broadcast_all(communicator, [buffer for buffer in module.buffers() if buffer.is_contiguous()], 0, label="buffers")

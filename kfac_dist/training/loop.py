@@ -1,11 +1,11 @@
-"""The training loop: a step, and what surrounds steps (log, evaluate, save).
+"""The training loop: steps, logging, evaluation and saving.
 
     batch ─▶ for each micro-batch: forward, backward ─▶ kfac.step ─▶ clip, optimizer.step ─▶ window
     at some steps: log (one reduction, one host sync), evaluate, save; before each: does a scheduler want us to stop?
 
 A step that doesn't log waits for nothing on the host.
 
-Where gradients and weights are is the engine's business: the loop is the same under DDP, FSDP2 and ZeRO.
+The engine places gradients and weights: the loop is the same under DDP, FSDP2 and ZeRO.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Trainer:
             DivergedError: Loss or gradients are not finite, and going back to a checkpoint has not helped.
             CollectiveError: Another rank has failed.
             CheckpointError: A checkpoint can't be written.
-            Preempted: A rank was told to stop; the state is saved.
+            Preempted: A rank received a signal to stop; the state is saved.
         """
         self._has_begun = True
         self.parts.stream.sampler.check(self.communicator.size, self.position)
@@ -134,7 +134,7 @@ class Trainer:
     def evaluate(self, source: Source, samples: int | None = None) -> Evaluation:
         """Evaluate on the first `samples` (default: all) samples; collective.
 
-        What is evaluated is the current model, or the average of the weights if the run keeps one. Of the test data the
+        It evaluates the current model, or the average of the weights if the run keeps one. Of the test data the
         data's own score is taken, too.
         """
         settings, score = self.parts.settings, self.parts.score if source is self.parts.test else None
@@ -215,7 +215,7 @@ class Trainer:
         return GamePasses(parts.game, parts.kfac, self.communicator, self._guard, self._window)
 
     def _own_state(self) -> dict[str, dict[str, Tensor]]:
-        """Return what this rank has for itself."""
+        """Return this rank's own values."""
         kfac = self.parts.kfac
         return {"window": self._window.state()} | (
             {"kfac": kfac.solver_access.local_statistics()} if kfac is not None else {}
@@ -293,7 +293,7 @@ class Trainer:
             self.save(unforeseen=unforeseen, wait=not self.outputs.checkpoint.asynchronous)
 
     def _preempt(self) -> None:
-        """Save what isn't saved yet, and stop."""
+        """Save unless this step is saved, and stop."""
         self.stopwatch.stop()
         if self.step > self._saved_at:
             self.save(unforeseen=True)
@@ -313,7 +313,7 @@ class Trainer:
         return due and self.communicator.rank == 0
 
     def _settle_writes(self) -> None:
-        """Wait for what is being written, and raise on every rank what failed on any; collective."""
+        """Wait for pending writes, and raise any rank's failure on every rank; collective."""
         with agreed(self.communicator, CheckpointError):
             self.outputs.checkpoints.finish()
             for holder in (self.outputs.writer, self.outputs.lock):

@@ -1,4 +1,4 @@
-"""One forward and backward pass of a micro-batch, and what a failure in it means, in words.
+"""One forward and backward pass of a micro-batch, and messages for its failures.
 
 The model and the data are the user's, so that torch's own messages ("mat1 and mat2 shapes cannot be multiplied") have
 to be completed: by the step, by what the model was given, and by the line of the model that failed.
@@ -19,7 +19,7 @@ from kfac_dist.errors import DataError, KFACError, ModelError
 from kfac_dist.inputs import Inputs, call, tensors
 from kfac_dist.tasks import Loss
 
-# What a model raises for data that it can't take; anything else is a bug and keeps its traceback.
+# Exceptions of models for data that they can't take; any other is a bug and keeps its traceback.
 _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -40,7 +40,7 @@ def forward(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def loss_total(loss: Loss, outputs: Tensor, targets: Tensor, module: nn.Module) -> Tensor:
-    """Return the sum of the loss's terms, in float32 whatever the model computes in.
+    """Return the sum of the loss's terms, in float32 for any precision of the model.
 
     Raises:
         ModelError: It doesn't depend on any trained parameter.
@@ -68,8 +68,8 @@ def explained(where: str, module: nn.Module, inputs: Inputs, targets: Tensor) ->
     Args:
         where: Which micro-batch, such as `step 3`.
         module: The bare model.
-        inputs: What the model was given.
-        targets: What the loss was given.
+        inputs: The model's inputs.
+        targets: The loss's targets.
 
     Raises:
         DataError: The model or the loss refused the tensors.
@@ -129,7 +129,7 @@ def _inputs(inputs: Inputs) -> str:
 
 def _tensor(tensor: Tensor) -> str:
     text = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    # A failed kernel has made reading the device impossible; the host's values can be told.
+    # A failed kernel has made reading the device impossible; the host's values can be reported.
     if tensor.device.type == "cpu" and tensor.numel() and not tensor.is_complex():
         text += f" from {tensor.min().item():.4g} to {tensor.max().item():.4g}"
     return text

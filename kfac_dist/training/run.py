@@ -1,7 +1,7 @@
 """`train(config)`: a whole run, from the process group to the picture, and the runs that it is compared with.
 
     runs/<name>/
-      config.yaml      the resolved configuration      metrics.jsonl, tensorboard/   what was logged
+      config.yaml      the resolved configuration      metrics.jsonl, tensorboard/   logged numbers
       checkpoints/     see `training.checkpoints`      loss.png                      losses per step and second
       result.json      final figures                   compare-<entry>/              the same for each compared run
       relative_variance.json    if wanted: how noisy each parameter's gradient was at the end
@@ -47,8 +47,8 @@ class TrainResult:
 
     Attributes:
         directory: Where its files are.
-        runs: The run itself, then those that it was compared with; without those that it didn't come to.
-        preempted_at: Step at which it was told to stop, its state saved; None if it is complete.
+        runs: The run itself, then the runs that it was compared with; without those that were not started.
+        preempted_at: Step at which it was stopped, its state saved; None if it is complete.
         interrupted: Whether it was Ctrl-C that stopped it.
     """
 
@@ -78,12 +78,12 @@ def train(
         live: Show progress as a view of its curves, phases and counts, where standard output is a terminal.
         overwrite: Delete an earlier run of this name instead of moving it.
         go_on: The command that goes on with a run that was interrupted, told to the user.
-        on_lost: Told at once that other ranks are gone or stand still; what is closed before this function raises may
+        on_lost: Called at once if other ranks are gone or hang; closing resources before this function raises may
             wait for them.
         on_second_interrupt: Ends the process at once; without it, a second Ctrl-C is a KeyboardInterrupt.
 
     Raises:
-        KFACError: The run can't start or go on; every rank raises.
+        KFACError: The run can't start or continue; every rank raises.
         KeyboardInterrupt: Ctrl-C, while there was nothing to save.
     """
     with open_session(
@@ -111,7 +111,7 @@ def train(
 def _train_all(
     config: Config, compare: bool, directory: Path, session: Session, record: RunFile, runs: list[RunSummary]
 ) -> None:
-    """Train the run and those that it is compared with, one after the other, into `runs`."""
+    """Train the run and the runs that it is compared with, one after the other, into `runs`."""
     with agreed(session.communicator, what=f"can't write {directory}"):
         record.running()
     solver = config.kfac.solver
@@ -131,14 +131,14 @@ def _preempted(
     stop: Preempted, directory: Path, session: Session, record: RunFile, runs: list[RunSummary], go_on: str
 ) -> TrainResult:
     caught = session.communicator.gather_objects(session.signals.caught, label="preemption")
-    # Ctrl-C ends a run for good, whatever else its ranks were told.
+    # Ctrl-C ends a run for good, also after other signals.
     interrupted = "SIGINT" in caught
     rank, name = next((rank, name) for rank, name in enumerate(caught) if name and (name == "SIGINT") == interrupted)
     with agreed(session.communicator, what=f"can't write {directory}"):
         (record.interrupted if interrupted else record.preempted)(stop.step, f"{name} on rank {rank}")
         if session.leads:
             verb = "interrupted" if interrupted else "preempted"
-            command = f"go on with: {go_on}" if go_on and interrupted else f"--resume auto continues {directory}"
+            command = f"continue with: {go_on}" if go_on and interrupted else f"--resume auto continues {directory}"
             print(f"{verb} at step {stop.step} by {name} on rank {rank}; {command}", flush=True)
     return TrainResult(directory, tuple(runs), preempted_at=stop.step, interrupted=interrupted)
 
@@ -155,7 +155,7 @@ def _train_one(config: Config, name: str, directory: Path, session: Session, rec
     set_activity = session.watch.set_activity
     parts = build_parts(config, session.world, session.communicator, set_activity)
     try:
-        with session.watch.explaining():  # before what follows takes the ranks apart
+        with session.watch.explaining():  # before the ranks separate
             set_activity("looking for a checkpoint")
             start = find_start(config.checkpoint.resume, checkpoints, session.job)
             with _writer(directory, config.metrics, start, session) as writer:

@@ -92,7 +92,7 @@ def open_session(
 
 @contextmanager
 def interruptible(session: Session) -> Iterator[None]:
-    """Take ranks that are lost after Ctrl-C for those that heard it a moment before."""
+    """Treat ranks that are lost after Ctrl-C as interrupted a moment before."""
     try:
         yield
     except CollectiveError as error:

@@ -94,8 +94,8 @@ def build_parts(
 ) -> RunParts:
     """Build everything that a run needs; collective.
 
-    What can fail on one rank alone (a missing package, a file, the user's own code) is built first and agreed on, so
-    that no rank waits for one that has given up.
+    Parts that can fail on one rank alone (a missing package, a file, the user's own code) are built first and agreed
+    on, so that no rank waits for one that has given up.
 
     Args:
         config: The run's configuration.
@@ -174,7 +174,7 @@ def with_classes(config: KFACConfig, outputs: int) -> KFACConfig:
     """Fill in the number of classes where statistics are kept apart by class and the configuration doesn't say it.
 
     Args:
-        config: What K-FAC is to do.
+        config: K-FAC's options.
         outputs: Of the model, for each term of the loss.
 
     Raises:

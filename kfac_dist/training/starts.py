@@ -66,7 +66,7 @@ def _make_room(directory: Path, progress: ProgressDisplay, *, overwrite: bool = 
 
 
 def begins_anew(directory: Path, resume: str, job: JobHistory) -> bool:
-    """Whether what is in a directory is no part of the run that starts."""
+    """Whether a directory holds an earlier run, not the one that starts."""
     if job.began(directory / "checkpoints"):
         return False
     match resume:
@@ -132,7 +132,7 @@ def _configured_start(resume: str, checkpoints: Checkpoints) -> Checkpoint | Non
 def surprises(
     settings: TrainConfig, samples: int, total_steps: int, start: Checkpoint | None, values: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield what a run does otherwise than its configuration, or its checkpoint, makes one expect.
+    """Yield a run's deviations from its configuration or its checkpoint.
 
     Args:
         settings: The run's steps and batches.

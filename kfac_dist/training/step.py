@@ -2,7 +2,7 @@
 
 How the loss is divided: engines average gradients over W ranks with equal weights, yet ranks may have unequal parts of
 a batch. Each rank therefore backpropagates `Σℓ · W / n`, with n the terms of the whole step over all ranks and
-micro-batches; the average is then the gradient of the mean over n, whatever W and the number of micro-batches.
+micro-batches; the average is then the gradient of the mean over n, for any W and number of micro-batches.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A pass over the first samples, before anything is distributed: do model, loss and data fit each other?
 
-What would otherwise fail in the first step, on some ranks while others wait, fails here on all of them. The pass
+Errors that would otherwise occur in the first step, on some ranks while others wait, occur here on all. The pass
 leaves no trace in the model's buffers, its gradients or the random generators.
 """
 
@@ -68,7 +68,7 @@ def try_out(model: nn.Module, loss: Loss, data: Source, test: Source) -> Trial:
 def try_two_passes(model: nn.Module, loss: Loss, data: Source, prepare: Callable[[nn.Module], object]) -> str | None:
     """Say why a second pass through model and loss, forward and back, isn't the first one's like; None if it is.
 
-    A model may keep what a pass has computed, of which the second backward pass then finds the graph freed, or refuse
+    A model may keep a pass's results, whose graph the second backward pass then finds freed, or refuse
     to be differentiated at all outside of training mode.
 
     Args:

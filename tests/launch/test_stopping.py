@@ -296,7 +296,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, script: str) -> None
         terminal.kill()
     assert terminal.returncode == 130, said
     assert "Traceback" not in said
-    assert f"{script}: interrupted; go on with: {shlex.join(command[1:])} --resume auto" in said.splitlines()
+    assert f"{script}: interrupted; continue with: {shlex.join(command[1:])} --resume auto" in said.splitlines()
     record = read_record(tmp_path / "small")
     assert record is not None
     assert record.state is State.INTERRUPTED

@@ -37,7 +37,7 @@ def test_other_times_are_refused(time: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"time": "2"}, "--time 2 is 120 s, but the run is told to stop 120 s before that"),
+        ({"time": "2"}, "--time 2 is 120 s, but the run is signalled to stop 120 s before that"),
         ({"memory": "64 GB"}, "--mem: found '64 GB', expected a number and K, M, G or T"),
         ({"container": Container(image="a", apptainer="b")}, "give one of the two"),
         ({"gpus_per_node": 2, "ranks_per_node": 4}, "--ranks-per-node 4 has no GPU for each on 2 GPUs a node"),

@@ -76,9 +76,9 @@ def test_the_first_saves_and_the_command_that_it_says_goes_on(tmp_path: Path) ->
     first, last = said.splitlines()
     assert first == "Ctrl-C: the run saves its state and ends; once more ends it at once"
     expected = f"kfac-dist train {config} --quiet train.log_every=1 --resume auto"
-    assert last == f"interrupted at step {record.step} by SIGINT on rank 0; go on with: {expected}"
+    assert last == f"interrupted at step {record.step} by SIGINT on rank 0; continue with: {expected}"
 
-    _, command = last.split("go on with: kfac-dist ")
+    _, command = last.split("continue with: kfac-dist ")
     again = _start(*shlex.split(command), f"train.steps={record.step + 2}", standstill=tmp_path / "no")
     assert again.wait(PATIENCE_SECONDS) == 0
     assert sorted(losses(small)) == list(range(1, record.step + 3))

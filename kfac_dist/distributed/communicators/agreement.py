@@ -101,12 +101,12 @@ def fail_together(comm: Communicator, found: Sequence[KFACError]) -> None:
 
 @contextmanager
 def agreed(communicator: Communicator, error_type: type[KFACError] = KFACError, what: str = "") -> Iterator[None]:
-    """Run a block on every rank and let none go on unless it succeeded on all.
+    """Run a block on every rank and let none continue unless it succeeded on all.
 
     Args:
         communicator: The ranks; every one of them enters the block.
-        error_type: What an exception of the block that isn't a `KFACError` becomes.
-        what: What failed then, such as "can't write runs/a".
+        error_type: Type of the error in place of the block's exceptions other than `KFACError`.
+        what: Description of the failure, such as "can't write runs/a".
 
     Raises:
         KFACError: The block failed on a rank: on that rank its own error, on the others one that names the rank.

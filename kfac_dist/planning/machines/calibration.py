@@ -1,4 +1,4 @@
-"""`kfac-dist calibrate`: what a machine's own products, inversions and messages take, as a `Hardware`.
+"""`kfac-dist calibrate`: measured times of a machine's products, inversions and messages, as a `Hardware`.
 
     one rank alone        products, second moments, Cholesky, eigendecompositions, copies; what a step takes at no size
     more and more ranks   how much they slow each other down
@@ -35,7 +35,7 @@ from kfac_dist.planning.machines.hardware import Hardware, Link
 _DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
 _REPEATS = (3, 9)
 _SOLVERS = (Solver.CHOLESKY, Solver.EIGEN)
-# Matrices of a batch, from which follows what each further one costs.
+# Matrices of a batch, to find the cost of each additional one.
 _BATCH = 4
 _LABEL = "calibration"
 
@@ -51,8 +51,8 @@ class Effort:
         messages: Bytes of collectives.
         passes: Over all that one rank measures alone.
         seconds: Of each measurement in a pass, at least.
-        crowded_seconds: Of the work by which ranks slow each other down.
-        rounds: Steps of each kind for what doesn't depend on sizes.
+        crowded_seconds: Seconds of concurrent work of a node's ranks.
+        rounds: Steps of each kind for the costs that don't depend on sizes.
     """
 
     sizes: tuple[int, ...] = (2, 17, 33, 65, 128, 129, 256, 257, 512, 513, 1024, 1025)
@@ -66,7 +66,7 @@ class Effort:
 
     @classmethod
     def on(cls, device: torch.device) -> Effort:
-        """Return what suits a device."""
+        """Return the effort for a device."""
         if device.type != "cuda":
             return cls()
         sizes = (*cls.sizes, 2048, 2049, 4096, 4097)
@@ -79,8 +79,8 @@ def calibrate(world: World, comm: Communicator, *, name: str = "measured", effor
     Args:
         world: Where this process stands.
         comm: All ranks.
-        name: What the result is called.
-        effort: How much is measured; what suits the device by default.
+        name: Name of the result.
+        effort: Amount of measurement; by default the one for the device.
     """
     device = world.device
     effort = effort or Effort.on(device)
@@ -114,7 +114,7 @@ def calibrate(world: World, comm: Communicator, *, name: str = "measured", effor
 
 
 def write(hardware: Hardware, path: Path) -> None:
-    """Write what was measured; a reader never sees half of it.
+    """Write the measurements; a reader never sees half of the file.
 
     Raises:
         ConfigError: The file can't be written.
@@ -130,7 +130,7 @@ def write(hardware: Hardware, path: Path) -> None:
 
 
 def _alone(device: torch.device, effort: Effort) -> dict[str, object]:
-    """Return what one rank finds out by itself."""
+    """Return the measurements of a single rank."""
     passes = [_seconds(device, effort) for _ in range(effort.passes)]
     best = {kind: {n: min(found[kind][n] for found in passes) for n in sizes} for kind, sizes in passes[0].items()}
     found: dict[str, object] = {
@@ -171,7 +171,7 @@ class _Clock:
     """Times actions whose operands come from memory.
 
     Args:
-        device: What acts.
+        device: The device to measure.
         enough: Seconds of an action's runs after which it isn't repeated more often than it has to be.
     """
 
@@ -213,7 +213,7 @@ def copy(nbytes: float, device: torch.device) -> Callable[[], object]:
 
 
 def solving(n: int, batch: int, solver: Solver, device: torch.device) -> Callable[[], object]:
-    """Return a batch of inverses, as a refresh asks for them; what each block takes besides is a fixed cost."""
+    """Return a batch of inverses, as in a refresh; each block's other costs are fixed costs."""
     rows = torch.randn(batch, 2 * n, n, device=device)
     sums = rows.mT @ rows / (2 * n)
     task = Task(Unit("trial", Side.A, 0, 0, n, batch, FactorKind.DENSE), sums, 0.1, None)

@@ -1,7 +1,7 @@
 """Fixed costs of K-FAC's steps: launches and Python, found on chains of layers too small to compute.
 
 Every layer has a shape of its own, so that no two are preconditioned by one product. A line through the seconds of a
-short and a long chain gives what a step takes and what each block adds.
+short and a long chain gives the costs per step and per block.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _CONFIG = {
 
 
 class _Alone(DDPEngine):
-    """A module on one rank, whatever other ranks do meanwhile."""
+    """A module on one rank, independent of other ranks."""
 
     def communicator(self, timeout_seconds: float, backend: Backend = Backend.TORCH) -> Communicator:
         return SoloCommunicator(device=torch.device("cpu"))
 
 
 def fixed_costs(device: torch.device, rounds: int) -> dict[str, Overhead]:
-    """Return what ordinary steps take, and what measuring and refreshing add to them, by so many of each."""
+    """Return the seconds of ordinary steps, and the additional ones of measuring and refreshing."""
     short, long = (_kinds(blocks, device, rounds) for blocks in _CHAINS)
     found: dict[str, Overhead] = {}
     for key in ("preconditioning", "measuring", "refreshing"):

@@ -104,7 +104,7 @@ class Link(Section):
 
 
 class Overhead(Section):
-    """Seconds that a step takes whatever the sizes: launches of kernels, Python.
+    """Seconds of a step independent of sizes: kernel launches, Python.
 
     Attributes:
         step: Of a step.
@@ -133,8 +133,8 @@ class Hardware(Section):
         cholesky_more: Seconds that each further matrix of the same batch adds, by n.
         eigen: Seconds of one eigendecomposition, by n.
         eigen_more: Seconds that each further matrix of the same batch adds, by n.
-        memory: Bytes a second that are read and written together, by the bytes of what is copied.
-        crowding: How many times slower a rank computes while so many ranks of its node do; 1 where it isn't said.
+        memory: Bytes per second, read and written together, by the bytes of the copied tensor.
+        crowding: Slowdown of a rank by the number of computing ranks of its node; 1 if unknown.
         preconditioning: Fixed costs of every step.
         measuring: Fixed costs that a step that measures adds.
         refreshing: Fixed costs that a step that refreshes adds.
@@ -211,7 +211,7 @@ class Hardware(Section):
 
 
 def load_hardware(name: str) -> Hardware:
-    """Return a shipped profile by its name, or what a file says.
+    """Return a shipped profile by its name, or the one of a file.
 
     Raises:
         ConfigError: There is neither; or the file is torn, isn't a mapping, or has keys or values that no machine has.
@@ -246,7 +246,7 @@ def profiles() -> list[str]:
 
 def _parse(values: Any, name: str) -> Hardware:
     if not isinstance(values, dict):
-        raise ConfigError(f"--hardware: {name} holds {type(values).__name__}, expected a mapping of what things cost")
+        raise ConfigError(f"--hardware: {name} holds {type(values).__name__}, expected a mapping of costs")
     try:
         return Hardware.model_validate(values)
     except ValidationError as error:

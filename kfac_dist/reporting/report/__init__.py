@@ -1,4 +1,4 @@
-"""`kfac-dist report`: one page on what runs did and why, which needs nothing but a browser."""
+"""`kfac-dist report`: one HTML page about runs that works offline."""
 
 from kfac_dist.reporting.report.page import write_report
 from kfac_dist.reporting.report.runs import RunData, read_run, read_runs

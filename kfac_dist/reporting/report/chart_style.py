@@ -36,7 +36,7 @@ def bar(index: int) -> dict[str, Any]:
     """Return how the index-th part of a bar looks."""
     return {
         "color": COLOURS[index % len(COLOURS)],
-        # Over the colour, not in place of it: what is written inside stays readable.
+        # Over the colour, not in place of it: text inside stays readable.
         "pattern": {"shape": PATTERNS[index % len(PATTERNS)], "fillmode": "overlay", "size": 7, "solidity": 0.25},
         "line": {"width": 1, "color": GREY},
     }
@@ -73,7 +73,7 @@ def with_menu(figure: go.Figure, label: str, traces: list[int], choices: dict[st
         figure: The chart.
         label: Of the menu.
         traces: Which traces a choice changes.
-        choices: By name, what `Plotly.restyle` changes of them; the first is what the figure shows.
+        choices: Arguments of `Plotly.restyle` by name; the figure shows the first one.
     """
     named = [[plain(name), change] for name, change in choices.items()]  # a script's objects would sort numbers first
     figure.update_layout(meta={"label": label, "traces": traces, "choices": named})

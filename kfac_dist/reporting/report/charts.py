@@ -1,4 +1,4 @@
-"""The report's charts of whole runs: losses, where a step's time goes, and what was logged."""
+"""The report's charts of whole runs: losses, time of a step by phase, and logged numbers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _with_loss(run: RunData) -> list[dict[str, Any]]:
 
 
 def _parts(run: RunData) -> dict[str, float]:
-    """Return milliseconds of a mean step by what took them, in the order of a step."""
+    """Return milliseconds of a mean step by phase, in the order of a step."""
     if not run.records:
         return {}
     last = run.records[-1]

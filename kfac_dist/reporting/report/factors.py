@@ -1,4 +1,4 @@
-"""Charts of the factors over a run: their spectra, the condition of what is inverted, and how damping is split."""
+"""Charts of the factors over a run: spectra, condition numbers of the damped factors, and the split of damping."""
 
 from __future__ import annotations
 
@@ -71,5 +71,5 @@ def _at(spectrum: Sequence[float], share: float) -> float:
 
 
 def _drawn(value: float) -> float | None:
-    """Return a value for a logarithmic axis, which has no place for what rounding took to 0 or below."""
+    """Return a value for a logarithmic axis, which can't show values that rounding made 0 or negative."""
     return float(f"{value:.4g}") if value > 0 else None

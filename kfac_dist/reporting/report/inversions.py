@@ -65,7 +65,7 @@ def timeline(run: RunData) -> go.Figure:
 
 
 def bars(run: RunData) -> go.Figure:
-    """Draw what each rank inverts: a bar a rank, a segment a factor, as it was last read."""
+    """Draw each rank's inversions: one bar per rank, one segment per factor, as last read."""
     last = {factor["unit"]: (factor, milliseconds) for factor, milliseconds in readings_of_factors(run)}
     by_rank: dict[int, Found] = {}
     for factor, milliseconds in sorted(last.values(), key=lambda reading: -reading[0]["cost"]):
@@ -106,7 +106,7 @@ def times(run: RunData) -> go.Figure:
 
 
 def _add_rest(figure: go.Figure, by_rank: dict[int, Found]) -> None:
-    """Add to each bar one segment for all factors that are too small to be told apart."""
+    """Add to each bar one segment for all factors that are too small to be distinguished."""
     if by_rank:
         sums = [sum(milliseconds for _, milliseconds in own) for own in by_rank.values()]
         texts = [f"{len(own)} smaller" for own in by_rank.values()]
@@ -131,7 +131,7 @@ def _ranks(cell: Found) -> str:
 
 
 def _told(cell: Found) -> str:
-    """Return what hovering tells: each factor, its rank, time and step."""
+    """Return the hover text: each factor, its rank, time and step."""
     parts = sorted(cell, key=lambda reading: -reading[1])
     lines = [
         f"{plain(factor['unit'])}, {factor['dim']}×{factor['dim']}: rank {factor['rank']}, "

@@ -20,7 +20,7 @@ def draw_many(curves: Curves, excess: Callable[[Values], float], what: str) -> g
     Args:
         curves: Steps and values of each; a value is None where it is infinite.
         excess: How far a curve stands out; those with the largest are drawn, the largest first.
-        what: They are, in the plural.
+        what: Their name, in the plural.
     """
     figure = go.Figure()
     if len(curves) <= DRAWN + 2:
@@ -62,7 +62,7 @@ def _add_band(figure: go.Figure, curves: Curves, what: str) -> None:
 
 
 def _known_at(curves: Curves) -> dict[int, list[float]]:
-    """Return by step what was last known of every curve; where refreshes take turns, few are read at one step."""
+    """Return every curve's last value by step; where refreshes take turns, few are read in one step."""
     at: dict[int, list[float]] = {step: [] for step in sorted({step for x, _ in curves.values() for step in x})}
     for x, y in curves.values():
         read, last = dict(zip(x, y, strict=True)), None

@@ -19,7 +19,7 @@ _PAGES = (".html", ".htm")
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what it shows, and charts beside each other; narrower than `min_width` pixels they are scrolled."""
+    """A heading, a text, and charts side by side, with a scroll bar below `min_width` pixels."""
 
     title: str
     text: str
@@ -80,7 +80,7 @@ def _write(page: str, path: Path) -> None:
 
 
 def _refuse_files_of_runs(runs: Sequence[RunData], path: Path) -> None:
-    """Write no page over what a run has written, and perhaps still writes or needs to go on."""
+    """Refuse to write a page over a run's file, which the run may need to resume."""
     inside = next((run.directory for run in runs if run.directory.resolve() in path.resolve().parents), None)
     if inside is not None and path.suffix not in _PAGES:
         raise KFACError(f"--out: {path} may be a file of the run {inside}: give a name that ends in .html")
@@ -194,7 +194,7 @@ def _part(name: str) -> str:
 
 
 def _evaluated(result: dict[str, Any], key: str) -> str:
-    """Return a run's final loss, with the name of what stands for it in a game."""
+    """Return a run's final loss with its name; in a game, the name of its substitute."""
     value, name = _number(result.get(key)), result.get("evaluated", "loss")
     return value if name == "loss" or value == "–" else f"{name} {value}"
 

@@ -21,17 +21,17 @@ _POINTS = 2000
 
 @dataclass(frozen=True)
 class RunData:
-    """One run, or one of those that it was compared with.
+    """One run, or a run that it was compared with.
 
     Attributes:
         name: As the page calls it.
         directory: Where it lies.
-        state: What it is doing or how it ended; None if it doesn't say.
+        state: Its state or end; None if unknown.
         configuration: The text of its `config.yaml`.
         records: Logged steps in order; of a long run as many together as make few enough points. One whose steps were
             all skipped has no loss.
         evaluations: Evaluations between them.
-        readings: What ranks read at refreshes (`curvature.jsonl`), by step and rank.
+        readings: Ranks' readings at refreshes (`curvature.jsonl`), by step and rank.
         result: Its final figures; None before its end.
         game: Whether it is a game, whose evaluations judge samples, by other figures than a loss.
     """
@@ -48,7 +48,7 @@ class RunData:
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunData]:
-    """Return runs, each followed by those that it was compared with; any directory that is given twice counts once.
+    """Return runs, each followed by the ones that it was compared with; a directory given twice counts once.
 
     They are called by their directories' names, or by the whole paths where names would be the same.
 
@@ -65,11 +65,11 @@ def read_runs(directories: Sequence[Path]) -> list[RunData]:
 
 
 def read_run(directory: Path, name: str | None = None) -> list[RunData]:
-    """Return a run and those that it was compared with.
+    """Return a run and the runs that it was compared with.
 
     Args:
         directory: Of the run.
-        name: What it is called; by default as its directory.
+        name: Its name; by default its directory's.
 
     Raises:
         KFACError: The directory holds no run, or a file of it can't be read.
@@ -160,7 +160,7 @@ def _text(path: Path) -> str:
 
 
 def readings_of_factors(run: RunData) -> Iterator[tuple[dict[str, Any], float]]:
-    """Yield every reading of a factor, and its milliseconds: its share by n³ of what was solved with it."""
+    """Yield every reading of a factor, and its milliseconds: its share by n³ of the whole solve."""
     for reading in run.readings:
         total = sum(factor["cost"] for factor in reading["factors"]) or 1.0
         for factor in reading["factors"]:
@@ -176,5 +176,5 @@ def by_factor(run: RunData) -> dict[str, list[dict[str, Any]]]:
 
 
 def numbered(name: str) -> list[tuple[int, str]]:
-    """Return what to sort names by, so that layer 10 comes after layer 9."""
+    """Return a sort key of names, so that layer 10 comes after layer 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -7,7 +7,7 @@
 Padding, token 0, is no key of any attention, and its positions are zero between branches: it then adds next to nothing
 to the inputs' second moments. One table embeds source and prefix, and is the head's weight unless `tied` is off.
 
-A `DecodingCache` keeps what later positions need of earlier ones, so that decoding a position costs one position. All
+A `DecodingCache` keeps keys and values of earlier positions, so that decoding a position costs one position. All
 calls go through `forward`: engines that gather weights for a forward pass see nothing but the model being called.
 """
 
@@ -37,7 +37,7 @@ class DecodingCache:
     length: int = 0
 
     def reorder(self, rows: Tensor) -> None:
-        """Continue from these rows of the batch, `[batch]`: the prefixes that a beam search goes on with."""
+        """Continue from these rows of the batch, `[batch]`: the prefixes that a beam search continues with."""
         assert self.visible is not None
         self.visible = self.visible[rows]
         self.past = {module: (keys[rows], values[rows]) for module, (keys, values) in self.past.items()}

@@ -27,8 +27,8 @@ class Background:
         """Start the work, once the last one is over.
 
         Args:
-            work: What to do.
-            what: Names the thread.
+            work: The function to run.
+            what: Name of the thread.
 
         Raises:
             KFACError: The last one has failed.

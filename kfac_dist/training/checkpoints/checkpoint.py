@@ -5,7 +5,7 @@
         __0_0.distcp …        tensors, each rank its share
         .metadata             DCP's table of contents
         manifest.json         step, position in the data, ranks, configuration, size and hash of every file
-      step-00000200.writing/  what a kill leaves behind; ignored, and removed by the next save
+      step-00000200.writing/  left by a killed run; ignored, and removed by the next save
       step-00000150.aside/    damaged, or left behind by going back to an earlier step; removed by the next save
 
     training   ── copy to host memory ──▶ step ── step ── step ── …        waits only if the last write isn't over
@@ -115,7 +115,7 @@ class Checkpoints:
         return self._background.failed
 
     def finish(self) -> None:
-        """Wait until what is being written is complete.
+        """Wait until the current write is complete.
 
         Raises:
             CheckpointError: It could not be written; every rank raises.
@@ -151,7 +151,7 @@ class Checkpoints:
         return None
 
     def verify(self, checkpoint: Checkpoint) -> None:
-        """Make sure that a checkpoint's files are what was written.
+        """Check that a checkpoint's files are unchanged.
 
         Raises:
             CheckpointError: They aren't; every rank raises.
@@ -161,7 +161,7 @@ class Checkpoints:
             raise CheckpointError(problem)
 
     def set_aside(self, step: int) -> None:
-        """Take the checkpoints beyond a step out of the way: the run goes on from there."""
+        """Move the checkpoints beyond a step aside: the run continues from there."""
         self._background.finish()
         with agreed(self.communicator, CheckpointError, f"can't rename checkpoints in {self.directory}"):
             for path in self._by_age() if self.communicator.rank == 0 else ():
@@ -179,10 +179,10 @@ class Checkpoints:
             return SafeReader(checkpoint.path).read_metadata()
 
     def load(self, checkpoint: Checkpoint, state: dict[str, Any], pieces: Iterable[dict[str, Any]] = ()) -> None:
-        """Fill the tensors of `state`, in place, whatever number of ranks wrote them.
+        """Fill the tensors of `state`, in place, from a checkpoint of any number of ranks.
 
         Args:
-            checkpoint: What to load.
+            checkpoint: The checkpoint.
             state: Nested dictionaries with string keys; dots in a key stand for nesting.
             pieces: More of them, each filled before the next is asked for; ranks may have different numbers of them.
 
@@ -231,7 +231,7 @@ class Checkpoints:
         return final
 
     def _damage(self, checkpoint: Checkpoint) -> str | None:
-        """Return what is wrong with a checkpoint's contents, the same on every rank; each reads some of the files."""
+        """Return the problem with a checkpoint's contents, the same on every rank; each reads some of the files."""
         own = damaged(checkpoint, self.communicator.rank, self.communicator.size)
         problems: list[str | None] = self.communicator.gather_objects(own, label="newest checkpoint")
         return next((problem for problem in problems if problem is not None), None)
@@ -260,7 +260,7 @@ class Checkpoints:
             self._remove(path)
 
     def _ending_in(self, suffix: str) -> list[Path]:
-        """Return what would be in the way of a name: directories, and whatever else has been put there."""
+        """Return existing entries for a name: directories, and anything else."""
         if not self.directory.is_dir():
             return []
         return [path for path in self.directory.iterdir() if path.name.endswith(suffix)]
@@ -274,7 +274,7 @@ class Checkpoints:
 
 
 def _remove_tree(path: Path) -> None:
-    """Remove a directory, or a file or link in its place; never what a link leads to."""
+    """Remove a directory, or a file or link in its place; never a link's target."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
@@ -304,7 +304,7 @@ def on_host(state: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _first_failure(partial: Path, rank: int) -> Iterator[None]:
-    """Raise what went wrong, instead of DCP's collection of every rank's traceback, which is no `Exception`."""
+    """Raise the cause, instead of DCP's collection of every rank's traceback, which is no `Exception`."""
     try:
         yield
     except CheckpointException as error:
@@ -321,7 +321,7 @@ def _readable(path: Path) -> Iterator[None]:
     except CheckpointException as error:
         reason, _ = next(iter(error.failures.values()))
         lines = str(reason).strip().splitlines() or [type(reason).__name__]
-        if isinstance(reason, pickle.UnpicklingError):  # torch advises to let it run what it names
+        if isinstance(reason, pickle.UnpicklingError):  # torch advises to allow the named code
             blocked = next((line for line in lines if "GLOBAL" in line), lines[0])
             raise CheckpointError(f"{path}: a value is damaged, or made to run code: {blocked}") from error
         raise CheckpointError(f"{path}: {lines[0]}") from error

@@ -1,6 +1,6 @@
 """The differences between a configuration and that of a checkpoint, key by key.
 
-A run may go on with another batch size, learning rate, engine or length: that is said, in one line. Where K-FAC's state
+A run may resume with another batch size, learning rate, engine or length: one line says so. Where K-FAC's state
 no longer fits, the keys that decide its form are named instead of the tensors that differ.
 """
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from kfac_dist.config.schema import Config
 
-# Where a run's files are, how long ranks wait and what is shown make no other run.
+# Keys without influence on the results: places of files, timeouts, output.
 _IRRELEVANT = ("run.name", "run.directory", "run.device", "run.timeout_seconds", "checkpoint", "metrics", "compare")
 _DIVIDING = ("kfac", "engine", "data", "train", "loss")
 _FORM = (
@@ -85,11 +85,11 @@ def divides_work_alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> boo
 
 
 def misfit(path: object, reason: str, found: Sequence[Difference]) -> str:
-    """Return why K-FAC's state does not fit, by the keys that decide its form, and what to do.
+    """Return why K-FAC's state does not fit, by the keys that decide its form, and a remedy.
 
     Args:
         path: The checkpoint.
-        reason: What did not fit, of which tensor; kept where no key explains it.
+        reason: The tensor that did not fit, and why; kept if no key explains it.
         found: How this run differs.
     """
     keys = [difference for difference in found if difference.forms_state]

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a checkpoint consists of, so that a torn, truncated or altered one is told from a good one.
+"""`manifest.json`: a checkpoint's files and checksums, by which incomplete or altered checkpoints are detected.
 
     {"format": 2, "step": …, the run's own facts, "files": {"__0_0.distcp": {"bytes": …, "sha256": …}, …}, "sha256": …}
 
@@ -46,7 +46,7 @@ class Checkpoint:
     Attributes:
         path: Its directory.
         step: Optimizer steps that it holds.
-        facts: What was saved beside the tensors, as plain JSON values.
+        facts: Values saved beside the tensors, as plain JSON.
         files: Its files by name.
     """
 
@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def file_facts(path: Path) -> FileFacts:
-    """Read a file and return what it is like."""
+    """Return the size and checksum of a file."""
     with path.open("rb") as stream:
         return FileFacts(path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
 
@@ -77,7 +77,7 @@ def read_manifest(path: Path) -> Checkpoint:
     """Return the checkpoint in a directory, by the names and sizes of its files; not collective.
 
     Raises:
-        CheckpointError: The directory holds no complete checkpoint: says what is missing.
+        CheckpointError: The directory holds no complete checkpoint: names the missing file.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -107,7 +107,7 @@ def read_manifest(path: Path) -> Checkpoint:
 
 
 def damaged(checkpoint: Checkpoint, part: int, parts: int) -> str | None:
-    """Return what is wrong with the contents of a checkpoint, or None; reads every `parts`-th file from `part` on."""
+    """Return the problem with a checkpoint's contents, or None; reads every `parts`-th file from `part` on."""
     for name in sorted(checkpoint.files)[part::parts]:
         try:
             found = file_facts(checkpoint.path / name)

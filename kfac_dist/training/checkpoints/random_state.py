@@ -34,7 +34,7 @@ def capture_random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
-    """Put back what `capture_random_state` returned; a GPU's state is left out where there is none."""
+    """Restore the result of `capture_random_state`; a GPU's state is left out where there is none."""
     present, gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss if present else None))
     *keys, position = state["numpy"].tolist()

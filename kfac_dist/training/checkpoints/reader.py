@@ -42,13 +42,13 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Read one value that is no tensor."""
-        torch.load(value, weights_only=True)  # refuses what could run code; what passes, DCP may read its way
+        torch.load(value, weights_only=True)  # refuses files that could run code; DCP may read all others
         value.seek(0)
         super().load_bytes(read_item, value)
 
 
 def check_fit(state: dict[str, Any], metadata: Metadata, path: Path) -> None:
-    """Compare what is to be loaded with what a checkpoint holds.
+    """Compare the tensors to load with a checkpoint's.
 
     Raises:
         CheckpointError: Names the first tensor that the checkpoint lacks, or has in another shape.

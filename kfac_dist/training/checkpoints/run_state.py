@@ -149,7 +149,7 @@ def restore_state(
 
 
 def _leave_out(checkpoints: Checkpoints, checkpoint: Checkpoint, kfac: KFAC | PlayersKFAC, saved: Saved) -> None:
-    """Go on without the layers that the saved run had left out: it has no statistics of them; collective."""
+    """Leave out the layers that the saved run had left out: it has no statistics of them; collective."""
     members = {"kfac": kfac} if isinstance(kfac, KFAC) else {f"kfac.{name}": kfac[name] for name in kfac.names}
     for name, member in members.items():
         prefix = f"{name}.{MISMATCHED}."
@@ -215,7 +215,7 @@ def _optimizer_state(holding: LocalShard, optimizer: torch.optim.Optimizer) -> d
 
 
 def _optimizer_wants(holding: LocalShard, optimizer: torch.optim.Optimizer, saved: Saved) -> Iterator[Wanted]:
-    """Yield what a checkpoint has of a holding's optimizer state, and make the memory for it.
+    """Yield a checkpoint's parts of a holding's optimizer state, and allocate the memory for them.
 
     A new optimizer has no state yet, and a parameter that was never used has none even later, so the checkpoint tells
     which there is: elementwise, or small such as Adam's step count.
@@ -243,7 +243,7 @@ def _optimizer_wants(holding: LocalShard, optimizer: torch.optim.Optimizer, save
 
 
 def _check_model(engine: TrainingEngine, holdings: list[LocalShard], saved: Saved, path: Path) -> None:
-    """Compare the parameters with what a checkpoint has.
+    """Compare the parameters with a checkpoint's.
 
     Raises:
         CheckpointError: Names the first parameter that one of them lacks, or that has another shape.

@@ -81,13 +81,13 @@ def saved_runs(contents: Metadata) -> dict[str, list[SavedRun]]:
 
 
 def straight(wanted: list[Wanted], saved: Mapping[str, list[SavedRun]]) -> dict[str, Tensor]:
-    """Return what can be read into place: saved name to memory."""
+    """Return the tensors that can be read in place: saved name to memory."""
     exact = ((want, _exact(want, saved)) for want in wanted)
     return {run.full_name: want.into.view(run.entry.size) for want, run in exact if run is not None}
 
 
 def piecewise(wanted: list[Wanted], saved: Mapping[str, list[SavedRun]]) -> Iterator[dict[str, Tensor]]:
-    """Yield tensors to fill from the checkpoint, some at a time; once filled, what is wanted of them is taken."""
+    """Yield tensors to fill from the checkpoint, some at a time; once filled, their needed parts are copied."""
     staged: dict[str, Tensor] = {}
     uses: list[tuple[Wanted, SavedRun]] = []
     for want in wanted:
@@ -123,7 +123,7 @@ def _exact(want: Wanted, saved: Mapping[str, list[SavedRun]]) -> SavedRun | None
 
 
 def _overlapping(want: Wanted, saved: Mapping[str, list[SavedRun]]) -> list[SavedRun]:
-    """Return runs that cover what is wanted.
+    """Return runs that cover the wanted range.
 
     Raises:
         CheckpointError: Elements are missing.

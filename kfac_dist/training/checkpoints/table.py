@@ -2,7 +2,7 @@
 
 Interpreters pickle the same table in different words. A member of an enum is a call of its class, `getattr` of its
 class and name (Debian 12's Python 3.11.2), or a dotted name; a path belongs to `pathlib` or to `pathlib._local` (3.13).
-So the pickle machine is given records in place of what the table names, which only keep what they were handed:
+So the unpickler gets records in place of the table's names, which only keep their arguments:
 
     pickle ── machine ──▶ records: a name, its arguments, its state ── meaning of the name ──▶ Metadata
 
@@ -51,7 +51,7 @@ def read_table(path: Path) -> Metadata:
         path: The checkpoint's directory.
 
     Raises:
-        CheckpointError: It can't be read, or names what no checkpoint needs.
+        CheckpointError: It can't be read, or names something that no checkpoint needs.
     """
     try:
         with (path / ".metadata").open("rb") as stream:
@@ -64,7 +64,7 @@ def read_table(path: Path) -> Metadata:
 
 
 class _Record:
-    """A name of the table together with what it was called with and the state that it was given."""
+    """A name of the table together with the arguments of its call and its state."""
 
     __slots__ = ("arguments", "state")
     name: ClassVar[str]
@@ -103,10 +103,10 @@ class _Machine(pickle.Unpickler):
 
 
 def _meaning(found: Any) -> Any:
-    """Return what a table's value stands for.
+    """Return the object of a table's value.
 
     Raises:
-        CheckpointError: It stands for nothing that a table holds.
+        CheckpointError: It is no object of a table.
     """
     if isinstance(found, _Record):
         return _MEANINGS[found.name](found)
@@ -139,14 +139,14 @@ def _properties(record: _Record) -> TensorProperties:
 
 
 def _memory_format(record: _Record) -> torch.memory_format:
-    """Return what an enum's member, called by its value, stands for."""
+    """Return the enum's member with a value."""
     (value,) = record.arguments
     found: torch.memory_format = list(_FORMATS.values())[value]
     return found
 
 
 def _member(record: _Record) -> torch.memory_format:
-    """Return what `getattr` stands for: an enum's member by its name, and of nothing else anything."""
+    """Return the result of `getattr`: an enum's member by its name, and nothing else."""
     owner, name = record.arguments
     if owner is not _RECORDS[_MEMORY_FORMATS] or name not in _FORMATS:
         owner = owner.name if isinstance(owner, type) and issubclass(owner, _Record) else type(owner).__name__
@@ -199,7 +199,7 @@ _RECORDS = {name: type("_Named", (_Record,), {"__slots__": (), "name": name}) fo
 
 
 def _checked(table: Any) -> Metadata:
-    """Return a table whose parts are what a reader takes them for.
+    """Return a table after checking the types of its parts.
 
     Raises:
         CheckpointError: They aren't, or a value lies in a file outside of the checkpoint.

@@ -29,8 +29,8 @@ class LoadedBatch:
 
     Attributes:
         first_sample: Index of the first of them in the step's global batch.
-        inputs: What the model takes, each tensor `[samples, ...]`, on the device.
-        targets: What the loss takes, `[samples, ...]`, on the device.
+        inputs: The model's inputs, each tensor `[samples, ...]`, on the device.
+        targets: The loss's targets, `[samples, ...]`, on the device.
     """
 
     first_sample: int
@@ -97,7 +97,7 @@ class LoadedSource:
         """Yield each batch of the plan.
 
         Raises:
-            DataError: The dataset raises, its items can't be stacked, or they are not pairs of what becomes a tensor.
+            DataError: The dataset raises, its items can't be stacked, or they are not pairs of tensors.
         """
         loader = DataLoader(
             self.dataset,
@@ -121,11 +121,11 @@ class LoadedSource:
             yield each(move, inputs), move(targets)
 
     def _items(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        """Yield what the loader makes; whatever the dataset's own code raises, the run can't go on without it."""
+        """Yield the loader's batches; after any exception of the dataset's own code the run can't continue."""
         try:
             yield from loader
         except Exception as error:
-            # A worker's error carries its traceback as text: the last line is what happened.
+            # A worker's error carries its traceback as text: the last line is the error.
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(
                 f"{type(self.dataset).__name__}: reading samples fails with {type(error).__name__}: {lines[-1]}"
@@ -208,7 +208,7 @@ def evaluation_batches(
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    """Go on when a scheduler signals all processes of a job: the rank needs its samples up to the next boundary.
+    """Ignore a scheduler's signals to all processes of a job: the rank needs its samples up to the next boundary.
 
     A worker ends when its rank says so, or is gone.
     """

@@ -55,7 +55,7 @@ class Sampler:
         size: Samples of the dataset.
         batch_size: Samples of a global batch.
         seed: Seed of the shuffles.
-        growth: What the batch grows to; None keeps it.
+        growth: Growth of the batch; None keeps its size.
 
     Raises:
         DataError: The dataset is empty.

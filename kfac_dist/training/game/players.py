@@ -1,7 +1,7 @@
-"""The players of a game, each with a K-FAC of its own; together they are to a training loop what one `KFAC` is.
+"""The players of a game, each with its own K-FAC; together they have the interface of one `KFAC` for a training loop.
 
 Curvature, inverses, damping and trust region are each player's: K-FAC's blocks belong to the symmetric part of the
-game's Jacobian. What the players do to each other is in the gradients already (`optimizers.symplectic`).
+game's Jacobian. The gradients already contain the players' interaction (`optimizers.symplectic`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class PlayersKFAC:
     """Several `KFAC`s that step, save and load together. Its methods are collective where theirs are.
 
     Args:
-        members: K-FAC of each player, by name; the first one's damping is the one that is shown.
-        damping_factors: What each player's damping is multiplied by.
+        members: K-FAC of each player, by name; the first one's damping is shown.
+        damping_factors: Factor of each player's damping.
     """
 
     def __init__(self, members: Mapping[str, KFAC], damping_factors: Mapping[str, float]) -> None:
@@ -46,12 +46,12 @@ class PlayersKFAC:
 
     @property
     def solver_access(self) -> PlayersKFAC:
-        """This, for what loops ask of `KFAC.solver_access`: damping, and each rank's own statistics."""
+        """This object, as a loop's `KFAC.solver_access`: damping, and each rank's own statistics."""
         return self
 
     @property
     def monitor(self) -> PlayersKFAC:
-        """This, for what logs ask of `KFAC.monitor`: readings of spectra."""
+        """This object, as `KFAC.monitor` of logs: readings of spectra."""
         return self
 
     def step(self) -> None:
@@ -94,7 +94,7 @@ class PlayersKFAC:
             kfac.monitor.inspect(outside)
 
     def inspection(self) -> list[RefreshReading]:
-        """Return what has been read, with the player before each layer's name; see `Monitor.inspection`."""
+        """Return the readings, with the player before each layer's name; see `Monitor.inspection`."""
         return [
             replace(
                 reading,
@@ -122,7 +122,7 @@ class PlayersKFAC:
             kfac.load_sharded_state_dict(values[player])
 
     def local_statistics(self) -> dict[str, Tensor]:
-        """Return what this rank has for itself, by player; see `SolverAccess`."""
+        """Return this rank's own statistics, by player; see `SolverAccess`."""
         return {
             f"{player}.{name}": value
             for player, kfac in self._members.items()

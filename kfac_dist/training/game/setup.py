@@ -29,7 +29,7 @@ _JUDGE_SEED = 0
 
 
 def check_players(name: str, model: nn.Module, data: Source) -> None:
-    """Refuse what can't play.
+    """Refuse models, data and settings that a game can't use.
 
     Args:
         name: The model's in the configuration.

@@ -15,7 +15,7 @@ class CurvatureLog:
     """Asks for readings at even distances, and writes them once they have been made; every rank has one.
 
     Args:
-        kfac: What is read.
+        kfac: The K-FAC to read.
         writer: Where rank 0 writes; None on the others.
         times: How often in a run; 0 never.
         total_steps: Length of the run.
@@ -48,7 +48,7 @@ class CurvatureLog:
             self._kfac.monitor.inspect(self._paused)
 
     def write(self, refreshes: float) -> None:
-        """Write what was read since the last call; collective where there has been a refresh.
+        """Write the readings since the last call; collective if there was a refresh.
 
         Args:
             refreshes: Refreshes so far, the same on every rank.

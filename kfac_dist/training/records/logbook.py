@@ -17,7 +17,7 @@ from kfac_dist.training.setup import RunParts
 
 
 class Logbook:
-    """Hands on what a run finds; every rank has one, rank 0's writes.
+    """Distributes a run's records to their destinations; every rank has one, rank 0's writes.
 
     Args:
         parts: Whose K-FAC and solver are asked for their numbers.
@@ -39,7 +39,7 @@ class Logbook:
             )
 
     def ask(self, step: int) -> None:
-        """Ask K-FAC for what is only known while the step that comes next is under way."""
+        """Request readings from K-FAC that are only available during the next step."""
         if self._curvature is not None:
             self._curvature.ask(step)
 
@@ -47,7 +47,7 @@ class Logbook:
         """Write a logged step with K-FAC's and the solver's numbers; collective, and waits for the device.
 
         Args:
-            record: What the loop knows of it, `step` among it.
+            record: The loop's values, `step` among them.
             skipped: Steps since the last logged one that were not taken.
         """
         parts, outputs = self._parts, self._outputs
@@ -86,7 +86,7 @@ class Logbook:
             self._outputs.writer.write_pictures(step, result.pictures)
 
     def went_back(self, step: int, why: str) -> None:
-        """Forget what was logged beyond a step: the run goes on from there."""
+        """Forget the entries beyond a step: the run continues from there."""
         if self._outputs.writer is not None:
             self._outputs.writer.rewind(step)
         self._outputs.progress.went_back(step, why)

@@ -32,7 +32,7 @@ class MetricsWriter:
 
     Args:
         directory: The run's directory.
-        first_step: Steps that a resumed run has done; what an earlier attempt logged beyond them is dropped.
+        first_step: Steps that a resumed run has done; later entries of an earlier attempt are dropped.
         sinks: Where records go, too, by name; closed with the files.
 
     Attributes:
@@ -54,7 +54,7 @@ class MetricsWriter:
         self._board = _tensorboard(self._directory / "tensorboard", first_step)
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged beyond a step: the run goes on from there."""
+        """Forget the entries beyond a step: the run continues from there."""
         self._close_files()
         self._open(step)
         for name, sink in self._sinks.items():
@@ -76,7 +76,7 @@ class MetricsWriter:
                 sink.write(_finite(record))
 
     def write_curvature(self, record: dict[str, Any], spectra: Mapping[str, Sequence[float]]) -> None:
-        """Write what one rank has read at one refresh; spectra become TensorBoard histograms, of log₁₀ λ."""
+        """Write one rank's readings at one refresh; spectra become TensorBoard histograms, of log₁₀ λ."""
         if self.failure is not None:
             return
         with self._noting_failure(CURVATURE_FILE):
@@ -108,7 +108,7 @@ class MetricsWriter:
 
     def _close_files(self) -> None:
         for stream in self._streams.values():
-            with suppress(OSError):  # what a full disk didn't take is known as `failure`
+            with suppress(OSError):  # `failure` holds the error of a full disk
                 stream.close()
         if self._board is not None:
             with suppress(OSError):

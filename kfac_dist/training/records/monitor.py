@@ -17,9 +17,9 @@ class Monitor:
     """Publishes the numbers of one run; rank 0 has one if the run serves metrics.
 
     Args:
-        exporter: What serves them.
-        name: What the run trains with.
-        parts: What it is made of.
+        exporter: Their HTTP server.
+        name: Name of the optimizer.
+        parts: The run's parts.
         communicator: The ranks.
         checkpoints: Where its checkpoints are.
     """
@@ -66,7 +66,7 @@ class Monitor:
         )
 
     def _traffic(self) -> tuple[Counter[str], Counter[str]]:
-        """Return collectives and bytes by what they carried: the loop's own and K-FAC's."""
+        """Return collectives and bytes by label: the loop's own and K-FAC's."""
         calls: Counter[str] = Counter()
         sent: Counter[str] = Counter()
         counters = [self._communicator.traffic, *(kfac.communicator.traffic for kfac in self._parts.kfacs)]

@@ -28,7 +28,7 @@ class RunOutputs:
         metrics: Measurements beside losses.
         signals: Signals that this process has received from its scheduler.
         watch: Tells other ranks where this one is.
-        monitor: Numbers for those who watch the run; None on ranks other than 0, and if it isn't watched.
+        monitor: Numbers for the metrics server; None on ranks other than 0, and without a server.
         lock: Whose the run's directory is; None on ranks other than 0.
     """
 

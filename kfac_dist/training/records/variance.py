@@ -1,4 +1,4 @@
-"""The relative variance of every parameter's gradient, from what the optimizer has averaged anyway, over all ranks."""
+"""The relative variance of every parameter's gradient, from the optimizer's averages, over all ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def relative_variances(
 
 
 def variance_metrics(found: Mapping[str, RelativeVariance]) -> dict[str, float]:
-    """Return what a line of metrics says of them."""
+    """Return their entries in a line of metrics."""
     return {
         f"relative_variance/{name}/{key}": value for name, row in found.items() for key, value in asdict(row).items()
     }

@@ -44,7 +44,7 @@ class Window:
 
     Args:
         device: Where losses are.
-        kfacs: Those that measure.
+        kfacs: The measuring K-FACs.
     """
 
     def __init__(self, device: torch.device, kfacs: Sequence[KFAC] = ()) -> None:
@@ -127,7 +127,7 @@ class Window:
         }
 
     def counts(self) -> dict[str, int]:
-        """Return what every rank counts alike in an open window, as plain values."""
+        """Return the counters of an open window that are the same on every rank, as plain values."""
         return {
             "steps": self._steps,
             "terms": self._terms,
@@ -136,7 +136,7 @@ class Window:
         }
 
     def restore(self, state: dict[str, Tensor], counts: dict[str, int]) -> None:
-        """Go on with the window that `state` and `counts` describe."""
+        """Resume the window that `state` and `counts` describe."""
         device = self._losses.device
         self._losses, self._terms_on_device, self._taken = (
             state[name].to(device) for name in ("losses", "terms", "taken")

@@ -1,4 +1,4 @@
-"""Why a loss stopped being finite: asked once it has, so that ordinary steps wait for nothing.
+"""Diagnosis of a loss that isn't finite: made afterwards, so that ordinary steps wait for nothing.
 
 The first such step is known from the logged window. Its samples follow from the plan of the data, are fetched again,
 and tell whether the data or the optimization is to blame.

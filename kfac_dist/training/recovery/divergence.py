@@ -1,4 +1,4 @@
-"""Steps whose loss, gradients or statistics are not finite: what all ranks do, and what follows when they go on.
+"""Steps whose loss, gradients or statistics are not finite: skips on all ranks, and rollbacks if they continue.
 
     every step      taken = all averaged gradients are finite; where they aren't they become zeros      on the device
     logged steps    a skip: damping × factor;  k in a row: back to the newest checkpoint;  again: DivergedError
@@ -30,7 +30,7 @@ class DivergedError(KFACError):
 
 
 class Guard:
-    """Keeps what isn't finite from the optimizer, without a host sync.
+    """Keeps non-finite gradients from the optimizer, without a host sync.
 
     Engines with a loss scale skip such steps themselves, and look for a better scale by them.
 
@@ -48,7 +48,7 @@ class Guard:
         self._row = torch.zeros((), dtype=torch.int64, device=device)
 
     def poison(self, total: Tensor) -> Tensor:
-        """Return what a loss is multiplied by: 1, or NaN if it isn't finite, so that its gradients tell every rank."""
+        """Return a loss's factor: 1, or NaN if it isn't finite, so that its gradients are NaN on every rank."""
         finite = torch.isfinite(total.detach())
         return torch.where(finite, 1.0, torch.nan).to(total.dtype)
 
@@ -74,7 +74,7 @@ class Guard:
         return int(self._row)
 
     def restore(self, row: int) -> None:
-        """Go on from a number of skipped steps."""
+        """Resume from a number of skipped steps."""
         self._row.fill_(row)
 
 
@@ -128,7 +128,7 @@ class Recovery:
         """Raise or lower the damping, and tell whether to go back.
 
         Args:
-            config: What to do.
+            config: The options.
             step: Steps done.
             skipped: Steps skipped since the last logged one.
             row: Steps skipped in a row until now.
@@ -144,7 +144,7 @@ class Recovery:
         return Verdict.GO_ON if on else Verdict.GO_BACK
 
     def went_back(self, to: Recovery, config: DivergenceConfig, step: int) -> None:
-        """Take note of a rollback to a checkpoint of this step; the damping there is raised beyond what failed."""
+        """Record a rollback to a checkpoint of this step; the damping there is raised above the failed one."""
         self.rollbacks += 1
         self.dropping = 0
         self.damping_factor = max(self.damping_factor, to.damping_factor * config.damping_factor)

@@ -57,13 +57,13 @@ class StopSignals:
                  before, or after       KeyboardInterrupt, at once: there is nothing to save
                  once more              ends the process at once, wherever it is
 
-    A terminal and a launcher may both pass one Ctrl-C on: what comes within `SAME_SECONDS` is one. Python lets only the
-    main thread handle signals: elsewhere they keep doing what they did. So do
+    A terminal and a launcher may both pass one Ctrl-C on: signals within `SAME_SECONDS` count as one. Python lets only
+    the main thread handle signals: in other threads they keep their handlers. So do
     a terminal's that were ignored before (nohup).
 
     Args:
         end: Ends the process; without it, a second Ctrl-C is a KeyboardInterrupt.
-        say: Shown what a first Ctrl-C does.
+        say: Called with a message at the first Ctrl-C.
         clock: Seconds.
 
     Attributes:
@@ -107,7 +107,7 @@ class StopSignals:
             return self
         signals = [number for number in SIGNALS if not _is_ignored(number)]
         if self._end is not None and signal.SIGINT in signals:
-            # Handlers wait for what the main thread waits for; a thread hears of signals at once.
+            # Handlers run only when the main thread does; a separate thread receives signals at once.
             read, write = os.pipe()
             os.set_blocking(write, False)
             self._wake = read, write, signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -169,15 +169,15 @@ class StopSignals:
 
 
 def _is_ignored(number: signal.Signals) -> bool:
-    """Whether a terminal's signal is not for this process: Ctrl-C isn't for what a shell starts in the background."""
+    """Whether a terminal's signal is not for this process, such as Ctrl-C for a shell's background jobs."""
     return number in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(number) is signal.SIG_IGN
 
 
 class Preemption:
-    """Asks all ranks, at the boundaries between steps, whether one of them was told to stop.
+    """Asks all ranks, at the boundaries between steps, whether one of them was signalled to stop.
 
     Args:
-        signals: What this rank has been told.
+        signals: This rank's received signals.
         communicator: The ranks of the run.
         clock: Seconds.
         requests: Further conditions of this rank, such as a checkpoint that is due; asked at every poll.

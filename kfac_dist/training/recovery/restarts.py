@@ -1,4 +1,4 @@
-"""A job that its launcher has started again goes on with what it has saved itself, whatever `checkpoint.resume` says.
+"""A job restarted by its launcher resumes its own newest checkpoint, for any `checkpoint.resume`.
 
     first start     resume as configured ─▶ step-100 ─ step-200 ─ a rank dies       each checkpoint names its job
     restart         ◀───────────────── the job's own newest checkpoint; as configured only if there is none

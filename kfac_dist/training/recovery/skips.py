@@ -20,7 +20,7 @@ from kfac_dist.training.setup import RunParts
 
 
 class Skips:
-    """Judges each logged window, and keeps K-FAC's damping at what came of it; every rank decides alike.
+    """Judges each logged window, and sets K-FAC's damping accordingly; every rank decides alike.
 
     Args:
         parts: Whose damping is raised.
@@ -30,7 +30,7 @@ class Skips:
 
     Attributes:
         recovery: How the run has dealt with skipped steps so far.
-        reason: What went wrong last.
+        reason: The last failure.
     """
 
     def __init__(self, parts: RunParts, communicator: Communicator, guard: Guard, note: Callable[[str], None]) -> None:
@@ -52,7 +52,7 @@ class Skips:
         return self.recovery.rollbacks < self._parts.settings.divergence.rollbacks
 
     def judge(self, totals: WindowTotals, step: int, positions: Sequence[Position]) -> Verdict:
-        """Say what went wrong in a window, if anything did, and decide what follows; collective.
+        """Report the failures of a window, if there are any, and decide on the reaction; collective.
 
         Args:
             totals: The window.
@@ -81,7 +81,7 @@ class Skips:
         return verdict
 
     def went_back(self, failed: Recovery, step: int) -> None:
-        """Damp more than what failed did, now that the run is at an earlier step."""
+        """Set the damping above the failed one, now that the run is at an earlier step."""
         failed.went_back(self.recovery, self._parts.settings.divergence, step)
         self.recovery = failed
         self._set_damping(refresh=True)
@@ -91,7 +91,7 @@ class Skips:
         return {"row": self._guard.row, **self.recovery.facts()}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
-        """Go on from `facts`."""
+        """Resume from `facts`."""
         recovery = dict(facts)
         self._guard.restore(recovery.pop("row"))
         self.recovery = Recovery(**recovery)
@@ -107,7 +107,7 @@ class Skips:
         rank = f"rank{'s' if len(where) > 1 else ''} {', '.join(where[:8])}{', …' if len(where) > 8 else ''}"
         self.reason = (
             f"by step {step} K-FAC's statistics of {', '.join(layers[:3])}{more} were not finite on {rank}, and were "
-            "dropped: squares exceed float32; scale what these layers are given, or leave them out by "
+            "dropped: squares exceed float32; scale their inputs or the loss, or leave them out by "
             "kfac.curvature.exclude"
         )
         if not self._warned and self._communicator.rank == 0:
