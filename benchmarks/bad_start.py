@@ -1,4 +1,4 @@
-"""A start from which bare K-FAC diverges, and what each way of steadying it makes of that start.
+"""A start from which plain K-FAC diverges, with each mechanism that stabilises it.
 
 The autoencoder on digits with ReLUs and initial weights three times too large; the settings are those of
 configs/bad_start.yaml but for what a way changes. A run whose loss is not finite has diverged and ends there: the guard

@@ -7,7 +7,7 @@
     corrupt     everything is killed, a byte of the newest checkpoint is changed, and the job started again
     truncate    the same, with a file cut short
     full        the disk (a small tmpfs) is filled; the job ends with a message and is started again with room
-    resize      everything is killed, or told to stop, and the job started again on another number of ranks
+    resize      the job is killed, or signalled to stop, and started again on another number of ranks
 
 The first four strike at a random step, during the write of a checkpoint, or during an inversion. Every round ends with
 a comparison, bit for bit, of all logged losses and of the whole last checkpoint (weights, optimizer, K-FAC, random
@@ -58,25 +58,25 @@ FAULTS = ("kill", "terminate", "stop", "hang", "corrupt", "truncate", "full", "r
 MOMENTS = ("step", "write", "inversion")
 AT_ANY_MOMENT = ("kill", "terminate", "stop", "hang")
 DISK_KIB = 2048
-# What rounding may do to a loss in so many steps, where the number of ranks changes.
+# Tolerated difference of a loss by rounding, if the number of ranks changes.
 ROUNDING = 1e-3
 
 
 @dataclass
 class Round:
-    """What was done to a run, and what came of it.
+    """A fault of a run, and its outcome.
 
     Attributes:
         fault: One of `FAULTS`.
         moment: One of `MOMENTS`.
-        rank: Whom it hit.
+        rank: The rank that it hit.
         at_step: Last logged step before it.
-        starts: How often the job was started.
+        starts: Number of starts of the job.
         recovery_seconds: From the fault to the first step that had not been logged before.
         seconds: Of the whole round.
-        said: What the struck job said, where it has to say something.
+        said: Message of the job, if the fault must cause one.
         engine: Under which the run trains.
-        ranks_after: How many ranks went on.
+        ranks_after: Number of ranks afterwards.
         difference: Of the losses from those of the undisturbed run, at most, relative.
         failure: Why the run that came of it is not the undisturbed one; empty if it is.
     """
@@ -128,7 +128,7 @@ def _strike(round_: Round, job: Job, generator: random.Random) -> None:
         case "terminate":
             job.strike(round_.rank, signal.SIGTERM)
             if job.wait() != 0:
-                raise Failed("a job that was told to stop ended with an error")
+                raise Failed("a job that was signalled to stop ended with an error")
             _expect(round_, job, "preempted at step")
         case "stop":
             pid = job.strike(round_.rank, signal.SIGSTOP)
@@ -162,7 +162,7 @@ def _strike(round_: Round, job: Job, generator: random.Random) -> None:
             else:
                 job.strike(round_.rank, signal.SIGTERM)
                 if job.wait() != 0:
-                    raise Failed("a job that was told to stop ended with an error")
+                    raise Failed("a job that was signalled to stop ended with an error")
             round_.ranks_after = generator.choice([ranks for ranks in (1, 2, 3) if ranks != len(job.ranks)])
             job.ranks = range(round_.ranks_after)
 
@@ -206,13 +206,13 @@ def place(parent: Path, name: str, *, small: bool) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Play:
-    """What all rounds of one engine have in common.
+    """The common part of all rounds of one engine.
 
     Attributes:
-        parent: Where rounds have their directories.
+        parent: Parent of the rounds' directories.
         engine: Under which runs train.
         ranks: Number of ranks.
-        timeout_seconds: How long ranks wait for each other.
+        timeout_seconds: Seconds that ranks wait for each other.
     """
 
     parent: Path
@@ -228,7 +228,7 @@ class Play:
         return Job(directory, log, self.ranks, restarts, environment, sections, self.timeout_seconds)
 
     def undisturbed(self, fault: str) -> Outcome:
-        """Return what comes of a run that nothing happens to."""
+        """Return the outcome of an undisturbed run."""
         name = f"undisturbed-{self.engine}-{fault}"
         with place(self.parent, name, small=False) as directory:
             job = self.job(directory, self.parent / f"{name}.txt", fault, 0, {})
@@ -293,7 +293,7 @@ def main() -> None:
                 references[key] = play_.undisturbed(fault)
             rounds.append(play_.round(index, fault, generator, references[key]))
             print(f"{index + 1:3d}  {rounds[-1].describe()}", flush=True)
-            # After every round: a play that is cut short leaves what it has shown.
+            # After every round: an interrupted benchmark leaves its results.
             settings = vars(arguments) | {"out": None, "rounds_played": len(rounds)}
             path = write("chaos", arguments.out, settings, summary(rounds))
     failed = sum(bool(round_.failure) for round_ in rounds)

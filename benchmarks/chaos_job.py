@@ -23,7 +23,7 @@ from kfac_dist.training.records.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY, TIMEOUT_SECONDS = 64, 6, 5.0
-# How many timeouts a job may take to do what is waited for.
+# Timeouts that a job may take until an awaited event.
 DEADLINE_TIMEOUTS = 24
 
 
@@ -39,12 +39,12 @@ class Job:
 
     Args:
         directory: For the run.
-        log: Takes what all processes print.
+        log: Takes the output of all processes.
         ranks: Number of ranks.
-        restarts: How often torchrun starts them again by itself.
+        restarts: Number of torchrun's own restarts.
         environment: For the ranks.
-        sections: What the configuration says otherwise than `_config`.
-        timeout_seconds: How long ranks wait for each other.
+        sections: Differences of the configuration from `_config`.
+        timeout_seconds: Seconds that ranks wait for each other.
 
     Attributes:
         ranks: Number of ranks of the next start, as a range.

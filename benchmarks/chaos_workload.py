@@ -1,4 +1,4 @@
-"""What the ranks of `benchmarks.chaos` train, and pauses at the places where they are to be struck.
+"""The workload of `benchmarks.chaos`, with pauses at the places of faults.
 
 A pause lasts long enough for the fault to come, and announces itself by a file; it happens in the process that
 CHAOS_RANK names, once a run, at the place that CHAOS_PAUSE names: `write` or `inversion`.
@@ -32,7 +32,7 @@ class Net(nn.Sequential):
 
     Args:
         seconds: Of a training pass.
-        same_anywhere: Leave out what depends on the number of ranks: dropout, and statistics of a rank's own batch.
+        same_anywhere: Leave out layers that depend on the number of ranks: dropout, and statistics of a rank's batch.
     """
 
     def __init__(self, seconds: float = STEP_SECONDS, *, same_anywhere: bool = False) -> None:

@@ -12,7 +12,7 @@ class Marks:
     """Moments in a device's stream, whose distances are read when all is done: nothing waits meanwhile.
 
     Args:
-        device: Where the work is done.
+        device: Device of the work.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The variance of both estimators of the diagonal Fisher, layer by layer, at first and along training with K-FAC.
 
-What `kfac-dist doctor --fisher` measures, on the shipped runs with smooth models, for several seeds. Variances only:
-they don't depend on the machine, and seconds would want a quiet one.
+The measurements of `kfac-dist doctor --fisher`, on the shipped runs with smooth models, for several seeds. Variances
+only: they don't depend on the machine, and seconds would want a quiet one.
 
     python -m benchmarks.diagonal_fisher [--seeds 3] [--steps 100] [--moments 9] [--out FILE]
 """

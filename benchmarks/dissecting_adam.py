@@ -1,4 +1,4 @@
-"""Which half of Adam helps where: sign or magnitude, with and without adaptation to the gradient's variance.
+"""Comparison of Adam's parts: sign or magnitude, with and without adaptation to the gradient's variance.
 
 After Balles & Hennig, "Dissecting Adam" (ICML 2018), figure 4: momentum SGD, Adam, M-SSD and M-SVAG with β = 0.9 (Adam:
 0.9 and 0.999) and a constant learning rate from grids of equal size, chosen on a seed of its own by the final training
@@ -95,7 +95,7 @@ METHODS: dict[str, tuple[str, list[float], Build]] = {
 
 @dataclass
 class Training:
-    """What one training left: the loss of every batch, and η² of each parameter at some steps."""
+    """Results of one training: the loss of every batch, and η² of each parameter at some steps."""
 
     losses: list[float]
     variances: dict[str, list[dict[str, float]]]
@@ -141,7 +141,7 @@ def relative_variances(model: nn.Module, optimizer: MSVAG) -> dict[str, Relative
 
 
 def study(problem: Problem, seeds: int) -> dict[str, Any]:
-    """Tune every method, then train it with what was chosen."""
+    """Tune every method, then train it with the chosen setting."""
     methods: dict[str, Any] = {}
     for name, (_, grid, _) in METHODS.items():
         trials = [{"lr": lr, "loss": train(problem, name, lr, TUNING_SEED).final} for lr in grid]

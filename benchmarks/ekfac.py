@@ -1,4 +1,4 @@
-"""EKFAC beside K-FAC: how near each is to the exact Fisher block, and what loss each comes to in as many steps.
+"""EKFAC and K-FAC: their distance to the exact Fisher block, and their loss after the same number of steps.
 
 Errors are ‖F − F̂‖/‖F‖ in Frobenius norm, of those layers of the digits autoencoder whose block fits into memory, on one
 batch: at the initial parameters, and along a training. Both have the same eigenbasis, K-FAC the eigenvalues of A ⊗ G in

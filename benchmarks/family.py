@@ -1,6 +1,6 @@
 """Steps and seconds of every method to one loss, on two autoencoders: the K-FAC family and its rivals.
 
-The target of a task is the median of what tuned SGD-Nesterov reached at the end of its budget, as
+The target of a task is the median loss of tuned SGD-Nesterov at the end of its budget, as
 `benchmarks/results/steps_to_target.json` has it. Every method gets the same number of trials, drawn from its own grid
 by a fixed seed, on a seed of its own; the setting that came to the target in the fewest CPU seconds then runs on other
 seeds. No training may take more than SGD's budget of steps, nor one and a half times SGD's seconds. The loss is the
@@ -89,7 +89,7 @@ def train(task: Task, method: str, setting: Setting, seed: int) -> Iterator[Poin
             started = time.process_time()
 
 
-# ---- what a worker does: each returns what JSON can hold
+# ---- work of a worker: each function returns JSON values
 
 
 def trial(task: Task, method: str, setting: Setting, target: float, most_seconds: float) -> list[Any]:

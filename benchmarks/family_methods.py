@@ -20,7 +20,7 @@ Setting = dict[str, Any]
 
 
 class Stepper(Protocol):
-    """What takes the steps of a training."""
+    """The steps of a training."""
 
     def scale_lr(self, share: float) -> None:
         """Set the learning rate to a share of its start."""
@@ -87,7 +87,7 @@ class Method:
         title: Its name in tables.
         build: Makes its stepper for a model and a setting.
         grids: For each task, the values from which trials are drawn.
-        package: Where it comes from, if not from torch or from here.
+        package: Its package, if not torch or this one.
         own: Whether it is of this package.
     """
 

@@ -1,10 +1,10 @@
-"""What a GAN's samples are worth, step by step: K-FAC and Adam, each with and without symplectic adjustment.
+"""Quality of a GAN's samples by step: K-FAC and Adam, each with and without symplectic adjustment.
 
 Every method draws the same number of settings from its grid, by a fixed seed, and is tuned by the Fréchet distance that
 a short run ends with; the best setting is then run longer on other seeds. All runs are those of
 configs/digits_gan.yaml with other values, judged by the same classifier.
 
-    python -m benchmarks.gan --ledger /tmp/gan.json        # goes on where it was interrupted
+    python -m benchmarks.gan --ledger /tmp/gan.json        # resumes where it was interrupted
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def run(method: str, setting: dict[str, Any], seed: int, steps: int) -> tuple[Cu
 
 
 def trial(method: str, setting: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """Return what a short run ends with, the mean of its last three distances; infinity if it is no number."""
+    """Return a short run's result, the mean of its last three distances; infinity if it is not a number."""
     curve, _ = run(method, setting, TUNING_SEED, TUNING_STEPS)
     last = statistics.mean(distance for _, distance, _ in curve[-3:])
     return last if math.isfinite(last) else math.inf, setting

@@ -1,4 +1,4 @@
-"""What K-FAC costs on one GPU: ResNet-50, BERT-large and GPT-2 in bf16 autocast, on random data.
+"""Cost of K-FAC on one GPU: ResNet-50, BERT-large and GPT-2 in bf16 autocast, on random data.
 
 For each model, over one window of 100 steps (statistics every 10, inverses every 100; NCCL with one rank): the step of
 the bare optimizer; with K-FAC, everything refreshed in one step; layers taking turns and solved beside training; the
@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 SIZES = [512, 1024, 2048, 4096, 8192]
 SMALL_SIZES = [64, 128, 256]
-# What times a phase occurs in a window, where everything is refreshed in one step.
+# Occurrences of a phase in a window, if everything is refreshed in one step.
 _TIMES = {
     "statistics": INVERSE_EVERY // FACTOR_EVERY,
     "averaging": INVERSE_EVERY // FACTOR_EVERY,
@@ -156,7 +156,7 @@ def measure(workload: GPUWorkload, device: torch.device, rates: dict[str, float]
 
 
 def phases(stepper: Stepper, rates: dict[str, float], *, fractions: bool) -> dict[str, Any]:
-    """Return each phase's seconds in the window and, where each is by itself, its share of the roofline.
+    """Return each phase's seconds in the window and, if phases don't overlap, its share of the roofline.
 
     Solving beside training takes no time of the training stream, and isn't among them.
     """
@@ -180,7 +180,7 @@ def phases(stepper: Stepper, rates: dict[str, float], *, fractions: bool) -> dic
 
 
 def multiplied(phase: str, device: torch.device) -> str:
-    """Return what a phase's products are of, where rows are bfloat16 and everything else is fp32."""
+    """Return the dtypes of a phase's products, with rows in bfloat16 and everything else in fp32."""
     return "bfloat16" if phase == "statistics" and multiplies_halves(device) else "float32"
 
 

@@ -20,12 +20,12 @@ class GPUWorkload:
     """A model, one batch of random data of its shape, its loss, and its first-order optimizer.
 
     Attributes:
-        shape: What the figures are about, in words.
+        shape: Shape of the problem, in words.
         build: The model, on the CPU.
         inputs: One batch.
         loss: Mean loss of outputs and inputs.
         optimizer: The bare optimizer.
-        curvature: What `kfac.curvature` says besides intervals.
+        curvature: Options of `kfac.curvature` besides intervals.
     """
 
     shape: str

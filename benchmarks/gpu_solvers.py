@@ -72,7 +72,7 @@ def _error(payload: Tensor, factor: Tensor, damped: Tensor, solver: Solver) -> f
 
 
 def _factors(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a factor with eigenvalues that fall as 1/k, scaled to a mean of one, and what it may have been before."""
+    """Return a factor with eigenvalues that fall as 1/k, scaled to a mean of one, and an earlier version of it."""
     torch.manual_seed(0)
     scales = (1 / torch.arange(1, n + 1, device=device)).sqrt()
     basis = torch.linalg.qr(torch.randn(n, n, device=device)).Q

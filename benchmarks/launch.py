@@ -24,7 +24,7 @@ def run_ranks(module: str, size: int, rate: str | None, arguments: Sequence[str]
     Args:
         module: The benchmark's; its ranks call `join`.
         size: Number of ranks.
-        rate: What each host may send, in `tc`'s words; None for processes of this machine.
+        rate: Bandwidth of each host, in `tc`'s syntax; None for processes of this machine.
         arguments: For all ranks.
 
     Raises:

@@ -1,13 +1,13 @@
-"""Which versions run: an environment for each cell of a small matrix, a few tests in it, and a table of what came out.
+"""Tests of versions: an environment for each cell of a small matrix, a few tests in it, and a table of the results.
 
     python -m benchmarks.matrix                      every cell whose interpreter is here
     python -m benchmarks.matrix --only oldest        some of them; the others keep their last result
     python -m benchmarks.matrix --page               write the page anew from the results
 
-    oldest    what pyproject.toml allows at the least        3.11
-    newest    what the index has, without a cap of ours      3.13
+    oldest    the oldest that pyproject.toml allows          3.11
+    newest    the newest of the index, without our caps      3.13
     between   torch releases after which something changed   3.11, 3.12
-    as set up what constraints.txt names                     3.12; `make test` runs it under `make setup`'s
+    as set up the versions of constraints.txt                3.12; `make test` runs it under `make setup`'s
 
 A cell takes some minutes and up to 8 GB of disk, which are given back. Interpreters are looked for on PATH, in /usr/bin
 and where pyenv and uv keep theirs; Debian's own is taken before others of its version. A cell without one says so.
@@ -71,7 +71,7 @@ class Cell:
     """Versions that are tried together.
 
     Attributes:
-        name: What the table calls it.
+        name: Its name in the table.
         python: The interpreter's version, without the last number.
         torch: A release, or "oldest" or "newest".
         companions: "oldest" or "newest" of DeepSpeed, transformers and accelerate, or None: without them.
@@ -84,11 +84,11 @@ class Cell:
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """What is run."""
+        """The commands to run."""
         return TORCH_TESTS if self.companions is None else TORCH_TESTS + COMPANION_TESTS
 
     def requirements(self) -> list[str]:
-        """What pip is asked for, beside the package itself."""
+        """Requirements for pip, besides the package itself."""
         wanted = [requirement("torch", self.torch)]
         if self.companions is not None:
             wanted += [requirement(package, self.companions) for package in COMPANIONS if package != "deepspeed"]
@@ -106,18 +106,18 @@ CELLS = (
 
 @dataclass
 class Outcome:
-    """What came out of a cell.
+    """Result of a cell.
 
     Attributes:
         cell: Its name.
-        versions: What was installed, by package.
-        interpreter: Whose interpreter it was.
+        versions: Installed versions, by package.
+        interpreter: Origin of the interpreter.
         root: Whether root ran it.
         state: "passed", "failed", "not installed" or "no interpreter".
         passed: Tests that passed.
         skipped: Tests that were skipped, and why.
         failed: Tests that failed, with the last line of their error.
-        seconds: How long the tests took.
+        seconds: Time of the tests.
     """
 
     cell: str
@@ -132,7 +132,8 @@ class Outcome:
 
 
 def requirement(package: str, release: str) -> str:
-    """Return what to ask pip for: a release, the oldest that pyproject.toml allows, the newest, or that of set-ups."""
+    """Return a requirement for pip: a release, the oldest that pyproject.toml allows, the newest, or that of
+    set-ups."""
     if release == "newest":
         return package
     if release == "constraints":
@@ -201,7 +202,7 @@ def tried(cell: Cell, environments: Path | None) -> Outcome:
 
 
 def install(cell: Cell, python: Path, place: Path, log: Path) -> None:
-    """Make an environment and install into it; what is installed already is left.
+    """Make an environment and install into it; installed packages are left.
 
     Raises:
         CalledProcessError: A step failed; the log says why.
@@ -221,7 +222,7 @@ def install(cell: Cell, python: Path, place: Path, log: Path) -> None:
 
 
 def surroundings(python: Path) -> dict[str, str]:
-    """Return the variables of what is run in an environment: the tree comes before the installed package."""
+    """Return the variables of commands in an environment: the tree comes before the installed package."""
     # Installed commands are the environment's.
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     return {
@@ -234,7 +235,7 @@ def surroundings(python: Path) -> dict[str, str]:
 
 
 def shipped_run(python: Path, directory: Path, log: Path) -> int:
-    """Train a shipped run on two ranks, and once more from its checkpoint; return the step that it came to."""
+    """Train a shipped run on two ranks, and once more from its checkpoint; return the step that it reached."""
     launch = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kfac_dist"]
     with log.open("a") as output:
         for steps in STEPS:
@@ -275,7 +276,7 @@ def run_tests(python: Path, tests: Sequence[str], report: Path, log: Path) -> No
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Return versions by package, of those that are there."""
+    """Return versions by package, of installed ones."""
     program = (
         "import importlib.metadata as m, json, platform\n"
         "found = {'python': platform.python_version()}\n"
@@ -289,7 +290,7 @@ def installed(python: Path) -> dict[str, str]:
 
 
 def count(report: Path, outcome: Outcome) -> None:
-    """Add what a report of pytest's says."""
+    """Add the results of a report of pytest's."""
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname')}.{case.get('name')}"
         bad = case.find("failure") if case.find("failure") is not None else case.find("error")

@@ -1,4 +1,4 @@
-"""How well the planner foretells a step: it calibrates, predicts, and then steps are measured, on 1, 2 and 4 ranks.
+"""Accuracy of the planner: calibration, prediction, and measured steps, on 1, 2 and 4 ranks.
 
 On each number of ranks the machine is calibrated by these very ranks, which share its cores. Then each strategy takes
 steps beside bare SGD steps, in turn: ordinary ones, those that measure, and those that measure and refresh. What a
@@ -47,7 +47,7 @@ from kfac_dist.preconditioner.phases import Phase
 from kfac_dist.tasks.models.byte_gpt import byte_gpt
 
 FACTOR_EVERY, INVERSE_EVERY = 10, 100
-# Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.
+# Kinds of four consecutive steps, with statistics every 2 and inverses every 4 steps.
 KINDS = ("refreshing", "ordinary", "measuring", "ordinary")
 STEPS = {
     "refreshing": StepKind(measured=(0,), diagonal=True, moments=False, slots=(0,)),
@@ -77,7 +77,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         },
     },
 }
-# What there is to choose on one rank, and on several.
+# Strategies on one rank, and on several.
 ALONE = ("replicated", "replicated, blocks of 512")
 TOGETHER = tuple(name for name in STRATEGIES if name != ALONE[1])
 
@@ -92,7 +92,7 @@ def config_of(workload: Workload, strategy: str) -> dict[str, Any]:
 
 
 def mean_step(kinds: dict[str, float]) -> float:
-    """Return what an average step adds at intervals 10/100."""
+    """Return the cost that an average step adds at intervals 10/100."""
     measuring = kinds["measuring"] - kinds["ordinary"]
     refreshing = kinds["refreshing"] - kinds["measuring"]
     return kinds["ordinary"] + measuring / FACTOR_EVERY + refreshing / INVERSE_EVERY
@@ -170,7 +170,7 @@ def compared(name: str, strategy: str, size: int, rounds: int, hardware: Hardwar
 
 
 def row_of(name: str, strategy: str, size: int, hardware: Hardware, found: Found) -> dict[str, Any]:
-    """Predict, and compare with what was found."""
+    """Predict, and compare with the measurements."""
     prediction = foretold(MODELS[name], strategy, size, hardware)
     costs = {kind: prediction.costs[step] for kind, step in STEPS.items()}
     told = {kind: 1000 * cost.total for kind, cost in costs.items()}
@@ -191,7 +191,7 @@ def row_of(name: str, strategy: str, size: int, hardware: Hardware, found: Found
 
 
 def again(out: Path) -> None:
-    """Predict once more from the calibrations of a file, beside what it has measured."""
+    """Predict once more from the calibrations of a file, beside its measurements."""
     known = json.loads(out.read_text())
     machines = known["results"]["calibrations"]
     rows = []
@@ -260,14 +260,14 @@ def main() -> None:
 
 
 def others(out: Path, ranks: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return what a file has of other numbers of ranks: a call replaces its own."""
+    """Return a file's results for other numbers of ranks: a call replaces its own."""
     known = json.loads(out.read_text())["results"] if out.exists() else {"cases": [], "calibrations": {}}
     machines = {size: found for size, found in known["calibrations"].items() if int(size) not in ranks}
     return [row for row in known["cases"] if row["ranks"] not in ranks], machines
 
 
 def save(rows: list[dict[str, Any]], machines: dict[str, Any], rounds: int, out: Path) -> None:
-    """Write what is known so far."""
+    """Write the results so far."""
     rows = sorted(rows, key=lambda row: row["ranks"])
     errors = sorted(abs(row["error"]) for row in rows)
     summary = {

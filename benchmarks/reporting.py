@@ -1,4 +1,4 @@
-"""What every result file says: machine, versions, settings, and numbers with their spread."""
+"""Contents of every result file: machine, versions, settings, and numbers with their spread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Return what the numbers depend on, without names of hosts or users."""
+    """Return the machine and versions, without names of hosts or users."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

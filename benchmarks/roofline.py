@@ -1,4 +1,4 @@
-"""What K-FAC's phases can't do without, in flops and bytes, over what the machine at hand can do.
+"""Necessary flops and bytes of K-FAC's phases, over the rates of the machine at hand.
 
 For a block with factors of a and g rows, M rows a measurement, fp32 (4 bytes a value) but for the rows, which autocast
 makes bfloat16 (2 bytes), a phase has to
@@ -81,7 +81,7 @@ def rows_of(kfac: KFAC, model: nn.Module, inputs: torch.Tensor) -> dict[tuple[st
 
 
 def work(kfac: KFAC, rows: Mapping[tuple[str, Side], float]) -> dict[str, Work]:
-    """Return what one measurement, one refresh of everything and one preconditioning have to do on one rank."""
+    """Return the work of one measurement, one refresh of everything and one preconditioning on one rank."""
     flops = dict.fromkeys(("statistics", "averaging", "inversion", "preconditioning"), 0.0)
     values = dict.fromkeys(flops, 0.0)
     for name, block in kfac.monitor.plan.blocks.items():

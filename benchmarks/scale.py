@@ -1,12 +1,12 @@
-"""The real `KFAC.step` as one rank of many: what it sends, holds and inverts, and how long planning takes.
+"""The real `KFAC.step` as one rank of many: its messages, memory and inversions, and the time of planning.
 
 A rank alone counts whose collectives go nowhere (torch's fake process group): what the others would send it doesn't
 matter for what it sends, holds and computes. The rank is the one with the most to invert. Models have the shapes of
 ResNet-50, BERT-large and GPT-1.3B. Of the two transformers some layers are run where memory forbids more; the same
 layers and all of them are planned as well, as `kfac-dist plan` does it, from shapes alone:
 
-    run       what `KFAC.step` sent, inverted and kept, on some layers       planned, the same layers: has to be equal
-    whole     planned, all layers: what the model would send and keep
+    run       sent, inverted and kept by `KFAC.step`, on some layers         planned, the same layers: has to be equal
+    whole     planned, all layers: sent and kept by the model
 
 Every case runs in a process of its own, some gigabytes and a minute each; with --plan-only nothing is run. Each call
 replaces its own rows of the output and leaves the others.
@@ -133,13 +133,13 @@ def job_of(network: nn.Module, config: dict[str, Any], size: int) -> PlannedRun:
 
 
 def sent(traffic: Traffic) -> dict[str, dict[str, int]]:
-    """Return what a rank counted, by label, without what it counts but once in a run."""
+    """Return a rank's counters, by label, without those of once in a run."""
     counted = {label: found for label, found in traffic.snapshot().items() if label != AT_THE_START}
     return {label: {"collectives": calls, "bytes_sent": nbytes} for label, (calls, nbytes) in counted.items()}
 
 
 def planned(job: PlannedRun) -> dict[str, Any]:
-    """Return what the planner says of the busiest rank."""
+    """Return the plan of the busiest rank."""
     rank = job.busiest
     return {
         "blocks": len(job.plan.blocks),
@@ -212,7 +212,7 @@ def whole_model(shape: Shape, config: dict[str, Any], size: int) -> dict[str, An
 
 
 def planning(size: int) -> dict[str, Any]:
-    """Plan a model of many layers for many ranks, and lay out what a rank sends; nothing is built but shapes.
+    """Plan a model of many layers for many ranks, and lay out a rank's buffers; nothing is built but shapes.
 
     CPU seconds: it is one thread, and other programs may run.
     """
@@ -238,7 +238,7 @@ def planning(size: int) -> dict[str, Any]:
 
 
 def apart(*words: str) -> dict[str, Any]:
-    """Return what a process of its own finds out."""
+    """Return the result of a separate process."""
     command = [sys.executable, "-m", "benchmarks.scale", "--case", *words]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -271,7 +271,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw what the whole models cost a rank against the number of ranks: collectives, bytes sent and kept, load."""
+    """Draw a rank's costs of the whole models against the number of ranks: collectives, bytes sent and kept, load."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""How long sharded gradients take to their owners and back, against two other ways, and what that sends.
+"""Time and bytes of sharded gradients to their owners and back, against two other ways.
 
 The GPT's gradients, after one backward pass under an engine, make the round trip in three ways, in turn:
 
@@ -98,7 +98,7 @@ class Setting:
             local[name].copy_(full[name][piece.start : piece.stop])
 
     def formula_bytes(self) -> int:
-        """Return what this rank sends: what it holds and does not own, and what it owns and does not hold."""
+        """Return this rank's sent elements: held and not owned, and owned and not held."""
         layout, rank = self.engine.layout(self.names), dist.get_rank()
         elements = 0
         for name, block in self.kfac.monitor.plan.blocks.items():

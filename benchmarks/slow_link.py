@@ -1,4 +1,4 @@
-"""What K-FAC's choices of distribution send over a slow link, and how long that takes.
+"""Bytes and seconds of K-FAC's distribution options over a slow link.
 
 Two hosts that are network namespaces of this machine, a rank each, joined by a link that `tc` limits. For every way to
 distribute (how factors are reduced, in which precision, packed or not, and who preconditions) the collectives of the
@@ -50,7 +50,7 @@ INVERSE_EVERY = 100  # over which the last column of the table spreads a refresh
 
 
 class Variant:
-    """One way to distribute, with what it sends and the seconds that takes."""
+    """One way to distribute, with its bytes and seconds."""
 
     def __init__(self, reduction: str, dtype: str, packed: bool, placement: str) -> None:
         self.names = {"reduction": reduction, "dtype": dtype, "packed": packed, "placement": placement}

@@ -1,4 +1,4 @@
-"""A long run with many checkpoints: what its processes hold must not grow.
+"""A long run with many checkpoints: the resources of its processes must not grow.
 
     warm-up ── early ───────────────────────────────── late        a look at every process each few seconds
                the first quarter after it              the last
@@ -29,19 +29,19 @@ from benchmarks.reporting import write
 
 # A share of the time that is not judged: allocators, caches and threads settle.
 WARM_UP = 0.2
-# What memory may grow by, over the whole time.
+# Tolerated growth of memory, over the whole time.
 MEMORY_GROWTH = 0.03
 STEP_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one rank held at one moment.
+    """One rank's resources at one moment.
 
     Attributes:
         seconds: Since the first step.
         step: Last logged step.
-        rank: Whose.
+        rank: The rank.
         memory_bytes: Resident memory that is no file's.
         threads: Number of threads.
         descriptors: Open file descriptors.
@@ -63,7 +63,7 @@ QUANTITIES = {"memory_bytes": MEMORY_GROWTH, "threads": 0.0, "descriptors": 0.0,
 
 
 def look(pid: int, rank: int, seconds: float, step: int, files: int) -> Look:
-    """Read what a process holds."""
+    """Read a process's resources."""
     place = Path("/proc") / str(pid)
     parts = [line.split() for line in (place / "smaps_rollup").read_text().splitlines()]
     own = sum(int(part[1]) * 1024 for part in parts if part[0] == "Anonymous:")
@@ -76,7 +76,7 @@ def look(pid: int, rank: int, seconds: float, step: int, files: int) -> Look:
 
 
 def files_of(run: Path) -> int:
-    """Count what lies in a run's directory; what is being written comes and goes."""
+    """Count the files in a run's directory, without unfinished ones."""
     found = 0
     with suppress(FileNotFoundError):
         found = sum(".writing" not in str(path) and ".aside" not in str(path) for path in run.rglob("*"))
@@ -114,7 +114,7 @@ def verdict(looks: Sequence[Look], minutes: float) -> dict[str, dict[str, float 
 def soak(
     directory: Path, minutes: float, checkpoints: int, ranks: int, engine: str, every_seconds: float
 ) -> tuple[list[Look], int]:
-    """Run for so long, and return what was seen and how many checkpoints; the run's directory stays."""
+    """Run for the given time, and return the samples and the number of checkpoints; the run's directory stays."""
     sections: dict[str, dict[str, object]] = {
         "run": {"timeout_seconds": 300.0},
         "model": {"name": "benchmarks.chaos_workload:Net", "args": {"seconds": STEP_SECONDS}},
@@ -143,7 +143,7 @@ def soak(
             time.sleep(every_seconds)
         job.strike(0, signal.SIGTERM)
         if job.wait() != 0:
-            raise Failed(f"the run did not stop as it was told: {job.output()[-2000:]}")
+            raise Failed(f"the run did not stop when signalled: {job.output()[-2000:]}")
     finally:
         job.end()
     return looks, len(saved)

@@ -1,4 +1,4 @@
-"""What K-FAC adds to a step, in multiples of the bare optimizer's step, phase by phase, beside the phase's floor.
+"""Time that K-FAC adds to a step, in multiples of the bare optimizer's step, by phase, with each phase's lower bound.
 
 Every round takes, one after the other in one process: a bare SGD step, and K-FAC's three kinds of step (ordinary;
 measuring; measuring and refreshing). From their medians follow the phases
@@ -44,7 +44,7 @@ from kfac_dist.curvature.factors import FactorKind, Side, Unit
 from kfac_dist.curvature.inverses.solvers import Task, solve
 
 INTERVALS = {"1/10": (1, 10), "10/100": (10, 100)}
-# Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.
+# Kinds of four consecutive steps, with statistics every 2 and inverses every 4 steps.
 KINDS = ("refreshing", "ordinary", "measuring", "ordinary")
 DAMPING, LR = 0.1, 1e-5
 
@@ -148,7 +148,7 @@ def _added(medians: dict[str, float], factor_every: int, inverse_every: int) -> 
 
 
 def floors(stepper: Stepper, bare_seconds: float) -> dict[str, float]:
-    """Return each phase's flops over the rate of a matrix product, in bare steps; what one rank of all has to do."""
+    """Return each phase's flops over the rate of a matrix product, in bare steps, for one rank of all."""
     assert stepper.kfac is not None
     rate = matmul_rate()
     plan, rows = stepper.kfac.monitor.plan, _rows(stepper)
@@ -250,7 +250,7 @@ def save(row: dict[str, Any], out: Path) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw what each method adds to a step at intervals 1/10, split by phase, with its floor beside it."""
+    """Draw each method's addition to a step at intervals 1/10, by phase, with its lower bound."""
     import matplotlib as mpl
 
     mpl.use("Agg")

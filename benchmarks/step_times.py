@@ -1,4 +1,4 @@
-"""How evenly long K-FAC's steps are: ordered step times of the GPT at T_inv = 100, statistics every 10 steps.
+"""Distribution of K-FAC's step times: the GPT at T_inv = 100, statistics every 10 steps.
 
 SGD alone and every variant take one window of T_inv steps each, one variant after the other: what a variant does beside
 training would else run while another one is timed. A window begins where early refreshes are over: step 0, which

@@ -90,7 +90,7 @@ GRIDS: dict[str, dict[str, Grid]] = {
 }
 
 
-# What else the chosen K-FAC setting is run with, to show what each choice does to steps and seconds.
+# Variants of the chosen K-FAC setting, to show the effect of each option on steps and seconds.
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32 inverses": {"inverse_dtype": "float32"},
     "bf16 inverses": {"inverse_dtype": "bfloat16"},
@@ -163,7 +163,7 @@ def train(task: Task, data: Tensor, method: str, setting: dict[str, Any], seed: 
             started = time.process_time()
 
 
-# ---- what a worker does: each returns what JSON can hold
+# ---- work of a worker: each function returns JSON values
 
 
 def data_of(task: Task) -> Tensor:
@@ -172,7 +172,7 @@ def data_of(task: Task) -> Tensor:
 
 
 def final_loss(task: Task, setting: dict[str, Any]) -> float:
-    """Return what SGD reaches at the end of its budget."""
+    """Return SGD's loss at the end of its budget."""
     seldom = replace(task, check_every=task.budget)
     return list(train(seldom, data_of(task), "sgd", setting, TUNING_SEED))[-1].loss
 
@@ -210,7 +210,7 @@ def choose(name: str, ledger: Ledger) -> tuple[dict[str, dict[str, Any]], dict[s
     target, best_sgd = min((pair for pair in log["sgd"] if math.isfinite(pair[0])), key=lambda pair: float(pair[0]))
     best = {"sgd": best_sgd}
     others = METHODS[1:]
-    # What the first trial took bounds the others: a slower one can't be chosen.
+    # The first trial's time bounds the others': a slower one can't be chosen.
     firsts = ledger.all(trial, [(task, method, settings[method][0], target, math.inf) for method in others])
     most = {method: math.inf if first[0] is None else first[0] for method, first in zip(others, firsts, strict=True)}
     rest = ledger.all(trial, [(task, m, setting, target, most[m]) for m in others for setting in settings[m][1:]])

@@ -43,7 +43,7 @@ METHODS = ("adamw", "kfac")
 
 @dataclass(frozen=True)
 class Budget:
-    """What all trainings share: steps, samples of a step, the lr's warm-up and last share of it, points of a curve."""
+    """Common settings of all trainings: steps, samples per step, the lr's warm-up and last share, points of a curve."""
 
     steps: int = 600
     batch: int = 64
@@ -132,7 +132,7 @@ def judge(data: DataSplits, model: nn.Module) -> dict[str, Any]:
     return {"loss": total / terms, **data.score.summarize(found)}
 
 
-# ---- what a worker does: each returns what JSON can hold
+# ---- work of a worker: each function returns JSON values
 
 
 def trial(method: str, setting: dict[str, Any], budget: Budget, sharing: str = "reduce") -> dict[str, Any]:
@@ -149,7 +149,7 @@ def run_seed(method: str, setting: dict[str, Any], seed: int, budget: Budget) ->
 
 
 def copied(held_out: Literal["dev", "test"]) -> dict[str, float]:
-    """Return what the sources themselves score as translations of held-out strings."""
+    """Return the score of the sources as translations of held-out strings."""
     data = translations(held_out=held_out)
     assert isinstance(data.score, TranslationScore)
     sources, prefixes, targets = data.test.tensors

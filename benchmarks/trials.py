@@ -17,7 +17,7 @@ Grid = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Point:
-    """Where a run stands: optimizer steps, CPU seconds, loss of the whole training set."""
+    """A point of a run: optimizer steps, CPU seconds, loss of the whole training set."""
 
     step: int
     seconds: float

@@ -1,4 +1,4 @@
-"""What evenly long steps cost in loss: layers that take turns, and inverses that are some steps old when they are used.
+"""Cost of evenly long steps in loss: layers that take turns, and inverses that are some steps old when used.
 
 Two shipped runs, the autoencoder on digits and the byte GPT, are trained as `kfac-dist train` does it, with everything
 measured and inverted in one step, with layers taking turns, with a lag, and with both. All else is the same, the number
@@ -31,7 +31,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @dataclass(frozen=True)
 class Run:
-    """A shipped run: its file, what is the same in all variants, where it is evaluated, and its intervals."""
+    """A shipped run: its file, the options common to all variants, the steps of evaluation, and its intervals."""
 
     config: str
     overrides: tuple[str, ...]

@@ -9,7 +9,7 @@ step at statistics every 10 and inverses every 100 steps,
 On this machine ranks share cores: as soon as there are more of them than cores, their wall times say nothing about
 scaling. Hence the CPU seconds of a rank stand beside the wall seconds of the slowest: with enough cores, time that
 isn't spent on the CPU is communication and waiting. On limited links (network namespaces and `tc`) the network is
-what is waited for, on any number of cores.
+the bottleneck, on any number of cores.
 
 Each call replaces its own rows of the output and leaves the others.
 
@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
         for placement, dtype in itertools.product(("replicated", "owner"), ("float32", "bfloat16"))
     },
 }
-# Which kind of step each of four consecutive ones is, with statistics every 2 and inverses every 4 steps.
+# Kinds of four consecutive steps, with statistics every 2 and inverses every 4 steps.
 KINDS = ("refreshing", "ordinary", "measuring", "ordinary")
 FACTOR_EVERY, INVERSE_EVERY = 10, 100
 

@@ -77,7 +77,7 @@ def _order(error: float) -> float:
 
 
 def _ranks(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], limit: float) -> list[dict[str, Any]]:
-    """Run each call in a process of its own, all at once; return what each gave, or how it failed."""
+    """Run each call in a separate process, all at once; return each one's result, or its failure."""
     context = multiprocessing.get_context("forkserver")
     # The first hides a torchvision that doesn't fit, before transformers looks for it.
     context.set_forkserver_preload(["benchmarks.zoo_models", "benchmarks.zoo_preloaded"])

@@ -1,4 +1,4 @@
-"""One family of the zoo in processes of its own: what `doctor` says, and five steps on one rank and on two.
+"""One family of the zoo in separate processes: the findings of `doctor`, and five steps on one rank and on two.
 
     examined(name)               the doctor's report, shares of parameters, exactness; then the steps on one rank
     stepped(name, file, …)       the steps on a rank of a world that meets in a file
@@ -43,11 +43,11 @@ FLOOR = 1e-3
 
 IDLE = "no backward pass comes through its calls"
 CHECKED = ("Linear", "Conv", "Embedding", "Norm")
-"""What a module's type has to have in its name to count as one that K-FAC should cover or name."""
+"""Parts of a type's name by which a module counts as one that K-FAC should cover or name."""
 
 
 def examined(name: str) -> dict[str, Any]:
-    """Return what there is to say of a family on one rank; `state` are its parameters after the steps."""
+    """Return the results of a family on one rank; `state` are its parameters after the steps."""
     _quiet()
     torch.manual_seed(SEED)
     model = build(name)
@@ -102,7 +102,7 @@ def _still(model: nn.Module, name: str) -> Still:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of some steps: the parameters, the losses of this rank's part, and what K-FAC covered."""
+    """Results of some steps: the parameters, the losses of this rank's part, and K-FAC's coverage."""
 
     model: nn.Module
     losses: list[float]
@@ -207,7 +207,7 @@ def _coverage(trained: Trained) -> dict[str, Any]:
         elif not reason:
             unnamed.append(key)
         else:
-            # Without numbers and without what to write instead.
+            # Without numbers and without the correction.
             reason = re.sub(r" by (its whole size|\S+ of its norm)", "", reason).partition(":")[0]
             reasons.setdefault(reason, Counter()).update(parameters=1, values=size)
     return {

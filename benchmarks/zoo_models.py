@@ -70,7 +70,7 @@ def families() -> list[Family]:
     return [*found.values(), *(Family(name, "timm", "timm") for name in TIMM)]
 
 
-# ---- what one family is trained on
+# ---- training data of one family
 
 
 class Logits(nn.Module):
@@ -121,7 +121,7 @@ def _named_config(kind: str) -> type:
 
 
 def data(name: str) -> DataSplits:
-    """Return random tokens with a label each, or images with one: those that the family's loss takes."""
+    """Return random tokens or images with labels for the family's loss."""
     family = next(family for family in families() if family.name == name)
     generator = torch.Generator().manual_seed(0)
     count = TRAINED + TESTED

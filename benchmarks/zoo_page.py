@@ -119,7 +119,7 @@ SAME, MODEL, APART = "same", "the model's own", "apart"
 
 
 def verdict(found: dict[str, Any], agree: float) -> str:
-    """Return whether two ranks come to one rank's parameters, and if not, whether they would without K-FAC."""
+    """Return whether two ranks reach one rank's parameters, and if not, whether they would without K-FAC."""
     if found["agreement"] < agree:
         return SAME
     without = _without(found)

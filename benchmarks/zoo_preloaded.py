@@ -1,4 +1,4 @@
-"""What every process of the zoo would import, and the server that they are forked from imports once."""
+"""Imports of every process of the zoo, made once by the server that they are forked from."""
 
 import torch._decomp.decompositions_for_jvp
 import torch._dynamo

@@ -6,8 +6,8 @@ set -eu
 directory=${1:-runs}
 limit=${HEALTHY_SECONDS:-1800}
 
-# The times of /proc/1 are not its start: they are of the moment that someone first looked. Field 22 is, in ticks since
-# boot; the second, a name in brackets, may have spaces.
+# The times of /proc/1 are not its start: they are of the first access. Field 22 is, in ticks since boot;
+# the second, a name in brackets, may have spaces.
 start_of_first_process() {
   boot=$(sed -n 's/^btime //p' /proc/stat)
   ticks=$(sed 's/.*) //' /proc/1/stat | cut -d ' ' -f 20)

@@ -73,7 +73,7 @@ def before_forward(
         prepend: Whether it comes before the hooks that are there.
 
     Returns:
-        What takes it off.
+        A registered hook; `remove` detaches it.
     """
     _prepare(module)
     handle = module.register_forward_pre_hook(_Hook(hook), with_kwargs=with_kwargs, prepend=prepend)
@@ -92,7 +92,7 @@ def after_forward(
         always_call: Whether it is called after an exception, too.
 
     Returns:
-        What takes it off.
+        A registered hook; `remove` detaches it.
     """
     _prepare(module)
     handle = module.register_forward_hook(_Hook(hook), with_kwargs=with_kwargs, always_call=always_call)

@@ -121,8 +121,8 @@ pass_on() { :; }
 tell_far() { return 1; }
 
 attend() {
-  # A session of its own: a terminal tells us alone. Whoever does not train, or not yet, leaves USR1 to the others. What
-  # bash starts with & ignores INT and QUIT.
+  # A separate session: a terminal signals only this script. Processes that don't train, or not yet, ignore USR1.
+  # Background jobs of bash ignore INT and QUIT.
   local apart=''
   ! command -v setsid > /dev/null || apart=setsid
   (
@@ -138,7 +138,7 @@ attend() {
   trap interrupt INT
   trap 'end_at_once' QUIT
   exec {terminal}>&2
-  # A signal ends `wait` before the launcher has ended. Bash's own word on one that was killed is for nobody.
+  # A signal ends `wait` before the launcher has ended. Bash's own message about a killed one is dropped.
   while kill -0 "$agent" 2> /dev/null; do { wait "$agent" || :; } 2> /dev/null; done
   local code=0
   { wait "$agent" || code=$?; } 2> /dev/null
@@ -151,7 +151,7 @@ attend() {
 stop() {
   if [[ -z $teller ]]; then
     printf '%s: told to stop; the run saves its state\n' "$(basename "$0")" >&"$terminal"
-    tell "$1" > /dev/null 2>&1 & # whoever reads our output does not wait for its `sleep`
+    tell "$1" > /dev/null 2>&1 & # readers of our output do not wait for its `sleep`
     teller=$!
   fi
 }

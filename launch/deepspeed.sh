@@ -21,7 +21,7 @@
 # Everything else goes to `kfac-dist train`: KEY=VALUE overrides, --resume, --compare, --name, --live, --quiet.
 #
 # GLOO_*, NCCL_* and TORCH_NCCL_* reach the ranks of all nodes; others do by a line NAME=VALUE in ~/.deepspeed_env.
-# When this script is told to stop, it tells the ranks of all hosts over ssh: they have the time that they need to save.
+# When this script receives a signal, it signals the ranks of all hosts over ssh, which then have the time to save.
 # PYTHON names the interpreter; OMP_NUM_THREADS the threads of a rank [1].
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -118,8 +118,8 @@ nodes=$((${#slots[@]} > 0 ? ${#slots[@]} : 1))
 [[ -z $node_rank || $node_rank -lt $nodes ]] \
   || fail "--node-rank: found '$node_rank', expected a place in the hostfile, from 0 to $((nodes - 1))"
 
-# tell_far SIGNAL: to this run's ranks on the hosts that DeepSpeed reaches over ssh; its launchers there are told nothing,
-# and end as the ranks do. Whoever listens to USR1 trains; KILL is for all.
+# tell_far SIGNAL: to this run's ranks on the hosts that DeepSpeed reaches over ssh; its launchers there get no signal,
+# and end as the ranks do. Processes that catch USR1 are training; KILL is for all.
 # shellcheck disable=SC2329  # invoked by `attend`'s traps
 tell_far() {
   local host told=1 there

@@ -41,7 +41,7 @@ class LossConfig(Section):
     """The loss; K-FAC takes its likelihood and its terms from here.
 
     Attributes:
-        name: Which one.
+        name: The loss.
         ignore_index: Label of terms that don't count.
     """
 

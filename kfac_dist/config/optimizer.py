@@ -39,7 +39,7 @@ class OptimizerConfig(Section):
     """The first-order optimizer that takes the (preconditioned) step.
 
     Attributes:
-        name: Which one; `ssd`, `mssd`, `svag` and `msvag` are those of "Dissecting Adam" (`optimizers.dissected`).
+        name: The optimizer; `ssd`, `mssd`, `svag` and `msvag` are those of "Dissecting Adam" (`optimizers.dissected`).
         lr: Learning rate; a number or a schedule over steps.
         momentum: Of `sgd`.
         nesterov: Of `sgd`.

@@ -34,11 +34,11 @@ class Schedule(Section):
 
     Attributes:
         value: Its value once the warm-up is over.
-        kind: How it moves from there.
-        final: Where it ends; not of a constant.
+        kind: Its course from there.
+        final: Its last value; not of a constant.
         steps: Step at which it gets there; by default the run's last.
         warmup_steps: Steps until `value` is reached.
-        warmup_from: Where the warm-up begins.
+        warmup_from: First value of the warm-up.
     """
 
     value: Positive

@@ -106,7 +106,7 @@ class RunConfig(Section):
 
     Attributes:
         name: Of the run, and of the folder of its files.
-        directory: Where that folder is.
+        directory: Parent of that folder.
         seed: Seed of the initial weights, the batches and all other random numbers.
         device: Device of each rank; `auto` is a GPU for each rank if PyTorch finds them, else the CPU.
         timeout_seconds: Seconds that ranks wait for each other before they give up.

@@ -35,7 +35,7 @@ class DivergenceConfig(Section):
         skips: Steps skipped in a row, or logged windows in a row with dropped statistics, after which the run goes back
             to its newest checkpoint.
         damping_factor: Factor by which a skip multiplies the damping; logged steps without a skip divide by it again.
-        rollbacks: How often the run may go back; then, or without a checkpoint, it ends as diverged.
+        rollbacks: Number of returns to a checkpoint; then, or without a checkpoint, it ends as diverged.
     """
 
     skips: Count = 10

@@ -194,7 +194,7 @@ class ChainGroup(Group):
     Args:
         blocks: The blocks in the chain's order.
         units: The units of each.
-        device: Where they live.
+        device: Their device.
         working: Precision of everything.
 
     Attributes:

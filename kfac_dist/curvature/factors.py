@@ -62,7 +62,7 @@ class Unit:
 
     Attributes:
         block: Name of the block.
-        side: Which of the block's factors.
+        side: The factor of the block.
         index: Position among the diagonal blocks of that factor.
         start: First row of the factor that belongs to this unit.
         stop: Row after the last.

@@ -110,7 +110,7 @@ class RunningAverages:
         units: All units, in the order in which backward completes them.
         held: The units whose averages live on this rank; the others are only measured here.
         decay: β.
-        device: Where the layers live.
+        device: The layers' device.
         dtype: Precision of the averages.
         working: Precision of the window and of weights and traces.
         transient_window: Free the window between measurements (saves memory, costs an allocation each time).

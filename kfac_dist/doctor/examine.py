@@ -75,7 +75,7 @@ def examine(config: Config, world_size: int | None = None, fisher: FisherRequest
         planned = _planned_ranks(world, world_size)
         ranks = build_communicator(config.run.timeout_seconds)
         try:
-            # What failed on one rank reads differently there: all return what rank 0 says of it.
+            # A failure on one rank has another message there: all return rank 0's.
             report: Report = ranks.gather_objects(
                 _examine(_Case(config, world, ranks), planned, fisher), label="report"
             )[0]

@@ -42,7 +42,7 @@ def measuring(
     Args:
         model: The model or its engine.
         config: The run's options; only those that define a factor are kept.
-        fisher: Whose gradients make G.
+        fisher: Gradients that G is computed from.
         sharing: Replaces the run's weight-sharing setting.
     """
     changes: dict[str, Any] = {"fisher": fisher, "factor_every": 1, "stagger": 1, "decay": 0.0, "sample_fraction": 1.0}

@@ -25,7 +25,7 @@ def examine_plan(
 
     Args:
         blocks: The blocks of the plan.
-        config: How.
+        config: The distribution.
         plan: The plan for the ranks of the run.
         local_world_size: Ranks of a node.
         shard_size: From a number of ranks to how many of them hold each gradient once.

@@ -123,7 +123,7 @@ def _of_rounding_alone(config: KFACConfig, parts: RunParts, single: Units, batch
 
 
 def _coupled_parameters(parts: RunParts, batch: StepBatch) -> set[str]:
-    """Return the parameters whose gradient of the batch isn't the sum of those of its samples, whoever made it so."""
+    """Return the parameters whose gradient of the batch isn't the sum of its samples' gradients, for any reason."""
     module, loss = parts.engine.module, parts.loss
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     sums = []

@@ -110,7 +110,7 @@ def build_engine(
 
     Args:
         model: The model; what is returned may be made of it.
-        config: How it is distributed.
+        config: Its distribution.
         train: Batches and clipping, which DeepSpeed is told at its start.
         world: The ranks.
         build_optimizer: Makes an optimizer of the parameters: those of the distributed model, or the model's own if

@@ -201,7 +201,7 @@ def build_fsdp2(model: nn.Module, config: FSDP2Config, precision: Precision, dev
 
     Args:
         model: The model, on its device.
-        config: How.
+        config: The distribution.
         precision: In what it computes.
         device: This rank's.
 

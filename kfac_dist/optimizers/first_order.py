@@ -18,7 +18,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
 
     Args:
         parameters: Parameters of the model; frozen ones are left out.
-        config: Which optimizer and its constants.
+        config: The optimizer and its constants.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     match config.name:

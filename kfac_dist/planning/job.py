@@ -71,8 +71,8 @@ class PlannedRun:
 
     Attributes:
         model: The model.
-        config: How it is preconditioned.
-        engine: Where gradients live.
+        config: Its preconditioning.
+        engine: The engine, which holds the gradients.
         plan: Assignment of work to ranks.
         node_size: Ranks of a node.
     """

@@ -206,7 +206,7 @@ def copied_bytes(blocks: Sequence[Block], config: KFACConfig, micro: MicroRows) 
 
     Args:
         blocks: The model's blocks.
-        config: What is measured, and what share of it.
+        config: The measurement, with its share of rows.
         micro: The micro-batch.
     """
     if not micro.copied:

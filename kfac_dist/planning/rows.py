@@ -30,7 +30,7 @@ def count_rows(model: nn.Module, blocks: Sequence[Block], data: Target) -> tuple
     Args:
         model: The model, on the device `meta`.
         blocks: Its blocks.
-        data: What it is trained on: its first sample's shape counts.
+        data: The data, of which the first sample's shape counts.
     """
     try:
         inputs = sample_shapes(data)

@@ -34,7 +34,7 @@ class Work:
 
     Attributes:
         flops: Floating-point operations.
-        seconds: How long that takes, copies included.
+        seconds: Time of that, copies included.
         by_block: The part of it that belongs to each block.
     """
 

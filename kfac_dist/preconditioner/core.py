@@ -66,7 +66,7 @@ class Core:
         measured: Steps that were measured.
         ended: Whether a step has ended since this was last unset.
         names_dropped: Whether a refresh is to warn, once, of layers whose statistics were dropped.
-        phases: How long the parts of steps take.
+        phases: Times of the parts of steps.
     """
 
     def __init__(self, engine: Engine, asked: KFACConfig, loop: Loop) -> None:

@@ -97,7 +97,7 @@ class Monitor:
 
         Measured on running averages before half of each is mirrored or left unread, and on inverses before they are
         made symmetric. Keys are a unit's name and `factor` or `inverse`. Units that can't be asymmetric aren't listed:
-        eigenbases, diagonals, and factors that came as packed triangles, which are mirrored before anyone measures.
+        eigenbases, diagonals, and factors that came as packed triangles, which are mirrored before they are measured.
         """
         return {
             (unit.name, kind): value

@@ -162,7 +162,7 @@ def assemble(
         loop: Objects of the training loop.
         comm: All ranks.
         plan: The work of every rank.
-        device: Where the blocks lie.
+        device: The blocks' device.
         queue: The layers that steps measure and refresh.
         phases: Records the time of measuring.
         counter: Counts the loss's terms, through changes of the model.

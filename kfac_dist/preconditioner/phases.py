@@ -36,7 +36,7 @@ class PhaseTimer:
     no time here; waiting for it does.
 
     Args:
-        device: Where K-FAC computes.
+        device: K-FAC's device.
     """
 
     def __init__(self, device: torch.device) -> None:

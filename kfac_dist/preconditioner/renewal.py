@@ -20,7 +20,7 @@ from kfac_dist.distributed.communicators.base import Communicator
 from kfac_dist.engines import Engine
 
 LABEL = "model changes"
-# How warnings begin.
+# Beginnings of warnings.
 MISMATCHED = "the inputs and output gradients captured of these layers don't make the gradients of their weights"
 # Consequence of a change of the model, by whether the engine can follow it.
 FOLLOWS = {
@@ -59,7 +59,7 @@ class ParameterWatch:
 
         Args:
             agree: Whether ranks vote: collective, and waits for the device. One rank needs none.
-            device: Where the vote is counted.
+            device: Device of the vote.
         """
         own = self._differs()
         if self._communicator.size == 1:

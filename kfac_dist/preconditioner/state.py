@@ -98,7 +98,7 @@ def agree_to_load(parts: Parts, values: Mapping[str, Any], leaving: Set[str] = f
     """Refuse a state that doesn't fit on some rank, or isn't the same step's on all; collective.
 
     Args:
-        parts: Where it goes.
+        parts: The parts that it is loaded into.
         values: The state.
         leaving: Blocks that are left out before it is loaded, as in the run that was saved.
 

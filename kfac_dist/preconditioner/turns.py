@@ -29,7 +29,7 @@ class _Left:
 
     Attributes:
         gradients: The first gradients.
-        number: How many there are.
+        number: Their number.
         versions: Of all gradients together.
         parameter: The place of the first parameter with a gradient, and its version; None if there is none.
     """
@@ -70,7 +70,7 @@ class Turns:
     """Refuses steps out of turn, on every rank alike.
 
     Args:
-        engine: Where the gradients are; one that doesn't drive its optimizer.
+        engine: The engine, which holds the gradients and doesn't drive its optimizer.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -44,7 +44,7 @@ def draw_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
 
     Args:
         curves: The runs, the one of interest first.
-        path: Where to write.
+        path: The file to write.
         title: Shown above both panels.
 
     Raises:

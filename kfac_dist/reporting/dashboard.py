@@ -43,15 +43,15 @@ class History:
     Attributes:
         title: The run and its optimizer.
         total_steps: Its length.
-        first_step: Where this process took it up.
-        restarts: How often a launcher has started it again.
+        first_step: First step of this process.
+        restarts: Number of restarts by a launcher.
         last_saved: When its newest checkpoint was complete.
         began: When this process took it up, in seconds of a monotonic clock.
         rows: Logged steps; every second is dropped when there are `MOST_ROWS`.
         recent: The newest of them, all.
         evaluations: Steps, and results on the test data there.
         skipped: Steps that were not taken.
-        went_back: How often the run continued from an earlier step.
+        went_back: Number of returns to an earlier step.
         updated: When the newest row came, on the same clock.
     """
 

@@ -47,7 +47,7 @@ class Reading:
         damping: λ; None without K-FAC.
         failed_inversions: Units that rank 0 could not solve, and left as they were.
         raised_dampings: Factors that rank 0 inverted with more damping than configured, for negative eigenvalues.
-        dropped_statistics: How often a rank has dropped statistics of a step, because they were not finite.
+        dropped_statistics: Times that a rank has dropped non-finite statistics of a step.
         phase_seconds: Seconds that rank 0 spent in each phase of K-FAC's steps.
         collectives: Collectives that rank 0 took part in, by label.
         bytes_sent: Bytes that rank 0 sent in them.
@@ -81,7 +81,7 @@ class Exporter:
     """Serves one process's metrics until it is closed; a context.
 
     Args:
-        config: Where to listen, and when a run counts as standing still; its `port` is set.
+        config: The address, and the time after which a run counts as hanging; its `port` is set.
         run: The run's name, a label of every metric.
 
     Attributes:

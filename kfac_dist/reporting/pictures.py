@@ -26,7 +26,7 @@ def write_grid(samples: NDArray[np.floating], path: Path) -> None:
     Args:
         samples: `[n, channels, height, width]` of 1 (grey) or 3 (red, green, blue) channels, or `[n, height, width]`;
             values from −1 (black) to 1 (white), beyond which they are cut.
-        path: Where to write; the directory is made.
+        path: The file to write; its directory is made.
 
     Raises:
         ValueError: The samples are no pictures.

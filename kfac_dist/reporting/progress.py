@@ -122,7 +122,7 @@ class LineProgress:
     """One plain line every few seconds, and at the first and the last step: for files and CI logs.
 
     Args:
-        stream: Where to print; standard output by default.
+        stream: Stream to print to; standard output by default.
         every_seconds: Least time between two lines.
     """
 

@@ -46,7 +46,7 @@ class RunRecord:
         host: Host of rank 0.
         pid: Rank 0's process.
         job: SLURM's number of the job; None outside of SLURM.
-        restarts: How often torchrun or SLURM has started it again.
+        restarts: Number of restarts by torchrun or SLURM.
         changed: When this was written, in seconds since 1970.
         earlier: Directory to which this start has moved an earlier run of its name; "" if there was none.
     """
@@ -70,7 +70,7 @@ class RunFile:
     Args:
         directory: The run's directory, which exists; None on ranks other than 0, which write nothing.
         ranks: Number of ranks.
-        earlier: Where an earlier run of its name was moved; None if there was none.
+        earlier: New directory of an earlier run of its name; None if there was none.
     """
 
     def __init__(self, directory: Path | None, ranks: int, earlier: Path | None = None) -> None:

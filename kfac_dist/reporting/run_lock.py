@@ -129,7 +129,7 @@ class RunLock:
         note: Shown a line when it takes over from a holder that is dead.
         beat_seconds: Time between two signs of life.
         stale_seconds: A holder on another host that has given none for so long is dead.
-        patience_seconds: How long a holder that is alive may take to end.
+        patience_seconds: Seconds to wait for a living holder's end.
     """
 
     def __init__(

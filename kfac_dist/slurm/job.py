@@ -48,10 +48,10 @@ class SlurmJob:
         ranks_per_node: Ranks on each node; None for one a GPU, or one.
         cpus_per_task: Cores of each of srun's tasks (torchrun: a node's); None leaves it to SLURM.
         memory: Of each node, such as `64G`; None leaves it to SLURM.
-        partition: Where; None leaves it to SLURM.
+        partition: The partition; None leaves it to SLURM.
         account: Account that is charged; None leaves it to SLURM.
         started_by: Launcher of the ranks.
-        max_restarts: How often torchrun starts them again.
+        max_restarts: Number of restarts by torchrun.
         stop_seconds: Seconds before the limit at which the run is signalled to save its state.
         container: The image, if any.
         setup: A shell command to begin with.

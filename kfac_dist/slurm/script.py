@@ -47,7 +47,7 @@ def render(
         text: A script of slurm/.
         job: Its request.
         config: The run's configuration, complete.
-        run_directory: Where the run's files go; `<run_directory>-<task>` in an array.
+        run_directory: Directory of the run's files; `<run_directory>-<task>` in an array.
         python: The interpreter, where there is no container.
         resume: Value of the ranks' `--resume`; empty for the configuration's.
         sweep: A file with overrides, one line a task; None for a job that is no array.

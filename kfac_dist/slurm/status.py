@@ -63,7 +63,7 @@ class RunStatus:
         host: Host of rank 0, now or before.
         job: SLURM's number of the job.
         job_state: SLURM's state of it, or `FORGOTTEN`; None if SLURM can't be asked.
-        restarts: How often it was started again.
+        restarts: Number of its restarts.
         earlier: Directory to which its start has moved an earlier run of its name; "" if there was none.
         unreadable: Reason why its log can't be read; empty if it can.
     """

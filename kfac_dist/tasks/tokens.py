@@ -93,7 +93,7 @@ def masked_text(context: int = 128, masked: float = 0.15, copies: int = 4, test_
     Args:
         context: Length of a sequence, in bytes.
         masked: Share of the bytes that are chosen; of them 80 % are masked, 10 % any byte, 10 % as they were.
-        copies: How often an epoch has each sequence, every time with others of its bytes chosen.
+        copies: Copies of each sequence in an epoch, each with other bytes selected.
         test_fraction: Share of the text, at its end, to test on.
 
     Raises:
@@ -141,7 +141,7 @@ def random_tokens(
     Args:
         context: Tokens of a sequence.
         vocabulary: Tokens to draw from, at most 65,536.
-        sequences: How many, together.
+        sequences: Their total number.
         mask: The token that replaces masked ones; left out, each next token is predicted.
         test_fraction: Share of them to test on.
     """

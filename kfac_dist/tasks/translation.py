@@ -50,7 +50,7 @@ def translations(
         vocabulary: Subwords, as many as the model has.
         source_length: Longest source, in subwords; longer ones are left out.
         target_length: Longest translation with its end, in subwords.
-        held_out: Which tenth of the strings is tested on: `test`, or `dev`, with which to choose settings and by which
+        held_out: Tenth of the strings that is tested on: `test`, or `dev`, with which to choose settings and by which
             the strings of `test` aren't seen at all.
         beams: Hypotheses that decoding follows; 1 is greedy.
 

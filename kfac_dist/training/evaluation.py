@@ -57,7 +57,7 @@ def evaluate(
         engine: The model; its train/eval mode is put back.
         loss: Loss and metric.
         source: The data.
-        samples: How many of its samples.
+        samples: Number of its samples.
         batch_size: Samples of a forward pass on one rank.
         communicator: The ranks.
         score: Further scores; it sees each rank's part, and then the findings of all samples.

@@ -51,11 +51,11 @@ class Trainer:
     Args:
         parts: Model, data, loss, optimizers.
         communicator: The ranks.
-        outputs: Where numbers go.
+        outputs: Destinations of logged numbers.
 
     Attributes:
         step: Optimizer steps done.
-        position: Where the data continues.
+        position: Next position in the data.
         stopwatch: Training time.
     """
 

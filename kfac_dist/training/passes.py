@@ -66,7 +66,7 @@ def explained(where: str, module: nn.Module, inputs: Inputs, targets: Tensor) ->
     """Turn torch's refusal of a micro-batch into one message that names the step, the shapes and the line.
 
     Args:
-        where: Which micro-batch, such as `step 3`.
+        where: The micro-batch, such as `step 3`.
         module: The bare model.
         inputs: The model's inputs.
         targets: The loss's targets.

@@ -46,7 +46,7 @@ class TrainResult:
     """Outcome of `train`.
 
     Attributes:
-        directory: Where its files are.
+        directory: Directory of its files.
         runs: The run itself, then the runs that it was compared with; without those that were not started.
         preempted_at: Step at which it was stopped, its state saved; None if it is complete.
         interrupted: Whether it was Ctrl-C that stopped it.

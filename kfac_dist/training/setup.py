@@ -44,7 +44,7 @@ class RunParts:
         train: The training data.
         test: The held-out data.
         total_steps: Length of the run.
-        settings: How often the run logs and evaluates, the size of its batches, and its reactions to bad steps.
+        settings: Intervals of logging and evaluation, batch sizes, and reactions to bad steps.
         learning_rate: The rate that the run sets and logs.
         stepper: Finds the step instead of the optimizer, which then descends by it; None for the direct solver.
         average: The running average of the weights, if the run keeps one.
@@ -99,7 +99,7 @@ def build_parts(
 
     Args:
         config: The run's configuration.
-        world: Where this rank computes.
+        world: This rank's place and device.
         communicator: The ranks.
         set_activity: Told what comes next, for ranks that have to wait.
 

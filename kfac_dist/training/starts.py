@@ -31,7 +31,7 @@ def take_directory(
     """Make room for a run, and write its configuration.
 
     Args:
-        directory: Where its files are to be.
+        directory: Directory of its files.
         written: Its configuration as YAML.
         progress: Shows what becomes of an earlier run.
         anew: Whether what is in the directory is no part of the run; see `begins_anew`.

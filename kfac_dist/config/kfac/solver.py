@@ -37,7 +37,7 @@ class CGConfig(Section):
         tolerance: ε of the stopping rule: the last k iterations have lowered the model by less than kε of its value.
         window: k of that rule, or a tenth of the iterations if that is more.
         warm_start: The last step's solution times this is where the next one starts; 0 starts from nothing.
-        backtracking: How often the solution may be halved until the batch's loss falls enough; then the step is
+        backtracking: Times that the solution may be halved until the batch's loss falls enough; then the step is
             left out. 0 doesn't look.
         compare_every: Steps between comparisons: how many iterations, 500 at most, would conjugate gradients without
             K-FAC have needed to lower the model as far? 0 never asks.

@@ -30,7 +30,7 @@ def commented_yaml(shipped: Path, target: Path) -> str:
 
     Args:
         shipped: The shipped file.
-        target: Where the text will be, for the commands in its head.
+        target: Path of the text, for the commands in its head.
     """
     values = read_document(shipped).values
     lines = [

@@ -124,7 +124,7 @@ class Document:
 
     Attributes:
         values: The mapping of its top level.
-        places: Where a path was written.
+        places: Place of each path in its file.
         path: Of a document of one value, an override: where that value goes. A number in it counts into a list.
     """
 

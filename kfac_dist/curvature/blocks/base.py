@@ -49,12 +49,12 @@ class Block(ABC):
         parameters: Full parameter names and parameters, in the order in which the gradient matrix takes them.
         factors: The factors that are measured, by side.
         matrix_shape: `(batch, d_out, d_in(+1))` of the gradient matrix.
-        sharing: How positions that share the weight enter.
+        sharing: Treatment of positions that share the weight.
         partial_traces: Whether A and G are the partial traces of F, so that F ≈ A ⊗ G / tr F and not A ⊗ G.
         by_class: Whether its statistics can be kept apart by class.
         heads: The layer's relation to attention's heads, as found by `find_blocks`; None if it has none.
         per_sample: Whether rows of A and G make the gradients of single samples, as EKFAC needs them.
-        parameter_names: How the layer calls its parameters, in the order of `parameters`; without the first, the
+        parameter_names: The layer's names of its parameters, in the order of `parameters`; without the first, the
             weight, it has no block.
     """
 

@@ -31,7 +31,7 @@ Named = tuple[str, nn.Module]
 # Why a parameter that isn't trained has no block.
 FROZEN = "frozen"
 _FROZEN_WEIGHT = "its weight is frozen"
-# How the parameters of layers that have a block are called; a class that derives from them may add others (LoRA).
+# Names of parameters of layers that have a block; derived classes may add others (LoRA).
 _OWN_NAMES = ("weight", "bias", "bias_k", "bias_v")
 
 

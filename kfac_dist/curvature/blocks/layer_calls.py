@@ -32,7 +32,7 @@ class LayerCall:
         grad: Gradient of the loss with respect to the layer's output, summed over backward passes; None before any.
         settled: Whether no further gradient can come, since the last one's graph is freed.
         edge: The output's place in the autograd graph, for backward passes of K-FAC's own.
-        reading: Where the samples lie in input and gradient; None: as their shapes say. Set before a gradient is taken.
+        reading: The samples' place in input and gradient; None: as their shapes say. Set before a gradient is taken.
         leading: Dimensions of input and gradient before the features.
         arranged: Whether the block's own hooks have put samples first in them.
         number: Calls of the block before it in this micro-batch.
@@ -142,7 +142,7 @@ class Pending:
     Attributes:
         uses: Calls that were seen.
         regions: The checkpointed region that each call was part of, if its input is still to come.
-        seen: How many calls there have been.
+        seen: Number of calls.
     """
 
     calls: list[LayerCall] = field(default_factory=list)

@@ -22,7 +22,7 @@ class Signs:
     Args:
         name: The block's name, which seeds them.
         shape: `(batch, d_out, d_in(+1))` of its gradient matrix.
-        device: Where they are used.
+        device: Device of their use.
     """
 
     def __init__(self, name: str, shape: Sequence[int], device: torch.device) -> None:

@@ -29,7 +29,7 @@ class MicroBatch:
             when only the device knows it (valid tokens).
         inverse_scale: Reciprocal of the loss scale: a 0-dim tensor where only the device knows it; None without one.
         stride: One row in `stride` enters the factors.
-        phase: Which one; rotates from measurement to measurement.
+        phase: Index of the first one; rotates from measurement to measurement.
         classes: Source of the rows' classes, where statistics are kept apart by class.
     """
 

@@ -162,7 +162,7 @@ class Provenance:
         """Return the readings of layers by call, once where all calls have the same one; none where none is known.
 
         Args:
-            place: Where the pass's shapes show the samples.
+            place: The samples' place in the pass's shapes.
         """
         label = self._label(place)
         if label is None:
@@ -186,9 +186,9 @@ class Provenance:
         Args:
             name: Its name.
             function: The function.
-            args: What it was called with.
+            args: Its arguments.
             given: By name.
-            made: What it returned.
+            made: Its result.
         """
         if not any(self.layout(tensor) for tensor in _near([*args, *given.values()])):
             return

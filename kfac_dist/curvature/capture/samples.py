@@ -40,7 +40,7 @@ class TensorDim:
 
     Attributes:
         kind: `inputs`, `outputs` or `layers`; `one` stands for one sample without a batch's dimension.
-        tensor: Which one.
+        tensor: The tensor.
         dim: The dimension.
     """
 

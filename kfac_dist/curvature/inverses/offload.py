@@ -38,7 +38,7 @@ class Offload:
 
     Args:
         groups: All groups of this rank, in the order in which they precondition.
-        device: Where they do.
+        device: Device of the preconditioning.
 
     Attributes:
         host_bytes: Bytes on the host.

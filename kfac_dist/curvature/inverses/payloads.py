@@ -62,7 +62,7 @@ def stored_bytes(units: Sequence[Unit], solver: Solver, itemsize: int, working: 
 
     Args:
         units: The block's units.
-        solver: What makes the payloads.
+        solver: The solver of the payloads.
         itemsize: Bytes of a matrix's value.
         working: Bytes of a vector's.
     """
@@ -79,8 +79,8 @@ class BlockDiagonal:
     Args:
         units: The side's units in one of the blocks.
         rows: k times the independent matrices of a block.
-        solver: What made the payloads.
-        device: Where they live.
+        solver: The solver of the payloads.
+        device: Their device.
         dtype: Of the matrices.
         working: Of the vectors.
     """
@@ -170,8 +170,8 @@ class Payloads:
     Args:
         blocks: k blocks of equal `matrix_shape` and factors.
         units: The units of each block, alike in everything but their names.
-        solver: What made the payloads.
-        device: Where they live.
+        solver: The solver of the payloads.
+        device: Their device.
         dtype: Precision in which matrices are kept and multiplied.
         working: That of everything else: vectors, gradients, payloads on their way.
 

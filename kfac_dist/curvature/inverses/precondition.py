@@ -163,7 +163,7 @@ def build_groups(
         blocks: The blocks.
         units: The units of each.
         solver: The solver of the payloads.
-        device: Where the groups live.
+        device: The groups' device.
         dtype: Precision of matrices.
         largest: Bytes of payloads above which a group is cut in several; by default none is.
         working: Precision of everything else.

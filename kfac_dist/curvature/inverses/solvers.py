@@ -36,7 +36,7 @@ _RAISES = (1.0, 10.0, 100.0, 1000.0)
 _LARGEST_BATCHED = 256
 _NEWTON_SCHULZ_STEPS = 60
 _NEWTON_SCHULZ_TRIAL = 3
-# How near an inverse has to come before the last step, which squares the rest.
+# Largest residual of an inverse before the last step, which squares it.
 _NEWTON_SCHULZ_RESIDUAL = 1e-4
 
 Invert = Callable[[Tensor, Tensor], Tensor]

@@ -86,7 +86,7 @@ def fail_together(comm: Communicator, found: Sequence[KFACError]) -> None:
 
     Args:
         comm: The ranks.
-        found: What has failed on this rank, if anything; see `caught`.
+        found: The failure on this rank, if any; see `caught`.
 
     Raises:
         KFACError: On a rank that failed its own, on the others one of the same kind that names the rank.

@@ -40,7 +40,7 @@ class Communicator(ABC):
     Attributes:
         rank: This process's rank within the communicator.
         size: Number of ranks.
-        device: Where small tensors that carry decisions must live to be sent.
+        device: Device of small tensors that carry decisions.
         traffic: Counters of this rank's messages; shared with the communicators split from this one.
         in_order: Whether collectives on a GPU's memory run one after the other, as they were started: then one may be
             started whose input is the output of another that is still in flight.

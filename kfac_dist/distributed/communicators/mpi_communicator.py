@@ -33,7 +33,7 @@ from kfac_dist.errors import CollectiveError, ConfigError
 
 KEY = "kfac.distribution.backend: mpi"
 HALVES = (torch.bfloat16, torch.float16)
-# How long `wait` asks without a pause: a collective among ranks that are ready takes less.
+# Seconds that `wait` polls without a pause: a collective among ranks that are ready takes less.
 EAGER_SECONDS = 0.002
 PAUSE_SECONDS = 0.0002
 

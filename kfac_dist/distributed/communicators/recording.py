@@ -58,7 +58,7 @@ class RecordingCommunicator(Communicator):
     """One rank of many, the others of which aren't there.
 
     Attributes:
-        calls: What it was asked to do, and the communicators split from it.
+        calls: Its calls, and those of the communicators split from it.
         ranks: Its ranks, in the numbers of the world.
     """
 

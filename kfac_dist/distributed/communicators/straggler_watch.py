@@ -35,7 +35,7 @@ class Watch:
         store: The store of all ranks; None if a rank is alone, or didn't use a store at start-up.
         rank: This rank.
         size: Number of ranks.
-        tick_seconds: How long a rank stands still before it looks for a question.
+        tick_seconds: Seconds of waiting after which a rank looks for a question.
         on_lost: Told of a collective that has failed, once it is explained and before anything is taken down.
     """
 

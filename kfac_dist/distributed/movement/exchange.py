@@ -64,7 +64,7 @@ class Copy:
         holder: The rank that holds these elements as its shard.
         local: The first of them in the holder's slice of the gradient.
         offset: The first of them in the flattened part.
-        numel: How many there are.
+        numel: Their number.
     """
 
     part: str
@@ -203,7 +203,7 @@ class Exchange:
         plan: This rank's plan; every rank's comes from the same layout and the same parts.
         places: The memory of each part that this rank owns, as `[R, C]` with the part's elements row by row: there it
             is assembled, in fp32 or what owners compute on, and from there it goes back.
-        device: Where the gradients live.
+        device: The gradients' device.
         wire_dtype: The dtype sent.
         label: Name of the traffic.
 

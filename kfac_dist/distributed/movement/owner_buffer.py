@@ -246,7 +246,7 @@ class PendingReduce:
 
     Args:
         work: The first collective.
-        received: What it fills: as many elements from every rank.
+        received: The receive buffer: as many elements from every rank.
         size: Number of ranks.
         follow: Takes the sum of what was received to those whose it is, and returns what comes here.
     """

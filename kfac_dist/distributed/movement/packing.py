@@ -57,7 +57,7 @@ def unpack_symmetric(packed: Tensor, n: int, out: Tensor | None = None) -> Tenso
     Args:
         packed: Contiguous [..., n(n+1)/2].
         n: Size of a matrix.
-        out: Where the matrices go, [..., n, n], converted to its dtype; by default a new tensor like `packed`.
+        out: The matrices, [..., n, n], converted to its dtype; by default a new tensor like `packed`.
 
     Returns:
         The matrices: `out` where it was given.

@@ -28,7 +28,7 @@ def gather_slices(
         layout: Slices by the rank that holds them.
         local: By parameter name, what this rank holds of it: its slice, or all of what is replicated. What it holds
             nothing of may be missing.
-        device: Where the tensors live.
+        device: The tensors' device.
         dtype: Their precision.
         label: Name of the traffic.
 

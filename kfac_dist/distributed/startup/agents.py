@@ -48,7 +48,7 @@ class AgentWatch:
     """Ends this process once a process between it and its launcher's is gone; a context, in which its thread runs.
 
     Args:
-        info: Where this process stands.
+        info: This process's rank and launcher.
         end: Called with a message, instead of ending the process.
         tick_seconds: Time between two looks.
     """

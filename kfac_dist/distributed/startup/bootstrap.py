@@ -27,7 +27,7 @@ from kfac_dist.distributed.startup.rank_info import Launcher, RankInfo, find_ran
 from kfac_dist.distributed.startup.rendezvous import fresh_store
 from kfac_dist.errors import CollectiveError, ConfigError
 
-# How long a name server may be out of order, and how often it is asked.
+# Seconds that a name server may be out of order, and between questions.
 NAME_SECONDS = 10.0
 NAME_PAUSE_SECONDS = 1.0
 # In a store that outlives the ranks: which process was rank 0 first.
@@ -45,13 +45,13 @@ class World:
     """The ranks of this run, joined; leaving the context leaves the world.
 
     Attributes:
-        info: Where this process stands.
+        info: This process's rank and launcher.
         device: Its device.
         backend: Backend of torch.distributed; None when alone, without a process group.
         owns_group: Whether `bootstrap` made the process group, and `close` destroys it.
         exported: Variables that `bootstrap` has set, and `close` takes away.
         store: The store of the rendezvous; None when alone, or when the process group existed already.
-        first: Which process was rank 0 when this job's ranks first met; known to rank 0 alone, and only where the
+        first: The process that was rank 0 when this job's ranks first met; known to rank 0 alone, and only where the
             launcher's store outlives the ranks.
     """
 
@@ -129,7 +129,7 @@ def bootstrap(device: Literal["auto", "cpu", "cuda"], timeout_seconds: float) ->
 
     Args:
         device: The device of this rank.
-        timeout_seconds: How long a collective, and the meeting of the ranks, may take.
+        timeout_seconds: Timeout of a collective, and of the rendezvous.
 
     Raises:
         ConfigError: The launcher's variables are incomplete, malformed or contradict each other; on every rank: a node

@@ -21,7 +21,7 @@ def advise(report: FisherReport, curvature: CurvatureConfig, batch_size: int) ->
 
     Args:
         report: The measurements.
-        curvature: What the run measures, and how it averages that.
+        curvature: The run's measurement and averaging.
         batch_size: Samples of a step.
     """
     yield from _estimators(report)

@@ -107,7 +107,7 @@ def examine_fisher(
         config: The run's configuration.
         world: This process's place.
         ranks: The ranks.
-        request: What to find out.
+        request: The examination.
         still: Sets the mode in which the model is measured.
 
     Raises:

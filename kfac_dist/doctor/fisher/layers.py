@@ -39,7 +39,7 @@ class Layer:
         role: `last`, `penultimate` or empty.
         refused: Why Î2 is refused; empty if it isn't.
         structural: Whether the outputs are affine in them.
-        curvedness: How far from that they are.
+        curvedness: Their distance from that.
     """
 
     name: str

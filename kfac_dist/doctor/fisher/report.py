@@ -28,7 +28,7 @@ class FisherRow:
         data: Deviation of I_ii itself from sample to sample, which both estimators have besides their own.
         empirical: Trace of the empirical Fisher, with the data's labels, over `trace`.
         structural: Whether the outputs are affine in the layer's parameters, so that Î2 has no variance at all.
-        curvedness: How far from affine they are, `directional.curvedness`.
+        curvedness: Their distance from affine, `directional.curvedness`.
         bend: The largest |∂²_iih| that was found.
         refused: Why Î2 is refused; empty if it isn't.
         labels_first: Labels for the asked deviation by Î1.
@@ -106,7 +106,7 @@ class FisherReport:
     """The diagonal Fisher's estimators in a run.
 
     Attributes:
-        likelihood: Whose labels are drawn.
+        likelihood: Distribution of the sampled labels.
         columns: Outputs of one term: the columns of `fisher: type2`.
         samples: Samples that were looked at.
         draws: Labels that were drawn for each of them.

@@ -32,9 +32,9 @@ class Partitions(ABC):
     Attributes:
         sharded: Whether ranks hold slices.
         group: The ranks that average gradients.
-        size: How many they are.
-        rank: Which of them this is.
-        device: Where the model is.
+        size: Their number.
+        rank: Index of this one.
+        device: The model's device.
     """
 
     sharded = True

@@ -28,7 +28,7 @@ from kfac_dist.preconditioner.kfac import KFAC
 _ENOUGH = 0.01
 # Iterations of a comparison without K-FAC, at most.
 COMPARED_ITERATIONS = 500
-# How far λ may go from where it began, either way.
+# Largest factor of λ from its start, up or down.
 _RANGE = 1e4
 
 

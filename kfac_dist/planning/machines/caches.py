@@ -16,7 +16,7 @@ class Caches:
     """A device's caches, and how they are emptied.
 
     Args:
-        device: Whose.
+        device: The device.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -77,7 +77,7 @@ def calibrate(world: World, comm: Communicator, *, name: str = "measured", effor
     """Measure this machine; collective.
 
     Args:
-        world: Where this process stands.
+        world: This process's rank.
         comm: All ranks.
         name: Name of the result.
         effort: Amount of measurement; by default the one for the device.

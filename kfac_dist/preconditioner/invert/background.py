@@ -25,7 +25,7 @@ class BackgroundTask(Generic[T]):
 
     Args:
         future: Its result, and on a GPU the event after which that may be used.
-        device: Where it computes.
+        device: Its device.
     """
 
     def __init__(self, future: Future[tuple[T, torch.cuda.Event | None]], device: torch.device) -> None:
@@ -51,7 +51,7 @@ class BackgroundSolver:
     """Runs one piece of work after the other; the thread starts with the first.
 
     Args:
-        device: Where the work computes.
+        device: Device of the work.
     """
 
     def __init__(self, device: torch.device) -> None:

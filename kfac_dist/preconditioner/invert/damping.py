@@ -27,12 +27,12 @@ class Damping:
 
     Args:
         configured: A number, or a schedule over steps.
-        adaptation: How the configured value follows the trust region, if it does.
+        adaptation: The configured value's adaptation to the trust region, if any.
         total_steps: Length of the run, for schedules that span it.
         l2: Weight decay that is part of the loss.
 
     Attributes:
-        adaptation: How the configured value follows the trust region.
+        adaptation: The configured value's adaptation to the trust region.
         factor: Factor of λ; 1 at first.
         own: λ in place of the configured one; None if there is none.
     """

@@ -27,9 +27,9 @@ class DampingAdaptation:
     """Multiplies the configured damping.
 
     Args:
-        config: How; None leaves the damping alone.
+        config: The adaptation; None leaves the damping unchanged.
         communicator: The ranks, which decide together.
-        device: Where ν is.
+        device: Device of ν.
         dtype: Its precision.
 
     Attributes:

@@ -47,7 +47,7 @@ class SecondMoments:
         column: The ranks that precondition the same blocks.
         comm: All ranks.
         config: Decay, precision and reduction.
-        device: Where the layers live.
+        device: The layers' device.
     """
 
     def __init__(

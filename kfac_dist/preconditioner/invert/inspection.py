@@ -36,7 +36,7 @@ class FactorReading:
         unit: The unit of work.
         side: `A`, `G` or `F`.
         dim: Size of the matrix.
-        batch: How many of them, such as the groups of a convolution.
+        batch: Number of them, such as the groups of a convolution.
         rank: The rank that inverted it.
         damping: The value added to its diagonal.
         trace: Mean of its eigenvalues.

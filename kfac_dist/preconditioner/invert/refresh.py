@@ -47,7 +47,7 @@ class PendingSolve:
     """Units that are being solved beside training.
 
     Attributes:
-        wire: How the payloads will travel.
+        wire: Format of the sent payloads.
         given: The inputs of their solves.
         job: The work.
         begun: Step at which it began.
@@ -92,7 +92,7 @@ class Refresh:
             for EKFAC bases of other columns' blocks.
         sharing: The ranks that share inverses with this one: its column, or for EKFAC all.
         rank: This rank.
-        solver: How factors are inverted.
+        solver: The inversion of factors.
         pack: Whether symmetric inverses travel as triangles.
         moments: EKFAC's, which follow their bases.
 

@@ -18,7 +18,7 @@ class RefreshQueue:
 
     Args:
         schedule: The intervals.
-        plan: Which slots have blocks.
+        plan: The plan, with the blocks of slots.
 
     Attributes:
         schedule: The intervals.

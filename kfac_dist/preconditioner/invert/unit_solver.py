@@ -25,7 +25,7 @@ class SolveInput:
         sums: The statistics of each.
         previous: The last good payload of each.
         totals: `[2 + C, all units]` weights and traces over all ranks, and weights by class.
-        combined: How classes become one factor, by unit name.
+        combined: Combination of classes into one factor, by unit name.
         damping: λ.
     """
 
@@ -70,7 +70,7 @@ class UnitSolver:
     Args:
         averages: Indices of units in per-unit tensors, and how their sums were made.
         plan: The blocks.
-        solver: How factors are inverted.
+        solver: The inversion of factors.
         mirrored: Whether sums came as triangles, so that nothing tells whether they were symmetric.
     """
 

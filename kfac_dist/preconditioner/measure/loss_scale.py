@@ -177,7 +177,7 @@ class LossScaleWatch:
             communicator: The ranks.
             passes: Forward passes of this step.
             scaled: Whether an AMP scaler is known of.
-            place: Where this rank has found the number of samples.
+            place: This rank's place of the number of samples.
             uncounted: Why it has not.
             unclear: Why that may be another place.
 

@@ -26,7 +26,7 @@ from kfac_dist.curvature.capture.samples import (
 )
 from kfac_dist.errors import ModelError
 
-# How far the number of terms by a half-precision gradient may be off.
+# Tolerance of the number of terms from a half-precision gradient.
 _ROUNDING = 0.02
 
 
@@ -61,7 +61,7 @@ class TermCounter:
         loss_terms: Terms of the loss's mean.
 
     Attributes:
-        place: Where the shapes show the number of samples, once that is settled.
+        place: Place of the number of samples in the shapes, once it is settled.
     """
 
     def __init__(self, loss_terms: LossTerms) -> None:

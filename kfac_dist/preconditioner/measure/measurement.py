@@ -41,7 +41,7 @@ from kfac_dist.preconditioner.reduce.reduction import FactorReduction
 
 _EVERY_SIDE = frozenset(Side)
 PLACES = 8
-"""How many numbers `Samples` may have, in what `Measurement.places` makes of them."""
+"""Length of the numbers that `Measurement.places` makes of `Samples`."""
 
 
 class Measurement:
@@ -50,7 +50,7 @@ class Measurement:
     Args:
         engine: The model, and the treatment of its losses.
         blocks: Its blocks.
-        averages: Where statistics go.
+        averages: The running averages of the statistics.
         reduction: Sends them.
         moments: EKFAC's, if there are any.
         config: Options of the measurement.
@@ -128,7 +128,7 @@ class Measurement:
     def begin(self, step: int, *, factors: bool, moments: bool) -> None:
         """Prepare for a step that measures factors, EKFAC's moments, both or nothing."""
         active = factors or moments
-        # A step that measured one of them only has told the other of its terms, too, and nobody has closed them there.
+        # A step that measured only one of them has entered its terms in the other, too, where they aren't closed yet.
         for averages in (self._averages, *([] if self._moments is None else [self._moments.averages])):
             averages.end_step()
         self._factors = factors

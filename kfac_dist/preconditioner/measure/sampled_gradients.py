@@ -19,7 +19,7 @@ class SampledLabelGradients:
     Args:
         module: The model, which holds its parameters whole.
         names: The parameters.
-        device: Where they are.
+        device: Their device.
         dtype: Precision of the sums.
     """
 

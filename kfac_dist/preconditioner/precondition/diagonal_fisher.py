@@ -36,13 +36,13 @@ class DiagonalFisher(UncoveredGradients):
     """Preconditions the gradients of some parameters, in one flat buffer.
 
     Args:
-        engine: Where the gradients are.
+        engine: The engine, which holds the gradients.
         names: The parameters, the same on every rank; none makes everything here do nothing.
         sampled: Gradients at drawn labels, to measure by; None measures by the averaged gradients.
         decay: β.
         communicator: The ranks that average gradients.
         row: The ranks that together hold each gradient once, if the engine is sharded.
-        device: Where the gradients live.
+        device: The gradients' device.
         dtype: Precision of the average.
     """
 

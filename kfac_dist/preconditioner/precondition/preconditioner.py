@@ -51,7 +51,7 @@ class Preconditioner:
         offload: Keeps the groups' inverses on the host, if it is asked for.
         transforms: By name, in the order in which they are applied.
         groups: This rank's groups.
-        engine: Where the gradients are.
+        engine: The engine, which holds the gradients.
         communicator: All ranks.
         row: The ranks that together hold each update once.
         plain: Parameters that nothing preconditions.

@@ -135,7 +135,7 @@ class ReplicatedTransport(Transport):
     Args:
         blocks: All blocks.
         groups: The groups of this rank's column.
-        plan: Which column preconditions which block.
+        plan: The plan, with the column of each block.
         row: The ranks that hand each other preconditioned gradients.
         dtype: Precision of these.
     """
@@ -213,13 +213,13 @@ class ShardedTransport(Transport):
     groups.
 
     Args:
-        engine: Where the gradients are.
+        engine: The engine, which holds the gradients.
         blocks: All blocks.
         buckets: The groups of this rank's column, bucket by bucket.
         names: The blocks of each bucket, over all columns; the same on every rank.
-        plan: Which column preconditions which block.
+        plan: The plan, with the column of each block.
         row: The ranks that together hold each gradient once; the position in it is the column.
-        device: Where preconditioning happens.
+        device: Device of the preconditioning.
         dtype: In which precision.
     """
 

@@ -48,7 +48,7 @@ class BucketPlan:
     Args:
         plan: The owner of each unit.
         config: Options of the distribution.
-        window: Where the units' statistics lie.
+        window: Layout of the units' statistics.
         size: Ranks that measure.
         working: Precision of the window.
 

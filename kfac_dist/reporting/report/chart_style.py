@@ -72,7 +72,7 @@ def with_menu(figure: go.Figure, label: str, traces: list[int], choices: dict[st
     Args:
         figure: The chart.
         label: Of the menu.
-        traces: Which traces a choice changes.
+        traces: The traces that a choice changes.
         choices: Arguments of `Plotly.restyle` by name; the figure shows the first one.
     """
     named = [[plain(name), change] for name, change in choices.items()]  # a script's objects would sort numbers first

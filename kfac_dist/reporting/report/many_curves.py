@@ -19,7 +19,7 @@ def draw_many(curves: Curves, excess: Callable[[Values], float], what: str) -> g
 
     Args:
         curves: Steps and values of each; a value is None where it is infinite.
-        excess: How far a curve stands out; those with the largest are drawn, the largest first.
+        excess: A curve's distance from the others; those with the largest are drawn, the largest first.
         what: Their name, in the plural.
     """
     figure = go.Figure()

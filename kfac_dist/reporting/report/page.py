@@ -33,7 +33,7 @@ def write_report(runs: Sequence[RunData], path: Path) -> None:
 
     Args:
         runs: The runs, the one of interest first.
-        path: Where to write.
+        path: The file to write.
 
     Raises:
         KFACError: plotly is missing, or the file can't be written, or may be one of a run's own.

@@ -25,7 +25,7 @@ class RunData:
 
     Attributes:
         name: As the page calls it.
-        directory: Where it lies.
+        directory: Its directory.
         state: Its state or end; None if unknown.
         configuration: The text of its `config.yaml`.
         records: Logged steps in order; of a long run as many together as make few enough points. One whose steps were

@@ -27,7 +27,7 @@ class DecodingCache:
     """Keys and values of the positions that were decoded, and of the source.
 
     Attributes:
-        visible: Which positions of the source are tokens, `[batch, 1, 1, positions]`; None before the first call.
+        visible: Whether a position of the source is a token, `[batch, 1, 1, positions]`; None before the first call.
         past: By attention module, its keys and values `[batch, heads, positions, width / heads]`.
         length: Positions decoded.
     """
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         Args:
             hidden: Positions that ask.
             memory: Positions that answer, `[batch, memory, width]`; None takes those of the cache alone.
-            visible: Which of them are tokens, boolean, broadcast to `[batch, heads, positions, memory]`.
+            visible: Whether each is a token, boolean, broadcast to `[batch, heads, positions, memory]`.
             causal: Whether a position sees itself and those before it only.
             cache: Keys and values of earlier calls, to which those of this one are added.
         """

@@ -56,12 +56,12 @@ class Checkpoints:
     """The checkpoints of one run. Its methods are collective unless they say otherwise.
 
     Args:
-        directory: Where they are; made when needed.
+        directory: Their directory; made when needed.
         keep: Newest checkpoints that stay.
         communicator: The ranks of the run.
         notice: Shown one line for each directory that is no complete checkpoint.
-        timeout_seconds: How long ranks that write wait for each other.
-        job: Whose checkpoints they are, written into each.
+        timeout_seconds: Seconds that writing ranks wait for each other.
+        job: The job, written into each checkpoint.
     """
 
     def __init__(

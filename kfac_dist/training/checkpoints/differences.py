@@ -90,7 +90,7 @@ def misfit(path: object, reason: str, found: Sequence[Difference]) -> str:
     Args:
         path: The checkpoint.
         reason: The tensor that did not fit, and why; kept if no key explains it.
-        found: How this run differs.
+        found: Differences of this run.
     """
     keys = [difference for difference in found if difference.forms_state]
     if not keys:

@@ -80,11 +80,11 @@ def restore_state(
 
     Args:
         checkpoints: Reads it.
-        checkpoint: What to restore.
-        parts: Where it goes.
+        checkpoint: The checkpoint to restore.
+        parts: The parts that it is loaded into.
         rank: This rank.
-        own: What this rank has for itself and takes from the checkpoint, if any.
-        changed: How the configuration differs from the checkpoint's.
+        own: This rank's own values to load from the checkpoint, if any.
+        changed: Differences of the configuration from the checkpoint's.
         fresh_kfac: Leave K-FAC as it is.
 
     Returns:

@@ -48,7 +48,7 @@ class Wanted:
     Attributes:
         name: The tensor's name.
         start: Its first wanted element.
-        into: Where the elements go; contiguous unless it is a whole parameter.
+        into: Memory of the elements; contiguous unless it is a whole parameter.
     """
 
     name: str

@@ -45,7 +45,7 @@ class StepBatch:
     Attributes:
         samples: Samples of the step over all ranks.
         micro_batches: This rank's part.
-        after: Where the data continues after this step.
+        after: Position of the data after this step.
     """
 
     samples: int
@@ -154,7 +154,7 @@ class Stream:
 
     Args:
         source: The training data.
-        sampler: Which samples a step uses.
+        sampler: The sampler of each step's samples.
         rank: This rank.
         world_size: Number of ranks.
         accumulate: Micro-batches of a step.

@@ -40,7 +40,7 @@ class GlobalBatch:
     """The samples of one optimizer step, over all ranks.
 
     Attributes:
-        position: Where the batch starts.
+        position: First sample of the batch.
         indices: Indices into the dataset, `[samples]` int64, in order.
     """
 
@@ -166,7 +166,7 @@ def micro_batches(count: int, rank: int, world_size: int, accumulate: int) -> li
 
     Args:
         count: Samples of the global batch; at least `world_size`.
-        rank: Whose part.
+        rank: The rank of the part.
         world_size: Number of ranks.
         accumulate: Micro-batches of a full step.
     """

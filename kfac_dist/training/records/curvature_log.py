@@ -16,8 +16,8 @@ class CurvatureLog:
 
     Args:
         kfac: The K-FAC to read.
-        writer: Where rank 0 writes; None on the others.
-        times: How often in a run; 0 never.
+        writer: Rank 0's writer; None on the others.
+        times: Number of readings in a run; 0 for none.
         total_steps: Length of the run.
         paused: Makes a context in which the run's clock stands.
     """

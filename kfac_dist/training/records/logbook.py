@@ -20,8 +20,8 @@ class Logbook:
     """Distributes a run's records to their destinations; every rank has one, rank 0's writes.
 
     Args:
-        parts: Whose K-FAC and solver are asked for their numbers.
-        outputs: Where numbers go.
+        parts: The run's parts, with the K-FAC and solver that report numbers.
+        outputs: Destinations of logged numbers.
         paused: Makes a context in which the run's clock stands.
     """
 

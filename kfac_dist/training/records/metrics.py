@@ -33,7 +33,7 @@ class MetricsWriter:
     Args:
         directory: The run's directory.
         first_step: Steps that a resumed run has done; later entries of an earlier attempt are dropped.
-        sinks: Where records go, too, by name; closed with the files.
+        sinks: Further destinations of records, by name; closed with the files.
 
     Attributes:
         failure: Why a record could not be written. It is kept, not raised: rank 0 must not leave the others alone.

@@ -21,7 +21,7 @@ class Monitor:
         name: Name of the optimizer.
         parts: The run's parts.
         communicator: The ranks.
-        checkpoints: Where its checkpoints are.
+        checkpoints: Directory of its checkpoints.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class RunOutputs:
         signals: Signals that this process has received from its scheduler.
         watch: Tells other ranks where this one is.
         monitor: Numbers for the metrics server; None on ranks other than 0, and without a server.
-        lock: Whose the run's directory is; None on ranks other than 0.
+        lock: Lock of the run's directory; None on ranks other than 0.
     """
 
     writer: MetricsWriter | None

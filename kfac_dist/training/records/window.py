@@ -28,7 +28,7 @@ class WindowTotals:
         first_bad: Place in the window of the first step that was not taken or has a loss that isn't finite on some
             rank, and its loss; None if there is none.
         measured: Steps whose curvature was measured.
-        dropped: How often a rank has dropped statistics of a taken step, because they were not finite.
+        dropped: Times that a rank has dropped non-finite statistics of a taken step.
     """
 
     loss: float
@@ -43,7 +43,7 @@ class Window:
     """Keeps losses and terms without a host sync, until `close` reads them.
 
     Args:
-        device: Where losses are.
+        device: The losses' device.
         kfacs: The measuring K-FACs.
     """
 
@@ -176,7 +176,7 @@ class Stopwatch:
     """Seconds spent training: it stands still during evaluation and checkpoints.
 
     Args:
-        elapsed: Where to begin.
+        elapsed: Seconds so far.
     """
 
     def __init__(self, elapsed: float = 0.0) -> None:

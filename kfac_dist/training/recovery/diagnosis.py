@@ -21,7 +21,7 @@ def blame_data(stream: Stream, position: Position, step: int, communicator: Comm
 
     Args:
         stream: This rank's data.
-        position: Where the step's batch starts.
+        position: First sample of the step's batch.
         step: Its number, from 1.
         communicator: The ranks.
 

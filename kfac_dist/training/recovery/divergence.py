@@ -37,7 +37,7 @@ class Guard:
     Args:
         engine: Has the gradients.
         communicator: The ranks.
-        device: Where the losses are.
+        device: The losses' device.
     """
 
     def __init__(self, engine: TrainingEngine, communicator: Communicator, device: torch.device) -> None:
@@ -107,7 +107,7 @@ class Recovery:
         """Take note of a window's statistics.
 
         Args:
-            dropped: How often a rank has dropped some.
+            dropped: Times that a rank has dropped some.
             measured: Steps that were measured; a window without any tells nothing.
         """
         self.dropped += dropped
@@ -134,7 +134,7 @@ class Recovery:
             row: Steps skipped in a row until now.
             calm: Steps without a skip after which the damping is lowered.
             last: Whether this is the run's last step.
-            dropped: How often statistics were dropped since the last logged step.
+            dropped: Times that statistics were dropped since the last logged step.
         """
         if skipped or dropped:
             self._change(step, config.damping_factor)

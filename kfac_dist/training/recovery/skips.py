@@ -23,13 +23,13 @@ class Skips:
     """Judges each logged window, and sets K-FAC's damping accordingly; every rank decides alike.
 
     Args:
-        parts: Whose damping is raised.
+        parts: The run's parts, whose damping is raised.
         communicator: The ranks.
         guard: Skips the steps.
         note: Shows a line to the user.
 
     Attributes:
-        recovery: How the run has dealt with skipped steps so far.
+        recovery: The run's reactions to skipped steps so far.
         reason: The last failure.
     """
 
@@ -57,7 +57,7 @@ class Skips:
         Args:
             totals: The window.
             step: Steps done.
-            positions: Where the data of each of the window's steps begins.
+            positions: First sample of each of the window's steps.
 
         Raises:
             DataError: The samples of the first bad step aren't finite.

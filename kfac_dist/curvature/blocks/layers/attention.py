@@ -61,8 +61,8 @@ class AttentionBlock(KroneckerBlock):
     Args:
         name: The attention module's name; the block's own adds the projection's.
         module: The attention module.
-        sharing: How positions enter.
-        projection: Which one this is.
+        sharing: Treatment of positions.
+        projection: The projection.
         calls: Sees the module's calls, for all of its blocks.
         bias: Whether the projection's bias is part of it.
     """

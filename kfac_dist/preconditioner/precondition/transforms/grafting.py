@@ -19,7 +19,7 @@ class Grafting(Transform):
     """Gives each block's update the norm of a first-order step.
 
     Args:
-        graft: Whose step M is.
+        graft: The method whose step is M.
     """
 
     stage = Stage.LENGTH

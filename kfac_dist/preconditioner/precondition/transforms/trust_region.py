@@ -34,7 +34,7 @@ class TrustRegion(Transform):
     Args:
         config: κ, and which lr it holds for.
         optimizer: Has the learning rate of the trust region.
-        device: Where preconditioning happens.
+        device: Device of the preconditioning.
         dtype: In which precision.
 
     Attributes:
