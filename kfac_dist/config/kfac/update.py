@@ -66,9 +66,9 @@ class OrthogonalConfig(Section):
         nesterov: Whether the step takes (1 − μ)∇ + μM in place of M.
         power_a: p, of the inputs' factor; 0 leaves inputs as they are, and measures none if `power_g` is 0, too.
         power_g: q, of the output gradients' factor; with 0 no output gradients are measured.
-        damping: What is added to a factor's eigenvalues, as a share of their mean.
+        damping: Damping of a factor's eigenvalues, as a share of their mean.
         iteration: Coefficients of the iteration that orthogonalises.
-        iterations: How often it is done.
+        iterations: Number of iterations.
         dtype: Its precision.
         length: s.
         weight_decay: Of these weights, beside the step: lr · weight_decay · θ is subtracted.

@@ -58,7 +58,7 @@ def find_blocks(model: nn.Module, config: CurvatureConfig, matrices: WeightMatri
     Args:
         model: The model.
         config: Patterns, and what is measured.
-        matrices: Which weight matrices have a block where nothing else has one; None covers all that can be.
+        matrices: Weight matrices to cover if nothing else has a block; None covers all that can be.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     owners = _owners(model)

@@ -42,10 +42,10 @@ class FirstOrder(UncoveredGradients):
 
     Args:
         config: Rates and decays.
-        engine: Where the gradients are.
+        engine: The engine, which holds the gradients.
         names: The parameters, the same on every rank.
         row: The ranks that together hold each gradient once, if the engine is sharded.
-        device: Where the gradients live.
+        device: The gradients' device.
         dtype: Precision of the averages.
     """
 

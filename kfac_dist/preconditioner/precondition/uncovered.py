@@ -24,10 +24,10 @@ class UncoveredGradients:
     """The gradients of some parameters, which subclasses change.
 
     Args:
-        engine: Where the gradients are.
+        engine: The engine, which holds the gradients.
         names: The parameters, the same on every rank; none makes everything here do nothing.
         row: The ranks that together hold each gradient once, if the engine is sharded.
-        device: Where the gradients live.
+        device: The gradients' device.
         dtype: Precision of what is kept.
 
     Attributes:
@@ -64,7 +64,7 @@ class UncoveredGradients:
         """Move what is measured by this step's gradients.
 
         Args:
-            terms: What the mean of this rank's loss runs over; 0 if it had no data.
+            terms: Loss terms this rank averages over; 0 if it had no data.
             taken: 0-dim bool: whether the optimizer takes this step. If not, everything stays.
         """
 

@@ -44,7 +44,7 @@ class Orthogonalised(Transform):
 
     Args:
         iteration: Coefficients.
-        iterations: How often they are applied.
+        iterations: Number of their applications.
         dtype: Precision.
     """
 
@@ -68,7 +68,7 @@ class StepLength(Transform):
     """Gives each matrix of singular values near 1 its length, and what an engine's loss scale will divide.
 
     Args:
-        length: Which.
+        length: The length of the update.
     """
 
     stage = Stage.LENGTH
@@ -115,7 +115,7 @@ def msign(matrices: Tensor, polynomials: Sequence[Coefficients], dtype: torch.dt
         matrices: The matrices.
         polynomials: (a, b, c) of each iteration.
         dtype: In which precision.
-        safety: What the first norm is multiplied by.
+        safety: Factor of the first norm.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
