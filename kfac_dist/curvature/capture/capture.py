@@ -103,7 +103,7 @@ class _Recorder:
     def watching(self) -> bool:
         """Whether forward passes are measured now."""
         watching = self._capture.watching
-        if not watching:
+        if not watching and self._capture.active:
             self._capture.note_unobserved(self._block)
         return watching
 
@@ -244,9 +244,7 @@ class Capture:
 
     def note_unobserved(self, block: Block) -> None:
         """Take note of a call that is not measured: its gradient may still come with the loss's."""
-        if not self.active or torch.compiler.is_dynamo_compiling():
-            return
-        if self.arbiter is None or not torch.is_grad_enabled():
+        if self.arbiter is None or torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
             return
         if not of_the_loop():
             self.arbiter.transformed.add(block.name)

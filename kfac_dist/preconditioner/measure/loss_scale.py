@@ -145,6 +145,7 @@ class LossScaleWatch:
         self._came = came
         self._compare = compare
         self._seen: tuple[Tensor, Tensor, MicroBatch | None] | None = None
+        self._nodes: tuple[object, list[Any]] | None = None  # of the last forward pass
         self._watching = False
         self._unseen = 0
         self._handle: HookHandle | None = after_forward(model, self._forward_ran)
@@ -157,7 +158,7 @@ class LossScaleWatch:
     def begin(self, *, active: bool) -> None:
         """Begin a step; look at its first forward pass if it is measured."""
         self._watching = active
-        self._seen = None
+        self._seen = self._nodes = None
 
     def judge(
         self,
@@ -231,7 +232,7 @@ class LossScaleWatch:
         """Take the hook off the model."""
         if self._handle is not None:
             self._handle.remove()
-        self._handle = None
+        self._handle = self._nodes = None
 
     def _forward_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._compare or not self._watching or self.paused or not torch.is_grad_enabled() or not of_the_loop():
@@ -239,19 +240,23 @@ class LossScaleWatch:
         trained = [part for part in tensors_in(output) if part.ndim and part.requires_grad]
         if not trained:
             return
+        if len({part.shape[0] for part in trained}) == 1:
+            trained = trained[:1]  # whichever the loss reads, they have as many samples
         values = [part.detach() for part in trained]
         if trained[0].numel() < _COPIED:
             values[0] = values[0].clone()
-        nodes = [part.grad_fn for part in trained]
-        batch = self._current()
+        batch, token = self._current(), object()
+        # Not in the hooks: a graph that holds hooks which hold its nodes would never go.
+        self._nodes = (token, [part.grad_fn for part in trained]) if len(trained) > 1 else None
 
         def gradient_came(gradient: Tensor, index: int) -> None:
             if not self._watching or self.paused:
                 return
-            read = _read(nodes)
-            if index not in read:
-                return  # it only leads to another output, whose gradient has come or will come
-            self._watching = False
+            kept = self._nodes
+            read = _read(kept[1]) if kept is not None and kept[0] is token else [index]
+            if index != read[0]:
+                return  # it only leads to another output, or comes after it
+            self._watching, self._nodes = False, None
             outputs = Outputs(values[index], gradient.detach(), tuple(read))
             self._seen = (outputs.values, outputs.gradient, self._came(outputs, batch))
 

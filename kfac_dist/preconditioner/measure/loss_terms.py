@@ -115,7 +115,8 @@ class TermCounter:
             read: Numbers of the outputs that the loss reads; none of it is known.
         """
         numbers = [number for number in read if number < len(shapes.outputs)]
-        if 0 < len(numbers) < len(shapes.outputs):
+        differ = len({shape[0] for shape in shapes.outputs}) > 1
+        if differ and 0 < len(numbers) < len(shapes.outputs):
             seen = replace(shapes, outputs=tuple(shapes.outputs[number] for number in numbers))
             found = self.settle(seen, terms)
             if found is None or found.kind != "outputs":

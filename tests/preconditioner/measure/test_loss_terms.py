@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -474,6 +476,37 @@ def test_outputs_on_the_way_to_others_are_read_where_the_loss_reads_no_other() -
 
     for index, n in ((0, NODES), (1, NODES), (2, GRAPHS), (3, NODES)):
         assert_terms(Two(heads), lambda m: m(X, EDGES, OWNER), lambda out, index=index: squares(out[index]), n)
+
+
+class Held:
+    """What a graph holds."""
+
+    def __call__(self, grad: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_graph_that_no_backward_follows_goes_with_the_next_pass(several: bool) -> None:
+    def held(m: Two, x: Tensor, edges: Tensor, owner: Tensor) -> Any:
+        found = both(m, x, edges, owner)
+        found["nodes"].register_hook(hook := Held())
+        seen.append(weakref.ref(hook))
+        return found if several else found["graphs"]
+
+    seen: list[weakref.ref[Held]] = []
+    kfac = build_kfac(model := Two(held))
+    model(X, EDGES, OWNER)
+    gc.collect()
+    assert several or seen[0]() is None
+    out = model(X, EDGES, OWNER)
+    gc.collect()
+    assert seen[0]() is None
+    squares(out["graphs"] if several else out).backward()
+    kfac.step()
+    del out
+    gc.collect()
+    assert seen[1]() is None
+    kfac.remove()
 
 
 def flattened(m: Two, x: Tensor) -> Tensor:
