@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share; sourced by them, never run.
+# Common functions of the launch scripts, which source this file; never run.
 
 invocation=("$0" "$@")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,7 +25,7 @@ check_config() {
   [[ -f $1 || $1 =~ ^[a-z0-9_]+(\.[0-9]+[a-z0-9_]*)?$ ]] || fail "$1: no such file"
 }
 
-# need_value OPTION [VALUE]...: what is left of the command line, from the option on.
+# need_value OPTION [VALUE]...: the rest of the command line, from the option on.
 need_value() {
   [[ $# -ge 2 && -n $2 ]] || fail "$1 needs a value (--help says more)"
   [[ $2 != --* ]] || fail "$1 needs a value, found the option '$2' (--help says more)"
@@ -47,7 +47,7 @@ need_count() {
   [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || fail "$1: found '$2', expected a number of $3, such as ${4:-2}"
 }
 
-# What of a number of ranks is a slip of the finger: they would take a node's memory before one of them could tell.
+# Larger numbers of ranks are typing errors: they would fill a node's memory before a rank could report it.
 ranks_per_core=16
 
 # need_ranks_here OPTION VALUE: ranks that all start on this node.
@@ -109,13 +109,13 @@ print_command() {
 # attend COMMAND...: runs a launcher, and ends as it does.
 #
 #   TERM, USR1 or HUP → this script → USR1 → ranks: save, exit 0 → launcher: exit 0 → this script: exit 0
-#   INT (Ctrl-C)      → this script → INT  → ranks: save, exit 0 → launcher: exit 0 → this script: how to go on, exit 130
+#   INT (Ctrl-C)      → this script → INT  → ranks: save, exit 0 → launcher: exit 0 → this script: the resuming command, exit 130
 #   a second INT      → this script → KILL → launcher and ranks                    → this script: exit 130
 #
-# The launcher hears of none: TERM and INT make it kill ranks that are slow to save and end with an error, USR1 would end
-# it and leave them behind. Only where it has no ranks does it get TERM: it waits for other nodes. A launcher that passes
-# signals on by itself is told alone: `pass_on` does so. Ranks that it began over ssh are told by `tell_far SIGNAL`, which
-# fails where there are none that listen.
+# The launcher gets none of these signals: TERM and INT make it kill ranks that are slow to save and end with an error,
+# USR1 would end it and leave them behind. Only without ranks, while it waits for other nodes, does it get TERM. A launcher
+# that passes signals on itself is the only one signalled: `pass_on` does so. `tell_far SIGNAL` signals ranks started over
+# ssh, and fails if none of them catches the signal.
 passes_on=false
 pass_on() { :; }
 tell_far() { return 1; }
@@ -223,7 +223,7 @@ begun() {
   done
 }
 
-# The command that goes on with the run, ready to paste.
+# The command that resumes the run, ready to paste.
 say_how_to_go_on() {
   local command=() word skip=false line
   for word in "${invocation[@]}"; do

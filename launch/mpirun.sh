@@ -66,7 +66,7 @@ case $("$mpirun" --version 2>&1 || true) in
     open_mpi=true
     [[ -z $hosts ]] || command+=(--hostfile "$hosts")
     [[ -z $per_node ]] || command+=(--map-by "ppr:$per_node:node")
-    # Hydra takes all of the environment along, Open MPI what it is told to.
+    # Hydra passes on the whole environment, Open MPI only named variables.
     command+=(-x OMP_NUM_THREADS)
     for name in MASTER_ADDR MASTER_PORT PYTHONPATH; do [[ -z ${!name+set} ]] || command+=(-x "$name"); done
     while IFS= read -r name; do command+=(-x "$name"); done < <(for_all_nodes)
